@@ -1,0 +1,30 @@
+"""dino_lite: a vision backbone from a folder of images without labels."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_lite.commands.evaluate import evaluate as evaluate
+    from dino_lite.commands.pretrain import pretrain as pretrain
+    from dino_lite.export.safetensors import load_backbone as load_backbone
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "pretrain": "dino_lite.commands.pretrain",
+    "evaluate": "dino_lite.commands.evaluate",
+    "load_backbone": "dino_lite.export.safetensors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The Python interface, loaded when it is first used: importing dino_lite costs no torch (PEP 562)."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

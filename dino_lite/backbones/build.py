@@ -1,0 +1,23 @@
+"""A backbone from its spec, and from a configuration that may name weights to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.weights import load_pretrained
+
+
+def vit(pretrained: str | None = None, **spec: Any) -> ViT:
+    """A vision transformer, filled with the weights in `pretrained` where that is given."""
+    backbone = ViT(**spec)
+    if pretrained:
+        load_pretrained(backbone, pretrained)
+    return backbone
+
+
+def build_backbone(spec: dict[str, Any]) -> nn.Module:
+    """The backbone that `spec` (a Backbone's own, plain JSON) describes, with fresh weights."""
+    return ViT(**spec)

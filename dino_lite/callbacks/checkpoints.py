@@ -1,0 +1,155 @@
+"""What a run leaves behind to go on from: last.ckpt by the clock, best.ckpt by the k-NN."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from dino_lite.contracts import UserError
+from dino_lite.distributed import broadcast_value
+
+
+class Checkpoints(Checkpoint):
+    """Writes checkpoints/last.ckpt below `run_dir` each `every_n_minutes` or `every_n_steps`, at the end, and when the
+    run is interrupted; checkpoints/best.ckpt whenever `knn` is higher than ever before in this run.
+
+    A file is replaced whole or not at all, and holds the state between two optimizer steps: Ctrl-C lets the running step
+    end (a second one does not, and then the last regular file stays). The best value travels in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        every_n_minutes: float | None = 10.0,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise UserError(f"callbacks.checkpoints.every_n_minutes={every_n_minutes}: give more than 0.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"callbacks.checkpoints.every_n_steps={every_n_steps}: give 1 or more.")
+        self.folder = Path(run_dir).expanduser() / "checkpoints"
+        self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
+        self.best: float | None = None
+        self._saved_at = -1  # step of last.ckpt
+        self._saved_time = 0.0
+        self._between_steps = True
+        self._asked_to_stop = False
+        self._handler_before: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best k-NN so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best k-NN of the run so far."""
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock; from now on Ctrl-C waits for the end of the step."""
+        self._saved_time, self._saved_at = time.monotonic(), trainer.global_step
+        self._asked_to_stop, self._between_steps = False, True
+        in_charge = threading.current_thread() is threading.main_thread()
+        if in_charge and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._handler_before = signal.signal(
+                signal.SIGINT, self._on_interrupt if trainer.is_global_zero else signal.SIG_IGN
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """From here to the end of the step the state belongs to no step."""
+        self._between_steps = False
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save what is due; then stop where that was asked for."""
+        self._between_steps = True
+        self._save_best(trainer)
+        if self._is_due(trainer, pl_module):
+            self._save(trainer, "last.ckpt")
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of the run."""
+        self._save_best(trainer)
+        if trainer.global_step > 0:
+            self._save(trainer, "last.ckpt")
+        self._give_back_handler()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what was reached, where the state is whole: rank 0 alone, as the others may have ended already."""
+        self._give_back_handler()
+        step = trainer.global_step
+        if not (self._between_steps and trainer.is_global_zero and step > max(self._saved_at, 0)):
+            return
+        try:
+            self._save(trainer, "last.ckpt", alone=True)
+        except UserError as error:  # the exception on its way says more
+            sys.stderr.write(f"{error}\n")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ctrl-C is what it was before."""
+        self._give_back_handler()
+
+    def _is_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            return trainer.global_step != self._saved_at
+        if self.every_n_minutes is None:
+            return False
+        waited = time.monotonic() - self._saved_time >= 60 * self.every_n_minutes
+        return bool(broadcast_value(float(waited), pl_module.device))  # saving takes all ranks
+
+    def _save_best(self, trainer: pl.Trainer) -> None:
+        knn = float(trainer.callback_metrics.get("knn", float("nan")))
+        if knn > (float("-inf") if self.best is None else self.best):
+            self.best = knn
+            self._save(trainer, "best.ckpt")
+
+    def _save(self, trainer: pl.Trainer, name: str, alone: bool = False) -> None:
+        """Write `name` beside its place, then put it there at once; all ranks take part unless `alone`."""
+        path, part = self.folder / name, self.folder / f".{name}.part"
+        try:
+            if alone:
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+                trainer.strategy.save_checkpoint(checkpoint, part)
+            else:
+                trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                os.replace(part, path)
+        except (OSError, RuntimeError) as error:
+            if trainer.is_global_zero:
+                part.unlink(missing_ok=True)
+            raise UserError(
+                f"Cannot write {path}: {error}. Make room or choose another runs_dir, then give the same command again."
+            ) from error
+        if name == "last.ckpt":
+            self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        sys.stderr.write("\nStopping after this step and saving; press Ctrl-C again to stop at once.\n")
+
+    def _give_back_handler(self) -> None:
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+            self._handler_before = None

@@ -1,0 +1,141 @@
+"""How good the teacher's features have become, asked now and then of the training images alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Int
+
+from dino_lite.callbacks.progress import run_fraction
+from dino_lite.contracts import Backbone, Source, UserError
+from dino_lite.data.clean import CleanData
+from dino_lite.distributed import broadcast_value
+from dino_lite.eval.features import device_of, extract
+from dino_lite.eval.knn import knn_accuracy
+
+
+class OnlineKNN(pl.Callback):
+    """Logs `knn`, top-1 in percent of a leave-one-out weighted k-NN, and the `knn_seconds` it took.
+
+    Asked each `every` (fraction of the run), or each `every_n_steps` optimizer steps where that is given, and at the
+    end. `max_images` training images spread over the whole set are classified by each other; test images are never
+    read, so that best.ckpt may be chosen by it. Does nothing where there are no labels. Rank 0 computes.
+    """
+
+    def __init__(
+        self,
+        every: float = 0.1,
+        every_n_steps: int | None = None,
+        max_images: int = 5000,
+        k: int = 20,
+        temperature: float = 0.07,
+    ) -> None:
+        if not 0 < every <= 1:
+            raise UserError(f"callbacks.online_knn.every={every}: it is a fraction of the run, in (0, 1].")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"callbacks.online_knn.every_n_steps={every_n_steps}: give 1 or more.")
+        if max_images < 2 or k < 1:
+            raise UserError("callbacks.online_knn: max_images must be 2 or more and k 1 or more.")
+        self.every, self.every_n_steps, self.max_images = every, every_n_steps, max_images
+        self.k, self.temperature = k, temperature
+        self._turn = 0  # how many times `every` has passed
+        self._asked_at = -1  # step of the last evaluation
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count where the run stands: it may go on from a checkpoint."""
+        self._turn = self._turns(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Evaluate where it is time; all ranks see the same step and fraction."""
+        turn = self._turns(trainer, pl_module)
+        if turn > self._turn:
+            self._turn = turn
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last figure belongs to the last weights."""
+        if trainer.global_step > 0:
+            self._evaluate(trainer, pl_module)
+
+    def _turns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+        if self.every_n_steps is not None:
+            return trainer.global_step // self.every_n_steps
+        return math.floor(run_fraction(trainer, pl_module) / self.every + 1e-9)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        source = cast(Any, trainer).datamodule.splits.train
+        if step == self._asked_at or source.labels is None:
+            return
+        self._asked_at = step
+        started, knn = time.monotonic(), math.nan
+        if trainer.is_global_zero:
+            backbone = cast(Any, pl_module).method.export_backbone()
+            # A data loader draws a seed from the global generator, which belongs to the training.
+            with torch.random.fork_rng(devices=[]):
+                knn = self.accuracy(backbone, cast(Any, trainer).datamodule.clean, source)
+        knn = broadcast_value(knn, pl_module.device)  # the other ranks wait here
+        trainer.callback_metrics["knn"] = torch.tensor(knn)
+        values = {"knn": knn, "knn_seconds": time.monotonic() - started}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()
+
+    def accuracy(self, backbone: Backbone, data: CleanData, source: Source) -> float:
+        """Top-1 in percent; NaN where the features are not finite or fewer than two classes are left."""
+        part = Part(source, spread(len(source), self.max_images))
+        bank = extract(backbone, data, part, device_of(backbone)).labeled()
+        if len(bank.labels.unique()) < 2 or not bool(torch.isfinite(bank.features).all()):
+            return math.nan
+        k = min(self.k, len(bank.labels) - 1)
+        found = knn_accuracy(
+            bank, bank, [k], self.temperature, leave_one_out=True, device=device_of(backbone)
+        )
+        return found[k].top1
+
+
+class Part:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
+        self.source, self.rows = source, rows
+        self.labels = None if source.labels is None else source.labels[rows]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Any:
+        """Image `index` of the part."""
+        return self.source.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        """The image's name in the whole source."""
+        return self.source.name(int(self.rows[index]))
+
+    def digest(self) -> str:
+        """The whole source's."""
+        return self.source.digest()
+
+
+def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
+    """Indices of at most `most` images, one at a drawn place in each of as many equal stretches; always the same ones.
+
+    An even stride would not do: where classes take turns, it can meet a single one.
+    """
+    if num_images <= most:
+        return np.arange(num_images)
+    borders = np.arange(most + 1) * num_images // most
+    return np.random.default_rng(0).integers(borders[:-1], borders[1:])

@@ -1,0 +1,132 @@
+"""One line that says how the run goes: a bar in a terminal, now and then a plain line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, cast
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from tqdm import tqdm
+
+_BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
+
+
+class RunProgress(ProgressBar):
+    """Loss, images/s, share of time waiting for data, k-NN and time left, of the whole run, not of an epoch.
+
+    Works for runs measured by the clock as well as by steps. In a terminal it is redrawn at most every
+    `refresh_seconds`; where the output goes to a file, a line is written every `line_seconds`.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5, line_seconds: float = 30.0) -> None:
+        super().__init__()
+        self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
+        self._enabled = True
+        self._bar: tqdm[Any] | None = None
+        self._shown = 0.0  # when something was shown last
+        self._began = (0.0, 0.0)  # time and fraction at which this process began to train
+
+    def enable(self) -> None:
+        """Show it."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Keep silent: Lightning asks this of ranks other than 0."""
+        self._enabled = False
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Write a line without breaking the bar."""
+        if self._enabled:
+            tqdm.write(sep.join(map(str, args)), file=sys.stdout)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw an empty bar."""
+        self._began = (time.monotonic(), run_fraction(trainer, pl_module))
+        self._shown = 0.0 if self._is_terminal() else time.monotonic()
+        if self._enabled and self._is_terminal():
+            self._bar = tqdm(
+                total=1.0, bar_format=_BAR, dynamic_ncols=True, file=sys.stderr, leave=True
+            )
+            self._bar.monitor_interval = 0  # it is redrawn by us: no thread is needed
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show where the run stands, when it is time again: reading the loss waits for the device."""
+        pause = self.line_seconds if self._bar is None else self.refresh_seconds
+        if self._enabled and time.monotonic() - self._shown >= pause:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the last line standing."""
+        if self._enabled and trainer.global_step > 0:
+            self._show(trainer, pl_module)
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Make room for the message that follows."""
+        self._close()
+
+    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fraction = run_fraction(trainer, pl_module)
+        text = self._describe(trainer, fraction)
+        self._shown = time.monotonic()
+        if self._bar is not None:
+            self._bar.n = fraction
+            self._bar.set_description_str(text)
+        else:
+            sys.stdout.write(f"{100 * fraction:3.0f} %  {text}\n")
+            sys.stdout.flush()
+
+    def _describe(self, trainer: pl.Trainer, fraction: float) -> str:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [
+            (f"step {trainer.global_step:,}", True),
+            (f"loss {values.get('loss', 0.0):.3f}", "loss" in values),
+            (f"k-NN {values.get('knn', 0.0):.1f} %", values.get("knn", -1.0) >= 0),
+            (f"{values.get('images_per_second', 0.0):,.0f} images/s", "images_per_second" in values),
+            (f"{100 * values.get('data_wait', 0.0):.0f} % waiting for data", "data_wait" in values),
+            (self._time_left(fraction), True),
+        ]
+        return " · ".join(text for text, known in parts if known)
+
+    def _time_left(self, fraction: float) -> str:
+        began, done_before = self._began
+        seconds = time.monotonic() - began
+        if fraction >= 1:
+            return f"{duration(seconds)} in all"
+        if fraction <= done_before:
+            return "time left unknown"
+        return f"{duration(seconds * (1 - fraction) / (fraction - done_before))} left"
+
+    def _is_terminal(self) -> bool:
+        return sys.stderr.isatty()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+    """Part of the run that is behind, in [0, 1]: of its steps, or of its time where a clock measures it."""
+    clock = cast(Any, pl_module).clock
+    if clock.max_seconds is None:
+        return min(1.0, trainer.global_step / max(clock.num_steps, 1))
+    return float(min(1.0, clock.seconds / clock.max_seconds))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 0:42, 12:05, 3:07:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,54 @@
+"""How fast the training goes, and how much of the time it waits for data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import pytorch_lightning as pl
+
+from dino_lite.contracts import Crops, UserError
+
+
+class Throughput(pl.Callback):
+    """Logs `images_per_second` over all ranks and `data_wait`, the share of time spent waiting for the loader.
+
+    Both are means over the last `log_every` optimizer steps (none given: as often as the trainer logs), everything
+    that happened in them included.
+    """
+
+    def __init__(self, log_every: int | None = None) -> None:
+        if log_every is not None and log_every < 1:
+            raise UserError(f"callbacks.throughput.log_every={log_every}: give 1 or more.")
+        self.log_every = log_every
+        self._images, self._started, self._waited = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the first window."""
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Crops,
+        batch_idx: int,
+    ) -> None:
+        """Count; log at the end of a window."""
+        self._images += batch.num_images * trainer.world_size
+        if trainer.global_step % (self.log_every or max(1, trainer.log_every_n_steps)):
+            return
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        waited = min(1.0, (_waited(trainer) - self._waited) / seconds)
+        values = {"images_per_second": self._images / seconds, "data_wait": waited}
+        pl_module.log_dict(values, batch_size=batch.num_images)
+        self._restart(trainer)
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._images, self._started, self._waited = 0, time.monotonic(), _waited(trainer)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    """Seconds this rank has waited for data so far."""
+    return float(getattr(cast(Any, trainer).datamodule, "data_wait_seconds", 0.0))

@@ -1,0 +1,211 @@
+"""`dino-lite pretrain`: compose → open the data → facts → plan → build → lock and write the run → train → measure."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
+
+from dino_lite import config as cfg
+from dino_lite.callbacks.metrics import MetricsFile
+from dino_lite.config import Config, command, compose, instantiate
+from dino_lite.contracts import Facts, Splits, UserError
+from dino_lite.data.clean import CleanData
+from dino_lite.data.datamodule import DataModule
+from dino_lite.data.photometric import Normalize
+from dino_lite.distributed import rank
+from dino_lite.eval.baselines import knn_against_baselines
+from dino_lite.methods.clock import Clock
+from dino_lite.methods.module import PretrainModule
+from dino_lite.methods.step import Step
+from dino_lite.plan import Plan, gather_facts, plan, seconds
+from dino_lite.runs import (
+    Run,
+    absolute_paths,
+    build_method,
+    environment,
+    read_checkpoint,
+    read_json,
+    requested,
+    resume_config,
+    run_name,
+    write_json,
+)
+
+
+def pretrain(*overrides: str) -> dict[str, Any]:
+    """Train as `dino-lite pretrain OVERRIDES` does; returns the run's results, its folder under "run"."""
+    return run_pretrain(compose("pretrain", overrides))
+
+
+def run_pretrain(config: Config) -> dict[str, Any]:
+    """Train, or go on where the same request stopped."""
+    config = absolute_paths(config)
+    request = requested(config)
+    splits: Splits = instantiate(config["data"])
+    facts = gather_facts(config, splits)
+    planned = plan(config, facts)
+    run = Run(Path(config["runs_dir"]).expanduser() / run_name(planned.config, request, facts))
+    resuming = run.last.is_file()
+    if resuming:
+        config = resume_config(run, planned.config, request, splits)
+        if run.results().get("finished"):
+            say(f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it.")
+            return run.results() | {"run": str(run.folder)}
+    else:
+        config = planned.config
+    datamodule, module, clock = build(config, facts, splits, run)
+    if rank() == 0:
+        run.lock()
+        say_plan(planned, run, facts, resuming)
+        write_run(run, config, request, facts, splits)
+    trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
+    with warnings.catch_warnings():
+        ignore_lightning_advice()
+        trainer.fit(module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True)
+    if trainer.interrupted:
+        raise UserError(f"{run.folder} was interrupted; the same command goes on from there.")
+    return finish(run, config, module, splits) if trainer.is_global_zero else {}
+
+
+def build(
+    config: Config, facts: Facts, splits: Splits, run: Run
+) -> tuple[DataModule, PretrainModule, Clock]:
+    """Data, method and step from a planned configuration; nothing is written."""
+    trainer, loader, optim = config["trainer"], config["loader"], config["optim"]
+    steps_per_epoch = facts.num_images / loader["batch_size"]
+    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
+    num_steps = None
+    if max_seconds is None:
+        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
+    clock = Clock(num_steps, max_seconds, steps_per_epoch)
+    datamodule = DataModule(
+        splits,
+        instantiate(config["augment"]),
+        Normalize(),
+        batch_size=loader["batch_size"],
+        num_workers=loader["num_workers"],
+        seed=config["seed"],
+        max_bad_fraction=loader["max_bad_fraction"],
+        num_steps=num_steps,
+        bad_files=run.folder / "bad_files.csv",
+    )
+    datamodule.dtype = torch.float64 if str(trainer["precision"]) == "64" else torch.float32
+    step = functools.partial(
+        Step,
+        losses=instantiate(config["loss"]),
+        learning_rate=instantiate(optim["learning_rate"]),
+        weight_decay=instantiate(optim["weight_decay"]),
+        clip=optim["clip"],
+        clip_by=optim["clip_by"],
+        freeze_last_layer=optim["freeze_last_layer"],
+        max_skipped=optim["max_skipped"],
+        micro_batch_size=trainer["micro_batch_size"],
+        autocast=torch.bfloat16 if str(trainer["precision"]) == "bf16" else None,
+        seed=config["seed"],
+    )
+    method = build_method(config)
+    module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"])
+    return datamodule, module, clock
+
+
+def build_trainer(
+    config: Config, facts: Facts, run: Run, num_steps: int | None, resuming: bool
+) -> pl.Trainer:
+    """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules are the step's."""
+    trainer = config["trainer"]
+    ranks = trainer["devices"] * trainer["num_nodes"]
+    metrics = MetricsFile(run.folder / "metrics.csv")
+    if resuming and rank() == 0:
+        metrics.resume(int(read_checkpoint(run.last)["global_step"]))
+    return pl.Trainer(
+        accelerator=facts.accelerator,
+        devices=trainer["devices"],
+        num_nodes=trainer["num_nodes"],
+        strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
+        precision="64-true" if str(trainer["precision"]) == "64" else "32-true",
+        max_epochs=-1,
+        max_steps=-1 if num_steps is None else num_steps,
+        logger=[metrics, TensorBoardLogger(run.folder, name="", version="")],
+        callbacks=[instantiate(callback) for callback in config["callbacks"].values() if callback],
+        log_every_n_steps=10 if facts.accelerator == "cpu" else 50,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=run.folder,
+    )
+
+
+def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
+    """What was asked for, what was decided, and on what."""
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    cfg.save(config, run.config_file)
+    data = {"name": splits.name, "num_images": len(splits.train), "digest": splits.train.digest()}
+    write_json(run.environment_file, environment(facts) | {"data": data, "request": request})
+
+
+def finish(run: Run, config: Config, module: PretrainModule, splits: Splits) -> dict[str, Any]:
+    """Mark the run as finished and, where there are labels, measure the teacher against its floors."""
+    results: dict[str, Any] = {
+        "finished": True,
+        "steps": int(module.method.step),
+        "train_seconds": round(module.clock.seconds, 1),
+    }
+    if config["baselines"] and splits.train.labels is not None:
+        torch.manual_seed(int(config["seed"]))
+        untrained = instantiate(config["backbone"] | {"pretrained": None})
+        data = CleanData(splits, config["augment"]["global_size"], Normalize(), batch_size=256)
+        trained = module.method.export_backbone().float()
+        results |= knn_against_baselines(trained, untrained.to(module.device), data)
+        say(baseline_table(results))
+    run.add_results(results)
+    say(f"run: {run.folder}")
+    return run.results() | {"run": str(run.folder)}
+
+
+def baseline_table(results: dict[str, Any]) -> str:
+    """The three numbers that say whether anything was learned."""
+    rows = [("raw pixels", "knn_raw_pixels"), ("untrained network", "knn_untrained"), ("trained (teacher)", "knn_trained")]
+    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
+    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
+
+
+def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
+    """What will happen, before it does."""
+    data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
+    labels = f"{facts.num_classes} classes, {facts.num_test:,} test images" if facts.num_classes else "no labels"
+    say(f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device {facts.device_name}")
+    if planned.decisions and not resuming:
+        say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def ignore_lightning_advice() -> None:
+    """Silence what Lightning says to every caller and none can follow."""
+    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*`max_epochs` was not set.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+@command("pretrain")
+def main(config: Config) -> None:
+    """Command line."""
+    run_pretrain(config)
+
+
+if __name__ == "__main__":
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())] or sys.path
+    main()

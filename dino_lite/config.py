@@ -1,0 +1,179 @@
+"""Hydra's door: where conf/ lies, composing and checking a configuration, building objects from it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dino_lite.contracts import UserError
+
+Config = dict[str, Any]
+
+
+def config_dir() -> Path:
+    """The folder conf/: beside the package in a checkout or an editable install, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise UserError(f"dino_lite's configuration is not at {package / 'conf'}: install the package again.")
+
+
+def parses(override: str) -> bool:
+    """True where Hydra's grammar takes `override`."""
+    try:
+        OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        return False
+    return True
+
+
+def compose(primary: str, overrides: Sequence[str]) -> Config:
+    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists; mistakes are UserErrors."""
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return to_plain(hydra.compose(primary, list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, primary)) from error
+
+
+def to_plain(config: DictConfig) -> Config:
+    """Plain dicts and lists, interpolations resolved, without Hydra's own node."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    return {str(key): value for key, value in plain.items()}
+
+
+def instantiate(config: Config, **extra: Any) -> Any:
+    """Build what `_target_` names, whole tree; a wrong argument or value is a UserError."""
+    try:
+        return hydra.utils.instantiate(config, _convert_="all", **extra)
+    except HydraException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from error
+            cause = cause.__cause__
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{config.get('_target_', 'a part of the configuration')}: {reason}") from error
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as YAML, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    OmegaConf.save(OmegaConf.create(config), partial)
+    partial.replace(path)
+
+
+def load(path: Path) -> Config:
+    """Read what `save` wrote."""
+    try:
+        return to_plain(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value) below `config`; a list is one value."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def get(config: Config, key: str) -> Any:
+    """The value at a dotted key."""
+    return functools.reduce(lambda node, part: node[part], key.split("."), config)
+
+
+def put(config: Config, key: str, value: Any) -> Config:
+    """A copy of `config` with `value` at a dotted key."""
+    first, _, rest = key.partition(".")
+    return config | {first: put(config.get(first) or {}, rest, value) if rest else value}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted keys whose values differ, sorted."""
+    a, b = dict(leaves(old)), dict(leaves(new))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], None]]:
+    """Make `function(config)` a command line: Hydra's flags and overrides, one sentence and exit code 2 for UserErrors."""
+
+    def wrap(function: Callable[[Config], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def job(config: DictConfig) -> None:
+            with user_errors():
+                function(to_plain(config))
+
+        def main() -> None:
+            with user_errors():
+                overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+                multirun = {"-m", "--multirun"} & set(sys.argv)
+                searched = {"--config-dir", "-cd", "--config-name", "-cn"} & set(sys.argv)
+                if not multirun and not searched:
+                    compose(primary, overrides)  # Hydra's own words for a mistake are a page long
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=primary)(job)()
+
+        return main
+
+    return wrap
+
+
+class user_errors:
+    """Context that turns a UserError into its sentence on stderr and exit code 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            print(f"dino-lite: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+
+def _explain(error: Exception, primary: str) -> str:
+    """One sentence for what Hydra or OmegaConf found wrong with an override."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^']+)'", text)
+        wanted = found[1] if found else str(error.missing_cfg_file)
+        group, _, choice = wanted.rpartition("/")
+        options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        return f"{group}={choice}: there is no such choice; {_nearest(choice, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read as KEY=VALUE: put the value in quotes."
+    found = re.search(r"Could not override '([^']+)'", text)
+    if found:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            known = [key for key, _ in leaves(to_plain(hydra.compose(primary)))]
+        parents = {key.rpartition(".")[0] for key in known} - {""}
+        return f"{found[1]}: there is no such key; {_nearest(found[1], [*known, *sorted(parents)])}"
+    return " ".join(text.split())
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    last = word.rpartition(".")[2]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
+        key for key in known if key.rpartition(".")[2] == last
+    ]
+    if not near:
+        ends = {key.rpartition(".")[2]: key for key in known}
+        near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.7)]
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known[:12])}."

@@ -1,0 +1,273 @@
+"""The nouns that every part of dino_lite shares, and nothing that computes.
+
+Letters in shapes, everywhere: B images, G global crops, L local crops, S student crops (G+L), T teacher crops (=G),
+N tokens, P patches, M masked patches, D feature width, E bottleneck width, K prototypes, C channels, n rows of any kind.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one sentence saying what is wrong, where, and what to do. Commands exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- time and rates
+
+
+class Progress(NamedTuple):
+    """Where a run stands. `step` of `total` counts optimizer steps, or ticks of the clock when a run is timed."""
+
+    step: float
+    total: float
+    steps_per_epoch: float
+
+    @property
+    def fraction(self) -> float:
+        """Part of the run that is behind, in [0, 1]."""
+        return min(1.0, self.step / max(self.total, 1))
+
+    @property
+    def epoch(self) -> int:
+        """Index of the running epoch, from 0."""
+        return int(self.step // max(self.steps_per_epoch, 1e-9))
+
+
+class Schedule(Protocol):
+    """A number that follows the run: learning rate, weight decay, momentum, temperature, loss weight."""
+
+    def __call__(self, at: Progress) -> float: ...
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Source(Protocol):
+    """A finite, ordered collection of images: all that the pipeline knows of where images come from."""
+
+    labels: Int[np.ndarray, "N"] | None
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """Decode image `index` as RGB. Raises OSError or ValueError where it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What messages and bad_files.csv call image `index`: a path, or the set's name and the index."""
+        ...
+
+    def digest(self) -> str:
+        """16 hex digits over the names (or bytes) in order: a resumed run must find the same list."""
+        ...
+
+
+class Splits(NamedTuple):
+    """A data set. Pretraining reads `train` only; `test` is None where the data has a single split."""
+
+    train: Source
+    test: Source | None
+    name: str
+
+
+class Facts(NamedTuple):
+    """What `plan` may know of the data and the machine; the same facts give the same plan."""
+
+    source: str
+    num_images: int
+    num_test: int
+    num_classes: int
+    height: int  # median, pixels
+    width: int
+    accelerator: str  # "cpu", "cuda" or "mps"
+    device_name: str
+    num_devices: int
+    num_cores: int
+    bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
+
+
+class Crops(NamedTuple):
+    """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` makes floats of it on the device.
+
+    `boxes`: top, left, height, width of each crop as fractions of its image. `draws`: the photometric parameters that
+    were (or are to be) applied, columns as `data.crops.COLUMNS` names them. `extra`: further crops by name.
+    """
+
+    globals_: Shaped[Tensor, "G B C H W"]
+    locals_: Shaped[Tensor, "L B C h w"] | None
+    index: Int[Tensor, "B"]
+    labels: Int[Tensor, "B"] | None
+    boxes: Float[Tensor, "S B 4"]
+    draws: Float[Tensor, "S B A"]
+    masks: Bool[Tensor, "G B P"] | None = None
+    extra: dict[str, Tensor] = {}
+
+    @property
+    def num_images(self) -> int:
+        """B, the images of this rank's batch."""
+        return self.globals_.shape[1]
+
+    def part(self, start: int, stop: int) -> Crops:
+        """Images start to stop (exclusive) of the batch: a micro-batch."""
+        cut = slice(start, stop)
+        return Crops(
+            globals_=self.globals_[:, cut],
+            locals_=None if self.locals_ is None else self.locals_[:, cut],
+            index=self.index[cut],
+            labels=None if self.labels is None else self.labels[cut],
+            boxes=self.boxes[:, cut],
+            draws=self.draws[:, cut],
+            masks=None if self.masks is None else self.masks[:, cut],
+            extra={name: crops[:, cut] for name, crops in self.extra.items()},
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+class Tokens(NamedTuple):
+    """What a backbone makes of n images, after its last norm."""
+
+    cls: Float[Tensor, "n D"]
+    patches: Float[Tensor, "n P D"]
+    registers: Float[Tensor, "n R D"] | None
+    grid: tuple[int, int]  # rows, columns: P = rows * columns
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's keywords}, plain JSON."""
+
+    spec: dict[str, Any]
+    embed_dim: int
+    patch_size: int
+    in_chans: int
+
+    def __call__(
+        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
+    ) -> Tokens: ...
+
+    def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
+        """Tokens after each of `blocks` (negative counts from the end), each through the last norm."""
+        ...
+
+    def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
+        """Softmax attention of the last block."""
+        ...
+
+    def depth_of(self, name: str) -> int:
+        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, depth+1 for the last norm."""
+        ...
+
+
+class Scores(NamedTuple):
+    """Student crops before the prototypes: row norms of `z` are 1."""
+
+    z: Float[Tensor, "S n E"]
+    prototypes: Float[Tensor, "K E"]
+
+    def logits(self) -> Float[Tensor, "S n K"]:
+        """z·Pᵀ, all of it at once: for tests and probes only."""
+        return self.z @ self.prototypes.T
+
+
+class Targets(NamedTuple):
+    """The teacher's distributions q = exp(z·Pᵀ/temp + row + col), never stored: recomputed where they are needed.
+
+    `pairs[t, s]` weighs the cross-entropy of student crop s against teacher crop t, `weight` the images.
+    """
+
+    z: Float[Tensor, "T n E"]
+    prototypes: Float[Tensor, "K E"]
+    row: Float[Tensor, "T n"]
+    col: Float[Tensor, "K"]
+    temp: float
+    pairs: Float[Tensor, "T S"]
+    weight: Float[Tensor, "n"]
+
+    def probs(self) -> Float[Tensor, "T n K"]:
+        """q, all of it at once: for tests and probes only."""
+        return (self.z @ self.prototypes.T / self.temp + self.row[..., None] + self.col).exp()
+
+    def part(self, start: int, stop: int) -> Targets:
+        """Images start to stop (exclusive), their weights as in the whole batch."""
+        cut = slice(start, stop)
+        return self._replace(z=self.z[:, cut], row=self.row[:, cut], weight=self.weight[cut])
+
+
+class Match(NamedTuple):
+    """What the student made beside what it is held against: the one thing a loss reads."""
+
+    student: Scores | Tokens
+    target: Targets | Tokens
+
+
+StepOutputs = dict[str, Match]
+StepTargets = dict[str, Targets | Tokens]
+
+
+class Loss(Protocol):
+    """One term of the objective. `reads` names the Match it takes; a method says in `provides` what it offers."""
+
+    reads: str
+    weight: Schedule
+
+    def __call__(self, match: Match) -> Float[Tensor, ""]: ...
+
+
+class Teacher(Protocol):
+    """A network that is never trained by gradient: an average, a frozen model, or snapshots of another teacher."""
+
+    module: nn.Module
+
+    def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
+        """Follow the student after an optimizer step; change nothing where `ok` is false (the step was skipped)."""
+        ...
+
+
+class Method(nn.Module):
+    """A way to learn: who the student is, what it is held against, and what follows a step. No Lightning, no loop.
+
+    Abstract. `student` maps part names ("backbone", "head") to networks, `teachers` roles ("ema") to Teachers whose
+    `module` mirrors the student; `step` counts optimizer steps.
+    """
+
+    provides: tuple[str, ...]
+    student: nn.ModuleDict
+    teachers: nn.ModuleDict
+    step: Tensor
+
+    def targets(self, crops: Crops, at: Progress) -> StepTargets:
+        """What the student shall match, for the whole batch and without gradient."""
+        raise NotImplementedError
+
+    def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
+        """The student's answer to a micro-batch beside the targets of the same images."""
+        raise NotImplementedError
+
+    def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
+        """Move teachers and centers; where `ok` is false (the step was skipped) nothing may change."""
+        raise NotImplementedError
+
+    def schedules(self) -> dict[str, Schedule]:
+        """What moves with the run, by the name it is logged under."""
+        raise NotImplementedError
+
+    def export_backbone(self) -> nn.Module:
+        """The backbone that is evaluated and exported: the teacher's."""
+        raise NotImplementedError
+
+
+class Evaluation(Protocol):
+    """Measures a frozen backbone on a data set; knows no method."""
+
+    def __call__(self, backbone: Backbone, data: Any) -> dict[str, Any]: ...

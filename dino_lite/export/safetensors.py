@@ -1,0 +1,149 @@
+"""A backbone as two files, model.safetensors and config.json, and back again without Hydra or a run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dino_lite
+from dino_lite.backbones.build import build_backbone
+from dino_lite.contracts import Backbone, UserError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = "dino_lite backbone"
+_KEYS = ("spec", "embed_dim", "patch_size", "in_chans", "image_size", "mean", "std")
+_LARGEST_DIFFERENCE = 1e-5
+
+
+def export_safetensors(
+    backbone: Backbone,
+    directory: str | Path,
+    *,
+    normalize_mean: Sequence[float],
+    normalize_std: Sequence[float],
+    image_size: int,
+    card: dict[str, Any],
+    images: Float[Tensor, "n C H W"],
+) -> dict[str, Any]:
+    """Write the backbone to `directory`, load it from there, and compare the tokens of `images` (normalized floats).
+
+    `card` (plain JSON) tells what trained it. Returns "directory", "files" and "largest_difference"; raises RuntimeError
+    where that is above 1e-5, since then the files are not this backbone.
+    """
+    directory = Path(directory).expanduser()
+    network = cast(nn.Module, backbone)
+    # safetensors refuses tensors that share storage or are not contiguous
+    weights = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    config = {
+        "format": _FORMAT,
+        "version": dino_lite.__version__,
+        "spec": backbone.spec,
+        "embed_dim": backbone.embed_dim,
+        "patch_size": backbone.patch_size,
+        "in_chans": backbone.in_chans,
+        "image_size": image_size,
+        "mean": [float(value) for value in normalize_mean],
+        "std": [float(value) for value in normalize_std],
+        "card": card,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+        _write(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Cannot write the export to {directory}: {error}.") from error
+    difference = largest_difference(network, load_backbone(directory), images)
+    if not difference <= _LARGEST_DIFFERENCE:
+        raise RuntimeError(
+            f"the backbone loaded from {directory} differs by {difference:.2e} from the one in memory"
+        )
+    return {
+        "directory": str(directory),
+        "files": [WEIGHTS, CONFIG],
+        "largest_difference": difference,
+    }
+
+
+def load_backbone(directory: str | Path) -> nn.Module:
+    """The backbone that `export_safetensors` wrote, in eval mode on the CPU, in the precision it was saved in."""
+    directory = Path(directory).expanduser()
+    config = read_config(directory)
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{directory} has no {WEIGHTS}: export the backbone again.")
+    try:
+        weights = load_file(path)
+        backbone = build_backbone(config["spec"])
+        if weights:
+            backbone.to(next(iter(weights.values())).dtype)
+        backbone.load_state_dict(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): export it again.") from error
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} does not fit the backbone that {CONFIG} beside it describes: export them again, together."
+        ) from error
+    return backbone.eval()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """What stands in the export's config.json: spec, sizes, mean, std and the card."""
+    directory = Path(directory).expanduser()
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise UserError(f"There is no folder {directory}: give the folder that `dino-lite export` wrote.")
+    if not path.is_file():
+        raise UserError(f"{directory} has no {CONFIG}: give the folder that `dino-lite export` wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): export the backbone again.") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise UserError(f"{path} is not the config of a dino_lite backbone: give an exported folder.")
+    missing = [key for key in _KEYS if key not in config]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: export the backbone again.")
+    return config
+
+
+def largest_difference(
+    first: nn.Module, second: nn.Module, images: Float[Tensor, "n C H W"]
+) -> float:
+    """Largest absolute difference between any two tokens that the two backbones make of the same images."""
+    device = next(first.parameters()).device
+    one, two = (_tokens(network, images, device) for network in (first, second))
+    pairs = zip(one, two, strict=True)
+    return max(float((ours.double() - theirs.double()).abs().max()) for ours, theirs in pairs)
+
+
+def _tokens(
+    backbone: nn.Module, images: Float[Tensor, "n C H W"], device: torch.device
+) -> list[Tensor]:
+    backbone = copy.deepcopy(backbone).eval().to(device)  # the given one keeps its mode and place
+    with torch.inference_mode():
+        tokens = backbone(images.to(device, next(backbone.parameters()).dtype))
+    return [part.cpu() for part in tokens[:3] if part is not None]  # cls, patches, registers
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place at once."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""The one LightningModule: hands every batch to `Step`, and logs what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from dino_lite.contracts import Crops, Method
+from dino_lite.methods.clock import Clock
+from dino_lite.methods.step import Step
+from dino_lite.optim.param_groups import param_groups
+
+_CHECK_EVERY = 50  # steps between looks at the count of skipped steps, which make the host wait for the device
+
+
+class PretrainModule(pl.LightningModule):
+    """Final. Manual optimization: one `training_step` is one optimizer step on the rank's whole batch.
+
+    `optimizer` makes an optimizer from parameter groups; `step` makes a Step from method and optimizer.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        step: Callable[..., Step],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        clock: Clock,
+        decay_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.method, self.clock = method, clock
+        self._make_step, self._make_optimizer, self._decay_tokens = step, optimizer, decay_tokens
+        self._step: Step | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over the student's two groups, decayed and not."""
+        groups = param_groups(self.method.student.named_parameters(), self._decay_tokens)
+        return self._make_optimizer(groups)
+
+    def on_train_start(self) -> None:
+        """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient exchange."""
+        # A plain backward lets ranks drift apart without an error; a raw optimizer leaves global_step at 0.
+        self._step = self._make_step(
+            self.method,
+            optimizer=self.optimizers(),
+            backward=self.manual_backward,
+            no_sync=self._no_sync,
+        )
+        self.clock.start()
+
+    def training_step(self, crops: Crops, batch_idx: int) -> None:
+        """One optimizer step."""
+        assert self._step is not None
+        at = self.clock.at(self._step.num_steps, self.device)
+        scalars = self._step(crops, at)
+        optimizer = self._step.optimizer
+        rates = {"progress": at.fraction, "learning_rate": optimizer.param_groups[0]["lr"]}
+        rates |= {name: schedule(at) for name, schedule in self.method.schedules().items()}
+        self.log_dict({**scalars, **rates}, batch_size=crops.num_images)
+        if self._step.num_steps % _CHECK_EVERY == 0 or self.clock.done(at):
+            self._step.check()
+        if self.clock.done(at):
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Training time so far travels with the weights."""
+        checkpoint["train_seconds"] = self.clock.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the checkpoint's training time."""
+        self.clock.seconds = float(checkpoint.get("train_seconds", 0.0))
+
+    def _no_sync(self) -> AbstractContextManager[object]:
+        """Hold gradients back until the last micro-batch, where the strategy exchanges any."""
+        block: Callable[[], AbstractContextManager[object]] = getattr(
+            self.trainer.strategy, "block_backward_sync", nullcontext
+        )
+        return block()
+

@@ -1,0 +1,65 @@
+"""The projection head: features to the bottleneck, and the prototypes that wait there."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """K rows of length `weight_g`, direction `weight_v`: weight normalization written out, so that it can be copied.
+
+    `learn_norm=False` holds the lengths at 1 (the reference's norm_last_layer=True). Keys are the reference's.
+    """
+
+    def __init__(self, bottleneck_dim: int, num_prototypes: int, learn_norm: bool = False) -> None:
+        super().__init__()
+        # The direction keeps a linear layer's default, U(±1/√E): the reference draws it after its own initializer ran.
+        self.weight_v = nn.Parameter(nn.Linear(bottleneck_dim, num_prototypes, bias=False).weight.detach())
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_norm)
+
+    def forward(self) -> Float[Tensor, "K E"]:
+        lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return self.weight_v * (self.weight_g / lengths)
+
+
+class DINOHead(nn.Module):
+    """MLP to a bottleneck of unit norm, then prototypes (DINO, section 3.1 and appendix C).
+
+    `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they are needed.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        batch_norm: bool = False,
+        learn_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i in range(num_layers):
+            layers.append(nn.Linear(widths[i], widths[i + 1]))
+            nn.init.trunc_normal_(layers[-1].weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
+            if i < num_layers - 1:
+                layers += [nn.BatchNorm1d(widths[i + 1])] if batch_norm else []
+                layers.append(nn.GELU())
+        self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, learn_norm)
+
+    def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
+        # Unit norm in at least float32: half precision would leave norms off by 1e-3.
+        bottleneck = self.mlp(features)
+        wide = bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32))
+        return F.normalize(wide, dim=-1, eps=1e-12)
+
+    def prototypes(self) -> Float[Tensor, "K E"]:
+        """The K prototypes, normalized."""
+        return self.last_layer()

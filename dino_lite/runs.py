@@ -1,0 +1,252 @@
+"""A run's folder: its name, its lock, what lies in it, and how a checkpoint in it is found and opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two processes may then train one run
+    fcntl = None  # type: ignore[assignment]
+
+from dino_lite import __version__
+from dino_lite.config import Config, differences, instantiate, leaves, load, put
+from dino_lite.contracts import Facts, Method, Splits, UserError
+from dino_lite.data.photometric import Normalize
+from dino_lite.export.safetensors import load_backbone, read_config
+
+# Keys that change how fast a run goes or what is seen of it, never its weights.
+_SPEED = ("name", "runs_dir", "baselines", "callbacks", "loader.num_workers", "trainer.devices", "trainer.num_nodes",
+          "trainer.accelerator", "trainer.micro_batch_size")  # fmt: skip
+_PATHS = (".root", ".pretrained", ".labels")
+
+
+def is_speed(key: str) -> bool:
+    """True for a dotted key that may be planned anew when a run is resumed."""
+    return any(key == speed or key.startswith(f"{speed}.") for speed in _SPEED)
+
+
+def absolute_paths(config: Config) -> Config:
+    """`config` with `~` and environment variables in paths expanded, and relative ones made absolute where they exist."""
+
+    def visit(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
+        if isinstance(node, str) and key.endswith(_PATHS):
+            path = Path(os.path.expandvars(node)).expanduser()
+            return str(path.resolve()) if path.exists() or path.is_absolute() else node
+        return node
+
+    return {name: visit(value, name) for name, value in config.items()}
+
+
+def requested(config: Config) -> Config:
+    """What was asked for, speed left out, by dotted key: the same request finds the same run."""
+    return {key: value for key, value in leaves(config) if not is_speed(key)}
+
+
+def run_name(config: Config, request: Config, facts: Facts) -> str:
+    """method_source_backbone_hash, or what `name=` says."""
+    if config["name"] != "auto":
+        name = str(config["name"])
+        if not name or Path(name).name != name or name.startswith("."):
+            raise UserError(f"name={name}: a run's name is a folder's, without slashes and leading dots.")
+        return name
+    digest = hashlib.sha1(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
+    method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
+    backbone = str(config["backbone"]["name"]).partition("_patch")[0]
+    source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
+    return f"{method}_{source}_{backbone}_{digest}"
+
+
+def resume_config(run: Run, planned: Config, request: Config, splits: Splits) -> Config:
+    """The run's saved configuration with speed keys planned anew; refuses another request, other data, lost precision."""
+    before = read_json(run.environment_file)
+    changed = differences(before["request"], request)
+    if changed:
+        key = changed[0]
+        old, new = before["request"].get(key), request.get(key)
+        if key.startswith("trainer.max_"):
+            why = "schedules depend on a run's length, so it cannot be prolonged: train anew under another name="
+        else:
+            why = "give the same settings to go on with it, or another name="
+        raise UserError(f"{run.folder} was started with {key}={old}, not {new}: {why}.")
+    data = before["data"]
+    if (data["num_images"], data["digest"]) != (len(splits.train), splits.train.digest()):
+        raise UserError(
+            f"{run.folder} was trained on {data['num_images']} images, and the data has changed since (now "
+            f"{len(splits.train)} images): restore the data, or choose another name= to start anew."
+        )
+    config = load(run.config_file)
+    if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
+        raise UserError(f"{run.folder} was trained in bf16, which this machine lacks: resume it where it was started.")
+    for key, value in leaves(planned):
+        if is_speed(key):
+            config = put(config, key, value)
+    return config
+
+
+class Run:
+    """Paths of one run's folder, and the few files that are read and written whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_file = folder / "config.yaml"
+        self.environment_file = folder / "environment.json"
+        self.results_file = folder / "results.json"
+        self.checkpoints = folder / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Take the run for this process until it ends, however it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for as long as the process lives
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.folder} is being trained by another process: wait for it or choose name=.") from error
+
+    def results(self) -> dict[str, Any]:
+        """results.json, empty where there is none yet."""
+        return read_json(self.results_file) if self.results_file.is_file() else {}
+
+    def add_results(self, results: dict[str, Any]) -> None:
+        """Merge `results` into results.json."""
+        write_json(self.results_file, self.results() | results)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return dict(content)
+
+
+def environment(facts: Facts) -> dict[str, Any]:
+    """Versions, code and machine: what a reader needs to reproduce the run."""
+    import pytorch_lightning
+    import timm
+    import torchvision
+
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, pytorch_lightning)}
+    return {
+        "dino_lite": __version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": {"platform": platform.platform(), "device": facts.device_name, "cores": facts.num_cores},
+    }
+
+
+def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
+    """The .ckpt file or exported folder that `checkpoint=` names: a run, a file, an export, or "latest"."""
+    if not checkpoint:
+        raise UserError("checkpoint= is missing: name a run's folder, a .ckpt file, an exported folder, or latest.")
+    if checkpoint == "latest":
+        runs = sorted(Path(runs_dir).glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise UserError(f"checkpoint=latest: there is no finished or running run in {runs_dir}; run dino-lite pretrain.")
+        return runs[-1]
+    path = Path(os.path.expandvars(checkpoint)).expanduser()
+    for candidate in (path, Path(runs_dir) / checkpoint):
+        if candidate.is_file():
+            return candidate
+        if (candidate / "model.safetensors").is_file():
+            return candidate
+        if (candidate / "checkpoints" / "last.ckpt").is_file():
+            return candidate / "checkpoints" / "last.ckpt"
+    raise UserError(f"checkpoint={checkpoint}: this is no run, no .ckpt file and no exported folder.")
+
+
+def run_of(checkpoint: Path) -> Run | None:
+    """The run a checkpoint file belongs to; None for an export."""
+    folder = checkpoint.parent.parent
+    return Run(folder) if checkpoint.is_file() and (folder / "config.yaml").is_file() else None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors and plain values; never unpickles anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(content["state_dict"], dict)
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged or no checkpoint of dino_lite ({type(error).__name__}): "
+            "use best.ckpt beside it, or delete it to start the run anew."
+        ) from error
+    return dict(content)
+
+
+def open_backbone(checkpoint: Path) -> tuple[nn.Module, Config]:
+    """The backbone of a checkpoint (the teacher's) or of an export, in eval mode, and what is known of it.
+
+    Known are image_size, mean, std, card (plain JSON: what trained it) and data (its run's data configuration or None).
+    """
+    if checkpoint.is_dir():
+        about = read_config(checkpoint)
+        return load_backbone(checkpoint), about | {"data": None}
+    run = run_of(checkpoint)
+    if run is None:
+        raise UserError(f"{checkpoint}: config.yaml of its run is not two folders up; keep checkpoints in their run.")
+    config = load(run.config_file)
+    content = read_checkpoint(checkpoint)
+    method = build_method(put(config, "backbone.pretrained", None))
+    method.load_state_dict({name.removeprefix("method."): value for name, value in content["state_dict"].items()})
+    normalize = Normalize()
+    about = {
+        "image_size": config["augment"]["global_size"],
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+        "data": config["data"],
+        "card": {"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
+    }
+    return method.export_backbone().float().eval(), about
+
+
+def data_config(config: Config, checkpoint: Path, about: Config) -> Config:
+    """The data that was asked for, or where none was the run's own."""
+    asked: Config = config["data"]
+    if asked.get("root") is not None or not asked["_target_"].endswith(".open_auto"):
+        return asked
+    if about["data"] is None:
+        raise UserError(f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes.")
+    own: Config = about["data"]
+    return own
+
+
+def results_file(checkpoint: Path) -> Path:
+    """Where results about a checkpoint are kept: its run's results.json, or an export's own."""
+    run = run_of(checkpoint)
+    return run.results_file if run else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "results.json"
+
+
+def build_method(config: Config) -> Method:
+    """The method of a planned configuration, fresh weights drawn from its seed."""
+    torch.manual_seed(int(config["seed"]))
+    method = instantiate(config["method"])(backbone=instantiate(config["backbone"]))
+    assert isinstance(method, Method)
+    return method.double() if str(config["trainer"]["precision"]) == "64" else method
