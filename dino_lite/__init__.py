@@ -20,7 +20,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, loaded when it is first used: importing dino_lite costs no torch (PEP 562)."""
+    """The Python interface, loaded at first use: importing dino_lite costs no torch (PEP 562)."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

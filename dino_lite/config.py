@@ -47,7 +47,7 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             return to_plain(hydra.compose(primary, list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, primary)) from error
+        raise UserError(_explain(error, primary)) from None
 
 
 def to_plain(config: DictConfig) -> Config:

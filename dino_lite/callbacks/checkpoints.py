@@ -19,24 +19,27 @@ from dino_lite.distributed import broadcast_value
 
 
 class Checkpoints(Checkpoint):
-    """Writes checkpoints/last.ckpt below `run_dir` each `every_n_minutes` or `every_n_steps`, at the end, and when the
-    run is interrupted; checkpoints/best.ckpt whenever `knn` is higher than ever before in this run.
+    """Writes checkpoints/last.ckpt and best.ckpt below `run_dir` (none given: the trainer's root).
 
-    A file is replaced whole or not at all, and holds the state between two optimizer steps: Ctrl-C lets the running step
-    end (a second one does not, and then the last regular file stays). The best value travels in the checkpoint.
+    last: each `every_n_minutes` or `every_n_steps`, at the end, and when the run is interrupted.
+    best: whenever `knn` is higher than ever before in the run; that value travels in checkpoints.
+    A file is replaced whole or not at all, and holds the state between two optimizer steps: Ctrl-C
+    lets the running step end. (A second one does not; then the last regular file stays.)
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | Path | None = None,
         every_n_minutes: float | None = 10.0,
         every_n_steps: int | None = None,
     ) -> None:
         if every_n_minutes is not None and every_n_minutes <= 0:
-            raise UserError(f"callbacks.checkpoints.every_n_minutes={every_n_minutes}: give more than 0.")
+            raise UserError(
+                f"callbacks.checkpoints.every_n_minutes={every_n_minutes}: give more than 0."
+            )
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"callbacks.checkpoints.every_n_steps={every_n_steps}: give 1 or more.")
-        self.folder = Path(run_dir).expanduser() / "checkpoints"
+        self.run_dir = run_dir
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.best: float | None = None
         self._saved_at = -1  # step of last.ckpt
@@ -95,7 +98,7 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Keep what was reached, where the state is whole: rank 0 alone, as the others may have ended already."""
+        """Keep what was reached, where it is whole: rank 0 alone, as others may have ended."""
         self._give_back_handler()
         step = trainer.global_step
         if not (self._between_steps and trainer.is_global_zero and step > max(self._saved_at, 0)):
@@ -124,8 +127,9 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def _save(self, trainer: pl.Trainer, name: str, alone: bool = False) -> None:
-        """Write `name` beside its place, then put it there at once; all ranks take part unless `alone`."""
-        path, part = self.folder / name, self.folder / f".{name}.part"
+        """Write beside the place of `name`, then put it there; takes all ranks unless `alone`."""
+        folder = Path(self.run_dir or trainer.default_root_dir).expanduser() / "checkpoints"
+        path, part = folder / name, folder / f".{name}.part"
         try:
             if alone:
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint()
@@ -138,7 +142,7 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 part.unlink(missing_ok=True)
             raise UserError(
-                f"Cannot write {path}: {error}. Make room or choose another runs_dir, then give the same command again."
+                f"Cannot write {path} ({error}): make room, then give the same command again."
             ) from error
         if name == "last.ckpt":
             self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
@@ -147,7 +151,9 @@ class Checkpoints(Checkpoint):
         if self._asked_to_stop:
             raise KeyboardInterrupt
         self._asked_to_stop = True
-        sys.stderr.write("\nStopping after this step and saving; press Ctrl-C again to stop at once.\n")
+        sys.stderr.write(
+            "\nStopping after this step and saving; press Ctrl-C again to stop at once.\n"
+        )
 
     def _give_back_handler(self) -> None:
         if self._handler_before is not None:

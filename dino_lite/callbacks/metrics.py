@@ -38,12 +38,17 @@ class MetricsFile(Logger):
         if not self.path.is_file():
             return
         with open(self.path, newline="", encoding="utf-8") as file:
-            rows = {int(row["step"]): {k: v for k, v in row.items() if v} for row in csv.DictReader(file)}
+            rows = {
+                int(row["step"]): {k: v for k, v in row.items() if v}
+                for row in csv.DictReader(file)
+            }
         self.rows = {at: row for at, row in rows.items() if at < step}
         self._rewrite()
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing: config.yaml holds them."""
 
     @rank_zero_only

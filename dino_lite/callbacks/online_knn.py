@@ -18,13 +18,16 @@ from dino_lite.distributed import broadcast_value
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import knn_accuracy
 
+_BATCH_SIZE = 256  # images at once through the backbone, without gradient
+
 
 class OnlineKNN(pl.Callback):
     """Logs `knn`, top-1 in percent of a leave-one-out weighted k-NN, and the `knn_seconds` it took.
 
-    Asked each `every` (fraction of the run), or each `every_n_steps` optimizer steps where that is given, and at the
-    end. `max_images` training images spread over the whole set are classified by each other; test images are never
-    read, so that best.ckpt may be chosen by it. Does nothing where there are no labels. Rank 0 computes.
+    Asked each `every` (a fraction of the run), or where that is given each `every_n_steps`
+    optimizer steps, and at the end. At most `max_images` training images, spread over the set, are
+    classified by each other; test images are never read, so that best.ckpt may be chosen by it.
+    Does nothing where there are no labels. Rank 0 computes, the others wait.
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class OnlineKNN(pl.Callback):
         temperature: float = 0.07,
     ) -> None:
         if not 0 < every <= 1:
-            raise UserError(f"callbacks.online_knn.every={every}: it is a fraction of the run, in (0, 1].")
+            raise UserError(
+                f"callbacks.online_knn.every={every}: it is a fraction of the run, in (0, 1]."
+            )
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"callbacks.online_knn.every_n_steps={every_n_steps}: give 1 or more.")
         if max_images < 2 or k < 1:
@@ -75,8 +80,7 @@ class OnlineKNN(pl.Callback):
         return math.floor(run_fraction(trainer, pl_module) / self.every + 1e-9)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
-        source = cast(Any, trainer).datamodule.splits.train
+        step, source = trainer.global_step, cast(Any, trainer).datamodule.splits.train
         if step == self._asked_at or source.labels is None:
             return
         self._asked_at = step
@@ -85,19 +89,19 @@ class OnlineKNN(pl.Callback):
             backbone = cast(Any, pl_module).method.export_backbone()
             # A data loader draws a seed from the global generator, which belongs to the training.
             with torch.random.fork_rng(devices=[]):
-                knn = self.accuracy(backbone, cast(Any, trainer).datamodule.clean, source)
+                knn = self.accuracy(backbone, clean_data(trainer), source)
         knn = broadcast_value(knn, pl_module.device)  # the other ranks wait here
         trainer.callback_metrics["knn"] = torch.tensor(knn)
         values = {"knn": knn, "knn_seconds": time.monotonic() - started}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values, step=step - 1)  # the row of the step just done
             logger.save()
 
     def accuracy(self, backbone: Backbone, data: CleanData, source: Source) -> float:
-        """Top-1 in percent; NaN where the features are not finite or fewer than two classes are left."""
-        part = Part(source, spread(len(source), self.max_images))
-        bank = extract(backbone, data, part, device_of(backbone)).labeled()
-        if len(bank.labels.unique()) < 2 or not bool(torch.isfinite(bank.features).all()):
+        """Top-1 in percent; NaN where features are not finite or there are fewer than 2 classes."""
+        some = Subset(source, spread(len(source), self.max_images))
+        bank = extract(backbone, data, some, device_of(backbone)).labeled()
+        if bank.num_classes < 2 or not bool(torch.isfinite(bank.features).all()):
             return math.nan
         k = min(self.k, len(bank.labels) - 1)
         found = knn_accuracy(
@@ -106,7 +110,15 @@ class OnlineKNN(pl.Callback):
         return found[k].top1
 
 
-class Part:
+def clean_data(trainer: pl.Trainer) -> CleanData:
+    """The run's data as an evaluation sees it, at the size of the global crops."""
+    data = cast(Any, trainer).datamodule
+    return CleanData(
+        data.splits, data.multi_crop.global_size, data.normalize, _BATCH_SIZE, data.num_workers
+    )
+
+
+class Subset:
     """Some images of a source, as a source."""
 
     def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
@@ -122,7 +134,7 @@ class Part:
         return self.source.read(int(self.rows[index]))
 
     def name(self, index: int) -> str:
-        """The image's name in the whole source."""
+        """What the whole source calls it."""
         return self.source.name(int(self.rows[index]))
 
     def digest(self) -> str:
@@ -131,9 +143,9 @@ class Part:
 
 
 def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
-    """Indices of at most `most` images, one at a drawn place in each of as many equal stretches; always the same ones.
+    """Indices of at most `most` images, always the same: one from each of as many equal stretches.
 
-    An even stride would not do: where classes take turns, it can meet a single one.
+    The place within a stretch is drawn: where classes take turns, an even stride may meet one only.
     """
     if num_images <= most:
         return np.arange(num_images)

@@ -8,23 +8,23 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 _BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
 
 
 class RunProgress(ProgressBar):
-    """Loss, images/s, share of time waiting for data, k-NN and time left, of the whole run, not of an epoch.
+    """Loss, k-NN, images/s, share of time waiting for data and time left, of the whole run.
 
-    Works for runs measured by the clock as well as by steps. In a terminal it is redrawn at most every
-    `refresh_seconds`; where the output goes to a file, a line is written every `line_seconds`.
+    Works for runs measured by the clock as well as by steps. In a terminal it is redrawn at most
+    every `refresh_seconds`; where output goes to a file, a line is written every `line_seconds`.
     """
 
     def __init__(self, refresh_seconds: float = 0.5, line_seconds: float = 30.0) -> None:
         super().__init__()
         self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
         self._enabled = True
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None
         self._shown = 0.0  # when something was shown last
         self._began = (0.0, 0.0)  # time and fraction at which this process began to train
 
@@ -59,7 +59,7 @@ class RunProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show where the run stands, when it is time again: reading the loss waits for the device."""
+        """Show where the run stands, now and then: reading the loss waits for the device."""
         pause = self.line_seconds if self._bar is None else self.refresh_seconds
         if self._enabled and time.monotonic() - self._shown >= pause:
             self._show(trainer, pl_module)
@@ -93,7 +93,10 @@ class RunProgress(ProgressBar):
             (f"step {trainer.global_step:,}", True),
             (f"loss {values.get('loss', 0.0):.3f}", "loss" in values),
             (f"k-NN {values.get('knn', 0.0):.1f} %", values.get("knn", -1.0) >= 0),
-            (f"{values.get('images_per_second', 0.0):,.0f} images/s", "images_per_second" in values),
+            (
+                f"{values.get('images_per_second', 0.0):,.0f} images/s",
+                "images_per_second" in values,
+            ),
             (f"{100 * values.get('data_wait', 0.0):.0f} % waiting for data", "data_wait" in values),
             (self._time_left(fraction), True),
         ]
@@ -118,11 +121,12 @@ class RunProgress(ProgressBar):
 
 
 def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """Part of the run that is behind, in [0, 1]: of its steps, or of its time where a clock measures it."""
+    """Part of the run that is behind, in [0, 1]: of its steps, or of its time if that is fixed."""
     clock = cast(Any, pl_module).clock
     if clock.max_seconds is None:
-        return min(1.0, trainer.global_step / max(clock.num_steps, 1))
-    return float(min(1.0, clock.seconds / clock.max_seconds))
+        return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))
+    fraction: float = clock.seconds / clock.max_seconds
+    return min(1.0, fraction)
 
 
 def duration(seconds: float) -> str:

@@ -11,10 +11,10 @@ from dino_lite.contracts import Crops, UserError
 
 
 class Throughput(pl.Callback):
-    """Logs `images_per_second` over all ranks and `data_wait`, the share of time spent waiting for the loader.
+    """Logs `images_per_second` over all ranks and `data_wait`, the share of time waiting for data.
 
-    Both are means over the last `log_every` optimizer steps (none given: as often as the trainer logs), everything
-    that happened in them included.
+    Both are means over the last `log_every` optimizer steps (none given: as often as the trainer
+    logs), with all that happened between them.
     """
 
     def __init__(self, log_every: int | None = None) -> None:
@@ -37,7 +37,8 @@ class Throughput(pl.Callback):
     ) -> None:
         """Count; log at the end of a window."""
         self._images += batch.num_images * trainer.world_size
-        if trainer.global_step % (self.log_every or max(1, trainer.log_every_n_steps)):
+        log_every = self.log_every or max(1, cast(Any, trainer).log_every_n_steps)
+        if trainer.global_step % log_every:
             return
         seconds = max(time.monotonic() - self._started, 1e-9)
         waited = min(1.0, (_waited(trainer) - self._waited) / seconds)

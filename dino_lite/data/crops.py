@@ -106,31 +106,39 @@ OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...]
 OPERATIONS = (brightness, contrast, saturation, hue)
 
 
+def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
+    """`box` (top, left, height, width in pixels) as size x size pixels, bicubic, antialiased.
+
+    Cropped before it is resized: pixels outside the box have no part in it.
+    """
+    top, left, height, width = box
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def augment(image: Image.Image, params: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
+    """An RGB image changed as `params`, the values of COLUMNS, say."""
+    flip, *factors, order, gray, blur, invert = params
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for i in ORDERS[int(order)]:
+        if factors[i] != NO_JITTER[i]:
+            image = OPERATIONS[i](image, factors[i])
+    if gray:
+        image = image.convert("L")
+    if blur > 0:
+        image = image.filter(ImageFilter.GaussianBlur(blur))
+    if gray:  # only now: to blur one channel takes a third of the time and gives the same
+        image = image.convert("RGB")
+    pixels: np.ndarray = np.asarray(image)
+    return solarize(pixels) if invert else pixels
+
+
 def apply(
     image: Image.Image, box: Sequence[int], params: Sequence[float], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The crop `box` (top, left, height, width in pixels) of an RGB image, resized, then changed.
-
-    `params` are the values of COLUMNS. Cropped before it is resized: pixels outside the box have no
-    part in it.
-    """
-    top, left, height, width = box
-    flip, *factors, order, gray, blur, invert = params
-    crop = image.crop((left, top, left + width, top + height))
-    crop = crop.resize((size, size), Image.Resampling.BICUBIC)
-    if flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for i in ORDERS[int(order)]:
-        if factors[i] != NO_JITTER[i]:
-            crop = OPERATIONS[i](crop, factors[i])
-    if gray:
-        crop = crop.convert("L")
-    if blur > 0:
-        crop = crop.filter(ImageFilter.GaussianBlur(blur))
-    if gray:  # only now: blurring one channel is three times as fast and gives the same
-        crop = crop.convert("RGB")
-    pixels: np.ndarray = np.asarray(crop)
-    return solarize(pixels) if invert else pixels
+    """One crop of an RGB image: cut out and resized, then changed."""
+    return augment(resized_crop(image, box, size), params)
 
 
 # -------------------------------------------------------------------------------- all crops' draws

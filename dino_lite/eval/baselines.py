@@ -10,7 +10,9 @@ from dino_lite.eval.features import pixel_features
 from dino_lite.eval.knn import KNN
 
 
-def knn_against_baselines(trained: Backbone, untrained: Backbone, data: CleanData) -> dict[str, Any]:
+def knn_against_baselines(
+    trained: Backbone, untrained: Backbone, data: CleanData
+) -> dict[str, Any]:
     """k-NN top-1 in percent at k = 20: `knn_raw_pixels` (32x32, mean image subtracted), `knn_untrained`, `knn_trained`."""
     knn = KNN(ks=[20])
     after = knn(trained, data)

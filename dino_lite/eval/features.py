@@ -16,10 +16,15 @@ from dino_lite.data.clean import CleanData
 
 
 class Features(NamedTuple):
-    """One row per image, in the source's order, float32 on the host; label -1 says that there is none."""
+    """A row for each image in the source's order, float32 on the host; label -1: there is none."""
 
     features: Float[Tensor, "N D"]
     labels: Int[Tensor, "N"]
+
+    @property
+    def num_classes(self) -> int:
+        """How many different labels there are; none is one of them."""
+        return len(set(self.labels.tolist()))
 
     def labeled(self) -> Features:
         """The rows that have a label."""
@@ -39,7 +44,7 @@ def extract(backbone: Backbone, data: CleanData, source: Source, device: torch.d
 
 
 def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
-    """The floor that learns nothing: pixels of train and test at size x size, less the mean image of train."""
+    """What needs no learning: pixels of train and test at size x size, less train's mean image."""
     splits = data.splits
     train = _pixels(data, splits.train, size)
     mean = train.features.mean(dim=0)
@@ -52,7 +57,7 @@ def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features 
 
 @contextmanager
 def frozen(backbone: Backbone) -> Iterator[None]:
-    """Within it the backbone is in eval mode and nothing is recorded; each module's own mode comes back after it."""
+    """The backbone in eval mode, nothing recorded; each module gets its own mode back."""
     modes = [(module, module.training) for module in cast(nn.Module, backbone).modules()]
     try:
         for module, _ in modes:

@@ -1,4 +1,7 @@
-"""Weighted k-nearest-neighbor classification of frozen features: no training, nothing to tune (DINO, appendix F.1)."""
+"""Weighted k-nearest-neighbor classification of frozen features: nothing to train or tune.
+
+Caron et al. 2021, appendix F.1; Wu et al. 2018.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,19 @@ _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
 
 
 class Accuracy(NamedTuple):
-    """Percent of the queries whose class has the most votes, or is among the min(5, k) classes with the most."""
+    """Percent of queries whose class has most votes, or is among the min(5, k) with most."""
 
     top1: float
     top5: float
 
 
 class KNN:
-    """The evaluation: queries are the test images, or where there are none each training image against the others.
+    """The evaluation: test images, or without any each training image, against (the other) train.
 
     Values of `ks` above the size of the bank mean the whole bank.
     """
 
-    def __init__(
-        self, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
-    ) -> None:
+    def __init__(self, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> None:
         if not ks or min(ks) < 1:
             raise UserError(f"eval.knn.ks={list(ks)}: give at least one number, each 1 or more.")
         if not (math.isfinite(temperature) and temperature > 0):
@@ -43,7 +44,7 @@ class KNN:
         self.ks, self.temperature = list(ks), temperature
 
     def __call__(self, backbone: Backbone, data: CleanData) -> dict[str, Any]:
-        """Accuracies of the backbone's CLS features by k, the protocol in words, and `top1` at k = 20."""
+        """Accuracies of the CLS features by k, the protocol in words, and `top1` at k = 20."""
         train, test = data.splits.train, data.splits.test
         if test is not None and test.labels is None:
             test = None
@@ -59,15 +60,15 @@ class KNN:
         """As calling it, from features; without queries each row of the bank is left out once."""
         bank = bank.labeled()
         asked_of = queries.labeled() if queries is not None else bank
-        if len(bank.labels.unique()) < 2:
+        if bank.num_classes < 2:
             raise UserError("k-NN needs labeled training images of at least 2 classes.")
         if len(asked_of.labels) == 0:
             raise UserError("k-NN found no labeled test image; see data.labels.")
         for part in (bank, asked_of):
             if not bool(torch.isfinite(part.features).all()):
                 raise UserError(
-                    "k-NN got features that are not finite: the network has diverged; "
-                    "evaluate an earlier checkpoint, or train anew with a lower optim.learning_rate."
+                    "k-NN got features that are not finite: the network has diverged; evaluate an "
+                    "earlier checkpoint, or train anew with a lower optim.rate."
                 )
         limit = len(bank.labels) - (queries is None)
         used = {k: min(k, limit) for k in self.ks}
@@ -85,7 +86,9 @@ class KNN:
         }
         headline = min(by_k, key=lambda k: (abs(k - _HEADLINE_K), k))
         return {
-            "protocol": self._protocol(len(bank.labels), None if queries is None else len(asked_of.labels)),
+            "protocol": self._protocol(
+                len(bank.labels), None if queries is None else len(asked_of.labels)
+            ),
             "k": table,
             "top1": by_k[headline].top1,
             "top1_k": headline,
@@ -109,14 +112,16 @@ def knn_accuracy(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> dict[int, Accuracy]:
-    """Accuracy at each k of `ks` (none above the bank's size). `leave_one_out`: query i is row i of the bank.
+    """Accuracy at each k of `ks` (none above the bank's size).
 
-    Of classes with equal votes, none included, the lower number comes first, as in the reference (where a small k
-    leaves fewer than five classes with votes, top-5 counts the lowest numbers of the rest). Memory is bounded: queries
-    go through in blocks, their votes in a table of block x classes.
+    `leave_one_out`: query i is row i of the bank, and not its own neighbor. Of classes with equal
+    votes the lower number comes first, those without votes included, as in the reference (so where
+    a small k leaves fewer than five classes with votes, top-5 also counts the lowest numbers of the
+    rest). Memory is bounded: queries go through in blocks, their votes in a block x classes table.
     """
     device = device or torch.device("cpu")
-    classes, numbers = torch.cat([bank.labels, queries.labels]).unique(return_inverse=True)
+    every_label = torch.cat([bank.labels, queries.labels])
+    classes, numbers = torch.unique(every_label, return_inverse=True)
     bank_classes, query_classes = numbers.split([len(bank.labels), len(queries.labels)])
     rows_in_bank = unit(bank.features.to(device))
     num_queries, num_classes = len(query_classes), len(classes)
@@ -148,14 +153,17 @@ def nearest(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k rows of `bank` most similar to each query, most similar first; both are unit rows.
 
-    Of equally similar rows the one with the lower index comes first and is kept. `exclude`: a row per query to pass by.
+    Of equally similar rows the one with the lower index comes first, and is kept. `exclude` names
+    a row for each query to pass by.
     """
     with _full_precision():
         similarity = queries @ bank.T
     if exclude is not None:
         similarity.scatter_(1, exclude[:, None], -torch.inf)
     values, index = similarity.topk(min(k + 1, len(bank)), dim=1)
-    if len(bank) > k:  # topk keeps any of several equals: where the border cuts through some, choose anew
+    if (
+        len(bank) > k
+    ):  # topk keeps any of several equals: where the border cuts through some, choose anew
         border, values, index = values[:, k], values[:, :k], index[:, :k]
         tied = border == values[:, -1]
         if bool(tied.any()):
@@ -186,7 +194,7 @@ def unit(features: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
 def _first_best(
     similarity: Float[Tensor, "n N"], border: Float[Tensor, "n 1"], k: int
 ) -> Int[Tensor, "n k"]:
-    """Columns above each row's border, filled up to k by the first of those on it; in order of columns."""
+    """Columns above each row's border, filled up to k by the first of those on it."""
     above, on = similarity > border, similarity == border
     room = k - above.sum(dim=1, keepdim=True)
     taken = above | (on & (on.cumsum(dim=1) <= room))
@@ -194,7 +202,7 @@ def _first_best(
 
 
 def _place(votes: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """How many classes come before each query's own: those with more votes, and of equals the lower numbers."""
+    """How many classes come before each query's own: with more votes, or as many and lower."""
     own = votes.gather(1, classes[:, None])
     lower = torch.arange(votes.shape[1]) < classes[:, None]
     return ((votes > own) | ((votes == own) & lower)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""A backbone as two files, model.safetensors and config.json, and back again without Hydra or a run."""
+"""A backbone as two files, model.safetensors and config.json, and back without Hydra or a run."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def export_safetensors(
     card: dict[str, Any],
     images: Float[Tensor, "n C H W"],
 ) -> dict[str, Any]:
-    """Write the backbone to `directory`, load it from there, and compare the tokens of `images` (normalized floats).
+    """Write the backbone to `directory`, load it from there, and compare the tokens of `images`.
 
-    `card` (plain JSON) tells what trained it. Returns "directory", "files" and "largest_difference"; raises RuntimeError
-    where that is above 1e-5, since then the files are not this backbone.
+    `images` are normalized floats, `card` (plain JSON) tells what trained it. Returns "directory",
+    "files" and "largest_difference"; raises RuntimeError where that is above 1e-5, since then the
+    files are not this backbone.
     """
     directory = Path(directory).expanduser()
     network = cast(nn.Module, backbone)
@@ -62,14 +63,16 @@ def export_safetensors(
     text = json.dumps(config, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+        _write(
+            directory / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"})
+        )
         _write(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write the export to {directory}: {error}.") from error
     difference = largest_difference(network, load_backbone(directory), images)
     if not difference <= _LARGEST_DIFFERENCE:
         raise RuntimeError(
-            f"the backbone loaded from {directory} differs by {difference:.2e} from the one in memory"
+            f"the backbone loaded from {directory} differs by {difference:.2e} from that in memory"
         )
     return {
         "directory": str(directory),
@@ -79,7 +82,7 @@ def export_safetensors(
 
 
 def load_backbone(directory: str | Path) -> nn.Module:
-    """The backbone that `export_safetensors` wrote, in eval mode on the CPU, in the precision it was saved in."""
+    """The backbone that `export_safetensors` wrote, in eval mode, on the CPU, precise as saved."""
     directory = Path(directory).expanduser()
     config = read_config(directory)
     path = directory / WEIGHTS
@@ -92,10 +95,13 @@ def load_backbone(directory: str | Path) -> nn.Module:
             backbone.to(next(iter(weights.values())).dtype)
         backbone.load_state_dict(weights)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error}): export it again.") from error
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({error}): export it again."
+        ) from error
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} does not fit the backbone that {CONFIG} beside it describes: export them again, together."
+            f"{path} does not fit the backbone that {CONFIG} beside it describes: "
+            "export both again, together."
         ) from error
     return backbone.eval()
 
@@ -105,15 +111,21 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory).expanduser()
     path = directory / CONFIG
     if not directory.is_dir():
-        raise UserError(f"There is no folder {directory}: give the folder that `dino-lite export` wrote.")
+        raise UserError(
+            f"There is no folder {directory}: give the folder that `dino-lite export` wrote."
+        )
     if not path.is_file():
-        raise UserError(f"{directory} has no {CONFIG}: give the folder that `dino-lite export` wrote.")
+        raise UserError(
+            f"{directory} has no {CONFIG}: give the folder that `dino-lite export` wrote."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): export the backbone again.") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise UserError(f"{path} is not the config of a dino_lite backbone: give an exported folder.")
+        raise UserError(
+            f"{path} is not the config of a dino_lite backbone: give an exported folder."
+        )
     missing = [key for key in _KEYS if key not in config]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: export the backbone again.")
@@ -123,7 +135,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def largest_difference(
     first: nn.Module, second: nn.Module, images: Float[Tensor, "n C H W"]
 ) -> float:
-    """Largest absolute difference between any two tokens that the two backbones make of the same images."""
+    """Largest absolute difference of any token between two backbones given the same images."""
     device = next(first.parameters()).device
     one, two = (_tokens(network, images, device) for network in (first, second))
     pairs = zip(one, two, strict=True)

@@ -51,7 +51,8 @@ def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tenso
 
 def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]:
     """Weights of the mean over all pairs of a teacher crop and a different student crop (DINO, Algorithm 1)."""
-    pairs = torch.ones(num_teacher, num_student) - torch.eye(num_teacher, num_student)
+    pairs = torch.ones(num_teacher, num_student, dtype=torch.float64)
+    pairs.fill_diagonal_(0.0)
     return pairs / pairs.sum()
 
 

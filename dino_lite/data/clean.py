@@ -1,0 +1,106 @@
+"""Images as evaluations see them: no randomness, one view, every image once and in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.photometric import Normalize
+
+
+def clean(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The center of an RGB image: shorter side to round(size·256/224), bicubic, then cropped.
+
+    At 224 px this is the published protocol (Caron et al. 2021, appendix). An image that is
+    size x size already is taken as it is.
+    """
+    width, height = image.size
+    if (width, height) != (size, size):
+        shorter, target = min(width, height), round(size * 256 / 224)
+        # The longer side is cut, not rounded, as torchvision's Resize does.
+        width, height = target * width // shorter, target * height // shorter
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.crop((left, top, left + size, top + size))
+    return np.array(image)
+
+
+class Batch(NamedTuple):
+    """What a worker delivers: the readable of the images asked for, and why the others are not."""
+
+    images: UInt8[Tensor, "b C H W"]
+    labels: Int[Tensor, "b"]
+    bad: list[tuple[int, str]]
+
+
+class CleanImages(Dataset[Batch]):
+    """Reads and cleans a list of images at a time. Labels are -1 where the source has none."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        images, labels, bad = [], [], []
+        for index in indices:
+            try:
+                images.append(clean(self.source.read(index), self.size))
+            except (OSError, ValueError) as error:
+                bad.append((index, str(error)))
+                continue
+            labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
+        pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
+        channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return Batch(channels_first, torch.tensor(labels, dtype=torch.int64), bad)
+
+
+class CleanData:
+    """The data set as an evaluation reads it.
+
+    An image that cannot be read is left out of the evaluation and noted in `bad` (name: reason).
+    """
+
+    def __init__(
+        self, splits: Splits, size: int, normalize: Normalize, batch_size: int, num_workers: int = 0
+    ) -> None:
+        if min(size, batch_size) < 1 or num_workers < 0:
+            raise UserError(
+                f"An evaluation at size {size}, batch_size {batch_size} and num_workers "
+                f"{num_workers} is impossible: the first two must be above 0, the last not below."
+            )
+        self.splits, self.size, self.normalize = splits, size, normalize
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.bad: dict[str, str] = {}
+
+    def batches(
+        self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"]]]:
+        """Normalized images and labels (-1: none), in the source's order, each image once."""
+        pin = device.type == "cuda"
+        loader = DataLoader(
+            CleanImages(source, self.size),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_as_read,
+            pin_memory=pin,
+        )
+        for images, labels, bad in loader:
+            self.bad.update((source.name(index), reason) for index, reason in bad)
+            if len(images):
+                images = images.to(device, non_blocking=pin)
+                yield self.normalize(images, dtype), labels.to(device, non_blocking=pin)
+
+
+def _as_read(batch: Any) -> Any:
+    """Keep the DataLoader from stacking what `__getitems__` has put together."""
+    return batch

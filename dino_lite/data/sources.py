@@ -1,0 +1,83 @@
+"""What the sources of images share: paths as users write them, names of classes, images held in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from dino_lite.contracts import UserError
+
+
+def expand(root: object) -> Path:
+    """`data.root` as an absolute path, `~` and environment variables replaced; it need not exist."""
+    text = "" if root is None else str(root)
+    if not text:
+        raise UserError("data.root is not set: name the folder or file that holds the images.")
+    return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(text))))
+
+
+def digest(chunks: Iterable[bytes]) -> str:
+    """16 hex digits over `chunks`, in order and with their bounds."""
+    total = blake2b(digest_size=8)
+    for chunk in chunks:
+        total.update(len(chunk).to_bytes(8, "little"))
+        total.update(chunk)
+    return total.hexdigest()
+
+
+class ArraySource:
+    """Images in memory, all of one size.
+
+    `images` is a tensor because torch hands tensors to worker processes through shared memory, arrays by copy.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[Tensor, "N H W 3"],
+        labels: Int[np.ndarray, "N"] | None,
+        classes: list[str],
+        title: str,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.title = title
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`, a copy."""
+        return Image.fromarray(self.images[index].numpy())
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def name(self, index: int) -> str:
+        """The set's title and the index: `shapes/train[17]`."""
+        return f"{self.title}[{index}]"
+
+    def digest(self) -> str:
+        """16 hex digits over shape and pixels."""
+        pixels = self.images.contiguous().numpy()
+        return digest([str(pixels.shape).encode(), pixels.tobytes()])
+
+
+def array_source(
+    pixels: UInt8[np.ndarray, "N H W 3"],
+    labels: Int[np.ndarray, "N"] | None,
+    classes: list[str],
+    title: str,
+) -> ArraySource:
+    """An ArraySource of a numpy array, which is not copied where torch can use it as it is."""
+    writable = np.require(pixels, requirements=["C", "W"])
+    return ArraySource(torch.from_numpy(writable), labels, classes, title)

@@ -1,0 +1,98 @@
+"""The course of a run as curves, from its metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Float
+
+from dino_lite.contracts import UserError
+from dino_lite.eval.pictures import write_whole
+
+_INK, _GRAY, _LINE, _BLUE = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa"
+_PANELS = (  # column of metrics.csv, title, color
+    ("loss", "Loss", _INK),
+    ("knn", "k-NN of the teacher, top-1 on train (%)", _BLUE),
+)
+_FEW = 40  # points up to which each gets a dot
+_STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _GRAY,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "xtick.color": _GRAY,
+    "ytick.color": _GRAY,
+    "xtick.major.width": 0.6,
+    "ytick.major.size": 0,
+}
+
+
+def curves_picture(metrics: str | Path, path: str | Path) -> None:
+    """Loss and, where there is one, k-NN accuracy over optimizer steps, from a metrics.csv."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    curves = [(read_curve(metrics, name), title, color) for name, title, color in _PANELS]
+    curves = [curve for curve in curves if len(curve[0])]
+    if not curves:
+        raise UserError(f"{metrics} has no number under loss or knn: there is nothing to draw.")
+    with mpl.rc_context(cast(Any, _STYLE)):
+        figure = Figure(figsize=(4.6 * len(curves), 2.9), dpi=150, layout="constrained")
+        panels = figure.subplots(1, len(curves), squeeze=False)[0]
+        for axes, (points, title, color) in zip(panels, curves, strict=True):
+            _draw_curve(axes, points, title, color)
+        write_whole(path, lambda part: figure.savefig(part, format="png"))
+
+
+def read_curve(metrics: str | Path, name: str) -> Float[np.ndarray, "n 2"]:
+    """Step and value of each row of a metrics.csv with a finite number under `name`, by step."""
+    try:
+        with Path(metrics).open(newline="", encoding="utf-8") as file:
+            rows = [(row.get("step"), row.get(name)) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be read ({error.strerror}): nothing to draw.") from error
+    numbers = [(float(step), float(value)) for step, value in rows if step and value]
+    points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points).all(axis=1)]
+    return points[np.argsort(points[:, 0], kind="stable")]
+
+
+def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray, "n"]:
+    """Mean over `size` neighbors (odd), over fewer at the ends."""
+    window = np.ones(size)
+    count = np.convolve(np.ones_like(values), window, mode="same")
+    return np.convolve(values, window, mode="same") / count
+
+
+def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], title: str, color: str) -> None:
+    """One panel: few points as dots and lines, many as a pale line under their running mean."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps, values = points.T
+    few = len(points) <= _FEW
+    if not few:
+        axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
+        values = running_mean(values, max(3, len(points) // 30) // 2 * 2 + 1)
+    axes.plot(steps, values, color=color, linewidth=1.4, marker="o" if few else None, markersize=3)
+    axes.annotate(
+        f"{values[-1]:.4g}",
+        (steps[-1], values[-1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=color,
+        va="center",
+        annotation_clip=False,
+    )
+    axes.margins(x=0.02, y=0.08)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK, pad=10)
+    axes.set_xlabel("optimizer steps")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", color=_LINE, linewidth=0.4)
