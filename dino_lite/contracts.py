@@ -41,6 +41,7 @@ class Progress(NamedTuple):
         return int(self.step // max(self.steps_per_epoch, 1e-9))
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A number that follows the run: learning rate, weight decay, momentum, temperature, loss weight."""
 
@@ -50,6 +51,7 @@ class Schedule(Protocol):
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@runtime_checkable
 class Source(Protocol):
     """A finite, ordered collection of images: all that the pipeline knows of where images come from."""
 
@@ -215,6 +217,7 @@ StepOutputs = dict[str, Match]
 StepTargets = dict[str, Targets | Tokens]
 
 
+@runtime_checkable
 class Loss(Protocol):
     """One term of the objective. `reads` names the Match it takes; a method says in `provides` what it offers."""
 
@@ -224,6 +227,7 @@ class Loss(Protocol):
     def __call__(self, match: Match) -> Float[Tensor, ""]: ...
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A network that is never trained by gradient: an average, a frozen model, or snapshots of another teacher."""
 
@@ -267,6 +271,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
+@runtime_checkable
 class Evaluation(Protocol):
     """Measures a frozen backbone on a data set; knows no method."""
 

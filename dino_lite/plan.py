@@ -220,6 +220,7 @@ def _precision(config: Config, facts: Facts) -> tuple[str, str]:
 
 
 _RULES: dict[str, Any] = {
+    "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
     "augment.global_size": _global_size,
     "backbone.patch_size": _patch_size,
     "augment.local_size": _local_size,
@@ -266,7 +267,7 @@ def check(config: Config, facts: Facts) -> None:
         temperature = "teacher_temp." in key or key.endswith("student_temp")
         refuse(temperature and key.rpartition(".")[2] != "warmup" and value <= 0, key, "a temperature is positive.")
         refuse(key.startswith("method.momentum.") and not 0 <= value <= 1, key, "a momentum lies in [0, 1].")
-        refuse(value < 0 and key.startswith(("optim.", "loader.", "trainer.")), key, "this cannot be negative.")
+        refuse(value < 0 and key.startswith(("optim.", "loader.", "trainer.", "augment.num_")), key, "this cannot be negative.")
     patch, large, small = (get(config, k) for k in ("backbone.patch_size", "augment.global_size", "augment.local_size"))
     refuse(patch > large or (get(config, "augment.num_local") > 0 and patch > small), "backbone.patch_size",
            f"a patch is larger than a crop (global {large}, local {small} pixels).")  # fmt: skip

@@ -163,7 +163,7 @@ def _check(name: str, kind: Photometric) -> None:
         value = getattr(kind, field)
         if not 0 <= value <= high:
             raise UserError(f"augment.{name}.{field} is {value}, but must lie in [0, {high}].")
-    _range(f"{name}.blur_radius", kind.blur_radius, 0, 1000)
+    _range(f"{name}.blur_radius", kind.blur_radius, 0.0, 1e3)
 
 
 class MultiCrop:
@@ -194,8 +194,8 @@ class MultiCrop:
             if value < low:
                 raise UserError(f"augment.{name} is {value}, but must be at least {low}.")
         tiny = 1e-6
-        scales = 2 * [_range("global_scale", global_scale, tiny, 1)]
-        scales += num_local * [_range("local_scale", local_scale, tiny, 1)]
+        scales = 2 * [_range("global_scale", global_scale, tiny, 1.0)]
+        scales += num_local * [_range("local_scale", local_scale, tiny, 1.0)]
         for name, kind in (("global_1", global_1), ("global_2", global_2), ("local", local)):
             _check(name, kind)
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local

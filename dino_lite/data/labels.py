@@ -16,6 +16,9 @@ from jaxtyping import Int64
 from dino_lite.contracts import UserError
 
 
+Names = Sequence[str] | Sequence[int]
+
+
 class Split(NamedTuple):
     """Image files of one folder: `folder` relative to the data's root, `paths` to `folder`. POSIX, in bytes."""
 
@@ -31,18 +34,18 @@ class Labels(NamedTuple):
     classes: list[str] = []
 
 
-def encode_labels(train: Sequence[str] | Sequence[int], test: Sequence[str] | Sequence[int] | None) -> Labels:
-    """Names as indices that mean the same in both splits; a train split with fewer than two classes has no labels.
+def encode_labels(train: Names | None, test: Names | None) -> Labels:
+    """Names as indices that mean the same in both splits. With fewer than two classes in train there are no labels.
 
     Classes are train's names, sorted, then those that only test has, sorted; test may lack some.
     """
-    classes = sorted(set(train))
-    if len(classes) < 2:
+    classes = sorted(set(train or ()))
+    if train is None or len(classes) < 2:
         return Labels()
     classes += sorted(set(test or ()) - set(classes))
     index = {name: i for i, name in enumerate(classes)}
 
-    def indices(names: Sequence[str] | Sequence[int]) -> Int64[np.ndarray, "K"]:
+    def indices(names: Names) -> Int64[np.ndarray, "K"]:
         return np.fromiter((index[name] for name in names), np.int64, len(names))
 
     return Labels(indices(train), None if test is None else indices(test), [str(name) for name in classes])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Shaped, UInt8
+from torch import Tensor
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.labels import encode_labels
@@ -47,14 +48,46 @@ def open_npz(root: str | None = None) -> Splits:
 
 
 def _load(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of the archive that have a meaning here; of others the name and an empty array."""
-    damage = (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile)
+    """The arrays of the archive; those without a meaning here stand as empty ones, for their names."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip file")
         with np.load(path, allow_pickle=False) as archive:
-            return {
-                key: archive[key] if key in KEYS else np.empty(0) for key in archive.files
-            }
-    except (*damage, AttributeError) as error:  # AttributeError: a single array has no files
+            return {key: archive[key] if key in KEYS else np.empty(0) for key in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} cannot be read as an .npz archive of plain arrays ({error}): write it anew with numpy.savez."
+            f"{path} cannot be read as an .npz archive of plain arrays ({error}): "
+            "write it anew with numpy.savez."
         ) from error
+
+
+def _images(path: Path, key: str, pixels: Shaped[np.ndarray, "..."]) -> UInt8[Tensor, "N H W 3"]:
+    """The array as RGB, held to the rules of `open_npz`."""
+    channels = pixels.shape[3] if pixels.ndim == 4 else 1
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or channels not in (1, 3):
+        raise UserError(
+            f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W, N H W 1 or N H W 3."
+        )
+    if 0 in pixels.shape:
+        raise UserError(f"{key} in {path} is {_told(pixels)}: it holds no image.")
+    rgb = pixels.reshape(*pixels.shape[:3], channels)
+    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:3], 3))))
+
+
+def _names(
+    path: Path, key: str, arrays: dict[str, Shaped[np.ndarray, "..."]], num: int
+) -> list[int] | list[str] | None:
+    """The labels as plain integers or text, one for each of `num` images; None where there are none."""
+    if key not in arrays:
+        return None
+    labels = arrays[key]
+    if labels.dtype.kind not in "iuU" or labels.shape not in ((num,), (num, 1)):
+        raise UserError(
+            f"{key} in {path} is {_told(labels)}: it must be integers or text, one for each of {num} images."
+        )
+    names: list[int] | list[str] = labels.ravel().tolist()
+    return names
+
+
+def _told(array: Shaped[np.ndarray, "..."]) -> str:
+    return f"{array.dtype} of shape {array.shape}"

@@ -8,7 +8,6 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
@@ -70,14 +69,3 @@ class ArraySource:
         """16 hex digits over shape and pixels."""
         pixels = self.images.contiguous().numpy()
         return digest([str(pixels.shape).encode(), pixels.tobytes()])
-
-
-def array_source(
-    pixels: UInt8[np.ndarray, "N H W 3"],
-    labels: Int[np.ndarray, "N"] | None,
-    classes: list[str],
-    title: str,
-) -> ArraySource:
-    """An ArraySource of a numpy array, which is not copied where torch can use it as it is."""
-    writable = np.require(pixels, requirements=["C", "W"])
-    return ArraySource(torch.from_numpy(writable), labels, classes, title)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -283,6 +284,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(part)
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error}.") from error
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,4 +159,5 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         write(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

@@ -1,0 +1,37 @@
+"""A data set by what `data.root` is."""
+
+from __future__ import annotations
+
+from dino_lite.contracts import Splits, UserError
+from dino_lite.data.builtin import CIFAR10_FOLDER, open_cifar10
+from dino_lite.data.folder import open_folder
+from dino_lite.data.npz import open_npz
+from dino_lite.data.shapes import open_shapes
+from dino_lite.data.sources import expand
+
+
+def open_auto(root: str | None = None, labels: str | None = "auto") -> Splits:
+    """Without `root` the embedded shapes; else an .npz file, torchvision's cifar-10-batches-py, or a folder of images.
+
+    `labels`: for folders, see `open_folder`. Other sources bring their own, which `none` takes away.
+    """
+    if root is None:
+        splits = open_shapes()
+    elif (path := expand(root)).suffix.lower() == ".npz":
+        splits = open_npz(root)
+    elif path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
+        splits = open_cifar10(root)
+    elif path.is_file():
+        raise UserError(
+            f"data.root={path} is a file of no known kind: give a folder of images, an .npz file, "
+            f"or torchvision's {CIFAR10_FOLDER}."
+        )
+    else:
+        return open_folder(root, labels)
+    if labels in (None, "none"):
+        for source in (splits.train, splits.test):
+            if source is not None:
+                source.labels, source.classes = None, []
+    elif labels != "auto":
+        raise UserError(f"data.labels={labels} is for folders of images, but {splits.name} brings its own: leave it out.")
+    return splits

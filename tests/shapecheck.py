@@ -1,0 +1,8 @@
+"""What `--jaxtyping-packages` checks annotations with: beartype, where an int is a float as in the typing rules."""
+
+from __future__ import annotations
+
+from beartype import BeartypeConf
+from beartype import beartype as _beartype
+
+beartype = _beartype(conf=BeartypeConf(is_pep484_tower=True))

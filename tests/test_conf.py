@@ -1,0 +1,89 @@
+"""Every configuration composes; every experiment builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dino_lite.commands.pretrain import build
+from dino_lite.config import compose, config_dir, get, leaves
+from dino_lite.contracts import Facts
+from dino_lite.plan import plan
+from dino_lite.runs import Run
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+GROUPS = sorted(
+    f"{folder.name}={path.stem}"
+    for folder in config_dir().iterdir()
+    if folder.is_dir() and folder.name not in ("experiment", "eval", "format")
+    for path in folder.glob("*.yaml")
+)
+
+
+def facts(**changes: object) -> Facts:
+    """A laptop with a folder of photographs."""
+    usual = {
+        "source": "photos", "num_images": 5000, "num_test": 0, "num_classes": 0, "height": 300, "width": 400,
+        "accelerator": "cpu", "device_name": "cpu", "num_devices": 1, "num_cores": 4, "bf16": False,
+    }  # fmt: skip
+    return Facts(**(usual | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
+    """No configuration file is dead or broken, alone with the defaults."""
+    planned = plan(compose("pretrain", [choice]), facts())
+    assert not [key for key, value in leaves(planned.config) if value == "auto" and key not in ("name", "data.labels")]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds(experiment: str, tmp_path: Path) -> None:
+    """Each experiment composes, plans and gives data, method and optimizer step on the embedded set."""
+    from dino_lite.data.shapes import open_shapes
+
+    config = plan(compose("pretrain", [f"experiment={experiment}", "trainer.accelerator=cpu"]), facts()).config
+    splits = open_shapes(num_train=20, num_test=10)
+    datamodule, module, clock = build(config, facts(num_images=20), splits, Run(tmp_path))
+    assert datamodule.batch_size == config["loader"]["batch_size"]
+    assert (clock.num_steps is None) != (clock.max_seconds is None)
+    assert module.configure_optimizers().param_groups[0]["decay"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_states_command_machine_time_and_result(experiment: str) -> None:
+    """The header of a recipe says how to run it, on what, how long, and what to expect."""
+    head = (config_dir() / "experiment" / f"{experiment}.yaml").read_text()
+    for word in ("dino-lite pretrain", "machine:", "time:", "result:"):
+        assert word in head, word
+
+
+@pytest.mark.parametrize("primary", ["pretrain", "evaluate", "export"])
+def test_hydra_writes_nothing_of_its_own(primary: str) -> None:
+    """No output folder, no log file, no change of folder."""
+    text = (config_dir() / f"{primary}.yaml").read_text()
+    assert "output_subdir: null" in text
+    assert "run: {dir: .}" in text
+    assert "chdir: false" in text
+
+
+def test_compat_changes_only_the_switches() -> None:
+    """compat=dino differs from the defaults in the switches of the table, and in nothing else."""
+    ours, theirs = dict(leaves(compose("pretrain", []))), dict(leaves(compose("pretrain", ["compat=dino"])))
+    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert changed == {
+        "backbone.position_offset", "backbone.position_antialias", "method.momentum.end_reached",
+        "method.teacher_temp.per", "optim.learning_rate.end_reached", "optim.weight_decay.end_reached",
+        "optim.decay_tokens", "optim.clip_by",
+    }  # fmt: skip
+
+
+def test_configuration_of_a_plain_run_holds_the_papers_numbers() -> None:
+    """Published parameters (Caron et al. 2021, section 3.2 and appendix) are the defaults."""
+    config = compose("pretrain", [])
+    published = {
+        "optim.rate": 5e-4, "optim.weight_decay.base": 0.04, "optim.weight_decay.end": 0.4, "optim.learning_rate.end": 1e-6,
+        "method.center_momentum": 0.9, "method.teacher_temp.start": 0.04, "loss.dino.student_temp": 0.1,
+        "augment.global_scale": [0.4, 1.0], "augment.local_scale": [0.05, 0.4], "backbone.drop_path": 0.1,
+    }  # fmt: skip
+    assert {key: get(config, key) for key in published} == published

@@ -1,0 +1,123 @@
+"""The plan: pure, complete, overridable, and a sentence for what cannot work."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shlex
+
+import pytest
+import yaml
+
+from dino_lite.config import Config, compose, get, leaves, put
+from dino_lite.contracts import UserError
+from dino_lite.plan import plan, seconds
+from test_conf import facts
+
+
+@functools.cache
+def defaults() -> Config:
+    """The configuration of a request without overrides."""
+    return compose("pretrain", [])
+
+
+def planned(*overrides: str, **changes: object) -> Config:
+    """The planned configuration of "key=value" on some facts (put in place here: composing takes half a second)."""
+    config = defaults()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        config = put(config, key.lstrip("+"), yaml.safe_load(value))
+    return plan(config, facts(**changes)).config
+
+
+def test_same_request_and_facts_give_the_same_plan_and_leave_the_request_alone() -> None:
+    """plan is a pure function."""
+    config = defaults()
+    before = copy.deepcopy(config)
+    assert plan(config, facts()) == plan(config, facts())
+    assert config == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"height": 32, "width": 32}, {"augment.global_size": 32, "trainer.precision": "32"}),
+        ({}, {"augment.global_size": 64, "backbone.patch_size": 8, "augment.local_size": 24, "trainer.max_time": "30m"}),
+        ({"source": "shapes", "height": 32, "width": 32}, {"trainer.max_time": "4m"}),
+        (
+            {"accelerator": "cuda", "num_images": 1_281_167, "bf16": True, "height": 375, "width": 500},
+            {
+                "augment.global_size": 224, "augment.local_size": 96, "augment.num_local": 8, "backbone.patch_size": 16,
+                "method.head.num_prototypes": 65_536, "method.momentum.base": 0.996, "trainer.max_epochs": 100,
+                "trainer.max_time": None, "trainer.precision": "bf16", "backbone.name": "vit_small_patch16_224",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_facts_decide(changes: dict[str, object], expected: dict[str, object]) -> None:
+    """Image size, number of images and device settle crops, model, length and precision."""
+    config = planned(**changes)
+    assert {key: get(config, key) for key in expected} == expected
+
+
+def test_every_decision_is_told_with_its_reason() -> None:
+    """What was auto and is settled appears in the table, and nothing else."""
+    config = put(defaults(), "loader.batch_size", 32)
+    result = plan(config, facts())
+    auto = {key for key, value in leaves(config) if value == "auto"} - {"name", "data.labels"}
+    assert {decision.key for decision in result.decisions} == auto
+    assert all(decision.reason in result.table() for decision in result.decisions)
+
+
+def test_given_values_are_kept_and_followed() -> None:
+    """A value that was given stays, and what depends on it follows."""
+    config = planned("augment.global_size=96", "backbone.patch_size=16", "loader.batch_size=512", "optim.rate=1e-3")
+    assert config["backbone"]["image_size"] == 96
+    assert config["augment"]["local_size"] == 48
+    assert get(config, "optim.learning_rate.base") == pytest.approx(2e-3)
+
+
+def test_batch_size_divides_by_the_processes() -> None:
+    """loader.batch_size counts images over all processes."""
+    assert planned("trainer.devices=3")["loader"]["batch_size"] % 3 == 0
+
+
+REFUSED = {
+    "augment.global_size=0": "augment.global_size=0",
+    "augment.num_local=-1": "cannot be negative",
+    "backbone.patch_size=128": "larger than a crop",
+    "augment.global_size=60 backbone.patch_size=8": "no multiple of backbone.patch_size",
+    "loader.batch_size=0": "loader.batch_size=0",
+    "loader.batch_size=7 trainer.devices=2": "must divide",
+    "loader.num_workers=-1": "cannot be negative",
+    "method.teacher_temp.end=-0.04": "a temperature is positive",
+    "loss.dino.student_temp=0": "a temperature is positive",
+    "method.momentum.base=1.5": "a momentum lies in [0, 1]",
+    "augment.global_1.flip_prob=2": "a probability lies in [0, 1]",
+    "optim.clip=-1": "cannot be negative",
+    "optim.learning_rate.warmup=1.5": "longer than the run",
+    "trainer.max_epochs=5 'optim.learning_rate.warmup=10 epochs'": "longer than the run",
+    "trainer.max_steps=5 'optim.learning_rate.warmup=10 steps'": "longer than the run",
+    "trainer.max_time=5m 'optim.freeze_last_layer=1 epochs'": "fractions only",
+    "trainer.max_epochs=5 trainer.max_steps=5": "exactly one",
+    "trainer.max_epochs=0": "positive",
+    "trainer.max_time=soon": "a positive time",
+    "trainer.precision=16": "fp16",
+    "trainer.precision=8": "choose auto, 32, bf16 or 64",
+    "+trainer.max_epoch=3": "no such key",
+}
+
+
+@pytest.mark.parametrize("request_", REFUSED)
+def test_impossible_values_are_refused_in_a_sentence(request_: str) -> None:
+    """Each impossible value names its key and the reason."""
+    with pytest.raises(UserError) as caught:
+        planned(*[part.replace("=", "='", 1) + "'" if " " in part else part for part in shlex.split(request_)])
+    assert REFUSED[request_] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1.5h", 5400), (10, 600)])
+def test_times_are_read(text: str, value: float) -> None:
+    """Seconds, minutes, hours, days; a bare number is minutes."""
+    assert seconds(text) == value
