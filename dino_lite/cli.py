@@ -1,4 +1,6 @@
-"""`dino-lite COMMAND ARGS`: becomes `python -m dino_lite.commands.COMMAND ARGS`, so that launchers can run it again."""
+"""`dino-lite COMMAND ARGS`: becomes `python -m dino_lite.commands.COMMAND ARGS`, so that launchers
+can run it again.
+"""
 
 from __future__ import annotations
 

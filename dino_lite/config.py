@@ -1,4 +1,4 @@
-"""Hydra's door: where conf/ lies, composing and checking a configuration, building objects from it."""
+"""Hydra's door: find conf/, compose and check a configuration, build objects from it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ Config = dict[str, Any]
 
 
 def config_dir() -> Path:
-    """The folder conf/: beside the package in a checkout or an editable install, inside it in a wheel."""
+    """The folder conf/: beside the package in a checkout or an editable install, inside it in a
+    wheel.
+    """
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "pretrain.yaml").is_file():
             return folder
-    raise UserError(f"dino_lite's configuration is not at {package / 'conf'}: install the package again.")
+    raise UserError(
+        f"dino_lite's configuration is not at {package / 'conf'}: install the package again."
+    )
 
 
 def parses(override: str) -> bool:
@@ -41,7 +45,9 @@ def parses(override: str) -> bool:
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:
-    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists; mistakes are UserErrors."""
+    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists;
+    mistakes are UserErrors.
+    """
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -59,17 +65,35 @@ def to_plain(config: DictConfig) -> Config:
 
 
 def instantiate(config: Config, **extra: Any) -> Any:
-    """Build what `_target_` names, whole tree; a wrong argument or value is a UserError."""
+    """Build what `_target_` names, whole tree. UserErrors pass; a target that is not there, or keys
+    it has not, are one.
+
+    What goes wrong inside a constructor is its own error, with its own traceback.
+    """
     try:
         return hydra.utils.instantiate(config, _convert_="all", **extra)
     except HydraException as error:
-        cause: BaseException | None = error
-        while cause is not None:
+        causes = _causes(error)
+        for cause in causes:
             if isinstance(cause, UserError):
-                raise cause from error
-            cause = cause.__cause__
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{config.get('_target_', 'a part of the configuration')}: {reason}") from error
+                raise cause from None
+        cause = causes[-1]
+        target = config.get("_target_", "a part of the configuration")
+        if isinstance(cause, ImportError | AttributeError):
+            raise UserError(
+                f"{target} cannot be imported ({cause}): code of your own must be on PYTHONPATH."
+            ) from error
+        if isinstance(cause, TypeError):
+            raise UserError(f"{target} does not take these keys: {cause}.") from error
+        raise
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that led to it, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
 
 
 def save(config: Config, path: Path) -> None:
@@ -114,7 +138,9 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], None]]:
-    """Make `function(config)` a command line: Hydra's flags and overrides, one sentence and exit code 2 for UserErrors."""
+    """Make `function(config)` a command line: Hydra's flags and overrides, one sentence and exit
+    code 2 for UserErrors.
+    """
 
     def wrap(function: Callable[[Config], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -129,7 +155,9 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
                 searched = {"--config-dir", "-cd", "--config-name", "-cn"} & set(sys.argv)
                 if not multirun and not searched:
                     compose(primary, overrides)  # Hydra's own words for a mistake are a page long
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=primary)(job)()
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=primary)(
+                job
+            )()
 
         return main
 

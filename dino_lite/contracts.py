@@ -1,7 +1,8 @@
 """The nouns that every part of dino_lite shares, and nothing that computes.
 
-Letters in shapes, everywhere: B images, G global crops, L local crops, S student crops (G+L), T teacher crops (=G),
-N tokens, P patches, M masked patches, D feature width, E bottleneck width, K prototypes, C channels, n rows of any kind.
+Letters in shapes, everywhere: B images, G global crops, L local crops, S student crops (G+L), T
+teacher crops (=G), N tokens, P patches, M masked patches, D feature width, E bottleneck width, K
+prototypes, C channels, n rows of any kind.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence saying what is wrong, where, and what to do. Commands exit with 2."""
+    """A mistake the user can mend: one sentence saying what is wrong, where, and what to do.
+    Commands exit with 2.
+    """
 
 
-# ---------------------------------------------------------------------------------------------------- time and rates
+# time and rates
 
 
 class Progress(NamedTuple):
-    """Where a run stands. `step` of `total` counts optimizer steps, or ticks of the clock when a run is timed."""
+    """Where a run stands. `step` of `total` counts optimizer steps, or ticks of the clock when a
+    run is timed.
+    """
 
     step: float
     total: float
@@ -43,17 +48,21 @@ class Progress(NamedTuple):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A number that follows the run: learning rate, weight decay, momentum, temperature, loss weight."""
+    """A number that follows the run: learning rate, weight decay, momentum, temperature, loss
+    weight.
+    """
 
     def __call__(self, at: Progress) -> float: ...
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# data
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A finite, ordered collection of images: all that the pipeline knows of where images come from."""
+    """A finite, ordered collection of images: all that the pipeline knows of where images come
+    from.
+    """
 
     labels: Int[np.ndarray, "N"] | None
     classes: list[str]
@@ -65,16 +74,18 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What messages and bad_files.csv call image `index`: a path, or the set's name and the index."""
+        """What messages and bad_files.csv call image `index`: a path, or the set's name and the
+        index.
+        """
         ...
 
     def digest(self) -> str:
-        """16 hex digits over the names (or bytes) in order: a resumed run must find the same list."""
+        """16 hex digits over names or bytes in order: a resumed run must find the same list."""
         ...
 
 
 class Splits(NamedTuple):
-    """A data set. Pretraining reads `train` only; `test` is None where the data has a single split."""
+    """A data set. Pretraining reads `train` only; `test` is None where there is one split."""
 
     train: Source
     test: Source | None
@@ -98,20 +109,22 @@ class Facts(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` makes floats of it on the device.
+    """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` makes
+    floats of it on the device.
 
-    `boxes`: top, left, height, width of each crop as fractions of its image. `draws`: the photometric parameters that
-    were (or are to be) applied, columns as `data.crops.COLUMNS` names them. `extra`: further crops by name.
+    `boxes`: top, left, height, width of each crop as fractions of its image. `draws`: the
+    photometric parameters that were (or are to be) applied, columns as `data.crops.COLUMNS` names
+    them. `extra`: further crops by name.
     """
 
     globals_: Shaped[Tensor, "G B C H W"]
     locals_: Shaped[Tensor, "L B C h w"] | None
-    index: Int[Tensor, "B"]
+    index: Int[Tensor, "B"]  # type: ignore[assignment]  # hides tuple.index, which nobody asks
     labels: Int[Tensor, "B"] | None
     boxes: Float[Tensor, "S B 4"]
     draws: Float[Tensor, "S B A"]
     masks: Bool[Tensor, "G B P"] | None = None
-    extra: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never written to
 
     @property
     def num_images(self) -> int:
@@ -133,7 +146,7 @@ class Crops(NamedTuple):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# networks
 
 
 class Tokens(NamedTuple):
@@ -144,10 +157,18 @@ class Tokens(NamedTuple):
     registers: Float[Tensor, "n R D"] | None
     grid: tuple[int, int]  # rows, columns: P = rows * columns
 
+    def part(self, start: int, stop: int) -> Tokens:
+        """Images start to stop (exclusive)."""
+        cut = slice(start, stop)
+        registers = None if self.registers is None else self.registers[cut]
+        return Tokens(self.cls[cut], self.patches[cut], registers, self.grid)
+
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's keywords}, plain JSON."""
+    """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's
+    keywords}, plain JSON.
+    """
 
     spec: dict[str, Any]
     embed_dim: int
@@ -159,7 +180,7 @@ class Backbone(Protocol):
     ) -> Tokens: ...
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens after each of `blocks` (negative counts from the end), each through the last norm."""
+        """Tokens after each of `blocks` (negative: from the end), each through the last norm."""
         ...
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
@@ -167,7 +188,9 @@ class Backbone(Protocol):
         ...
 
     def depth_of(self, name: str) -> int:
-        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, depth+1 for the last norm."""
+        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, depth+1 for the last
+        norm.
+        """
         ...
 
 
@@ -183,9 +206,11 @@ class Scores(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The teacher's distributions q = exp(z·Pᵀ/temp + row + col), never stored: recomputed where they are needed.
+    """The teacher's distributions q = exp(z·Pᵀ/temp + row + col), never stored: recomputed where
+    they are needed.
 
-    `pairs[t, s]` weighs the cross-entropy of student crop s against teacher crop t, `weight` the images.
+    `pairs[t, s]` weighs the cross-entropy of student crop s against teacher crop t, `weight` the
+    images.
     """
 
     z: Float[Tensor, "T n E"]
@@ -219,7 +244,9 @@ StepTargets = dict[str, Targets | Tokens]
 
 @runtime_checkable
 class Loss(Protocol):
-    """One term of the objective. `reads` names the Match it takes; a method says in `provides` what it offers."""
+    """One term of the objective. `reads` names the Match it takes; a method says in `provides` what
+    it offers.
+    """
 
     reads: str
     weight: Schedule
@@ -229,24 +256,28 @@ class Loss(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A network that is never trained by gradient: an average, a frozen model, or snapshots of another teacher."""
+    """A network that is never trained by gradient: an average, a frozen model, or snapshots of
+    another teacher.
+    """
 
     module: nn.Module
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Follow the student after an optimizer step; change nothing where `ok` is false (the step was skipped)."""
+        """Follow the student after an optimizer step; change nothing where `ok` is false (the step
+        was skipped).
+        """
         ...
 
 
 class Method(nn.Module):
-    """A way to learn: who the student is, what it is held against, and what follows a step. No Lightning, no loop.
+    """A way to learn: who the student is, what it is held against, and what follows a step. No
+    Lightning, no loop.
 
-    Abstract. `student` maps part names ("backbone", "head") to networks, `teachers` roles ("ema") to Teachers whose
-    `module` mirrors the student; `step` counts optimizer steps.
+    Abstract. `teachers` maps roles ("ema") to Teachers; `step` counts optimizer steps.
     """
 
     provides: tuple[str, ...]
-    student: nn.ModuleDict
+    student: nn.Module
     teachers: nn.ModuleDict
     step: Tensor
 
@@ -259,14 +290,14 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Move teachers and centers; where `ok` is false (the step was skipped) nothing may change."""
+        """Move teachers and centers; where `ok` is false (a skipped step) nothing may change."""
         raise NotImplementedError
 
     def schedules(self) -> dict[str, Schedule]:
         """What moves with the run, by the name it is logged under."""
         raise NotImplementedError
 
-    def export_backbone(self) -> nn.Module:
+    def export_backbone(self) -> Any:
         """The backbone that is evaluated and exported: the teacher's."""
         raise NotImplementedError
 

@@ -30,7 +30,9 @@ def world_size() -> int:
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
-    """Average `tensor` over all processes in place (a sum divided here: gloo has no mean). Returns it."""
+    """Average `tensor` over all processes in place (a sum divided here: gloo has no mean). Returns
+    it.
+    """
     if is_distributed():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -38,7 +40,7 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_value(value: float, device: torch.device) -> float:
-    """Rank 0's `value`, on every rank. Waits for the device where there is more than one process."""
+    """Rank 0's `value`, on every rank. Waits for the device if there are several."""
     if not is_distributed():
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=device)

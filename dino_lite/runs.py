@@ -1,4 +1,6 @@
-"""A run's folder: its name, its lock, what lies in it, and how a checkpoint in it is found and opened."""
+"""A run's folder: its name, its lock, what lies in it, and how a checkpoint in it is found and
+opened.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +28,17 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.export.safetensors import load_backbone, read_config
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
-_SPEED = ("name", "runs_dir", "baselines", "callbacks", "loader.num_workers", "trainer.devices", "trainer.num_nodes",
-          "trainer.accelerator", "trainer.micro_batch_size")  # fmt: skip
+_SPEED = (
+    "name",
+    "runs_dir",
+    "baselines",
+    "callbacks",
+    "loader.num_workers",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.micro_batch_size",
+)
 _PATHS = (".root", ".pretrained", ".labels")
 
 
@@ -36,7 +48,9 @@ def is_speed(key: str) -> bool:
 
 
 def absolute_paths(config: Config) -> Config:
-    """`config` with `~` and environment variables in paths expanded, and relative ones made absolute where they exist."""
+    """`config` with `~` and environment variables in paths expanded, and relative ones made
+    absolute where they exist.
+    """
 
     def visit(node: Any, key: str) -> Any:
         if isinstance(node, dict):
@@ -59,7 +73,9 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     if config["name"] != "auto":
         name = str(config["name"])
         if not name or Path(name).name != name or name.startswith("."):
-            raise UserError(f"name={name}: a run's name is a folder's, without slashes and leading dots.")
+            raise UserError(
+                f"name={name}: a run's name is a folder's, without slashes and leading dots."
+            )
         return name
     digest = hashlib.sha1(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
     method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
@@ -69,26 +85,32 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
 
 
 def resume_config(run: Run, planned: Config, request: Config, splits: Splits) -> Config:
-    """The run's saved configuration with speed keys planned anew; refuses another request, other data, lost precision."""
+    """The run's saved configuration with speed keys planned anew; refuses another request, other
+    data, lost precision.
+    """
     before = read_json(run.environment_file)
     changed = differences(before["request"], request)
     if changed:
         key = changed[0]
         old, new = before["request"].get(key), request.get(key)
         if key.startswith("trainer.max_"):
-            why = "schedules depend on a run's length, so it cannot be prolonged: train anew under another name="
+            why = "schedules depend on a run's length: train anew under another name="
         else:
             why = "give the same settings to go on with it, or another name="
         raise UserError(f"{run.folder} was started with {key}={old}, not {new}: {why}.")
     data = before["data"]
     if (data["num_images"], data["digest"]) != (len(splits.train), splits.train.digest()):
         raise UserError(
-            f"{run.folder} was trained on {data['num_images']} images, and the data has changed since (now "
+            f"{run.folder} was trained on {data['num_images']} images, and the data has "
+            "changed since (now "
             f"{len(splits.train)} images): restore the data, or choose another name= to start anew."
         )
     config = load(run.config_file)
     if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
-        raise UserError(f"{run.folder} was trained in bf16, which this machine lacks: resume it where it was started.")
+        raise UserError(
+            f"{run.folder} was trained in bf16, which this machine lacks: resume it where it "
+            "was started."
+        )
     for key, value in leaves(planned):
         if is_speed(key):
             config = put(config, key, value)
@@ -116,7 +138,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{self.folder} is being trained by another process: wait for it or choose name=.") from error
+            raise UserError(
+                f"{self.folder} is being trained by another process: wait for it or choose name=."
+            ) from error
 
     def results(self) -> dict[str, Any]:
         """results.json, empty where there is none yet."""
@@ -145,31 +169,47 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def environment(facts: Facts) -> dict[str, Any]:
     """Versions, code and machine: what a reader needs to reproduce the run."""
-    import pytorch_lightning
-    import timm
-    import torchvision
-
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, pytorch_lightning)}
+    versions = {
+        name: version(name) for name in ("torch", "torchvision", "timm", "pytorch-lightning")
+    }
     return {
         "dino_lite": __version__,
         "git": git.stdout.strip() or None,
         "python": platform.python_version(),
         "versions": versions,
-        "machine": {"platform": platform.platform(), "device": facts.device_name, "cores": facts.num_cores},
+        "machine": {
+            "platform": platform.platform(),
+            "device": facts.device_name,
+            "cores": facts.num_cores,
+        },
     }
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
-    """The .ckpt file or exported folder that `checkpoint=` names: a run, a file, an export, or "latest"."""
+    """The .ckpt file or exported folder that `checkpoint=` names: a run, a file, an export, or
+    "latest".
+    """
     if not checkpoint:
-        raise UserError("checkpoint= is missing: name a run's folder, a .ckpt file, an exported folder, or latest.")
+        raise UserError(
+            "checkpoint= is missing: name a run's folder, a .ckpt file, an exported folder, "
+            "or latest."
+        )
     if checkpoint == "latest":
-        runs = sorted(Path(runs_dir).glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        runs = sorted(
+            Path(runs_dir).glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime
+        )
         if not runs:
-            raise UserError(f"checkpoint=latest: there is no finished or running run in {runs_dir}; run dino-lite pretrain.")
+            raise UserError(
+                f"checkpoint=latest: there is no finished or running run in {runs_dir}; run "
+                "dino-lite pretrain."
+            )
         return runs[-1]
     path = Path(os.path.expandvars(checkpoint)).expanduser()
     for candidate in (path, Path(runs_dir) / checkpoint):
@@ -179,7 +219,9 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
             return candidate
         if (candidate / "checkpoints" / "last.ckpt").is_file():
             return candidate / "checkpoints" / "last.ckpt"
-    raise UserError(f"checkpoint={checkpoint}: this is no run, no .ckpt file and no exported folder.")
+    raise UserError(
+        f"checkpoint={checkpoint}: this is no run, no .ckpt file and no exported folder."
+    )
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -201,21 +243,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def open_backbone(checkpoint: Path) -> tuple[nn.Module, Config]:
-    """The backbone of a checkpoint (the teacher's) or of an export, in eval mode, and what is known of it.
+def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
+    """The backbone of a checkpoint (the teacher's) or of an export, in eval mode, and what is known
+    of it.
 
-    Known are image_size, mean, std, card (plain JSON: what trained it) and data (its run's data configuration or None).
+    Known are image_size, mean, std, card (plain JSON: what trained it) and data (its run's data
+    configuration or None).
     """
     if checkpoint.is_dir():
         about = read_config(checkpoint)
         return load_backbone(checkpoint), about | {"data": None}
     run = run_of(checkpoint)
     if run is None:
-        raise UserError(f"{checkpoint}: config.yaml of its run is not two folders up; keep checkpoints in their run.")
+        raise UserError(
+            f"{checkpoint}: config.yaml of its run is not two folders up; keep checkpoints in "
+            "their run."
+        )
     config = load(run.config_file)
     content = read_checkpoint(checkpoint)
     method = build_method(put(config, "backbone.pretrained", None))
-    method.load_state_dict({name.removeprefix("method."): value for name, value in content["state_dict"].items()})
+    method.load_state_dict(
+        {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
+    )
     normalize = Normalize()
     about = {
         "image_size": config["augment"]["global_size"],
@@ -233,7 +282,9 @@ def data_config(config: Config, checkpoint: Path, about: Config) -> Config:
     if asked.get("root") is not None or not asked["_target_"].endswith(".open_auto"):
         return asked
     if about["data"] is None:
-        raise UserError(f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes.")
+        raise UserError(
+            f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes."
+        )
     own: Config = about["data"]
     return own
 
@@ -241,7 +292,11 @@ def data_config(config: Config, checkpoint: Path, about: Config) -> Config:
 def results_file(checkpoint: Path) -> Path:
     """Where results about a checkpoint are kept: its run's results.json, or an export's own."""
     run = run_of(checkpoint)
-    return run.results_file if run else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "results.json"
+    return (
+        run.results_file
+        if run
+        else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "results.json"
+    )
 
 
 def build_method(config: Config) -> Method:

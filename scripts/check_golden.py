@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Hold the project against golden numbers: `check_golden.py DIR [--only PREFIX]`.
 
-DIR holds cases.json and the tensors it names. Each case runs through the project's own public code and prints one line:
-its largest error beside what is allowed there. Exit code 1 when a case fails or a selected case has no adapter.
+DIR holds cases.json and the tensors it names. Each case runs through the project's own public code
+and prints one line: its largest error beside what is allowed there. Exit code 1 when a case fails
+or a selected case has no adapter.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
 from golden.adapters_eval import a09  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
 from golden.check import Check  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 Adapter = Callable[[dict[str, Any], dict[str, Tensor], Path], Iterator[Check]]
 ADAPTERS: dict[str, Adapter] = {
@@ -71,17 +71,23 @@ def run_case(case: dict[str, Any], folder: Path) -> tuple[bool, str]:
     failed = [check for check in checks if nearness(check) > 1]
     worst = max(checks, key=nearness)
     line = (
-        f"{case['id']:26s} {'FAILED' if failed else 'ok':6s}  {worst.error:.2e} of {worst.tolerance:.2e} allowed"
-        f" ({worst.name}); {len(checks)} checks, {len(failed)} failed, {time.monotonic() - started:.1f} s"
+        f"{case['id']:26s} {'FAILED' if failed else 'ok':6s}  {worst.error:.2e} of "
+        f"{worst.tolerance:.2e} allowed"
+        f" ({worst.name}); {len(checks)} checks, {len(failed)} failed, "
+        f"{time.monotonic() - started:.1f} s"
     )
     return not failed, line
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="holds cases.json")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="cases whose id begins so, as A or B1")
+    parser.add_argument(
+        "--only", default="", metavar="PREFIX", help="cases whose id begins so, as A or B1"
+    )
     options = parser.parse_args(arguments)
     try:
         content = json.loads((options.folder / "cases.json").read_text(encoding="utf-8"))

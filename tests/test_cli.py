@@ -15,7 +15,23 @@ from dino_lite import cli
 from dino_lite.config import compose, parses
 from dino_lite.contracts import UserError
 
-AWKWARD = ["/a b/c", "~/photos", "é/ü", "x=1", "(1)", "[x]", "a,b", "1", "null", "it's", "back\\slash", "a\\'b", "$HOME/x", "${x}", "end\\"]  # fmt: skip
+AWKWARD = [
+    "/a b/c",
+    "~/photos",
+    "é/ü",
+    "x=1",
+    "(1)",
+    "[x]",
+    "a,b",
+    "1",
+    "null",
+    "it's",
+    "back\\slash",
+    "a\\'b",
+    "$HOME/x",
+    "${x}",
+    "end\\",
+]
 
 
 @pytest.mark.parametrize("value", AWKWARD)
@@ -42,8 +58,17 @@ def compose_root(quoted: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "argument", ["trainer.max_steps=3", "eval=[knn]", "--multirun", "optim.rate=1e-3", "+backbone.mlp_ratio=3", "~experiment", "seed=1,2"]
-)  # fmt: skip
+    "argument",
+    [
+        "trainer.max_steps=3",
+        "eval=[knn]",
+        "--multirun",
+        "optim.rate=1e-3",
+        "+backbone.mlp_ratio=3",
+        "~experiment",
+        "seed=1,2",
+    ],
+)
 def test_what_hydra_understands_is_left_alone(argument: str) -> None:
     """Numbers, lists, flags, sweeps and deletions keep their meaning."""
     assert cli.quote_override(argument) == argument
@@ -64,8 +89,12 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return subprocess.run(
         [sys.executable, "-c", "from dino_lite.cli import main; main()", *arguments],
-        capture_output=True, text=True, cwd=cwd, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
 
 
 def test_unknown_command_names_the_nearest_and_exits_with_2() -> None:
@@ -78,8 +107,13 @@ def test_unknown_command_names_the_nearest_and_exits_with_2() -> None:
 
 def test_version_and_help_need_no_torch() -> None:
     """Help and version answer without importing the heavy packages."""
-    code = "import sys; sys.argv=['dino-lite','--help']; from dino_lite.cli import main; main(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+    code = (
+        "import sys; sys.argv = ['dino-lite', '--help']; from dino_lite.cli import main; main(); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1]
+    )
     assert run("--version").stdout.startswith("dino-lite 0.")
 
 

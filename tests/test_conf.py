@@ -24,9 +24,18 @@ GROUPS = sorted(
 def facts(**changes: object) -> Facts:
     """A laptop with a folder of photographs."""
     usual = {
-        "source": "photos", "num_images": 5000, "num_test": 0, "num_classes": 0, "height": 300, "width": 400,
-        "accelerator": "cpu", "device_name": "cpu", "num_devices": 1, "num_cores": 4, "bf16": False,
-    }  # fmt: skip
+        "source": "photos",
+        "num_images": 5000,
+        "num_test": 0,
+        "num_classes": 0,
+        "height": 300,
+        "width": 400,
+        "accelerator": "cpu",
+        "device_name": "cpu",
+        "num_devices": 1,
+        "num_cores": 4,
+        "bf16": False,
+    }
     return Facts(**(usual | changes))  # type: ignore[arg-type]
 
 
@@ -34,15 +43,23 @@ def facts(**changes: object) -> Facts:
 def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
     """No configuration file is dead or broken, alone with the defaults."""
     planned = plan(compose("pretrain", [choice]), facts())
-    assert not [key for key, value in leaves(planned.config) if value == "auto" and key not in ("name", "data.labels")]
+    assert not [
+        key
+        for key, value in leaves(planned.config)
+        if value == "auto" and key not in ("name", "data.labels")
+    ]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str, tmp_path: Path) -> None:
-    """Each experiment composes, plans and gives data, method and optimizer step on the embedded set."""
+    """Each experiment composes, plans and gives data, method and optimizer step on the embedded
+    set.
+    """
     from dino_lite.data.shapes import open_shapes
 
-    config = plan(compose("pretrain", [f"experiment={experiment}", "trainer.accelerator=cpu"]), facts()).config
+    config = plan(
+        compose("pretrain", [f"experiment={experiment}", "trainer.accelerator=cpu"]), facts()
+    ).config
     splits = open_shapes(num_train=20, num_test=10)
     datamodule, module, clock = build(config, facts(num_images=20), splits, Run(tmp_path))
     assert datamodule.batch_size == config["loader"]["batch_size"]
@@ -69,21 +86,36 @@ def test_hydra_writes_nothing_of_its_own(primary: str) -> None:
 
 def test_compat_changes_only_the_switches() -> None:
     """compat=dino differs from the defaults in the switches of the table, and in nothing else."""
-    ours, theirs = dict(leaves(compose("pretrain", []))), dict(leaves(compose("pretrain", ["compat=dino"])))
+    ours, theirs = (
+        dict(leaves(compose("pretrain", []))),
+        dict(leaves(compose("pretrain", ["compat=dino"]))),
+    )
     changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert changed == {
-        "backbone.position_offset", "backbone.position_antialias", "method.momentum.end_reached",
-        "method.teacher_temp.per", "optim.learning_rate.end_reached", "optim.weight_decay.end_reached",
-        "optim.decay_tokens", "optim.clip_by",
-    }  # fmt: skip
+        "backbone.position_offset",
+        "backbone.position_antialias",
+        "method.momentum.end_reached",
+        "method.teacher_temp.per",
+        "optim.learning_rate.end_reached",
+        "optim.weight_decay.end_reached",
+        "optim.decay_tokens",
+        "optim.clip_by",
+    }
 
 
 def test_configuration_of_a_plain_run_holds_the_papers_numbers() -> None:
     """Published parameters (Caron et al. 2021, section 3.2 and appendix) are the defaults."""
     config = compose("pretrain", [])
     published = {
-        "optim.rate": 5e-4, "optim.weight_decay.base": 0.04, "optim.weight_decay.end": 0.4, "optim.learning_rate.end": 1e-6,
-        "method.center_momentum": 0.9, "method.teacher_temp.start": 0.04, "loss.dino.student_temp": 0.1,
-        "augment.global_scale": [0.4, 1.0], "augment.local_scale": [0.05, 0.4], "backbone.drop_path": 0.1,
-    }  # fmt: skip
+        "optim.rate": 5e-4,
+        "optim.weight_decay.base": 0.04,
+        "optim.weight_decay.end": 0.4,
+        "optim.learning_rate.end": 1e-6,
+        "method.center_momentum": 0.9,
+        "method.teacher_temp.start": 0.04,
+        "loss.dino.student_temp": 0.1,
+        "augment.global_scale": [0.4, 1.0],
+        "augment.local_scale": [0.05, 0.4],
+        "backbone.drop_path": 0.1,
+    }
     assert {key: get(config, key) for key in published} == published

@@ -8,11 +8,12 @@ import shlex
 
 import pytest
 import yaml
+from test_conf import facts
 
+from dino_lite.checks import seconds
 from dino_lite.config import Config, compose, get, leaves, put
 from dino_lite.contracts import UserError
-from dino_lite.plan import plan, seconds
-from test_conf import facts
+from dino_lite.plan import plan
 
 
 @functools.cache
@@ -22,7 +23,9 @@ def defaults() -> Config:
 
 
 def planned(*overrides: str, **changes: object) -> Config:
-    """The planned configuration of "key=value" on some facts (put in place here: composing takes half a second)."""
+    """The planned configuration of "key=value" on some facts (put in place here: composing takes
+    half a second).
+    """
     config = defaults()
     for override in overrides:
         key, _, value = override.partition("=")
@@ -42,18 +45,39 @@ def test_same_request_and_facts_give_the_same_plan_and_leave_the_request_alone()
     ("changes", "expected"),
     [
         ({"height": 32, "width": 32}, {"augment.global_size": 32, "trainer.precision": "32"}),
-        ({}, {"augment.global_size": 64, "backbone.patch_size": 8, "augment.local_size": 24, "trainer.max_time": "30m"}),
+        (
+            {},
+            {
+                "augment.global_size": 64,
+                "backbone.patch_size": 8,
+                "augment.local_size": 24,
+                "trainer.max_time": "30m",
+            },
+        ),
         ({"source": "shapes", "height": 32, "width": 32}, {"trainer.max_time": "4m"}),
         (
-            {"accelerator": "cuda", "num_images": 1_281_167, "bf16": True, "height": 375, "width": 500},
             {
-                "augment.global_size": 224, "augment.local_size": 96, "augment.num_local": 8, "backbone.patch_size": 16,
-                "method.head.num_prototypes": 65_536, "method.momentum.base": 0.996, "trainer.max_epochs": 100,
-                "trainer.max_time": None, "trainer.precision": "bf16", "backbone.name": "vit_small_patch16_224",
+                "accelerator": "cuda",
+                "num_images": 1_281_167,
+                "bf16": True,
+                "height": 375,
+                "width": 500,
+            },
+            {
+                "augment.global_size": 224,
+                "augment.local_size": 96,
+                "augment.num_local": 8,
+                "backbone.patch_size": 16,
+                "method.head.num_prototypes": 65_536,
+                "method.momentum.base": 0.996,
+                "trainer.max_epochs": 100,
+                "trainer.max_time": None,
+                "trainer.precision": "bf16",
+                "backbone.name": "vit_small_patch16_224",
             },
         ),
     ],
-)  # fmt: skip
+)
 def test_facts_decide(changes: dict[str, object], expected: dict[str, object]) -> None:
     """Image size, number of images and device settle crops, model, length and precision."""
     config = planned(**changes)
@@ -71,7 +95,12 @@ def test_every_decision_is_told_with_its_reason() -> None:
 
 def test_given_values_are_kept_and_followed() -> None:
     """A value that was given stays, and what depends on it follows."""
-    config = planned("augment.global_size=96", "backbone.patch_size=16", "loader.batch_size=512", "optim.rate=1e-3")
+    config = planned(
+        "augment.global_size=96",
+        "backbone.patch_size=16",
+        "loader.batch_size=512",
+        "optim.rate=1e-3",
+    )
     assert config["backbone"]["image_size"] == 96
     assert config["augment"]["local_size"] == 48
     assert get(config, "optim.learning_rate.base") == pytest.approx(2e-3)
@@ -112,12 +141,20 @@ REFUSED = {
 def test_impossible_values_are_refused_in_a_sentence(request_: str) -> None:
     """Each impossible value names its key and the reason."""
     with pytest.raises(UserError) as caught:
-        planned(*[part.replace("=", "='", 1) + "'" if " " in part else part for part in shlex.split(request_)])
+        planned(
+            *[
+                part.replace("=", "='", 1) + "'" if " " in part else part
+                for part in shlex.split(request_)
+            ]
+        )
     assert REFUSED[request_] in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1.5h", 5400), (10, 600)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1.5h", 5400), (10, 600)],
+)
 def test_times_are_read(text: str, value: float) -> None:
     """Seconds, minutes, hours, days; a bare number is minutes."""
     assert seconds(text) == value

@@ -1,4 +1,6 @@
-"""Vision transformer: timm's parts in our own forward, with the tokens, positions and drop path that DINO needs."""
+"""Vision transformer: timm's parts in our own forward, with the tokens, positions and drop path
+that DINO needs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from dino_lite.contracts import Tokens, UserError
 
 
 class ViT(nn.Module):
-    """A timm vision transformer whose forward is written out: mask → positions → registers → blocks → norm.
+    """A timm vision transformer whose forward is written out: mask → positions → registers → blocks
+    → norm.
 
-    `name` is a timm name, or "vit" with `embed_dim`, `depth`, `num_heads` given; state-dict keys are timm's, which are
-    those of DINO's releases. Any image size that the patch divides is taken: positions are resampled. Stochastic depth
-    `drop_path` grows linearly with depth, per sample (DINO, section 3.2). `position_offset` and `position_antialias`
-    are the reference's two ways of resampling positions (0.1 and false in DINO's weights).
+    `name` is a timm name, or "vit" with `embed_dim`, `depth`, `num_heads` given; state-dict keys
+    are timm's, which are those of DINO's releases. Any image size that the patch divides is taken:
+    positions are resampled. Stochastic depth `drop_path` grows linearly with depth, per sample
+    (DINO, section 3.2). `position_offset` and `position_antialias` are the reference's two ways of
+    resampling positions (0.1 and false in DINO's weights).
     """
 
     def __init__(
@@ -54,13 +58,16 @@ class ViT(nn.Module):
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
         self.patch_embed.strict_img_size = False
-        self.cls_token, self.pos_embed = model.cls_token, model.pos_embed
+        self.cls_token: nn.Parameter = model.cls_token
+        self.pos_embed: nn.Parameter = model.pos_embed
         self.grid = (image_size // patch_size, image_size // patch_size)
 
     def forward(
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
     ) -> Tokens:
-        """Tokens after the last norm. `mask` belongs to masked image modeling and is refused until it is built."""
+        """Tokens after the last norm. `mask` belongs to masked image modeling and is refused until
+        it is built.
+        """
         tokens, grid = self.embed(images, mask)
         for block in self.blocks:
             tokens = block(tokens)
@@ -75,7 +82,8 @@ class ViT(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
-                f"images of {height}x{width} pixels do not divide into patches of {self.patch_size}: "
+                f"images of {height}x{width} pixels do not divide into patches of "
+                f"{self.patch_size}: "
                 "choose a crop size that is a multiple of backbone.patch_size."
             )
         grid = (height // self.patch_size, width // self.patch_size)
@@ -84,15 +92,21 @@ class ViT(nn.Module):
         return torch.cat([cls, patches], dim=1) + self.positions(grid), grid
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"]:
-        """Position embedding for `grid`: the learned one where it fits, else resampled (dino_family notes, A06)."""
+        """Position embedding for `grid`: the learned one where it fits, else resampled (dino_family
+        notes, A06).
+        """
         if grid == self.grid:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         learned = patches.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)  # 1 D rows columns
         if self.position_offset:
-            # The reference hands bicubic interpolation (cells + 0.1) / cells as scale, and the scale, not the sizes,
-            # places the samples: 11 % rms apart from resampling by size, so released weights need it.
-            scale = [(cells + self.position_offset) / own for cells, own in zip(grid, self.grid, strict=True)]
+            # The reference hands bicubic interpolation (cells + 0.1) / cells as scale, and the
+            # scale, not the sizes, places the samples: 11 % rms apart from resampling by size, so
+            # released weights need it.
+            scale = [
+                (cells + self.position_offset) / own
+                for cells, own in zip(grid, self.grid, strict=True)
+            ]
             sampled = F.interpolate(
                 learned, scale_factor=scale, mode="bicubic", antialias=self.position_antialias
             )
@@ -103,7 +117,9 @@ class ViT(nn.Module):
         return torch.cat([cls, sampled.flatten(2).transpose(1, 2)], dim=1)
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens after each of `blocks`, in the order asked for; negative numbers count from the last block."""
+        """Tokens after each of `blocks`, in the order asked for; negative numbers count from the
+        last block.
+        """
         wanted = [range(len(self.blocks))[i] for i in blocks]
         tokens, grid = self.embed(images)
         found: dict[int, Tokens] = {}
@@ -118,11 +134,12 @@ class ViT(nn.Module):
         tokens, _ = self.embed(images)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]
         qkv = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, last.attn.num_heads, -1))
         query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # n heads N D/heads
         query, key = last.attn.q_norm(query), last.attn.k_norm(key)
-        return (query @ key.transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
+        weights: Tensor = (query @ key.transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
+        return weights
 
     def depth_of(self, name: str) -> int:
         """Layer of the parameter `name`: 0 stem, i+1 block i, depth+1 the last norm."""
@@ -143,8 +160,10 @@ def _timm_vit(
     in_chans: int,
     drop_path: float,
     architecture: dict[str, Any],
-) -> VisionTransformer:
-    """The timm model whose parts we take, without classifier; refuses what our forward would not reproduce."""
+) -> Any:
+    """The timm model whose parts we take, without classifier; refuses what our forward would not
+    reproduce.
+    """
     kwargs = {
         "img_size": image_size,
         "patch_size": patch_size,
@@ -154,13 +173,14 @@ def _timm_vit(
         **architecture,
     }
     try:
-        model = VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+        model: Any = VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"backbone.name={name} cannot be built: {error}") from error
     plain = isinstance(model, VisionTransformer) and model.num_prefix_tokens == 1
     if not plain or model.pos_embed is None or not isinstance(model.norm_pre, nn.Identity):
         raise UserError(
-            f"backbone.name={name} is no plain vision transformer with one class token and learned positions; "
+            f"backbone.name={name} is no plain vision transformer with one class token and "
+            "learned positions; "
             'choose such a timm name (vit_small_patch16_224) or name="vit" with its sizes.'
         )
     return model

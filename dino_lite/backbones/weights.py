@@ -16,12 +16,17 @@ _CLASSIFIERS = ("head.", "head_dist.", "fc_norm.", "fc.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file, a torch file (never unpickled freely) or an exported folder."""
+    """The state dict in a .safetensors file, a torch file (never unpickled freely) or an exported
+    folder.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / "model.safetensors"
     if not file.is_file():
-        raise UserError(f"backbone.pretrained={path}: there is no such file; name a checkpoint or an exported folder.")
+        raise UserError(
+            f"backbone.pretrained={path}: there is no such file; name a checkpoint or an "
+            "exported folder."
+        )
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -40,10 +45,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_pretrained(backbone: nn.Module, path: str | Path) -> list[str]:
-    """Fill `backbone` with the weights in `path`, strictly; returns the names left unused (a classifier's).
+    """Fill `backbone` with the weights in `path`, strictly; returns the names left unused (a
+    classifier's).
 
-    A position embedding of another grid is resampled by the backbone's own rule. Anything else that does not fit is
-    refused: half-loaded weights are the worst kind.
+    A position embedding of another grid is resampled by the backbone's own rule. Anything else that
+    does not fit is refused: half-loaded weights are the worst kind.
     """
     weights = read_weights(path)
     unused = [name for name in weights if name.startswith(_CLASSIFIERS)]
@@ -56,10 +62,16 @@ def load_pretrained(backbone: nn.Module, path: str | Path) -> list[str]:
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     if missing or extra or wrong:
         n = (missing or extra or wrong)[0]
-        shapes = f" ({tuple(weights[n].shape)} in the file, {tuple(own[n].shape)} here)" if wrong == [n] else ""
+        shapes = (
+            f" ({tuple(weights[n].shape)} in the file, {tuple(own[n].shape)} here)"
+            if wrong == [n]
+            else ""
+        )
         raise UserError(
-            f"backbone.pretrained={path} does not fit the backbone: {len(missing)} weights missing, {len(extra)} "
-            f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the backbone it was made for."
+            f"backbone.pretrained={path} does not fit the backbone: {len(missing)} weights "
+            f"missing, {len(extra)} "
+            f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
+            "backbone it was made for."
         )
     backbone.load_state_dict(weights)
     return unused

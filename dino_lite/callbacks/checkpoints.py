@@ -132,10 +132,10 @@ class Checkpoints(Checkpoint):
         path, part = folder / name, folder / f".{name}.part"
         try:
             if alone:
-                checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
                 trainer.strategy.save_checkpoint(checkpoint, part)
             else:
-                trainer.save_checkpoint(part)
+                trainer.save_checkpoint(part, weights_only=False)
             if trainer.is_global_zero:
                 os.replace(part, path)
         except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""metrics.csv: one row a logged step, kept whole when a run is resumed."""
+"""metrics.csv and TensorBoard events: what was logged, whole when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsFile(Logger):
-    """Lightning logger writing `path`, sorted by step; rows past the step a run resumes from are dropped."""
+    """Lightning logger: a CSV at `path` sorted by step, and events beside it.
 
-    def __init__(self, path: Path) -> None:
+    What was logged at or after `resume_step` by an earlier session is dropped from both.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.resume_step = path, resume_step
+        self._writer: SummaryWriter | None = None
         self.rows: dict[int, dict[str, str]] = {}
         self._header: list[str] = []
         self._fresh: list[int] = []  # steps that are not in the file yet
@@ -33,18 +38,6 @@ class MetricsFile(Logger):
     def save_dir(self) -> str:
         return str(self.path.parent)
 
-    def resume(self, step: int) -> None:
-        """Read the rows of an earlier session up to `step`."""
-        if not self.path.is_file():
-            return
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows = {
-                int(row["step"]): {k: v for k, v in row.items() if v}
-                for row in csv.DictReader(file)
-            }
-        self.rows = {at: row for at, row in rows.items() if at < step}
-        self._rewrite()
-
     @rank_zero_only
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
@@ -54,9 +47,12 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Merge `metrics` into the row of `step`."""
-        at = int(step or 0)
+        writer, at = self._open(), int(step or 0)
         row = self.rows.setdefault(at, {"step": str(at)})
-        row.update({key: f"{value:.8g}" for key, value in metrics.items() if key != "epoch"})
+        for key, value in metrics.items():
+            if key != "epoch":
+                row[key] = f"{value:.8g}"
+                writer.add_scalar(key, value, at)
         self._fresh.append(at)
 
     @rank_zero_only
@@ -75,7 +71,22 @@ class MetricsFile(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
-        self._rewrite()
+        if self._writer is not None:
+            self._rewrite()
+            self._writer.close()
+
+    def _open(self) -> SummaryWriter:
+        """The event writer; the first call also takes over the rows of an earlier session."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path.parent), purge_step=self.resume_step or None)
+            if self.resume_step and self.path.is_file():
+                with open(self.path, newline="", encoding="utf-8") as file:
+                    rows = {int(row["step"]): row for row in csv.DictReader(file)}
+                for at, row in rows.items():
+                    if at < self.resume_step:
+                        self.rows[at] = {key: value for key, value in row.items() if value}
+                self._rewrite()
+        return self._writer
 
     def _rewrite(self) -> None:
         names = {key for row in self.rows.values() for key in row} - {"step"}

@@ -91,7 +91,7 @@ class OnlineKNN(pl.Callback):
             with torch.random.fork_rng(devices=[]):
                 knn = self.accuracy(backbone, clean_data(trainer), source)
         knn = broadcast_value(knn, pl_module.device)  # the other ranks wait here
-        trainer.callback_metrics["knn"] = torch.tensor(knn)
+        trainer.callback_metrics["knn"] = torch.tensor(knn, dtype=torch.float64)
         values = {"knn": knn, "knn_seconds": time.monotonic() - started}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step - 1)  # the row of the step just done

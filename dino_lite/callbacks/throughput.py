@@ -6,6 +6,7 @@ import time
 from typing import Any, cast
 
 import pytorch_lightning as pl
+import torch
 
 from dino_lite.contracts import Crops, UserError
 
@@ -43,7 +44,9 @@ class Throughput(pl.Callback):
         seconds = max(time.monotonic() - self._started, 1e-9)
         waited = min(1.0, (_waited(trainer) - self._waited) / seconds)
         values = {"images_per_second": self._images / seconds, "data_wait": waited}
-        pl_module.log_dict(values, batch_size=batch.num_images)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+        for logger in trainer.loggers:  # log_dict would repeat them in every row that follows
+            logger.log_metrics(values, step=trainer.global_step - 1)
         self._restart(trainer)
 
     def _restart(self, trainer: pl.Trainer) -> None:

@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
-from dino_lite.config import Config, command, compose, get, instantiate
+from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.plan import pick_accelerator
-from dino_lite.runs import absolute_paths, data_config, find_checkpoint, open_backbone, results_file
-from dino_lite.runs import read_json, write_json
+from dino_lite.runs import (
+    absolute_paths,
+    data_config,
+    find_checkpoint,
+    open_backbone,
+    read_json,
+    results_file,
+    write_json,
+)
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
@@ -30,8 +37,17 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     splits = instantiate(data_config(config, checkpoint, about))
     size = about["image_size"] if config["image_size"] == "auto" else config["image_size"]
     if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
-        raise UserError(f"image_size={size}: a multiple of the backbone's patch size {backbone.patch_size} is needed.")
-    data = CleanData(splits, size, Normalize(about["mean"], about["std"]), config["batch_size"], config["num_workers"])
+        raise UserError(
+            f"image_size={size}: a multiple of the backbone's patch size "
+            f"{backbone.patch_size} is needed."
+        )
+    data = CleanData(
+        splits,
+        size,
+        Normalize(about["mean"], about["std"]),
+        config["batch_size"],
+        config["num_workers"],
+    )
     backbone.to(torch.device(pick_accelerator(config["accelerator"], "accelerator")))
     print(f"{checkpoint} on {splits.name}, {size} pixels")
     results: dict[str, Any] = {}
@@ -51,7 +67,9 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 
 def keep(results: dict[str, Any], checkpoint: Path) -> None:
-    """Merge into results.json: under the checkpoint's name (last, best) in a run, at the top of an export."""
+    """Merge into results.json: under the checkpoint's name (last, best) in a run, at the top of an
+    export.
+    """
     path = results_file(checkpoint)
     before = read_json(path) if path.is_file() else {}
     if checkpoint.is_file():

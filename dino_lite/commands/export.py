@@ -1,4 +1,6 @@
-"""`dino-lite export`: the teacher's backbone in other formats, each loaded again and compared on real images."""
+"""`dino-lite export`: the teacher's backbone in other formats, each loaded again and compared on
+real images.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def run_export(config: Config) -> dict[str, Any]:
             images=images,
         )
         print(
-            f"{name}: {written[name]['directory']} (largest difference of tokens on {len(images)} images: "
+            f"{name}: {written[name]['directory']} (largest difference of tokens on "
+            f"{len(images)} images: "
             f"{written[name]['largest_difference']:.1e})"
         )
     return written

@@ -1,8 +1,11 @@
-"""`dino-lite pretrain`: compose → open the data → facts → plan → build → lock and write the run → train → measure."""
+"""`dino-lite pretrain`: compose → open the data → facts → plan → build → lock and write the run →
+train → measure.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -11,11 +14,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite import config as cfg
 from dino_lite.callbacks.metrics import MetricsFile
+from dino_lite.checks import seconds
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -26,14 +30,13 @@ from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
-from dino_lite.plan import Plan, gather_facts, plan, seconds
+from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import (
     Run,
     absolute_paths,
     build_method,
     environment,
     read_checkpoint,
-    read_json,
     requested,
     resume_config,
     run_name,
@@ -42,7 +45,9 @@ from dino_lite.runs import (
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
-    """Train as `dino-lite pretrain OVERRIDES` does; returns the run's results, its folder under "run"."""
+    """Train as `dino-lite pretrain OVERRIDES` does; returns the run's results, its folder under
+    "run".
+    """
     return run_pretrain(compose("pretrain", overrides))
 
 
@@ -58,7 +63,9 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     if resuming:
         config = resume_config(run, planned.config, request, splits)
         if run.results().get("finished"):
-            say(f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it.")
+            say(
+                f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it."
+            )
             return run.results() | {"run": str(run.folder)}
     else:
         config = planned.config
@@ -67,10 +74,12 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         run.lock()
         say_plan(planned, run, facts, resuming)
         write_run(run, config, request, facts, splits)
-    trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
     with warnings.catch_warnings():
-        ignore_lightning_advice()
-        trainer.fit(module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True)
+        quiet_lightning()
+        trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
+        trainer.fit(
+            module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True
+        )
     if trainer.interrupted:
         raise UserError(f"{run.folder} was interrupted; the same command goes on from there.")
     return finish(run, config, module, splits) if trainer.is_global_zero else {}
@@ -98,6 +107,9 @@ def build(
         num_steps=num_steps,
         bad_files=run.folder / "bad_files.csv",
     )
+    datamodule.clean = CleanData(
+        splits, config["augment"]["global_size"], Normalize(), batch_size=256
+    )
     datamodule.dtype = torch.float64 if str(trainer["precision"]) == "64" else torch.float32
     step = functools.partial(
         Step,
@@ -113,19 +125,22 @@ def build(
         seed=config["seed"],
     )
     method = build_method(config)
-    module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"])
+    module = PretrainModule(
+        method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"]
+    )
     return datamodule, module, clock
 
 
 def build_trainer(
     config: Config, facts: Facts, run: Run, num_steps: int | None, resuming: bool
 ) -> pl.Trainer:
-    """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules are the step's."""
+    """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules
+    are the step's.
+    """
     trainer = config["trainer"]
     ranks = trainer["devices"] * trainer["num_nodes"]
-    metrics = MetricsFile(run.folder / "metrics.csv")
-    if resuming and rank() == 0:
-        metrics.resume(int(read_checkpoint(run.last)["global_step"]))
+    resume_step = int(read_checkpoint(run.last)["global_step"]) if resuming else 0
+    callbacks = [instantiate(callback) for callback in config["callbacks"].values() if callback]
     return pl.Trainer(
         accelerator=facts.accelerator,
         devices=trainer["devices"],
@@ -134,10 +149,10 @@ def build_trainer(
         precision="64-true" if str(trainer["precision"]) == "64" else "32-true",
         max_epochs=-1,
         max_steps=-1 if num_steps is None else num_steps,
-        logger=[metrics, TensorBoardLogger(run.folder, name="", version="")],
-        callbacks=[instantiate(callback) for callback in config["callbacks"].values() if callback],
+        logger=MetricsFile(run.folder / "metrics.csv", resume_step),
+        callbacks=callbacks,
         log_every_n_steps=10 if facts.accelerator == "cpu" else 50,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -154,7 +169,7 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 
 
 def finish(run: Run, config: Config, module: PretrainModule, splits: Splits) -> dict[str, Any]:
-    """Mark the run as finished and, where there are labels, measure the teacher against its floors."""
+    """Mark the run as finished; where there are labels, hold the teacher against its floors."""
     results: dict[str, Any] = {
         "finished": True,
         "steps": int(module.method.step),
@@ -174,7 +189,11 @@ def finish(run: Run, config: Config, module: PretrainModule, splits: Splits) -> 
 
 def baseline_table(results: dict[str, Any]) -> str:
     """The three numbers that say whether anything was learned."""
-    rows = [("raw pixels", "knn_raw_pixels"), ("untrained network", "knn_untrained"), ("trained (teacher)", "knn_trained")]
+    rows = [
+        ("raw pixels", "knn_raw_pixels"),
+        ("untrained network", "knn_untrained"),
+        ("trained (teacher)", "knn_trained"),
+    ]
     lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
     return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
 
@@ -182,8 +201,15 @@ def baseline_table(results: dict[str, Any]) -> str:
 def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
     """What will happen, before it does."""
     data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
-    labels = f"{facts.num_classes} classes, {facts.num_test:,} test images" if facts.num_classes else "no labels"
-    say(f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device {facts.device_name}")
+    labels = (
+        f"{facts.num_classes} classes, {facts.num_test:,} test images"
+        if facts.num_classes
+        else "no labels"
+    )
+    say(
+        f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "
+        f"{facts.device_name}"
+    )
     if planned.decisions and not resuming:
         say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
 
@@ -194,9 +220,15 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def ignore_lightning_advice() -> None:
+def quiet_lightning() -> None:
     """Silence what Lightning says to every caller and none can follow."""
-    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*`max_epochs` was not set.*"):
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message)
 
 

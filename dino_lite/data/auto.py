@@ -11,9 +11,9 @@ from dino_lite.data.sources import expand
 
 
 def open_auto(root: str | None = None, labels: str | None = "auto") -> Splits:
-    """Without `root` the embedded shapes; else an .npz file, torchvision's cifar-10-batches-py, or a folder of images.
+    """Without `root` the embedded shapes; else what it is: an .npz file, CIFAR-10, or a folder.
 
-    `labels`: for folders, see `open_folder`. Other sources bring their own, which `none` takes away.
+    `labels` is for folders, see `open_folder`; others bring their own, which `none` takes away.
     """
     if root is None:
         splits = open_shapes()
@@ -33,5 +33,8 @@ def open_auto(root: str | None = None, labels: str | None = "auto") -> Splits:
             if source is not None:
                 source.labels, source.classes = None, []
     elif labels != "auto":
-        raise UserError(f"data.labels={labels} is for folders of images, but {splits.name} brings its own: leave it out.")
+        raise UserError(
+            f"data.labels={labels} is for folders of images, but {splits.name} brings its own: "
+            "leave it out."
+        )
     return splits

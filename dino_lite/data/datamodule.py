@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Crops, Source, Splits, UserError
+from dino_lite.data.clean import CleanData
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sampler import PositionSampler
@@ -161,14 +162,16 @@ class StepLoader:
         self.sampler.start_step = self.start()
         started = time.perf_counter()
         parts = iter(self.loader)
-        for _ in self.sampler.steps():
-            batch = [self._next(parts) for _ in range(self.sampler.parts_per_step)]
-            self.data_wait_seconds += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
+        try:
+            for _ in self.sampler.steps():
+                batch = [self._checked(next(parts)) for _ in range(self.sampler.parts_per_step)]
+                self.data_wait_seconds += time.perf_counter() - started
+                yield batch
+                started = time.perf_counter()
+        finally:
+            del parts  # the only reference: its workers end here, also when the run fails
 
-    def _next(self, parts: Iterator[Part]) -> Crops:
-        part = next(parts)
+    def _checked(self, part: Part) -> Crops:
         self.bad_files.add(part.bad)
         assert part.crops is not None, "a worker gives up on more bad images than add() accepts"
         return part.crops
@@ -213,6 +216,7 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.num_steps = num_steps
         self.dtype = torch.float32
+        self.clean: CleanData | None = None  # what observers evaluate on; set by who builds the run
         self.bad_files = BadFiles(splits.train, max_bad_fraction, bad_files)
         self._loader: StepLoader | None = None
 
@@ -238,9 +242,9 @@ class DataModule(pl.LightningDataModule):
             batch_sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=_as_cropped,
-            persistent_workers=self.num_workers > 0,
             pin_memory=on_cuda,
         )
+        # A run is one pass over this: its workers live as long as it without being persistent.
         self._loader = StepLoader(loader, sampler, self.bad_files, self._current_step)
         return self._loader
 

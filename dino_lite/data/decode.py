@@ -14,7 +14,11 @@ ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that the image lies on its
 
 
 def decode(file: IO[bytes]) -> Image.Image:
-    """The first frame, turned as EXIF says. Raises OSError or ValueError, with a reason, where that cannot be had."""
+    """The first frame, turned as EXIF says.
+
+    Raises OSError or ValueError, with a reason, where that cannot be had: damaged or cut short,
+    no image at all, more pixels than Pillow holds for safe, numbers of unknown range.
+    """
     with _reasons():
         image = Image.open(file)
         image.load()
@@ -26,13 +30,13 @@ def upright_size(file: IO[bytes]) -> tuple[int, int]:
     """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
     with _reasons():
         image = Image.open(file)
-        on_its_side = image.getexif().get(ORIENTATION, 1) > 4
-        return (image.width, image.height) if on_its_side else (image.height, image.width)
+        lying = image.getexif().get(ORIENTATION, 1) > 4
+        return (image.width, image.height) if lying else (image.height, image.width)
 
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever Pillow raises at damaged bytes becomes OSError or ValueError; what it only warns of is let through."""
+    """Make OSError or ValueError of whatever Pillow raises, and let pass what it only warns of."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images, damaged EXIF: both are read
@@ -41,14 +45,15 @@ def _reasons() -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"too large to be decoded safely ({error})") from error
-    except Exception as error:  # SyntaxError, struct.error, zlib.error, KeyError …: its readers differ
+    except Exception as error:
+        # Damaged bytes show as SyntaxError, struct.error, zlib.error, KeyError …, by file format.
         raise OSError(f"damaged image ({type(error).__name__}: {error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # I;16 and its byte orders; I where the file has 16 bits too (PGM)
+    if image.mode.startswith("I"):  # "I;16" in both byte orders; "I" too where a file has 16 bits
         return _scale_16_bits(image).convert("RGB")
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of unknown range; store 8 or 16 bits")
@@ -58,7 +63,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_16_bits(image: Image.Image) -> Image.Image:
-    """0 … 65535 to 0 … 255, rounded: Pillow's own conversion would clip at 255."""
+    """0 … 65535 to 0 … 255, rounded. Pillow's own conversion would clip at 255."""
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError("pixels have more than 16 bits, of unknown range; store 8 or 16 bits")

@@ -52,7 +52,8 @@ def _first_size(source: Source, spread: list[int]) -> tuple[int, int]:
         else:
             return image.height, image.width
     raise UserError(
-        f"None of the {len(source)} images can be read, the first being {reason}; mend them, or check data.root."
+        f"None of the {len(source)} images can be read, the first being {reason}; mend them, or "
+        "check data.root."
     )
 
 

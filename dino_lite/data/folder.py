@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int
 from PIL import Image
 
 from dino_lite.contracts import Splits, UserError
@@ -16,20 +16,21 @@ from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Split, find_labels, text
 from dino_lite.data.sources import digest, expand
 
-# What Pillow reads by itself and people store pictures in.
-SUFFIXES = tuple(
-    b".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+# What Pillow reads by itself and people keep pictures in.
+SUFFIXES = (
+    *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".pbm", b".pgm"),
+    *(b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
 )
 
 
 def open_folder(root: str | None = None, labels: str | None = "auto") -> Splits:
-    """The images below `root`, ordered by the bytes of their paths; hidden files and folders are left out.
+    """The images below `root` in the byte order of their paths, without hidden files and folders.
 
-    Splits: `root/train` beside `root/val` or `root/test`, or alone. Of val and test the first that holds images is
-    the test split (ImageNet's `test` has no labels). Without such folders all images are train.
+    Splits: `root/train` beside `root/val` or `root/test`, or alone. Where both are, val is the
+    test split (ImageNet's `test` has no labels). Without such folders every image is train.
 
-    Classes: the first folder below the split, or what `labels` says (auto, none, folder, FILE.csv; see
-    `labels.find_labels`; paths in the CSV are relative to `root`).
+    Classes: the first folder below the split, if that makes sense, or what `labels` says: auto,
+    none, folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
     """
     top = expand(root)
     if not top.is_dir():
@@ -37,7 +38,9 @@ def open_folder(root: str | None = None, labels: str | None = "auto") -> Splits:
         raise UserError(f"data.root={top} {what}: name a folder of images.")
     paths = sorted(_image_paths(os.fsencode(top)))
     if not paths:
-        raise UserError(f"{top} holds no image file (.jpg, .png and the like; hidden ones do not count): check data.root.")
+        raise UserError(
+            f"{top} holds no image file (.jpg, .png …; hidden ones do not count): check data.root."
+        )
     train, test = _split(top, paths)
     found = find_labels(top, labels, train, test)
     return Splits(
@@ -48,12 +51,15 @@ def open_folder(root: str | None = None, labels: str | None = "auto") -> Splits:
 
 
 class FolderSource:
-    """Image files of one split. Paths lie end to end in one buffer: a million of them are two objects to a worker."""
+    """Image files of one split.
+
+    Paths lie end to end in one buffer, so that a million of them reach a worker as two objects.
+    """
 
     def __init__(
-        self, root: Path, split: Split, labels: Int64[np.ndarray, "N"] | None, classes: list[str]
+        self, root: Path, split: Split, labels: Int[np.ndarray, "N"] | None, classes: list[str]
     ) -> None:
-        self.root = os.path.join(os.fsencode(root), split.folder)
+        self.folder = os.path.join(os.fsencode(root), split.folder)
         self.labels = labels
         self.classes = classes
         self._joined = b"".join(split.paths)
@@ -63,7 +69,7 @@ class FolderSource:
         return len(self._bounds) - 1
 
     def path(self, index: int) -> bytes:
-        """Path of image `index` below the split's folder; bytes, for a name need not be UTF-8."""
+        """Path of image `index` below the split's folder; bytes, for it need not be UTF-8."""
         return self._joined[self._bounds[index] : self._bounds[index + 1]]
 
     def read(self, index: int) -> Image.Image:
@@ -78,35 +84,42 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """The whole path of image `index`."""
-        return text(os.path.join(self.root, self.path(index)))
+        return text(os.path.join(self.folder, self.path(index)))
 
     def digest(self) -> str:
-        """16 hex digits over the paths below the split's folder: the whole may move."""
+        """16 hex digits over the paths below the split's folder, which itself may move."""
         return digest(self.path(index) for index in range(len(self)))
 
     def _open(self, index: int) -> IO[bytes]:
-        return open(os.path.join(self.root, self.path(index)), "rb")
+        return open(os.path.join(self.folder, self.path(index)), "rb")
 
 
 def _image_paths(root: bytes) -> Iterator[bytes]:
-    """Paths of the image files below `root`, relative to it, in no order. Links are followed, but into no circle."""
+    """Paths of the image files below `root`, relative to it and in no order.
+
+    Linked folders are entered too, but none from within itself.
+    """
     waiting: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
     while waiting:
-        below, parents = waiting.pop()
+        below, around = waiting.pop()
         folder = os.path.join(root, below)
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in parents:
-                continue
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as listing:
+                entries = list(listing)
         except OSError as error:
-            raise UserError(f"{text(folder)} cannot be listed ({error.strerror}): check its permissions.") from error
+            raise UserError(
+                f"{text(folder)} cannot be listed ({error.strerror}): check its permissions."
+            ) from error
+        here = (status.st_dev, status.st_ino)
+        if here in around:
+            continue
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
             path = below + b"/" + entry.name if below else entry.name
             if entry.is_dir():
-                waiting.append((path, parents | {(status.st_dev, status.st_ino)}))
+                waiting.append((path, around | {here}))
             elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                 yield path
 
@@ -120,7 +133,10 @@ def _split(root: Path, paths: list[bytes]) -> tuple[Split, Split | None]:
     train = below(b"train")
     test = next((Split(name, found) for name in (b"val", b"test") if (found := below(name))), None)
     if not train and test is not None and (root / "train").is_dir():
-        raise UserError(f"{root / 'train'} holds no image file, {text(test.folder)} beside it does: check data.root.")
+        raise UserError(
+            f"{root / 'train'} holds no image file, but {text(test.folder)} beside it does: "
+            "check data.root."
+        )
     if train and (test is not None or len(train) == len(paths)):
         return Split(b"train", train), test
     return Split(b"", paths), None

@@ -8,7 +8,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -16,11 +16,11 @@ from jaxtyping import Int64
 from dino_lite.contracts import UserError
 
 
-Names = Sequence[str] | Sequence[int]
-
-
 class Split(NamedTuple):
-    """Image files of one folder: `folder` relative to the data's root, `paths` to `folder`. POSIX, in bytes."""
+    """Image files of one folder, all POSIX paths in bytes.
+
+    `folder` is relative to the data's root ("" for the root itself), `paths` to `folder`.
+    """
 
     folder: bytes
     paths: list[bytes]
@@ -29,51 +29,69 @@ class Split(NamedTuple):
 class Labels(NamedTuple):
     """Class indices of each split, where it has any, and the names they stand for."""
 
-    train: Int64[np.ndarray, "N"] | None = None
-    test: Int64[np.ndarray, "M"] | None = None
-    classes: list[str] = []
+    train: Int64[np.ndarray, "N"] | None
+    test: Int64[np.ndarray, "M"] | None
+    classes: list[str]
 
 
-def encode_labels(train: Names | None, test: Names | None) -> Labels:
-    """Names as indices that mean the same in both splits. With fewer than two classes in train there are no labels.
+NO_LABELS = Labels(None, None, [])
+
+
+def encode_labels(train: Sequence[Any] | None, test: Sequence[Any] | None) -> Labels:
+    """Names (text or integers) as indices that mean the same in both splits.
 
     Classes are train's names, sorted, then those that only test has, sorted; test may lack some.
+    One class tells nothing apart: with fewer than two in train there are no labels.
     """
     classes = sorted(set(train or ()))
     if train is None or len(classes) < 2:
-        return Labels()
+        return NO_LABELS
     classes += sorted(set(test or ()) - set(classes))
     index = {name: i for i, name in enumerate(classes)}
 
-    def indices(names: Names) -> Int64[np.ndarray, "K"]:
+    def indices(names: Sequence[Any]) -> Int64[np.ndarray, "K"]:
         return np.fromiter((index[name] for name in names), np.int64, len(names))
 
-    return Labels(indices(train), None if test is None else indices(test), [str(name) for name in classes])
+    return Labels(indices(train), None if test is None else indices(test), [*map(str, classes)])
 
 
 def find_labels(root: Path, how: str | None, train: Split, test: Split | None) -> Labels:
     """Labels as `data.labels` asks for them: auto, none, folder or FILE.csv.
 
-    What is asked for by name must be there, or a UserError says what is missing. `auto` looks at the folders and goes
-    without labels where an image lies in none, where there are fewer than two classes, or where one has a single image.
-    A test split none of whose images has a class goes without in any case.
+    `folder` and FILE.csv must name two classes and every image of train, and of test all or none;
+    what they lack is a UserError. `auto` looks at the folders, and goes without labels where an
+    image lies in none, where there are fewer than two classes, or where a class has one image.
     """
     if how in (None, "none"):
-        return Labels()
+        return NO_LABELS
     table = None if how in ("auto", "folder") else _read_csv(root, str(how))
     demand = "" if how == "auto" else f"data.labels={how}"
-    names = _names(root, train, table, demand)
-    counts = Counter(names)
-    if len(counts) < 2 and demand:
-        raise UserError(f"{demand} finds {len(counts)} classes in {root}, but two are needed: choose data.labels=none.")
-    if names is None or (not demand and min(counts.values()) < 2):
-        return Labels()
-    return encode_labels(names, None if test is None else _names(root, test, table, demand))
+    of_train = _names(root, train, table, demand)
+    of_test = None if test is None else _names(root, test, table, demand)
+    counts = Counter(of_train)
+    if demand and len(counts) < 2:
+        found = f"the class {of_train[0]} alone" if of_train else "no class"
+        raise UserError(
+            f"{demand} finds {found} in {root}, but needs two: choose data.labels=none."
+        )
+    if not demand and min(counts.values(), default=0) < 2:
+        return NO_LABELS
+    return encode_labels(of_train, of_test)
 
 
-def _names(root: Path, split: Split, table: dict[bytes, str] | None, demand: str) -> list[str] | None:
-    """Class of each image by the table or, without one, its first folder; None unless all images have one."""
-    found = []
+def text(path: bytes) -> str:
+    """A path for people; bytes that are no UTF-8 are written \\xNN."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+def _names(
+    root: Path, split: Split, table: dict[bytes, str] | None, demand: str
+) -> list[str] | None:
+    """Class of each image: in the table or, without one, its first folder. None unless all have one.
+
+    Where classes are in demand, it is an error that some images have one and others do not.
+    """
+    found: list[str | None] = []
     for path in split.paths:
         if table is None:
             first, _, below = path.partition(b"/")
@@ -84,19 +102,20 @@ def _names(root: Path, split: Split, table: dict[bytes, str] | None, demand: str
     if demand and 0 < len(named) < len(found):
         lost = text(posixpath.join(split.folder, split.paths[found.index(None)]))
         raise UserError(
-            f"{demand} has no class for {len(found) - len(named)} of the {len(found)} images in {root}, the first "
-            f"being {lost}: name them all, or choose data.labels=none."
+            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in {root}, "
+            f"the first being {lost}: name them all, or choose data.labels=none."
         )
     return named if len(named) == len(found) else None
 
 
 def _read_csv(root: Path, name: str) -> dict[bytes, str]:
-    """Path (relative to `root`) to label. A first row `path,label` is a heading; further columns are not read."""
+    """Path (relative to `root`) to label. A first row `path,label` is a heading."""
     asked = Path(os.path.expanduser(os.path.expandvars(name)))
     file = next((path for path in (root / asked, asked) if path.is_file()), None)
     if file is None:
         raise UserError(
-            f"data.labels={name} is neither auto, none, folder nor a CSV file in {root} or the working folder."
+            f"data.labels={name} is not auto, none or folder, nor a CSV file in {root} or in the "
+            "working folder: choose one of these."
         )
     table: dict[bytes, str] = {}
     try:
@@ -109,10 +128,7 @@ def _read_csv(root: Path, name: str) -> dict[bytes, str]:
                     raise UserError(f"Row {number} of {file} is not path,label: mend it.")
                 table[os.fsencode(posixpath.normpath(cells[0]))] = cells[1]
     except (OSError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as CSV ({error}): it must hold rows of path,label.") from error
+        raise UserError(
+            f"{file} cannot be read as CSV ({error}): it must hold rows of path,label."
+        ) from error
     return table
-
-
-def text(path: bytes) -> str:
-    """A path for people; bytes that are no UTF-8 are written \\xNN."""
-    return path.decode("utf-8", "backslashreplace")

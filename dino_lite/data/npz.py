@@ -40,15 +40,13 @@ def open_npz(root: str | None = None) -> Splits:
     )
     return Splits(
         ArraySource(train, labels.train, labels.classes, f"{path}/train"),
-        None
-        if test is None
-        else ArraySource(test, labels.test, labels.classes, f"{path}/test"),
+        None if test is None else ArraySource(test, labels.test, labels.classes, f"{path}/test"),
         path.stem,
     )
 
 
 def _load(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of the archive; those without a meaning here stand as empty ones, for their names."""
+    """The arrays of the archive; of those without a meaning here only the names."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip file")
@@ -66,7 +64,8 @@ def _images(path: Path, key: str, pixels: Shaped[np.ndarray, "..."]) -> UInt8[Te
     channels = pixels.shape[3] if pixels.ndim == 4 else 1
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or channels not in (1, 3):
         raise UserError(
-            f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W, N H W 1 or N H W 3."
+            f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W, N H W 1 or "
+            "N H W 3."
         )
     if 0 in pixels.shape:
         raise UserError(f"{key} in {path} is {_told(pixels)}: it holds no image.")
@@ -77,13 +76,14 @@ def _images(path: Path, key: str, pixels: Shaped[np.ndarray, "..."]) -> UInt8[Te
 def _names(
     path: Path, key: str, arrays: dict[str, Shaped[np.ndarray, "..."]], num: int
 ) -> list[int] | list[str] | None:
-    """The labels as plain integers or text, one for each of `num` images; None where there are none."""
+    """The labels as plain integers or text, one for each of `num` images, where there are any."""
     if key not in arrays:
         return None
     labels = arrays[key]
     if labels.dtype.kind not in "iuU" or labels.shape not in ((num,), (num, 1)):
         raise UserError(
-            f"{key} in {path} is {_told(labels)}: it must be integers or text, one for each of {num} images."
+            f"{key} in {path} is {_told(labels)}: it must be integers or text, one for each of the "
+            f"{num} images."
         )
     names: list[int] | list[str] = labels.ravel().tolist()
     return names

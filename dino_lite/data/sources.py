@@ -1,4 +1,4 @@
-"""What the sources of images share: paths as users write them, names of classes, images held in memory."""
+"""What the sources of images share: paths as users write them, digests, images in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dino_lite.contracts import UserError
 
 
 def expand(root: object) -> Path:
-    """`data.root` as an absolute path, `~` and environment variables replaced; it need not exist."""
+    """`data.root`, absolute, with `~` and environment variables replaced; it need not exist."""
     text = "" if root is None else str(root)
     if not text:
         raise UserError("data.root is not set: name the folder or file that holds the images.")
@@ -35,7 +35,7 @@ def digest(chunks: Iterable[bytes]) -> str:
 class ArraySource:
     """Images in memory, all of one size.
 
-    `images` is a tensor because torch hands tensors to worker processes through shared memory, arrays by copy.
+    `images` is a tensor because torch hands tensors to its workers in shared memory, arrays by copy.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What a backbone is compared with before it may be called trained: raw pixels, and itself without training."""
+"""What a backbone is compared with before it may be called trained: raw pixels, and itself without
+training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from dino_lite.eval.knn import KNN
 def knn_against_baselines(
     trained: Backbone, untrained: Backbone, data: CleanData
 ) -> dict[str, Any]:
-    """k-NN top-1 in percent at k = 20: `knn_raw_pixels` (32x32, mean image subtracted), `knn_untrained`, `knn_trained`."""
+    """k-NN top-1 in percent at k = 20: `knn_raw_pixels` (32x32, mean image subtracted),
+    `knn_untrained`, `knn_trained`.
+    """
     knn = KNN(ks=[20])
     after = knn(trained, data)
     return {

@@ -19,7 +19,7 @@ from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.eval.features import Features, device_of, extract
 
-_CELLS = 2**26  # similarities held at once: 256 MB, whatever the sizes of bank and test
+_CELLS = 2**25  # similarities held at once: 128 MB, whatever the sizes of bank and test
 _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
 
 
@@ -197,7 +197,7 @@ def _first_best(
     """Columns above each row's border, filled up to k by the first of those on it."""
     above, on = similarity > border, similarity == border
     room = k - above.sum(dim=1, keepdim=True)
-    taken = above | (on & (on.cumsum(dim=1) <= room))
+    taken = above | (on & (on.cumsum(dim=1, dtype=torch.int32) <= room))
     return taken.nonzero()[:, 1].reshape(len(similarity), k)
 
 

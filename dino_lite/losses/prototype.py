@@ -1,4 +1,6 @@
-"""Cross-entropy between distributions over prototypes: DINO's loss, and the one kernel of those that resemble it."""
+"""Cross-entropy between distributions over prototypes: DINO's loss, and the one kernel of those
+that resemble it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from dino_lite.contracts import Match, Schedule, Scores, Targets, UserError
 def prototype_cross_entropy(
     scores: Scores, targets: Targets, temp: float, chunk: int = 0
 ) -> Float[Tensor, ""]:
-    """Σ_n weight_n Σ_s [(Σ_t pairs_ts)·logsumexp_s − ⟨Σ_t pairs_ts·q_t, s⟩], s = z·Pᵀ/temp (DINO, eq. 1 to 3).
+    """Σ_n weight_n Σ_s [(Σ_t pairs_ts)·logsumexp_s − ⟨Σ_t pairs_ts·q_t, s⟩], s = z·Pᵀ/temp (DINO,
+    eq. 1 to 3).
 
-    Equals the sum over all pairs (t, s) of pairs_ts·H(q_t, softmax(s)), because every q_t sums to one: one logsumexp a
-    student crop instead of one log-softmax a pair, and a teacher distribution is made once a chunk of `chunk` images
-    (0: all at once). Computed in at least float32.
+    Equals the sum over all pairs (t, s) of pairs_ts·H(q_t, softmax(s)), because every q_t sums to
+    one: one logsumexp a student crop instead of one log-softmax a pair, and a teacher distribution
+    is made once a chunk of `chunk` images (0: all at once). Computed in at least float32.
     """
     num_images = scores.z.shape[1]
     chunk = chunk or num_images
@@ -34,7 +37,12 @@ def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tenso
     with torch.no_grad():
         # Made crop by crop: under autocast the product is half precision, the exponential never is.
         logits = ((crop @ targets.prototypes.T).to(wide) / targets.temp for crop in targets.z)
-        q = torch.stack([(s + row[:, None] + targets.col).exp() for s, row in zip(logits, targets.row, strict=True)])
+        q = torch.stack(
+            [
+                (s + row[:, None] + targets.col).exp()
+                for s, row in zip(logits, targets.row, strict=True)
+            ]
+        )
     weight = targets.weight.to(wide)
     total = weight.new_zeros(())
     for s, z in enumerate(scores.z):
@@ -50,20 +58,24 @@ def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tenso
 
 
 def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]:
-    """Weights of the mean over all pairs of a teacher crop and a different student crop (DINO, Algorithm 1)."""
+    """Weights of the mean over all pairs of a teacher crop and a different student crop (DINO,
+    Algorithm 1).
+    """
     pairs = torch.ones(num_teacher, num_student, dtype=torch.float64)
     pairs.fill_diagonal_(0.0)
     return pairs / pairs.sum()
 
 
 class PrototypeLoss:
-    """Adapter: the cross-entropy of the Match called `reads`, student sharpened by `student_temp`."""
+    """Adapter: cross-entropy of the Match called `reads`, student sharpened by `student_temp`."""
 
     def __init__(
         self, reads: str, weight: Schedule, student_temp: float = 0.1, chunk: int = 0
     ) -> None:
         if student_temp <= 0:
-            raise UserError(f"loss student_temp={student_temp}: a temperature is positive (0.1 in the paper).")
+            raise UserError(
+                f"loss student_temp={student_temp}: a temperature is positive (0.1 in the paper)."
+            )
         self.reads, self.weight, self.student_temp, self.chunk = reads, weight, student_temp, chunk
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:

@@ -9,13 +9,16 @@ import torch
 from dino_lite.contracts import Progress
 from dino_lite.distributed import broadcast_value
 
-_TICKS = 1_000_000.0  # a timed run is divided into that many ticks, so that schedules need no second form
+# a timed run is divided into that many ticks, so that schedules need no second form
+_TICKS = 1_000_000.0
 
 
 class Clock:
-    """Tells schedules where the run stands: by steps, or where `max_seconds` is given by rank 0's training time.
+    """Tells schedules where the run stands: by steps, or where `max_seconds` is given by rank 0's
+    training time.
 
-    Training time includes evaluation and checkpoints; `seconds` survives a resume through the checkpoint.
+    Training time includes evaluation and checkpoints; `seconds` survives a resume through the
+    checkpoint.
     """
 
     def __init__(
@@ -23,7 +26,11 @@ class Clock:
     ) -> None:
         if (num_steps is None) == (max_seconds is None):
             raise ValueError("a run is measured by steps or by seconds, by exactly one of them")
-        self.num_steps, self.max_seconds, self.steps_per_epoch = num_steps, max_seconds, steps_per_epoch
+        self.num_steps, self.max_seconds, self.steps_per_epoch = (
+            num_steps,
+            max_seconds,
+            steps_per_epoch,
+        )
         self.seconds = 0.0
         self._started: float | None = None
 

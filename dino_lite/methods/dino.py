@@ -1,8 +1,9 @@
-"""DINO: a student matches its own running average across crops (Caron et al. 2021, arXiv 2104.14294)."""
+"""DINO: a student matches its own running average across crops (Caron et al. 2021)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,40 +22,59 @@ from dino_lite.contracts import (
 )
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.nn.centering import EMACentering
+from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.teachers import EMATeacher
 
 
+class Student(nn.Module):
+    """Backbone and head: crops to bottleneck vectors. The teacher is another of the same make."""
+
+    def __init__(self, backbone: Any, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
+        """Class features through the head: one backbone call a crop size, one head call in all."""
+        cls = [self.backbone(crops.flatten(0, 1)).cls for crops in groups]
+        z: Tensor = self.head(torch.cat(cls))  # S*n E
+        return z.reshape(-1, groups[0].shape[1], z.shape[-1])
+
+
 class DINO(Method):
-    """Algorithm 1 of the paper: teacher on the global crops, student on all, cross-entropy over prototypes.
+    """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all of them.
 
     `head` makes a projection head from the backbone's width. Provides the match "cls".
     """
 
     provides = ("cls",)
+    student: Student
     step: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        head: Callable[[int], nn.Module],
+        backbone: Any,
+        head: Callable[[int], DINOHead],
         momentum: Schedule,
         teacher_temp: Schedule,
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        self.student = nn.ModuleDict({"backbone": backbone, "head": head(backbone.embed_dim)})  # type: ignore[arg-type]
+        self.student = Student(backbone, head(backbone.embed_dim))
         self.teachers = nn.ModuleDict({"ema": EMATeacher(self.student, momentum)})
-        num_prototypes = self.student["head"].last_layer.weight_v.shape[0]
-        self.centering = EMACentering(num_prototypes, center_momentum)
+        self.centering = EMACentering(self.student.head.num_prototypes, center_momentum)
         self.teacher_temp = teacher_temp
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
+    @property
+    def ema(self) -> EMATeacher:
+        """The one teacher."""
+        return cast(EMATeacher, self.teachers["ema"])
+
     @torch.no_grad()
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """The teacher's sharpened, centered distributions over the global crops of the whole batch."""
-        teacher = self.teachers["ema"].module
-        z = project(teacher, [crops.globals_])  # T n E
-        prototypes = teacher["head"].prototypes()
+        """The teacher's centered, sharpened distributions over the batch's global crops."""
+        z = self.ema.module([crops.globals_])  # T n E
+        prototypes = self.ema.module.head.prototypes()
         temp = self.teacher_temp(at)
         row, col = self.centering(z, prototypes, temp)
         num_student = len(crops.boxes)
@@ -73,27 +93,20 @@ class DINO(Method):
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""
         groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
-        z = project(self.student, groups)  # S n E
-        scores = Scores(z=z, prototypes=self.student["head"].prototypes())
+        scores = Scores(z=self.student(groups), prototypes=self.student.head.prototypes())
         return {"cls": Match(student=scores, target=targets["cls"])}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Teacher and center follow, and the step is counted."""
-        self.teachers["ema"].after_step(self.student, at, ok)
+        self.ema.after_step(self.student, at, ok)
         self.centering.after_step(ok)
         self.step += 1
 
     def schedules(self) -> dict[str, Schedule]:
         """What moves with the run, by the name it is logged under."""
-        return {"momentum": self.teachers["ema"].momentum, "teacher_temp": self.teacher_temp}
+        return {"momentum": self.ema.momentum, "teacher_temp": self.teacher_temp}
 
-    def export_backbone(self) -> nn.Module:
+    def export_backbone(self) -> Any:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
-        return self.teachers["ema"].module["backbone"]
+        return self.ema.module.backbone
 
-
-def project(network: nn.ModuleDict, groups: list[Float[Tensor, "S n C H W"]]) -> Float[Tensor, "S n E"]:
-    """Class features of crops through backbone and head: one backbone call a crop size, one head call in all."""
-    cls = [network["backbone"](crops.flatten(0, 1)).cls for crops in groups]
-    num_images = groups[0].shape[1]
-    return network["head"](torch.cat(cls)).unflatten(0, (-1, num_images))

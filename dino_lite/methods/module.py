@@ -14,13 +14,17 @@ from dino_lite.methods.clock import Clock
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 
-_CHECK_EVERY = 50  # steps between looks at the count of skipped steps, which make the host wait for the device
+_CHECK_EVERY = (
+    50  # steps between looks at the count of skipped steps, which make the host wait for the device
+)
 
 
 class PretrainModule(pl.LightningModule):
-    """Final. Manual optimization: one `training_step` is one optimizer step on the rank's whole batch.
+    """Final. Manual optimization: one `training_step` is one optimizer step on the rank's whole
+    batch.
 
-    `optimizer` makes an optimizer from parameter groups; `step` makes a Step from method and optimizer.
+    `optimizer` makes an optimizer from parameter groups; `step` makes a Step from method and
+    optimizer.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class PretrainModule(pl.LightningModule):
         return self._make_optimizer(groups)
 
     def on_train_start(self) -> None:
-        """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient exchange."""
-        # A plain backward lets ranks drift apart without an error; a raw optimizer leaves global_step at 0.
+        """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient
+        exchange.
+        """
+        # A plain backward lets ranks drift apart without an error; a raw optimizer leaves
+        # global_step at 0.
         self._step = self._make_step(
             self.method,
             optimizer=self.optimizers(),
@@ -81,4 +88,3 @@ class PretrainModule(pl.LightningModule):
             self.trainer.strategy, "block_backward_sync", nullcontext
         )
         return block()
-

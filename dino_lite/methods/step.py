@@ -1,9 +1,10 @@
-"""One optimizer step: targets, micro-batches, clip, freeze, update, teacher. No Lightning, no loop."""
+"""One optimizer step: targets, micro-batches, clip, freeze, update, teacher. No Lightning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from dino_lite.optim.schedules import Span, span_steps
 class Step:
     """Calling it with a batch of crops moves the method by exactly one optimizer step.
 
-    Schedules are read at the step's own `Progress`. The teacher sees the whole batch once; the student sees it in
-    micro-batches of `micro_batch_size` images (0: whole), whose gradients add up to the whole batch's. A gradient that
-    is not finite skips the update and all that follows it; `max_skipped` such steps in a row end the run.
-    `backward` and `no_sync` are handed in by whoever synchronizes ranks.
+    Schedules are read at the step's own `Progress`. The teacher sees the whole batch once; the
+    student sees it in micro-batches of `micro_batch_size` images (0: whole), whose gradients add up
+    to the whole batch's. A gradient that is not finite skips the update and all that follows it;
+    `max_skipped` such steps in a row end the run. `backward` and `no_sync` are handed in by whoever
+    synchronizes ranks.
     """
 
     def __init__(
@@ -44,14 +46,17 @@ class Step:
         for name, loss in losses.items():
             if loss.reads not in method.provides:
                 raise UserError(
-                    f"loss.{name} reads {loss.reads!r}, but {type(method).__name__} provides {', '.join(method.provides)}."
+                    f"loss.{name} reads {loss.reads!r}, but {type(method).__name__} provides "
+                    f"{', '.join(method.provides)}."
                 )
         self.method, self.losses, self.optimizer = method, dict(losses), optimizer
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.clip, self.clip_by, self.freeze_last_layer = clip, clip_by, freeze_last_layer
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
         self.max_skipped, self.backward, self.no_sync = max_skipped, backward, no_sync
-        self.skipped: Tensor | None = None  # steps in a row without a finite gradient; on the device
+        self.skipped: Tensor | None = (
+            None  # steps in a row without a finite gradient; on the device
+        )
         self.num_steps = int(method.step)  # the host's copy of method.step
         student = dict(method.student.named_parameters())
         self.trained = [p for p in student.values() if p.requires_grad]
@@ -60,7 +65,8 @@ class Step:
     def __call__(self, crops: Crops, at: Progress) -> dict[str, Tensor]:
         """Detached scalars: "loss", each loss by name, "grad_norm" and "skipped"."""
         self._write_rates(at)
-        # Drop path draws from the global generator: keyed by seed, step and rank, a resumed run draws the same paths.
+        # Drop path draws from the global generator: keyed by seed, step and rank, a resumed run
+        # draws the same paths.
         torch.manual_seed(hash((self.seed, self.num_steps, rank())))
         with self._autocast(crops):
             targets = self.method.targets(crops, at)
@@ -75,8 +81,8 @@ class Step:
         self._update(ok)
         self.method.after_step(at, ok)
         self.num_steps += 1
-        self._count_skipped(ok)
-        return scalars | {"grad_norm": norm, "skipped": self.skipped}
+        self.skipped = self._count_skipped(ok)
+        return scalars | {"grad_norm": norm, "skipped": self.skipped.float()}
 
     def _write_rates(self, at: Progress) -> None:
         rate, decay = self.learning_rate(at), self.weight_decay(at)
@@ -102,15 +108,20 @@ class Step:
                     part = {name: target.part(start, stop) for name, target in targets.items()}
                     outputs = self.method.compare(crops.part(start, stop), part)
                     terms = {n: loss(outputs[loss.reads]) for n, loss in self.losses.items()}
-                    total = sum(self.losses[n].weight(at) * term for n, term in terms.items())
+                    weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
+                    total = torch.stack(weighted).sum()
                 self.backward(total)
             for name, term in {"loss": total, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + term.detach()
+                sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         return sums
 
     def _update(self, ok: Tensor) -> None:
-        """Optimizer step, or none where `ok` is false: fused optimizers read that on the device, others ask the host."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # Lightning's wrapper counts steps
+        """Optimizer step, or none where `ok` is false: fused optimizers read that on the device,
+        others ask the host.
+        """
+        inner: Any = getattr(
+            self.optimizer, "optimizer", self.optimizer
+        )  # Lightning's wrapper counts steps
         if getattr(inner, "_step_supports_amp_scaling", False):
             inner.found_inf = (~ok).to(torch.float32)
             self.optimizer.step()
@@ -121,10 +132,12 @@ class Step:
         """End the run when too many steps in a row were skipped. Waits for the device."""
         if self.skipped is not None and int(self.skipped) >= self.max_skipped:
             raise UserError(
-                f"{int(self.skipped)} optimizer steps in a row had a gradient that is not finite: the run has diverged; "
-                "lower optim.learning_rate, lower optim.clip, or use trainer.precision=32, and start anew or from best.ckpt."
+                f"{int(self.skipped)} optimizer steps in a row had a gradient that is not "
+                "finite: the run has diverged; "
+                "lower optim.learning_rate, lower optim.clip, or use trainer.precision=32, "
+                "and start anew or from best.ckpt."
             )
 
-    def _count_skipped(self, ok: Tensor) -> None:
-        before = torch.zeros((), dtype=torch.long, device=ok.device) if self.skipped is None else self.skipped
-        self.skipped = torch.where(ok, torch.zeros_like(before), before + 1)
+    def _count_skipped(self, ok: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=torch.long, device=ok.device)
+        return torch.where(ok, zero, (zero if self.skipped is None else self.skipped) + 1)

@@ -10,9 +10,11 @@ from dino_lite.distributed import all_reduce_mean_
 
 
 class EMACentering(nn.Module):
-    """Subtract a running mean of the teacher's logits (DINO, section 3.1, eq. 4): c ← m·c + (1−m)·mean over all ranks.
+    """Subtract a running mean of the teacher's logits (DINO, section 3.1, eq. 4): c ← m·c +
+    (1−m)·mean over all ranks.
 
-    A step uses the center of the steps before it; its own mean is kept in `batch_center` until the step is known good.
+    A step uses the center of the steps before it; its own mean is kept in `batch_center` until the
+    step is known good.
     """
 
     center: Tensor
@@ -31,8 +33,11 @@ class EMACentering(nn.Module):
         """Row and column terms of log softmax((z·Pᵀ − c) / temp), for `contracts.Targets`."""
         wide = torch.promote_types(z.dtype, torch.float32)
         col = -self.center.to(wide) / temp
-        row = torch.stack([-((crop @ prototypes.T).to(wide) / temp + col).logsumexp(-1) for crop in z])
-        # The mean of logits is the logits of the mean: E numbers travel between the ranks instead of K.
+        row = torch.stack(
+            [-((crop @ prototypes.T).to(wide) / temp + col).logsumexp(-1) for crop in z]
+        )
+        # The mean of logits is the logits of the mean: E numbers travel between the ranks instead
+        # of K.
         mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
         self.batch_center = (prototypes.to(wide) @ mean).to(self.center.dtype)
         return row, col

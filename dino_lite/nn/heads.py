@@ -9,26 +9,32 @@ from torch import Tensor, nn
 
 
 class Prototypes(nn.Module):
-    """K rows of length `weight_g`, direction `weight_v`: weight normalization written out, so that it can be copied.
+    """K rows of length `weight_g`, direction `weight_v`: weight normalization written out, so that
+    it can be copied.
 
-    `learn_norm=False` holds the lengths at 1 (the reference's norm_last_layer=True). Keys are the reference's.
+    `learn_norm=False` holds the lengths at 1 (the reference's norm_last_layer=True). Keys are the
+    reference's.
     """
 
     def __init__(self, bottleneck_dim: int, num_prototypes: int, learn_norm: bool = False) -> None:
         super().__init__()
-        # The direction keeps a linear layer's default, U(±1/√E): the reference draws it after its own initializer ran.
-        self.weight_v = nn.Parameter(nn.Linear(bottleneck_dim, num_prototypes, bias=False).weight.detach())
+        # The direction keeps a linear layer's default, U(±1/√E): the reference draws it after its
+        # own initializer ran.
+        self.weight_v = nn.Parameter(
+            nn.Linear(bottleneck_dim, num_prototypes, bias=False).weight.detach()
+        )
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_norm)
 
     def forward(self) -> Float[Tensor, "K E"]:
-        lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        lengths: Tensor = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
         return self.weight_v * (self.weight_g / lengths)
 
 
 class DINOHead(nn.Module):
     """MLP to a bottleneck of unit norm, then prototypes (DINO, section 3.1 and appendix C).
 
-    `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they are needed.
+    `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they
+    are needed.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class DINOHead(nn.Module):
                 layers += [nn.BatchNorm1d(widths[i + 1])] if batch_norm else []
                 layers.append(nn.GELU())
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
+        self.num_prototypes = num_prototypes
         self.last_layer = Prototypes(bottleneck_dim, num_prototypes, learn_norm)
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
@@ -62,4 +69,5 @@ class DINOHead(nn.Module):
 
     def prototypes(self) -> Float[Tensor, "K E"]:
         """The K prototypes, normalized."""
-        return self.last_layer()
+        rows: Tensor = self.last_layer()
+        return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,13 +14,15 @@ from dino_lite.contracts import Progress, Schedule
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy with storage of its own that takes no gradient and drops no paths; otherwise in the mode it was in."""
+    """A copy with storage of its own that takes no gradient and drops no paths; otherwise in the
+    mode it was in.
+    """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
-        # The reference builds its teacher without stochastic depth and leaves it in train mode, so that batch
-        # normalization there uses the batch's own statistics.
+        # The reference builds its teacher without stochastic depth and leaves it in train mode, so
+        # that batch normalization there uses the batch's own statistics.
         if type(part).__name__ == "DropPath":
-            part.drop_prob = 0.0
+            part.drop_prob = 0.0  # type: ignore[assignment]
     return twin
 
 
@@ -27,7 +30,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 def ema_(
     averages: Iterable[Tensor], values: Iterable[Tensor], momentum: float, ok: Bool[Tensor, ""]
 ) -> None:
-    """average ← m·average + (1−m)·value, in place; nothing where `ok` is false. Waits for no device."""
+    """average ← m·average + (1−m)·value, in place; nothing where `ok` is false. Waits for no
+    device.
+    """
     targets = list(averages)
     moves = torch._foreach_sub(list(values), targets)
     weight: Float[Tensor, ""] = (1.0 - momentum) * ok.to(targets[0].dtype)
@@ -36,13 +41,15 @@ def ema_(
 
 
 class EMATeacher(nn.Module):
-    """The student's running average (DINO, section 3.1): starts as its copy and moves after every optimizer step."""
+    """The student's running average (DINO, section 3.1): starts as its copy and moves after every
+    optimizer step.
+    """
 
     def __init__(self, student: nn.Module, momentum: Schedule) -> None:
         super().__init__()
-        self.module = frozen_copy(student)
+        self.module: Any = frozen_copy(student)
         self.momentum = momentum
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Move toward `student`; parameters only: statistics of batch norms are the teacher's own."""
+        """Move toward `student`; parameters only: batch-norm statistics are the teacher's own."""
         ema_(self.module.parameters(), student.parameters(), self.momentum(at), ok)

@@ -1,4 +1,6 @@
-"""Every number that follows the run: warm-ups and cosines over optimizer steps, or over the clock of a timed run."""
+"""Every number that follows the run: warm-ups and cosines over optimizer steps, or over the clock
+of a timed run.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,18 @@ _SPAN = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(ep|epochs?|st|steps?)\s*", re
 
 
 def check_span(span: Span, what: str) -> None:
-    """Refuse what is no length of time: a fraction of the run in [0, 1], "10 epochs" or "500 steps"."""
+    """Refuse what is no length of time: a fraction of the run in [0, 1], "10 epochs" or "500
+    steps".
+    """
     if isinstance(span, str):
         if not _SPAN.fullmatch(span):
-            raise UserError(f'{what}={span}: write a fraction of the run (0.1), "10 epochs" or "500 steps".')
+            raise UserError(
+                f'{what}={span}: write a fraction of the run (0.1), "10 epochs" or "500 steps".'
+            )
     elif not 0 <= span <= 1:
         raise UserError(
-            f"{what}={span} is longer than the run or negative: it is a fraction of the run in [0, 1]; "
+            f"{what}={span} is longer than the run or negative: it is a fraction of the run "
+            "in [0, 1]; "
             f'for epochs or steps write "{span:g} epochs" or "{span:g} steps".'
         )
 
@@ -48,9 +55,9 @@ class Constant:
 class Cosine:
     """Linear warm-up from `start` to `base`, then half a cosine to `end` (DINO, section 3.2; SGDR).
 
-    With `end_reached` (ours) the warm-up arrives at `base` on its last step plus one, and the last step of the run has
-    exactly `end`. Without it (the references): both ends of the warm-up are included, so `base` comes twice, and the
-    cosine stops one step short of `end`.
+    With `end_reached` (ours) the warm-up arrives at `base` on its last step plus one, and the last
+    step of the run has exactly `end`. Without it (the references): both ends of the warm-up are
+    included, so `base` comes twice, and the cosine stops one step short of `end`.
     """
 
     def __init__(
@@ -68,7 +75,9 @@ class Cosine:
     def __call__(self, at: Progress) -> float:
         warm = span_steps(self.warmup, at)
         if at.step < warm:
-            last = warm if self.end_reached else warm - 1  # linspace(start, base, warm) has warm - 1 gaps
+            last = (
+                warm if self.end_reached else warm - 1
+            )  # linspace(start, base, warm) has warm - 1 gaps
             return self.start + (self.base - self.start) * (at.step / last if last > 0 else 0.0)
         rest = at.total - warm - (1 if self.end_reached else 0)
         turn = 1.0 if rest <= 0 else min(1.0, (at.step - warm) / rest)
@@ -76,9 +85,11 @@ class Cosine:
 
 
 class Warmup:
-    """Linear from `start` to `end` over `warmup`, both included, then `end`: the teacher temperature (DINO, appendix).
+    """Linear from `start` to `end` over `warmup`, both included, then `end`: the teacher
+    temperature (DINO, appendix).
 
-    `per="epoch"` holds the value during an epoch, as DINO does; `per="step"` moves it each step, as DINOv2 does.
+    `per="epoch"` holds the value during an epoch, as DINO does; `per="step"` moves it each step, as
+    DINOv2 does.
     """
 
     def __init__(
@@ -98,7 +109,9 @@ class Warmup:
 
 
 def scale_rate(rate: float, batch_size: int, rule: Literal["linear", "sqrt", "none"]) -> float:
-    """Learning rate for `batch_size` images a step over all ranks: linear per 256 (DINO), sqrt per 1024 (DINOv2)."""
+    """Learning rate for `batch_size` images a step over all ranks: linear per 256 (DINO), sqrt per
+    1024 (DINOv2).
+    """
     if rule == "linear":
         return rate * batch_size / 256.0
     if rule == "sqrt":

@@ -1,4 +1,6 @@
-"""Golden cases A01 to A08: DINO's head, loss, schedules, groups, clipping, ViT, crops and whole steps, by public code."""
+"""Golden cases A01 to A08: DINO's head, loss, schedules, groups, clipping, ViT, crops and whole
+steps, by public code.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from golden.check import Bound, Check, bound, compare
 from torch import Tensor, nn
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, instantiate, put
 from dino_lite.contracts import Crops, Progress
-from dino_lite.methods.dino import DINO, project
+from dino_lite.methods.dino import DINO, Student
 from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import clip_gradients_, param_groups
 from dino_lite.optim.schedules import scale_rate
-from golden.check import Bound, Check, bound, compare
 
 Case = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -30,7 +32,9 @@ _STORED_ROUNDED = 6e-8
 
 def below(tensors: Tensors, prefix: str) -> Tensors:
     """Tensors whose name begins with `prefix`, by the rest of it."""
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
+    }
 
 
 @functools.cache
@@ -74,7 +78,9 @@ def build_vit(hyper: Case) -> ViT:
 
 
 def gradient_bound(tolerance: str, gradients: list[Tensor]) -> Bound:
-    """The bound for gradients; "max|grad|" is the largest of all, since some (a bias before a batch norm) are zero."""
+    """The bound for gradients; "max|grad|" is the largest of all, since some (a bias before a batch
+    norm) are zero.
+    """
     limit, largest = bound(tolerance, "gradients"), max(float(g.abs().max()) for g in gradients)
     return Bound(limit.rtol + _STORED_ROUNDED, limit.atol + limit.scale * largest)
 
@@ -108,7 +114,9 @@ def a01(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
 
 
 def a03(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
-    """Schedules of compat=dino at every step, the teacher temperature at every epoch, and the rate's scaling."""
+    """Schedules of compat=dino at every step, the teacher temperature at every epoch, and the
+    rate's scaling.
+    """
     limit, config = bound(case["tolerance"]["f64"]), compat_config()
     for name, hyper in case["hyper"]["cosine"].items():
         schedule = instantiate(
@@ -129,8 +137,12 @@ def a03(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         wanted = tensors[f"{name}/out64.schedule"]
         yield compare(name, torch.tensor(found, dtype=torch.float64), wanted, limit)
     for row in case["data"]["lr_scaling"]:
-        rate = scale_rate(row["lr"], row["batch_size_per_gpu"] * row["world_size"], config["optim"]["rate_rule"])
-        yield compare(f"rate of {row['batch_size_per_gpu']}x{row['world_size']}", rate, row["scaled"], limit)
+        rate = scale_rate(
+            row["lr"], row["batch_size_per_gpu"] * row["world_size"], config["optim"]["rate_rule"]
+        )
+        yield compare(
+            f"rate of {row['batch_size_per_gpu']}x{row['world_size']}", rate, row["scaled"], limit
+        )
 
 
 def temperature(config: Config, hyper: Case, epoch: int) -> float:
@@ -153,7 +165,7 @@ def a04(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
     for variant, wanted in case["data"].items():
         switches = {"norm_last_layer": "normlast1" in variant, "use_bn": "bn1" in variant}
         head = build_head(case["hyper"]["head"], **switches)
-        student = nn.ModuleDict({"backbone": build_vit(case["hyper"]["vit"]), "head": head})
+        student = Student(build_vit(case["hyper"]["vit"]), head)
         groups = param_groups(student.named_parameters(), decay_tokens)
         names = {group["decay"]: set(group["names"]) for group in groups}
         frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
@@ -166,7 +178,9 @@ def a04(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
 
 
 def a05(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
-    """Clipping by parameter, dropping of last-layer gradients, AdamW: planted gradients through Step."""
+    """Clipping by parameter, dropping of last-layer gradients, AdamW: planted gradients through
+    Step.
+    """
     hyper, order = case["hyper"], case["data"]["param_order"]
     for dtype, precision, suffix in _PRECISIONS:
         limit = bound(case["tolerance"][precision])
@@ -183,7 +197,12 @@ def a05(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
             planted.update({n: g.to(dtype) for n, g in below(tensors, f"in.grad.step{i}.").items()})
             clipped = [planted[name].clone() for name in order]
             norms = torch.stack([gradient.norm() for gradient in clipped])
-            yield compare(f"{precision}.norms{i}", norms, tensors[f"out{suffix}.norms_before_clip.step{i}"], limit)
+            yield compare(
+                f"{precision}.norms{i}",
+                norms,
+                tensors[f"out{suffix}.norms_before_clip.step{i}"],
+                limit,
+            )
             clip_gradients_(clipped, hyper["clip"], step.clip_by)
             wanted = below(tensors, f"out{suffix}.clipped.step{i}.")
             for name, gradient in zip(order, clipped, strict=True):
@@ -192,17 +211,25 @@ def a05(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
             epochs = len(hyper["epoch_of_step"])
             step(dummy_crops(hyper, dtype), Progress(epoch, epochs, 1))
             dropped = {name for name in order if parameters[name].grad is None}
-            yield Check(f"{precision}.dropped{i}", float(dropped != set(case["data"]["grads_dropped_at_step"][str(i)])), 0.0)
+            yield Check(
+                f"{precision}.dropped{i}",
+                float(dropped != set(case["data"]["grads_dropped_at_step"][str(i)])),
+                0.0,
+            )
             for name, value in below(tensors, f"out{suffix}.params.step{i}.").items():
                 yield compare(f"{precision}.params{i}.{name}", parameters[name], value, limit)
 
 
 def a06(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
     """ViT at every size: tokens, positions, last attention, penultimate block, gradients."""
-    for (height, width), (dtype, precision, suffix) in itertools.product(case["hyper"]["sizes_hw"], _PRECISIONS):
+    for (height, width), (dtype, precision, suffix) in itertools.product(
+        case["hyper"]["sizes_hw"], _PRECISIONS
+    ):
         own, tolerance = below(tensors, f"{height}x{width}/"), case["tolerance"][precision]
         limit = bound(tolerance)
-        rounded = Bound(limit.rtol + _STORED_ROUNDED, limit.atol + (1e-9 if dtype == torch.float64 else 0))
+        rounded = Bound(
+            limit.rtol + _STORED_ROUNDED, limit.atol + (1e-9 if dtype == torch.float64 else 0)
+        )
         vit = build_vit(case["hyper"]["vit"])
         vit.load_state_dict(below(tensors, "w."))
         vit.to(dtype)
@@ -212,12 +239,19 @@ def a06(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         yield compare(f"{label}.cls", tokens.cls, own[f"out{suffix}.cls"], limit)
         joined = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
         yield compare(f"{label}.tokens", joined, own[f"out{suffix}.tokens_norm"], limit)
-        yield compare(f"{label}.positions", vit.positions(tokens.grid), own["out64.pos_embed"], limit)
+        yield compare(
+            f"{label}.positions", vit.positions(tokens.grid), own["out64.pos_embed"], limit
+        )
         before = own.get("out64.tokens_before_block0")
         if before is not None:
             yield compare(f"{label}.embedding", vit.embed(images)[0], before, limit)
         attention = own["out64r.last_selfattention_img0"]
-        yield compare(f"{label}.attention", vit.attention(images)[0, :, : attention.shape[1]], attention, rounded)
+        yield compare(
+            f"{label}.attention",
+            vit.attention(images)[0, :, : attention.shape[1]],
+            attention,
+            rounded,
+        )
         middle = vit.intermediate(images, [-2])[0]
         joined = torch.cat([middle.cls[:, None], middle.patches], dim=1)
         yield compare(f"{label}.penultimate", joined, own["out64r.penultimate_norm"], rounded)
@@ -230,11 +264,13 @@ def a06(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
 
 
 def a07(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
-    """Crops of mixed sizes through backbone and head: one backbone call a run of equal sizes, rows in crop order."""
+    """Crops of mixed sizes through backbone and head: one backbone call a run of equal sizes, rows
+    in crop order.
+    """
     for dtype, precision, suffix in _PRECISIONS:
         limit = bound(case["tolerance"][precision])
         head = build_head(case["hyper"]["head"])
-        network = nn.ModuleDict({"backbone": build_vit(case["hyper"]["vit"]), "head": head})
+        network = Student(build_vit(case["hyper"]["vit"]), head)
         network.load_state_dict(below(tensors, "w."))
         network.to(dtype)
         for variant, sizes in case["data"]["crop_sizes"].items():
@@ -242,15 +278,30 @@ def a07(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
                 tensors[f"in.pool{size}_i8"][index].to(dtype) / 32
                 for size, index in zip(sizes, case["data"]["pool_index"][variant], strict=True)
             ]
-            groups = [torch.stack(list(run)) for _, run in itertools.groupby(crops, key=lambda crop: crop.shape)]
-            logits = (project(network, groups) @ head.prototypes().T).flatten(0, 1)
-            features = torch.cat([network["backbone"](group.flatten(0, 1)).cls for group in groups])
-            yield compare(f"{variant}.{precision}.logits", logits, tensors[f"{variant}/out{suffix}.logits"], limit)
-            yield compare(f"{variant}.{precision}.features", features, tensors[f"{variant}/out{suffix}.features"], limit)
+            groups = [
+                torch.stack(list(run))
+                for _, run in itertools.groupby(crops, key=lambda crop: crop.shape)
+            ]
+            logits = (network(groups) @ head.prototypes().T).flatten(0, 1)
+            features = torch.cat([network.backbone(group.flatten(0, 1)).cls for group in groups])
+            yield compare(
+                f"{variant}.{precision}.logits",
+                logits,
+                tensors[f"{variant}/out{suffix}.logits"],
+                limit,
+            )
+            yield compare(
+                f"{variant}.{precision}.features",
+                features,
+                tensors[f"{variant}/out{suffix}.features"],
+                limit,
+            )
 
 
 def a08(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
-    """Steps of the whole loop under compat=dino: losses, centers, gradient norms, student and teacher weights."""
+    """Steps of the whole loop under compat=dino: losses, centers, gradient norms, student and
+    teacher weights.
+    """
     for (variant, switches), (dtype, precision, suffix) in itertools.product(
         case["hyper"]["variants"].items(), _PRECISIONS
     ):
@@ -261,7 +312,9 @@ def a08(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         method = trajectory_method(hyper, below(tensors, "w.init."), dtype)
         norms: list[Tensor] = []
 
-        trained = [method.student.get_parameter(n) for n in case["data"]["variants"][variant]["trainable"]]
+        trained = [
+            method.student.get_parameter(n) for n in case["data"]["variants"][variant]["trainable"]
+        ]
 
         def backward(loss: Tensor, trained=trained, norms=norms) -> None:  # type: ignore[no-untyped-def]
             loss.backward()
@@ -271,15 +324,37 @@ def a08(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         total = hyper["epochs"] * hyper["iters_per_epoch"]
         slopes = Bound(1e-7, 1e-9) if dtype == torch.float64 else Bound(1e-3, 1e-4)
         for i in range(total):
-            scalars = step(trajectory_crops(tensors, i % len(tensors["in.global_u8"]), dtype), Progress(i, total, hyper["iters_per_epoch"]))  # fmt: skip
-            yield compare(f"{label}.loss{i}", scalars["loss"], own[f"out{suffix}.loss"][i], bound(tolerance, "loss"))
+            scalars = step(
+                trajectory_crops(tensors, i % len(tensors["in.global_u8"]), dtype),
+                Progress(i, total, hyper["iters_per_epoch"]),
+            )
+            yield compare(
+                f"{label}.loss{i}",
+                scalars["loss"],
+                own[f"out{suffix}.loss"][i],
+                bound(tolerance, "loss"),
+            )
             center = own[f"out{suffix}.center"][i]
-            yield compare(f"{label}.center{i}", method.centering.center, center, bound(tolerance, "centre"))
-            yield compare(f"{label}.norms{i}", norms[i], own[f"out{suffix}.grad_norms_before_clip"][i], slopes)
-            yield from trajectory_weights(f"{label}.student{i + 1}", method.student, below(own, f"out64r.student_after{i + 1}."), weights, dtype)  # fmt: skip
-        yield from trajectory_weights(f"{label}.student", method.student, below(own, "out64r.student_final."), weights, dtype)  # fmt: skip
+            yield compare(
+                f"{label}.center{i}", method.centering.center, center, bound(tolerance, "centre")
+            )
+            yield compare(
+                f"{label}.norms{i}", norms[i], own[f"out{suffix}.grad_norms_before_clip"][i], slopes
+            )
+            yield from trajectory_weights(
+                f"{label}.student{i + 1}",
+                method.student,
+                below(own, f"out64r.student_after{i + 1}."),
+                weights,
+                dtype,
+            )
+        yield from trajectory_weights(
+            f"{label}.student", method.student, below(own, "out64r.student_final."), weights, dtype
+        )
         teacher = method.teachers["ema"].module
-        yield from trajectory_weights(f"{label}.teacher", teacher, below(own, "out64r.teacher_final."), weights, dtype)
+        yield from trajectory_weights(
+            f"{label}.teacher", teacher, below(own, "out64r.teacher_final."), weights, dtype
+        )
 
 
 def trajectory_method(hyper: Case, weights: Tensors, dtype: torch.dtype) -> DINO:
@@ -308,9 +383,15 @@ def trajectory_step(method: DINO, hyper: Case, backward: Any) -> Step:
     """The step of compat=dino with a case's numbers."""
     config = compat_config()
     optim = config["optim"]
-    optimizer = instantiate(put(optim["optimizer"], "betas", hyper["adamw"]["betas"]), eps=hyper["adamw"]["eps"])
+    optimizer = instantiate(
+        put(optim["optimizer"], "betas", hyper["adamw"]["betas"]), eps=hyper["adamw"]["eps"]
+    )
     groups = param_groups(method.student.named_parameters(), optim["decay_tokens"])
-    rate = {"base": hyper["lr"], "end": hyper.get("min_lr", hyper["lr"]), "warmup": f"{hyper.get('warmup_epochs', 0)} epochs"}
+    rate = {
+        "base": hyper["lr"],
+        "end": hyper.get("min_lr", hyper["lr"]),
+        "warmup": f"{hyper.get('warmup_epochs', 0)} epochs",
+    }
     decay = {"base": hyper["weight_decay"], "end": hyper["weight_decay_end"]}
     return Step(
         method,
@@ -327,7 +408,9 @@ def trajectory_step(method: DINO, hyper: Case, backward: Any) -> Step:
 
 def trajectory_crops(tensors: Tensors, batch: int, dtype: torch.dtype) -> Crops:
     """A stored batch as the step takes it: pixels (u8 - 127.5) / 64."""
-    globals_, locals_ = ((tensors[f"in.{kind}_u8"][batch].to(dtype) - 127.5) / 64 for kind in ("global", "local"))
+    globals_, locals_ = (
+        (tensors[f"in.{kind}_u8"][batch].to(dtype) - 127.5) / 64 for kind in ("global", "local")
+    )
     return crops_of(globals_, locals_)
 
 
@@ -335,7 +418,14 @@ def crops_of(globals_: Tensor, locals_: Tensor | None) -> Crops:
     """Crops without a history: where they were cut does not matter here."""
     num = len(globals_) + (0 if locals_ is None else len(locals_))
     size = globals_.shape[1]
-    return Crops(globals_, locals_, torch.arange(size), None, torch.zeros(num, size, 4), torch.zeros(num, size, 1))
+    return Crops(
+        globals_,
+        locals_,
+        torch.arange(size),
+        None,
+        torch.zeros(num, size, 4),
+        torch.zeros(num, size, 1),
+    )
 
 
 def dummy_crops(hyper: Case, dtype: torch.dtype) -> Crops:
@@ -347,7 +437,7 @@ def dummy_crops(hyper: Case, dtype: torch.dtype) -> Crops:
 def trajectory_weights(
     label: str, network: nn.Module, wanted: Tensors, limit: Bound, dtype: torch.dtype
 ) -> Iterator[Check]:
-    """Every parameter that is stored; in float32 without the key bias, whose true gradient is zero."""
+    """Every stored parameter; in float32 without the key bias, whose true gradient is zero."""
     for name, value in wanted.items():
         found = network.get_parameter(name)
         if name.endswith("qkv.bias") and dtype == torch.float32:

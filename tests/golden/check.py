@@ -12,7 +12,9 @@ _NUMBER = r"\s*([0-9.]+(?:e-?[0-9]+)?)"
 
 
 class Check(NamedTuple):
-    """`error` and `tolerance` are in the same unit; the check holds where error <= tolerance (NaN never does)."""
+    """`error` and `tolerance` are in the same unit; the check holds where error <= tolerance (NaN
+    never does).
+    """
 
     name: str
     error: float
@@ -28,11 +30,15 @@ class Bound(NamedTuple):
 
 
 def bound(text: str, subject: str = "") -> Bound:
-    """The numbers of a case's tolerance text for `subject`: of the clause that names it, or the first clause."""
+    """The numbers of a case's tolerance text for `subject`: of the clause that names it, or the
+    first clause.
+    """
     clauses = re.split(r";|(?<!e)\. ", text)
     clause = next((c for c in clauses if subject and subject in c), clauses[0])
     rtol = re.search("rtol" + _NUMBER, clause)
-    atol = re.search("atol" + _NUMBER + r"(?:\s*\*\s*max(?:\|\w+\|)?(?:\s*\*" + _NUMBER + ")?)?", clause)
+    atol = re.search(
+        "atol" + _NUMBER + r"(?:\s*\*\s*max(?:\|\w+\|)?(?:\s*\*" + _NUMBER + ")?)?", clause
+    )
     if rtol is None and atol is None:
         raise ValueError(f"no rtol or atol in the tolerance {clause!r}")
     relative = float(rtol[1]) if rtol else 0.0
@@ -44,7 +50,9 @@ def bound(text: str, subject: str = "") -> Bound:
 
 
 def compare(name: str, found: Tensor | float, wanted: Tensor | float, limit: Bound) -> Check:
-    """The element that comes nearest to its bound, or passes it farthest; a wrong shape never holds."""
+    """The element that comes nearest to its bound, or passes it farthest; a wrong shape never
+    holds.
+    """
     a, b = torch.as_tensor(found).detach().double(), torch.as_tensor(wanted).detach().double()
     if a.shape != b.shape:
         return Check(f"{name}: shape {tuple(a.shape)} for {tuple(b.shape)}", float("inf"), 0.0)

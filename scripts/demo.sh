@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# demo.sh [TIME]: installs dino_lite (once), pretrains DINO on the embedded data set for TIME (30s, 4m, …; by default
+# $DINO_LITE_DEMO_TIME or 4m), exports the backbone, and prints what it is worth beside raw pixels and the same network
+# untrained. Again: says what it found. DINO_LITE_VENV names an environment other than .venv.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+budget="${1:-${DINO_LITE_DEMO_TIME:-4m}}"
+python="$("$root/scripts/install.sh")"
+dino_lite="$(dirname "$python")/dino-lite"
+cd "$root"
+
+name="demo_$budget"
+run="runs/$name"
+"$dino_lite" pretrain experiment=dino_shapes name="$name" trainer.max_time="$budget"
+"$dino_lite" evaluate checkpoint="$run"
+"$dino_lite" export checkpoint="$run"
+
+"$python" - "$run/results.json" <<'EOF_PYTHON'
+import json, sys
+
+results = json.load(open(sys.argv[1], encoding="utf-8"))
+print(f"\nk-NN top-1 on the embedded data set, {results['train_seconds']:.0f} s of training")
+for name in ("raw_pixels", "untrained", "trained"):
+    print(f"  {name.replace('_', ' '):12s} {results['knn_' + name]:5.1f} %")
+EOF_PYTHON
+echo "Pictures and curves:   $root/$run"
+echo "The exported backbone: $root/$run/export"

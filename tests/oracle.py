@@ -1,0 +1,174 @@
+"""DINO's arithmetic as plain loops: the definition that the fast code is held against.
+
+Written from Caron et al. 2021 (arXiv 2104.14294), Algorithm 1, equations 1 to 4, section 3.2; slow
+on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------ objective
+
+
+def cross_entropy(q: Tensor, logits: Tensor) -> Tensor:
+    """H(q, softmax(logits)) of one image (equation 2)."""
+    return -(q * torch.log_softmax(logits, dim=-1)).sum()
+
+
+def pair_loss(student: Tensor, q: Tensor, temp: float, pairs: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum over every teacher crop, student crop and image: student S n K, q T n K."""
+    total = student.new_zeros(())
+    for t in range(len(q)):
+        for s in range(len(student)):
+            for image in range(len(weight)):
+                h = cross_entropy(q[t, image], student[s, image] / temp)
+                total = total + pairs[t, s] * weight[image] * h
+    return total
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> Tensor:
+    """Equation 3 on logits S B K and T B K: the mean over pairs of different crops and images."""
+    num_images = student.shape[1]
+    total, terms = student.new_zeros(()), 0
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            if s == t:
+                continue
+            terms += 1
+            for image in range(num_images):
+                q = torch.softmax((teacher[t, image] - center) / teacher_temp, dim=-1).detach()
+                total = total + cross_entropy(q, student[s, image] / student_temp) / num_images
+    return total / terms
+
+
+def center_ema(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
+    """Equation 4 on the teacher's logits T B K."""
+    rows = [teacher[t, image] for t in range(teacher.shape[0]) for image in range(teacher.shape[1])]
+    return momentum * center + (1 - momentum) * sum(rows) / len(rows)
+
+
+# ------------------------------------------------------------------------------------ schedules
+
+
+def cosine_schedule(
+    base: float, final: float, total: int, warmup: int = 0, start: float = 0.0
+) -> list[float]:
+    """The reference's array: linspace(start, base, warmup), then a cosine short of final."""
+    warm = torch.linspace(start, base, warmup, dtype=torch.float64).tolist()
+    rest = total - warmup
+    cosine = [final + (base - final) / 2 * (1 + math.cos(math.pi * i / rest)) for i in range(rest)]
+    return warm + cosine
+
+
+def temperature_schedule(start: float, final: float, warmup: int, total: int) -> list[float]:
+    """linspace(start, final, warmup), then final."""
+    warm = torch.linspace(start, final, warmup, dtype=torch.float64).tolist()
+    return warm + [final] * (total - warmup)
+
+
+# ------------------------------------------------------------------------------------ the update
+
+
+def ema(average: Tensor, value: Tensor, momentum: float) -> Tensor:
+    """The teacher's rule (section 3.1)."""
+    return momentum * average + (1 - momentum) * value
+
+
+def clip_global(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """All gradients by one factor, so that their joint L2 norm is at most `limit`."""
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
+    return [g * min(1.0, limit / (norm + 1e-6)) for g in gradients]
+
+
+def clip_each(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """Each gradient by its own factor, as DINO's code does."""
+    return [clip_global([g], limit)[0] for g in gradients]
+
+
+def adamw(
+    weight: Tensor, gradient: Tensor, state: dict[str, Tensor], rate: float, decay: float
+) -> Tensor:
+    """One AdamW step (Loshchilov & Hutter 2019, Algorithm 2), betas .9 and .999; moves `state`."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    step = state["step"] = state.get("step", torch.zeros(())) + 1
+    m = state["m"] = beta1 * state.get("m", torch.zeros_like(weight)) + (1 - beta1) * gradient
+    v = state["v"] = beta2 * state.get("v", torch.zeros_like(weight)) + (1 - beta2) * gradient**2
+    m_hat, v_hat = m / (1 - beta1 ** int(step)), v / (1 - beta2 ** int(step))
+    return weight - rate * decay * weight - rate * m_hat / (v_hat.sqrt() + eps)
+
+
+# ------------------------------------------------------------------------------------ Algorithm 1
+
+
+def logits(network: nn.ModuleDict, images: Tensor) -> Tensor:
+    """One crop of every image through backbone, head and prototypes: n K."""
+    head = network["head"]
+    directions = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
+    z = head.mlp(network["backbone"](images).cls)
+    return (z / z.norm(dim=1, keepdim=True)) @ (head.last_layer.weight_g * directions).T
+
+
+def dino_step(
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    center: Tensor,
+    states: dict[str, dict[str, Tensor]],
+    crops: Sequence[Tensor],
+    num_global: int,
+    *,
+    rate: float,
+    decay: float,
+    decayed: set[str],
+    clip: float,
+    frozen: bool,
+    momentum: float,
+    student_temp: float,
+    teacher_temp: float,
+    center_momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """One turn of Algorithm 1's loop on crops B C H W, in place; returns loss and new center."""
+    with torch.no_grad():
+        t = torch.stack([logits(teacher, crop) for crop in crops[:num_global]])
+    s = torch.stack([logits(student, crop) for crop in crops])
+    loss = dino_loss(s, t, center, student_temp, teacher_temp)
+    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    gradients = clip_each(torch.autograd.grad(loss, list(named.values())), clip)
+    with torch.no_grad():
+        for (name, p), gradient in zip(named.items(), gradients, strict=True):
+            if frozen and "last_layer" in name:
+                continue
+            state = states.setdefault(name, {})
+            p.copy_(adamw(p, gradient, state, rate, decay if name in decayed else 0.0))
+        for average, value in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.copy_(ema(average, value, momentum))
+    return loss.detach(), center_ema(center, t, center_momentum)
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+def bicubic(cells: Tensor, rows: int, columns: int, scale: tuple[float, float]) -> Tensor:
+    """Resample a map H W by Keys' cubic (a = −3/4), each sample at (index + 1/2)/scale − 1/2."""
+
+    def weigh(distance: float) -> float:
+        d, a = abs(distance), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    def line(values: Sequence[Tensor], at: float) -> Tensor:
+        first = math.floor(at) - 1
+        taps = range(first, first + 4)
+        inside = [min(max(i, 0), len(values) - 1) for i in taps]
+        return sum(weigh(at - i) * values[j] for i, j in zip(taps, inside, strict=True))
+
+    tall = torch.stack([line(list(cells), (i + 0.5) / scale[0] - 0.5) for i in range(rows)])
+    wide = [line(list(tall.T), (j + 0.5) / scale[1] - 0.5) for j in range(columns)]
+    return torch.stack(wide, dim=1)

@@ -1,0 +1,305 @@
+"""The multi-crop: boxes as published, operations as torchvision does them on PIL images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as tv
+from torchvision.transforms.functional import InterpolationMode
+
+from dino_lite.contracts import UserError
+from dino_lite.data import crops
+from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, MultiCrop, Photometric
+
+ALWAYS = Photometric(flip_prob=1, jitter_prob=1, gray_prob=1, blur_prob=1, solarize_prob=1)
+NEVER = Photometric(flip_prob=0, jitter_prob=0, gray_prob=0, blur_prob=0, solarize_prob=0)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth color with noise on it: values, hues and edges of every kind."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    noisy = smooth + rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def draw(crop: MultiCrop, n: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and parameters of n images of one size in epoch 0."""
+    sides = np.full(n, height), np.full(n, width)
+    return crop.draw(np.zeros(n, int), np.arange(n), *sides)
+
+
+def params(**values: float) -> list[float]:
+    """COLUMNS, all neutral but those given."""
+    return [float(value) for value in (COLUMNS | values).values()]
+
+
+# ------------------------------------------------------------------------------------------ draw
+
+
+@given(height=st.integers(1, 700), width=st.integers(1, 700), seed=st.integers(0, 5))
+def test_boxes_lie_in_the_image(height: int, width: int, seed: int) -> None:
+    """For any size of image, also those in which no box of the wanted shape has room."""
+    boxes, _ = draw(MultiCrop(32, 16, 3, seed=seed), 20, height, width)
+    top, left, high, wide = boxes.reshape(-1, 4).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (high >= 1).all()
+    assert (wide >= 1).all()
+    assert (top + high <= height).all()
+    assert (left + wide <= width).all()
+
+
+def test_boxes_have_the_area_and_shape_asked_for() -> None:
+    """Local and global crops keep to their own scale and to the aspect ratio, up to rounding."""
+    crop = MultiCrop(32, 16, 1, global_scale=(0.5, 0.8), local_scale=(0.1, 0.2), ratio=(0.8, 1.5))
+    boxes, _ = draw(crop, 2000, 300, 400)
+    area = boxes[..., 2] * boxes[..., 3] / (300 * 400)
+    aspect = boxes[..., 3] / boxes[..., 2]
+    for s, (low, high) in enumerate([(0.5, 0.8), (0.5, 0.8), (0.1, 0.2)]):
+        assert low - 0.005 < area[s].min() < low + 0.02
+        assert high - 0.02 < area[s].max() < high + 0.005
+        assert 0.79 < aspect[s].min() < 0.85
+        assert 1.4 < aspect[s].max() < 1.52
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(400, 10, [193, 0, 13, 10]), (10, 400, [0, 193, 10, 13])],
+    ids=["tall", "wide"],
+)
+def test_where_no_box_fits_the_center_is_taken(height: int, width: int, box: list[int]) -> None:
+    """The longest centered box whose aspect ratio is allowed."""
+    boxes, _ = draw(MultiCrop(32, 16, 0, global_scale=(0.9, 1.0)), 5, height, width)
+    assert (boxes == box).all()
+
+
+def test_draws_depend_on_nothing_but_the_key() -> None:
+    """Neither the companions in the batch nor the number of local crops changes a crop."""
+    many = MultiCrop(32, 16, 6, seed=3)
+    epochs, indices = np.array([4, 4, 5]), np.array([8, 2, 8])
+    heights, widths = np.array([50, 60, 70]), np.array([90, 80, 70])
+    boxes, drawn = many.draw(epochs, indices, heights, widths)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = MultiCrop(32, 16, 1, seed=3).draw(
+            epochs[one], indices[one], heights[one], widths[one]
+        )
+        assert (alone[0] == boxes[:3, one]).all()
+        assert (alone[1] == drawn[:3, one]).all()
+    other = MultiCrop(32, 16, 6, seed=4).draw(epochs, indices, heights, widths)[0]
+    assert (other != boxes).any(-1).all()
+    assert (boxes[:, 0] != boxes[:, 2]).any()  # the same image in the next epoch
+
+
+def test_stored_draws_never_change() -> None:
+    """A run that a later version resumes must see the same crops."""
+    boxes, drawn = MultiCrop(32, 16, 1, seed=9).draw(
+        np.array([1]), np.array([5]), np.array([120]), np.array([200])
+    )
+    assert boxes[:, 0].tolist() == [[3, 2, 112, 94], [7, 27, 89, 116], [9, 2, 77, 76]]
+    np.testing.assert_allclose(
+        drawn[:, 0],
+        [
+            [0.0, 0.703761, 0.925925, 0.850244, 0.072439, 8.0, 1.0, 0.290572, 0.0],
+            [1.0, 1.335316, 0.905578, 1.016519, 0.000849, 21.0, 0.0, 0.0, 0.0],
+            [0.0, 1.164697, 0.978068, 0.927587, 0.048369, 5.0, 0.0, 1.497898, 0.0],
+        ],
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+def test_operations_happen_as_often_as_asked() -> None:
+    """Each operation of each kind of crop within 5 sigma of its probability, order included."""
+    kinds = [
+        Photometric(0.3, 0.7, gray_prob=0.6, blur_prob=0.9, solarize_prob=0.2),
+        Photometric(0.9, 0.2, gray_prob=0.1, blur_prob=0.4, solarize_prob=0.5),
+        Photometric(0.5, 0.8, gray_prob=0.3, blur_prob=0.1, solarize_prob=0.7),
+    ]
+    n = 4000
+    multi_crop = MultiCrop(32, 16, 1, global_1=kinds[0], global_2=kinds[1], local=kinds[2])
+    _, drawn = draw(multi_crop, n, 64, 64)
+    for kind, rows in zip(kinds, drawn, strict=True):
+        values = dict(zip(COLUMNS, rows.T, strict=True))
+        happened = {name: values[name] > 0 for name in ("flip", "gray", "blur", "solarize")}
+        happened["jitter"] = values["brightness"] != 1
+        for name, events in happened.items():
+            p = getattr(kind, f"{name}_prob")
+            assert abs(events.mean() - p) < 5 * np.sqrt(p * (1 - p) / n), name
+        orders = np.bincount(values["order"][happened["jitter"]].astype(int), minlength=24)
+        share = orders / orders.sum()
+        assert np.abs(share - 1 / 24).max() < 5 * np.sqrt(23 / 24**2 / orders.sum())
+
+
+def test_factors_fill_their_range() -> None:
+    """1 - strength to 1 + strength, hue around 0, blur radius as given."""
+    spec = ALWAYS._replace(
+        brightness=0.5, contrast=0.1, saturation=0.3, hue=0.2, blur_radius=(1.0, 3.0)
+    )
+    _, drawn = draw(MultiCrop(32, 16, 0, global_1=spec), 4000, 64, 64)
+    low, high = drawn[0].min(0), drawn[0].max(0)
+    wanted = [(0.5, 1.5), (0.9, 1.1), (0.7, 1.3), (-0.2, 0.2), (1, 3)]
+    for column, (first, last) in zip([1, 2, 3, 4, 7], wanted, strict=True):
+        assert first <= low[column] < first + 0.01 * (last - first)
+        assert last - 0.01 * (last - first) < high[column] <= np.float32(last)
+
+
+def test_probabilities_of_zero_and_one_are_certain() -> None:
+    """Nothing at all, or everything every time."""
+    multi_crop = MultiCrop(32, 16, 0, global_1=NEVER, global_2=ALWAYS)
+    _, drawn = draw(multi_crop, 500, 64, 64)
+    assert (drawn[0] == list(COLUMNS.values())).all()
+    assert (drawn[1][:, [0, 6, 8]] == 1).all()
+    assert (drawn[1][:, 1:5] != crops.NO_JITTER).any(1).all()
+    assert (drawn[1][:, 7] > 0).all()
+
+
+# ----------------------------------------------------------------------------------------- apply
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), factor=st.floats(0, 2), shift=st.floats(-0.5, 0.5))
+def test_jitter_equals_torchvision_on_pil(seed: int, factor: float, shift: float) -> None:
+    """Every one of the four operations, bit by bit."""
+    image = picture(19, 23, seed)
+    oracle = {
+        "brightness": tv.adjust_brightness(image, factor),
+        "contrast": tv.adjust_contrast(image, factor),
+        "saturation": tv.adjust_saturation(image, factor),
+    }
+    for name, wanted in oracle.items():
+        found = crops.augment(image, params(**{name: factor}))
+        assert np.array_equal(found, np.asarray(wanted)), name
+    if shift != 0:  # a hue of exactly 0 says "not applied"
+        found = crops.augment(image, params(hue=shift))
+        assert np.array_equal(found, np.asarray(tv.adjust_hue(image, shift)))
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    order=st.integers(0, 23),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    radius=st.floats(0.1, 3),
+    box=st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 30), st.integers(1, 30)),
+)
+def test_a_whole_chain_equals_torchvision_on_pil(
+    seed: int,
+    order: int,
+    flags: tuple[bool, bool, bool, bool],
+    radius: float,
+    box: tuple[int, int, int, int],
+) -> None:
+    """Resized crop, flip, jitter in any order, gray, blur, solarize: each where it belongs."""
+    image = picture(50, 50, seed)
+    flip, gray, blur, solarize = flags
+    factors = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.2, "hue": -0.07}
+    wanted = tv.resized_crop(image, *box, [24, 24], InterpolationMode.BICUBIC)
+    wanted = tv.hflip(wanted) if flip else wanted
+    for i in ORDERS[order]:
+        wanted = getattr(tv, f"adjust_{JITTER[i]}")(wanted, factors[JITTER[i]])
+    wanted = tv.to_grayscale(wanted, 3) if gray else wanted
+    wanted = wanted.filter(ImageFilter.GaussianBlur(radius)) if blur else wanted
+    wanted = ImageOps.solarize(wanted) if solarize else wanted
+    values = params(
+        **factors, order=order, flip=flip, gray=gray, blur=radius * blur, solarize=solarize
+    )
+    assert np.array_equal(crops.apply(image, box, values, 24), np.asarray(wanted))
+
+
+def test_a_neutral_crop_of_the_whole_image_is_the_image() -> None:
+    """Nothing drawn, nothing changed."""
+    image = picture(32, 32)
+    found = crops.apply(image, (0, 0, 32, 32), params(), 32)
+    assert np.array_equal(found, np.asarray(image))
+
+
+def test_pixels_outside_the_box_have_no_part() -> None:
+    """The box is cut out before it is resized: its surroundings may be anything."""
+    image = picture(40, 40)
+    surroundings = np.zeros((40, 40, 3), np.uint8)
+    surroundings[5:25, 10:30] = np.asarray(image)[5:25, 10:30]
+    box = (5, 10, 20, 20)
+    found = crops.apply(Image.fromarray(surroundings), box, params(), 12)
+    assert np.array_equal(found, crops.apply(image, box, params(), 12))
+
+
+# -------------------------------------------------------------------------------------- together
+
+
+def test_multi_crop_makes_what_it_drew() -> None:
+    """Every crop of every image, of different sizes, equals `apply` on its draw."""
+    images = [picture(40, 60, 1), picture(33, 20, 2), picture(16, 16, 3)]
+    epochs, indices = np.array([0, 1, 1]), np.array([5, 0, 9])
+    multi_crop = MultiCrop(20, 10, 2, seed=1)
+    made = multi_crop(images, epochs, indices)
+    heights, widths = np.array([40, 33, 16]), np.array([60, 20, 16])
+    boxes, drawn = multi_crop.draw(epochs, indices, heights, widths)
+    assert made.locals_ is not None
+    assert made.globals_.shape == (2, 3, 3, 20, 20)
+    assert made.locals_.shape == (2, 3, 3, 10, 10)
+    assert made.globals_.dtype == made.locals_.dtype == torch.uint8
+    assert made.index.tolist() == [5, 0, 9]
+    assert made.labels is None
+    for i, image in enumerate(images):
+        for s, pixels in enumerate([*made.globals_[:, i], *made.locals_[:, i]]):
+            box, row = boxes[s, i].tolist(), drawn[s, i].tolist()
+            wanted = crops.apply(image, box, row, pixels.shape[-1])
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), wanted)
+    fractions = made.boxes.numpy() * np.stack([heights, widths, heights, widths], -1)
+    np.testing.assert_allclose(fractions, boxes, atol=1e-4)
+    assert torch.equal(made.draws, torch.from_numpy(drawn))
+
+
+def test_without_local_crops_there_are_none() -> None:
+    """None, not a tensor of length 0."""
+    made = MultiCrop(20, 10, 0)([picture(30, 30)], np.array([0]), np.array([0]))
+    assert made.locals_ is None
+    assert made.boxes.shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"global_size": 0}, "global_size"),
+        ({"local_size": 0}, "local_size"),
+        ({"num_local": -1}, "num_local"),
+        ({"global_scale": (0.5, 0.2)}, "global_scale"),
+        ({"global_scale": (0.5, 1.2)}, "global_scale"),
+        ({"local_scale": (0.0, 0.2)}, "local_scale"),
+        ({"local_scale": (0.1, 0.2, 0.3)}, "local_scale"),
+        ({"ratio": (-1.0, 1.0)}, "ratio"),
+        ({"local": Photometric(flip_prob=1.5)}, "local.flip_prob"),
+        ({"global_1": Photometric(blur_prob=-0.1)}, "global_1.blur_prob"),
+        ({"global_2": Photometric(hue=0.6)}, "global_2.hue"),
+        ({"global_2": Photometric(brightness=-1)}, "global_2.brightness"),
+        ({"local": Photometric(blur_radius=(2.0, 1.0))}, "local.blur_radius"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(values: dict[str, object], key: str) -> None:
+    """One sentence that names the key."""
+    with pytest.raises(UserError, match=f"augment.{key}"):
+        MultiCrop(**{"global_size": 32, "local_size": 16, "num_local": 2, **values})
+
+
+def test_the_config_is_the_published_recipe(root: Path) -> None:
+    """conf/augment/dino.yaml builds the defaults of the code, which golden cases are held to."""
+    text = (root / "conf/augment/dino.yaml").read_text(encoding="utf-8")
+    sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "seed": 0}
+    built = instantiate({**yaml.safe_load(text), **sizes}, _convert_="all")
+    plain = MultiCrop(**sizes)
+    assert [tuple(kind) for kind in built.kinds] == [
+        tuple(kind._replace(blur_radius=list(kind.blur_radius))) for kind in plain.kinds
+    ]
+    assert built.ratio == plain.ratio
+    assert np.array_equal(built.scales, plain.scales)

@@ -1,0 +1,312 @@
+"""The vision transformer: timm's numbers, other sizes, positions, attention, refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import oracle
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dino_lite.backbones.build import build_backbone, vit
+from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import UserError
+
+SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+def randomize(module: nn.Module) -> None:
+    """Generic weights, so that no part is hidden by an initial zero or one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def small(**settings: Any) -> ViT:
+    """Three blocks of width 16 in float64, 4×4 cells, generic weights, eval mode."""
+    backbone = ViT(**SMALL | settings).double().eval()  # type: ignore[arg-type]
+    randomize(backbone)
+    return backbone
+
+
+def images(*size: int, num: int = 2, channels: int = 3) -> Tensor:
+    """Noise."""
+    return torch.randn(num, channels, *size, dtype=torch.float64)
+
+
+def timm_twin(backbone: ViT, name: str = "vit", **settings: Any) -> VisionTransformer:
+    """The timm model with the same weights and timm's own forward."""
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    kwargs |= {"num_classes": 0, **settings}
+    model = VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+    assert isinstance(model, VisionTransformer)
+    model = model.double().eval()
+    model.load_state_dict(backbone.state_dict())
+    return model
+
+
+# ------------------------------------------------------------------------------------ forward
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit", {}),
+        ("vit", {"qkv_bias": False, "mlp_ratio": 2.0}),
+        ("vit", {"init_values": 0.1, "qk_norm": True}),
+        ("vit_tiny_patch16_224", {}),
+        ("vit_small_patch14_dinov2", {}),
+    ],
+)
+def test_at_the_native_size_the_tokens_are_timms(name: str, settings: dict[str, Any]) -> None:
+    """Class and patch tokens of timm's forward, for plain models and for timm's names."""
+    backbone = small(name=name, **settings)
+    wanted = timm_twin(backbone, name, **settings).forward_features(images_ := images(32, 32))
+    tokens = backbone(images_)
+    torch.testing.assert_close(tokens.cls, wanted[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(tokens.patches, wanted[:, 1:], rtol=1e-6, atol=1e-6)
+    assert tokens.registers is None
+    assert tokens.grid == (4, 4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 24), (64, 64), (16, 40), (8, 128), (64, 16)])
+def test_other_sizes_are_timms_with_resampled_positions(size: tuple[int, int]) -> None:
+    """Smaller, larger, not square, and as many patches as the native size in another shape."""
+    backbone = small()
+    model = timm_twin(backbone, dynamic_img_size=True)
+    wanted = model.forward_features(images_ := images(*size))
+    tokens = backbone(images_)
+    assert tokens.grid == (size[0] // 8, size[1] // 8)
+    assert tokens.patches.shape == (2, size[0] * size[1] // 64, 16)
+    # timm resamples in float32
+    torch.testing.assert_close(tokens.cls, wanted[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens.patches, wanted[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(33, 32), (32, 12), (4, 4)])
+def test_sizes_that_the_patch_does_not_divide_are_refused(size: tuple[int, int]) -> None:
+    """In a sentence with the size and the patch."""
+    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} pixels .* patches of 8"):
+        small()(images(*size))
+
+
+def test_one_channel_is_enough() -> None:
+    """in_chans=1: gray images go through, color is what does not fit."""
+    backbone = small(in_chans=1)
+    assert backbone.in_chans == backbone.spec["in_chans"] == 1
+    assert backbone(images(32, 32, channels=1)).cls.shape == (2, 16)
+
+
+def test_published_sizes() -> None:
+    """ViT-Ti, S and B with patches of 16 have the published numbers of parameters."""
+    wanted = {"tiny": 5_524_416, "small": 21_665_664, "base": 85_798_656}
+    for size, number in wanted.items():
+        with torch.device("meta"):
+            backbone = ViT(f"vit_{size}_patch16_224")
+        assert sum(p.numel() for p in backbone.parameters()) == number
+
+
+def test_masks_are_refused_until_they_are_built() -> None:
+    """A mask that would be ignored is an error."""
+    with pytest.raises(NotImplementedError, match="mask"):
+        small()(images(32, 32), torch.zeros(2, 16, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+def test_at_the_native_grid_positions_are_the_learned_ones() -> None:
+    """Not resampled, under either rule."""
+    for settings in ({}, {"position_offset": 0.1, "position_antialias": False}):
+        backbone = small(**settings)
+        assert backbone.positions((4, 4)) is backbone.pos_embed
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), (7, 7), (2, 8), (1, 1)])
+def test_the_references_rule_samples_by_scale_with_an_offset(grid: tuple[int, int]) -> None:
+    """The scale (cells + 0.1) / own cells places the samples; the class position stays."""
+    backbone = small(position_offset=0.1, position_antialias=False)
+    found = backbone.positions(grid).detach()
+    learned = backbone.pos_embed.detach()
+    scale = ((grid[0] + 0.1) / 4, (grid[1] + 0.1) / 4)
+    assert torch.equal(found[:, 0], learned[:, 0])
+    for channel in (0, 7, 15):
+        cells = learned[0, 1:, channel].reshape(4, 4)
+        wanted = oracle.bicubic(cells, *grid, scale)
+        torch.testing.assert_close(found[0, 1:, channel].reshape(grid), wanted)
+
+
+def test_without_offset_samples_are_placed_by_size() -> None:
+    """Where nothing shrinks there is nothing to antialias: plain bicubic by the ratio of sizes."""
+    backbone = small(position_antialias=False)
+    cells = backbone.pos_embed.detach()[0, 1:, 3].reshape(4, 4)
+    found = backbone.positions((6, 9)).detach()[0, 1:, 3].reshape(6, 9)
+    torch.testing.assert_close(found, oracle.bicubic(cells, 6, 9, (6 / 4, 9 / 4)))
+
+
+def test_positions_of_one_value_stay_that_value() -> None:
+    """However they are resampled, since weights sum to one."""
+    for settings in ({}, {"position_antialias": False}, {"position_offset": 0.1}):
+        backbone = small(**settings)
+        with torch.no_grad():
+            backbone.pos_embed.fill_(2.5)
+        found = backbone.positions((3, 7)).detach()
+        torch.testing.assert_close(found, torch.full((1, 22, 16), 2.5, dtype=torch.float64))
+
+
+@examples(max_examples=60)
+@given(own=st.integers(1, 20), rows=st.integers(1, 24), columns=st.integers(1, 24))
+def test_every_grid_gets_as_many_positions_as_it_has_cells(
+    own: int, rows: int, columns: int
+) -> None:
+    """No rounding of the scale makes a row too many or too few."""
+    for offset in (0.0, 0.1):
+        backbone = ViT(
+            image_size=own, patch_size=1, embed_dim=2, depth=1, num_heads=1, position_offset=offset
+        )
+        assert backbone.positions((rows, columns)).shape == (1, 1 + rows * columns, 2)
+
+
+def test_resampled_positions_learn() -> None:
+    """Crops smaller than the native size reach the learned positions with their gradient."""
+    backbone = small()
+    backbone(images(16, 16)).cls.sum().backward()
+    assert backbone.pos_embed.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------ inside
+
+
+def test_intermediate_tokens_come_in_the_order_asked_for() -> None:
+    """Each through the last norm; the last block's are the forward's; −2 is the last but one."""
+    backbone, images_ = small(), images(24, 40)
+    last, first, middle = backbone.intermediate(images_, [2, 0, -2])
+    forward = backbone(images_)
+    assert torch.equal(last.cls, forward.cls)
+    assert torch.equal(last.patches, forward.patches)
+    tokens, grid = backbone.embed(images_)
+    for found, block in ((first, backbone.blocks[0]), (middle, backbone.blocks[1])):
+        tokens = block(tokens)
+        normed = backbone.norm(tokens)
+        torch.testing.assert_close(found.cls, normed[:, 0])
+        torch.testing.assert_close(found.patches, normed[:, 1:])
+        assert found.grid == grid == (3, 5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}])
+def test_attention_is_the_last_blocks_own(settings: dict[str, Any]) -> None:
+    """What timm's last block multiplies its values by, from the same images; rows sum to one."""
+    backbone, images_ = small(**settings), images(32, 32)
+    model = timm_twin(backbone, **settings)
+    last, seen = model.blocks[-1].attn, []
+    last.fused_attn = False
+    last.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.forward_features(images_)
+    found = backbone.attention(images_)
+    assert found.shape == (2, 2, 17, 17)
+    torch.testing.assert_close(found, seen[0])
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 17, dtype=torch.float64))
+
+
+def test_every_parameter_knows_its_depth() -> None:
+    """0 for patches, class token and positions, i+1 for block i, one more for the last norm."""
+    backbone = small()
+    depths = {name: backbone.depth_of(name) for name, _ in backbone.named_parameters()}
+    stem = {name for name, depth in depths.items() if depth == 0}
+    assert stem == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert {name for name, depth in depths.items() if depth == 4} == {"norm.weight", "norm.bias"}
+    for i in range(3):
+        wanted = {name for name in depths if name.startswith(f"blocks.{i}.")}
+        assert {name for name, depth in depths.items() if depth == i + 1} == wanted
+
+
+def test_paths_are_dropped_in_train_mode_only() -> None:
+    """Evaluation answers the same twice, as a network that drops nothing; training does not."""
+    backbone = small(drop_path=0.5)
+    images_ = images(32, 32, num=8)
+    still = ViT(**SMALL).double().eval()  # type: ignore[arg-type]
+    still.load_state_dict(backbone.state_dict())
+    assert torch.equal(backbone(images_).cls, still(images_).cls)
+    backbone.train()
+    assert not torch.equal(backbone(images_).cls, backbone(images_).cls)
+
+
+def test_dropped_paths_grow_linearly_with_depth() -> None:
+    """0 in the first block, the whole of it in the last."""
+    backbone = ViT(**SMALL | {"depth": 5}, drop_path=0.2)  # type: ignore[arg-type]
+    probs = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.blocks]
+    assert probs == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+
+
+# ------------------------------------------------------------------------------------ spec
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            **SMALL,
+            "drop_path": 0.1,
+            "position_offset": 0.1,
+            "position_antialias": False,
+            "in_chans": 1,
+        },
+        {"name": "vit_tiny_patch16_224", "image_size": 32, "depth": 2, "embed_dim": None},
+    ],
+)
+def test_the_spec_is_json_and_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
+    """Through JSON and back the same weights fit and give the same tokens; no path is dropped."""
+    backbone = vit(**settings).eval()
+    spec = json.loads(json.dumps(backbone.spec))
+    assert "drop_path" not in spec
+    twin = build_backbone(spec)
+    twin.load_state_dict(backbone.state_dict())
+    images_ = images(48, 48, channels=backbone.in_chans).float()
+    assert torch.equal(twin.train()(images_).cls, backbone(images_).cls)
+    assert twin.spec == backbone.spec
+    assert (twin.embed_dim, twin.patch_size, twin.in_chans) == (
+        backbone.embed_dim,
+        backbone.patch_size,
+        backbone.in_chans,
+    )
+
+
+def test_a_size_that_is_none_is_the_models_own() -> None:
+    """What plan() writes for timm's names."""
+    backbone = ViT("vit_tiny_patch16_224", image_size=32, embed_dim=None, depth=1, num_heads=None)
+    assert backbone.embed_dim == 192
+    assert "embed_dim" not in backbone.spec
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"image_size": 30, "patch_size": 8}, "image_size=30 is no multiple of patch_size=8"),
+        ({"name": "vit_of_dreams"}, "name=vit_of_dreams cannot be built: Unknown model"),
+        ({"name": "resnet18"}, "name=resnet18 cannot be built"),
+        ({"name": "beit_base_patch16_224", "depth": 1}, "no plain vision transformer"),
+        ({"name": "deit_tiny_distilled_patch16_224", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit_small_patch14_reg4_dinov2", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit_base_patch16_siglip_224", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit_base_patch16_clip_224", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit", "embed_dim": 10, "num_heads": 3}, "name=vit cannot be built"),
+        ({"name": "vit", "embed_dims": 10}, "name=vit cannot be built.*embed_dims"),
+    ],
+)
+def test_what_our_forward_would_not_reproduce_is_refused(
+    settings: dict[str, Any], words: str
+) -> None:
+    """Distilled, registers, no class token, a norm before the blocks, other families, no model."""
+    with pytest.raises(UserError, match=words) as error:
+        ViT(**{"image_size": 32} | settings)
+    assert "\n" not in str(error.value)

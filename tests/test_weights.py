@@ -1,0 +1,195 @@
+"""Starting from a file: every format, classifiers, other grids, and what does not fit or read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino_lite.backbones.build import vit
+from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.weights import load_pretrained, read_weights
+from dino_lite.contracts import UserError
+
+Weights = dict[str, Tensor]
+SPEC: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "embed_dim": 8,
+    "depth": 2,
+    "num_heads": 2,
+}
+
+
+def source(**settings: Any) -> ViT:
+    """A backbone with generic weights."""
+    backbone = ViT(**SPEC | settings).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.normal_()
+    return backbone
+
+
+def as_folder(weights: Weights, folder: Path) -> Path:
+    """An exported backbone's folder."""
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def as_safetensors(weights: Weights, folder: Path) -> Path:
+    save_file(weights, folder / "vit.safetensors")
+    return folder / "vit.safetensors"
+
+
+def as_torch(weights: Any, folder: Path) -> Path:
+    torch.save(weights, folder / "vit.pth")
+    return folder / "vit.pth"
+
+
+FORMATS: dict[str, Callable[[Weights, Path], Path]] = {
+    "folder": as_folder,
+    "safetensors": as_safetensors,
+    "pth": as_torch,
+    "nested state_dict": lambda w, folder: as_torch({"state_dict": w, "epoch": 3}, folder),
+    "nested model": lambda w, folder: as_torch({"model": w, "args": {"lr": 0.1}}, folder),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_fills_the_backbone(form: str, tmp_path: Path) -> None:
+    """Built with `pretrained`, it holds the file's weights to the last bit."""
+    wanted = source().state_dict()
+    backbone = vit(str(FORMATS[form](wanted, tmp_path)), **SPEC)
+    assert all(torch.equal(value, wanted[name]) for name, value in backbone.state_dict().items())
+
+
+def test_without_a_file_the_weights_are_fresh() -> None:
+    """pretrained=null is what it says."""
+    torch.manual_seed(1)
+    one = vit(None, **SPEC)
+    torch.manual_seed(1)
+    assert torch.equal(one.blocks[0].attn.qkv.weight, ViT(**SPEC).blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    "names", [["head.weight", "head.bias"], ["fc_norm.weight"], ["head_dist.weight"]]
+)
+def test_a_classifier_is_left_aside_and_told(names: list[str], tmp_path: Path) -> None:
+    """What belongs to another task is no misfit."""
+    weights = source().state_dict() | {name: torch.zeros(3) for name in names}
+    assert set(load_pretrained(ViT(**SPEC), as_safetensors(weights, tmp_path))) == set(names)
+
+
+def test_half_precision_files_fill_a_float32_backbone(tmp_path: Path) -> None:
+    """Values as rounded in the file, in the backbone's own precision."""
+    weights = {name: value.half() for name, value in source().state_dict().items()}
+    backbone = vit(str(as_safetensors(weights, tmp_path)), **SPEC)
+    assert backbone.norm.weight.dtype == torch.float32
+    assert torch.equal(backbone.norm.weight, weights["norm.weight"].float())
+
+
+@pytest.mark.parametrize("image_size", [16, 64, 8])
+def test_positions_of_another_grid_are_resampled(image_size: int, tmp_path: Path) -> None:
+    """The new backbone's positions are those that the old one has for images of the new size."""
+    old = source()
+    path = as_safetensors(old.state_dict(), tmp_path)
+    new = vit(str(path), **SPEC | {"image_size": image_size}).eval()
+    cells = image_size // 8
+    torch.testing.assert_close(new.pos_embed, old.positions((cells, cells)))
+    images = torch.randn(2, 3, image_size, image_size)
+    torch.testing.assert_close(new(images).cls, old(images).cls)
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~/vit.safetensors is in the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    as_safetensors(source().state_dict(), tmp_path)
+    assert "cls_token" in read_weights("~/vit.safetensors")
+
+
+def drop(name: str) -> Callable[[Weights], None]:
+    """Lose a weight."""
+    return lambda weights: weights.__delitem__(name)
+
+
+def put(name: str, *shape: int) -> Callable[[Weights], None]:
+    """Add or replace a weight."""
+    return lambda weights: weights.update({name: torch.zeros(*shape)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            drop("norm.bias"),
+            r"1 weights missing, 0 unknown, 0 of another shape, the first norm\.bias",
+        ),
+        (put("blocks.2.ls1.gamma", 8), r"0 weights missing, 1 unknown.*the first blocks\.2\.ls1"),
+        (put("norm.weight", 9), r"the first norm\.weight \(\(9,\) in the file, \(8,\) here\)"),
+        (put("pos_embed", 1, 17, 9), r"the first pos_embed"),
+        (put("pos_embed", 1, 13, 8), r"the first pos_embed \(\(1, 13, 8\) in the file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(
+    spoil: Callable[[Weights], None], words: str, tmp_path: Path
+) -> None:
+    """The sentence counts what is wrong and shows the first; the backbone stays as it was."""
+    weights = source().state_dict()
+    spoil(weights)
+    path, backbone = as_safetensors(weights, tmp_path), ViT(**SPEC)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(UserError, match=words) as error:
+        load_pretrained(backbone, path)
+    assert_one_sentence(error, path)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+class Payload:
+    """Anything but tensors and plain values."""
+
+
+def garbage(folder: Path, name: str = "vit.pth") -> Path:
+    (folder / name).write_bytes(b"not weights at all")
+    return folder / name
+
+
+def truncated(folder: Path) -> Path:
+    path = as_safetensors(source().state_dict(), folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+UNREADABLE: dict[str, Callable[[Path], Path]] = {
+    "no such file": lambda folder: folder / "absent.pth",
+    "folder without weights": lambda folder: folder,
+    "garbage": garbage,
+    "garbage in safetensors": lambda folder: garbage(folder, "vit.safetensors"),
+    "empty": lambda folder: (folder / "e.pth").touch() or folder / "e.pth",  # type: ignore[func-returns-value]
+    "truncated": truncated,
+    "pickled object": lambda folder: as_torch({"model": Payload()}, folder),
+    "numbers": lambda folder: as_torch({"a": 1, "b": torch.zeros(1)}, folder),
+    "a list": lambda folder: as_torch([torch.zeros(1)], folder),
+    "a tensor": lambda folder: as_torch(torch.zeros(1), folder),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_state_dict_is_refused(kind: str, tmp_path: Path) -> None:
+    """Never a traceback, never an object unpickled: one sentence with the path."""
+    path = UNREADABLE[kind](tmp_path)
+    with pytest.raises(UserError, match=r"^backbone\.pretrained=") as error:
+        vit(str(path), **SPEC)
+    assert_one_sentence(error, path)
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo[UserError], path: Path) -> None:
+    """One line that names the file and ends as a sentence does."""
+    text = str(error.value)
+    assert str(path) in text
+    assert "\n" not in text
+    assert text.endswith(".")

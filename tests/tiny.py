@@ -1,0 +1,94 @@
+"""A run that takes seconds: the embedded set at 16 pixels, a ViT of two blocks, eight steps."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import yaml
+from PIL import Image
+
+from dino_lite.commands.pretrain import run_pretrain
+from dino_lite.config import Config, compose, put
+
+TINY = {
+    "data.num_train": 44,
+    "data.num_test": 20,
+    "augment.global_size": 16,
+    "augment.local_size": 8,
+    "augment.num_local": 2,
+    "backbone.patch_size": 8,
+    "backbone.embed_dim": 32,
+    "backbone.depth": 2,
+    "backbone.num_heads": 2,
+    "method.head.num_prototypes": 32,
+    "method.head.hidden_dim": 32,
+    "method.head.bottleneck_dim": 16,
+    "loader.batch_size": 8,
+    "loader.num_workers": 0,
+    "trainer.max_steps": 8,
+    "trainer.accelerator": "cpu",
+    "optim.freeze_last_layer": "2 steps",
+    "baselines": False,
+}
+
+
+@functools.cache
+def _composed(data: str) -> Config:
+    return compose("pretrain", [f"data={data}"])
+
+
+def tiny(runs_dir: Path, *overrides: str, data: str = "shapes") -> Config:
+    """The configuration of a tiny run, "key=value" on top."""
+    config = _composed(data)
+    for key, value in TINY.items():
+        if data == "shapes" or not key.startswith("data."):
+            config = put(config, key, value)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        config = put(config, key, yaml.safe_load(value))
+    return put(config, "runs_dir", str(runs_dir))
+
+
+def tiny_command(runs_dir: Path, *overrides: str) -> list[str]:
+    """The same as arguments of the command line."""
+    keys = [f"{key}={value}" for key, value in TINY.items()]
+    return ["data=shapes", *keys, f"runs_dir={runs_dir}", *overrides]
+
+
+def train(runs_dir: Path, *overrides: str, data: str = "shapes") -> Path:
+    """Run it in this process; the run's folder."""
+    return Path(run_pretrain(tiny(runs_dir, *overrides, data=data))["run"])
+
+
+def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
+    """A checkpoint's content, loaded safely."""
+    content: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return content
+
+
+def photos(folder: Path, names: list[str], size: tuple[int, int] = (40, 30)) -> Path:
+    """Noise images under `folder`, one a name; deterministic."""
+    generator = np.random.default_rng(0)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+class StopAt(pl.Callback):
+    """Interrupts a run after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Raise where the step is reached."""
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
