@@ -107,17 +107,17 @@ def adamw(
 # ------------------------------------------------------------------------------------ Algorithm 1
 
 
-def logits(network: nn.ModuleDict, images: Tensor) -> Tensor:
+def logits(network: nn.Module, images: Tensor) -> Tensor:
     """One crop of every image through backbone, head and prototypes: n K."""
-    head = network["head"]
+    head = network.head
     directions = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
-    z = head.mlp(network["backbone"](images).cls)
+    z = head.mlp(network.backbone(images).cls)
     return (z / z.norm(dim=1, keepdim=True)) @ (head.last_layer.weight_g * directions).T
 
 
 def dino_step(
-    student: nn.ModuleDict,
-    teacher: nn.ModuleDict,
+    student: nn.Module,
+    teacher: nn.Module,
     center: Tensor,
     states: dict[str, dict[str, Tensor]],
     crops: Sequence[Tensor],

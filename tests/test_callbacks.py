@@ -219,6 +219,27 @@ def test_knn_is_the_teachers_on_train_without_itself(tmp_path: Path) -> None:
     assert float(run.trainer.callback_metrics["knn"]) == pytest.approx(expected)
 
 
+def test_images_are_decoded_once_and_broken_ones_left_out() -> None:
+    """The second evaluation reads nothing; both give what a fresh look at the images gives."""
+    source, reads = images(40), []
+
+    def read_image(index: int) -> Image.Image:
+        reads.append(index)
+        if index == 7:
+            raise OSError("truncated")
+        return ArraySource.read(source, index)
+
+    source.read = read_image  # type: ignore[method-assign]
+    data = CleanData(Splits(source, None, "x"), 8, Normalize(), batch_size=7)
+    vit = ViT(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    online = OnlineKNN(k=3)
+    found = [online.accuracy(vit, data, source) for _ in range(2)]
+    assert reads == list(range(40))
+    bank = extract(vit, data, source, torch.device("cpu"))
+    assert len(bank.labels) == 39
+    assert set(found) == {knn_accuracy(bank, bank, [3], 0.07, leave_one_out=True)[3].top1}
+
+
 def test_without_labels_there_is_no_knn(tmp_path: Path) -> None:
     """Nothing is computed, logged or chosen."""
     observers = [OnlineKNN(every_n_steps=1), Checkpoints(tmp_path)]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import oracle
 from dino_lite import distributed
 from dino_lite.contracts import Crops, Progress, Targets, Tokens
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs

@@ -6,15 +6,15 @@ import math
 from functools import partial
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
 
+import oracle
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Crops, Progress, Scores, Targets
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
-from dino_lite.methods.dino import DINO, project
+from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
@@ -115,7 +115,7 @@ def test_each_crop_size_meets_the_backbone_once() -> None:
     """One backbone call a crop size and one head call in all, however many crops there are."""
     method, crops = tiny_dino(), random_crops(3, 4)
     seen: list[tuple[int, ...]] = []
-    for part in method.student.values():
+    for part in method.student.children():
         part.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
     method.compare(crops, method.targets(crops, START))
     assert seen == [(6, 3, 16, 16), (12, 3, 8, 8), (18, 16)]
@@ -126,10 +126,10 @@ def test_rows_are_crop_major() -> None:
     method, crops = tiny_dino().double(), random_crops(3, 2, dtype=torch.float64)
     assert crops.locals_ is not None
     with torch.no_grad():
-        z = project(method.student, [crops.globals_, crops.locals_])
+        z = method.student([crops.globals_, crops.locals_])
         for s, group in enumerate([*crops.globals_, *crops.locals_]):
             for image in range(3):
-                alone = project(method.student, [group[None, image : image + 1]])
+                alone = method.student([group[None, image : image + 1]])
                 torch.testing.assert_close(z[s, image], alone[0, 0])
 
 
@@ -139,7 +139,7 @@ def test_the_teacher_is_the_student_at_step_0() -> None:
     match = method.compare(crops, method.targets(crops, START))["cls"]
     assert isinstance(match.target, Targets)
     assert torch.equal(match.target.z, match.student.z[:2].detach())  # type: ignore[union-attr]
-    teacher = method.teachers["ema"].module.state_dict()
+    teacher = method.ema.module.state_dict()
     assert all(
         torch.equal(value, teacher[name]) for name, value in method.student.state_dict().items()
     )
@@ -251,5 +251,5 @@ def test_what_moves_is_told_by_name() -> None:
     at = Progress(9, 10, 5)
     values = {name: schedule(at) for name, schedule in method.schedules().items()}
     assert values == {"momentum": 1.0, "teacher_temp": 0.07}
-    assert method.export_backbone() is method.teachers["ema"].module["backbone"]
+    assert method.export_backbone() is method.ema.module.backbone
     assert method.provides == ("cls",)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import oracle
 from dino_lite.backbones.vit import ViT
+from dino_lite.methods.dino import Student
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import clip_gradients_, param_groups
 
 
-def student(learn_norm: bool = False, batch_norm: bool = False) -> nn.ModuleDict:
+def student(learn_norm: bool = False, batch_norm: bool = False) -> Student:
     """A student of one block, named as a method names it."""
     backbone = ViT(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     head = DINOHead(8, 12, 8, 4, 2, batch_norm=batch_norm, learn_norm=learn_norm)
-    return nn.ModuleDict({"backbone": backbone, "head": head})
+    return Student(backbone, head)
 
 
 MAPS = {
@@ -93,7 +94,7 @@ def test_batch_norms_do_not_decay() -> None:
 def test_parameters_without_gradient_are_in_no_group() -> None:
     """A frozen backbone leaves the head's parameters, a frozen model no group at all."""
     model = student()
-    model["backbone"].requires_grad_(False)
+    model.backbone.requires_grad_(False)
     found = names(model, decay_tokens=False)
     assert all(name.startswith("head.") for name in found[True] | found[False])
     assert param_groups(model.requires_grad_(False).named_parameters()) == []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import oracle
 from dino_lite.contracts import Match, Progress, Scores, Targets, Tokens, UserError
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering

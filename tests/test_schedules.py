@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import oracle
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import oracle
 from dino_lite.contracts import Progress, Schedule, UserError
 from dino_lite.optim.schedules import (
     Constant,

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from test_dino import make_step, random_crops, tiny_dino
 from torch import Tensor
 
+import oracle
 from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine, Warmup
+from test_dino import make_step, random_crops, tiny_dino
 
 START = Progress(0, 10, 5)
 
@@ -96,7 +96,7 @@ def test_four_steps_are_algorithm_1(fused: bool, learn_norm: bool) -> None:
         found = step(crops, at)
         torch.testing.assert_close(found["loss"], loss, rtol=1e-10, atol=0.0)
         torch.testing.assert_close(method.centering.center, center, rtol=1e-9, atol=1e-12)
-    for network, wanted in ((method.student, student), (method.teachers["ema"].module, teacher)):
+    for network, wanted in ((method.student, student), (method.ema.module, teacher)):
         values = wanted.state_dict()
         for name, value in network.state_dict().items():
             torch.testing.assert_close(value, values[name], rtol=1e-8, atol=1e-9)
@@ -189,7 +189,7 @@ def test_prototypes_stand_still_until_their_span_is_over(fused: bool) -> None:
         learning_rate=Constant(1e-2),
         weight_decay=Constant(0.3),
     )
-    last = method.student["head"].last_layer
+    last = method.student.head.last_layer
     start = (last.weight_v.detach().clone(), last.weight_g.detach().clone())
     for i in range(2):
         before = snapshot(method)
@@ -209,9 +209,9 @@ def test_prototypes_stand_still_until_their_span_is_over(fused: bool) -> None:
 def test_freezing_holds_the_student_only() -> None:
     """A teacher whose prototypes differ still follows the student's, frozen as those are."""
     method = tiny_dino()
-    theirs = method.teachers["ema"].module["head"].last_layer.weight_v
+    theirs = method.ema.module.head.last_layer.weight_v
     theirs.add_(torch.randn_like(theirs))
-    ours = method.student["head"].last_layer.weight_v.detach().clone()
+    ours = method.student.head.last_layer.weight_v.detach().clone()
     wanted = oracle.ema(theirs, ours, 0.9)
     make_step(method, freeze_last_layer=0.5)(random_crops(), START)
     torch.testing.assert_close(theirs, wanted)
@@ -267,7 +267,7 @@ def test_a_bad_gradient_is_as_if_the_step_had_not_been(
 
     bad = poisoned(batches[1]) if where == "batch" else batches[1]
     if where == "gradient":
-        weight = method.student["backbone"].blocks[0].mlp.fc1.weight
+        weight = method.student.backbone.blocks[0].mlp.fc1.weight
         hook = weight.register_hook(lambda gradient: gradient * math.nan)
     scalars = step(bad, START)
     if where == "gradient":
@@ -295,6 +295,29 @@ def test_the_first_step_may_be_bad() -> None:
     assert all(float(state["step"]) == 0.0 for state in step.optimizer.state.values())
     step(random_crops(), Progress(1, 10, 5))
     assert all(torch.isfinite(value).all() for value in method.state_dict().values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_wrapped_optimizer_is_stepped_through_its_wrapper(fused: bool) -> None:
+    """Lightning counts its wrapper's steps; a bad one is told to the optimizer inside."""
+
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+            self.zero_grad, self.num_steps = optimizer.zero_grad, 0
+
+        def step(self) -> None:
+            self.num_steps += 1
+            self.optimizer.step()
+
+    method = tiny_dino()
+    step = make_step(method, fused)
+    step.optimizer = wrapper = Wrapper(step.optimizer)  # type: ignore[assignment]
+    step(random_crops(), Progress(1, 10, 5))
+    assert wrapper.num_steps == 1
+    before = snapshot(method)
+    step(poisoned(random_crops()), Progress(1, 10, 5))
+    assert changed(method, before) == set()
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:

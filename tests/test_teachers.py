@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 
+import oracle
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Progress
+from dino_lite.methods.dino import Student
 from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.teachers import EMATeacher, ema_, frozen_copy
 from dino_lite.optim.schedules import Constant, Cosine
@@ -16,12 +17,12 @@ from dino_lite.optim.schedules import Constant, Cosine
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def student(drop_path: float = 0.0, batch_norm: bool = False) -> nn.ModuleDict:
+def student(drop_path: float = 0.0, batch_norm: bool = False) -> Student:
     """A small backbone and head."""
     backbone = ViT(
         image_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, drop_path=drop_path
     )
-    return nn.ModuleDict({"backbone": backbone, "head": DINOHead(8, 12, 8, 4, 2, batch_norm)})
+    return Student(backbone, DINOHead(8, 12, 8, 4, 2, batch_norm))
 
 
 def drop_probs(module: nn.Module) -> list[float]:
@@ -39,7 +40,7 @@ def wander(module: nn.Module) -> None:
 def test_a_teacher_starts_as_the_student_with_storage_of_its_own() -> None:
     """Backbone and head, parameters and buffers: equal values, other memory."""
     network = student(batch_norm=True)
-    network["head"](torch.randn(4, 8))  # running statistics are copied too
+    network.head(torch.randn(4, 8))  # running statistics are copied too
     teacher = EMATeacher(network, Constant(0.9)).module
     ours, theirs = network.state_dict(keep_vars=True), teacher.state_dict(keep_vars=True)
     assert ours.keys() == theirs.keys()
@@ -69,8 +70,8 @@ def test_a_teacher_drops_no_paths_and_the_student_still_does() -> None:
     assert set(drop_probs(teacher)) <= {0.0}
     assert teacher.training
     images = torch.randn(16, 3, 16, 16)
-    assert torch.equal(teacher["backbone"](images).cls, teacher["backbone"](images).cls)
-    assert not torch.equal(network["backbone"](images).cls, network["backbone"](images).cls)
+    assert torch.equal(teacher.backbone(images).cls, teacher.backbone(images).cls)
+    assert not torch.equal(network.backbone(images).cls, network.backbone(images).cls)
 
 
 def test_n_steps_equal_the_average_written_out() -> None:
@@ -118,12 +119,12 @@ def test_statistics_of_batch_norms_are_not_averaged() -> None:
     network = student(batch_norm=True)
     teacher = EMATeacher(network, Constant(0.5))
     before = {name: value.clone() for name, value in teacher.module.named_buffers()}
-    network["head"](5 + torch.randn(16, 8))
+    network.head(5 + torch.randn(16, 8))
     teacher.after_step(network, Progress(0, 10, 10), YES)
     buffers = dict(teacher.module.named_buffers())
     assert "head.mlp.1.running_mean" in buffers
     assert all(torch.equal(value, before[name]) for name, value in buffers.items())
-    assert not torch.equal(network["head"].mlp[1].running_mean, buffers["head.mlp.1.running_mean"])
+    assert not torch.equal(network.head.mlp[1].running_mean, buffers["head.mlp.1.running_mean"])
 
 
 def test_averages_keep_their_precision() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import oracle
 import pytest
 import timm
 import torch
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import oracle
 from dino_lite.backbones.build import build_backbone, vit
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError

@@ -150,7 +150,13 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(
 
 
 class Payload:
-    """Anything but tensors and plain values."""
+    """A pickle that makes a file when somebody loads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.trace = folder / "trace"
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return Path.touch, (self.trace,)
 
 
 def garbage(folder: Path, name: str = "vit.pth") -> Path:
@@ -171,7 +177,7 @@ UNREADABLE: dict[str, Callable[[Path], Path]] = {
     "garbage in safetensors": lambda folder: garbage(folder, "vit.safetensors"),
     "empty": lambda folder: (folder / "e.pth").touch() or folder / "e.pth",  # type: ignore[func-returns-value]
     "truncated": truncated,
-    "pickled object": lambda folder: as_torch({"model": Payload()}, folder),
+    "pickled object": lambda folder: as_torch({"model": Payload(folder)}, folder),
     "numbers": lambda folder: as_torch({"a": 1, "b": torch.zeros(1)}, folder),
     "a list": lambda folder: as_torch([torch.zeros(1)], folder),
     "a tensor": lambda folder: as_torch(torch.zeros(1), folder),
@@ -185,6 +191,7 @@ def test_what_is_no_state_dict_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^backbone\.pretrained=") as error:
         vit(str(path), **SPEC)
     assert_one_sentence(error, path)
+    assert not (tmp_path / "trace").exists()
 
 
 def assert_one_sentence(error: pytest.ExceptionInfo[UserError], path: Path) -> None:

@@ -10,15 +10,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
+from torch.utils.data import DataLoader
 
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Backbone, Source, UserError
-from dino_lite.data.clean import CleanData
+from dino_lite.data.clean import Batch, CleanData, CleanImages
+from dino_lite.data.sources import ArraySource
 from dino_lite.distributed import broadcast_value
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import knn_accuracy
 
 _BATCH_SIZE = 256  # images at once through the backbone, without gradient
+_MOST_BYTES = 2**30  # of clean images held between two evaluations
 
 
 class OnlineKNN(pl.Callback):
@@ -50,6 +53,7 @@ class OnlineKNN(pl.Callback):
         self.k, self.temperature = k, temperature
         self._turn = 0  # how many times `every` has passed
         self._asked_at = -1  # step of the last evaluation
+        self._source: Source | None = None  # the same images each time, decoded once if they fit
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count where the run stands: it may go on from a checkpoint."""
@@ -99,8 +103,11 @@ class OnlineKNN(pl.Callback):
 
     def accuracy(self, backbone: Backbone, data: CleanData, source: Source) -> float:
         """Top-1 in percent; NaN where features are not finite or there are fewer than 2 classes."""
-        some = Subset(source, spread(len(source), self.max_images))
-        bank = extract(backbone, data, some, device_of(backbone)).labeled()
+        if self._source is None:
+            some = Subset(source, spread(len(source), self.max_images))
+            fits = len(some) * 3 * data.size**2 <= _MOST_BYTES
+            self._source = in_memory(some, data) if fits else some
+        bank = extract(backbone, data, self._source, device_of(backbone)).labeled()
         if bank.num_classes < 2 or not bool(torch.isfinite(bank.features).all()):
             return math.nan
         k = min(self.k, len(bank.labels) - 1)
@@ -116,6 +123,24 @@ def clean_data(trainer: pl.Trainer) -> CleanData:
     return CleanData(
         data.splits, data.multi_crop.global_size, data.normalize, _BATCH_SIZE, data.num_workers
     )
+
+
+def in_memory(source: Source, data: CleanData) -> ArraySource:
+    """The readable images of a source as `data` sees them: decoding may cost more than features."""
+    loader = DataLoader(
+        CleanImages(source, data.size),
+        batch_size=_BATCH_SIZE,
+        num_workers=data.num_workers,
+        collate_fn=_as_it_is,
+    )
+    batches: list[Batch] = list(loader)
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).contiguous()
+    labels = torch.cat([batch.labels for batch in batches]).numpy()
+    return ArraySource(images, labels, source.classes, "online k-NN")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Subset:

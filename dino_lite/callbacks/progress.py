@@ -61,7 +61,8 @@ class RunProgress(ProgressBar):
     ) -> None:
         """Show where the run stands, now and then: reading the loss waits for the device."""
         pause = self.line_seconds if self._bar is None else self.refresh_seconds
-        if self._enabled and time.monotonic() - self._shown >= pause:
+        is_last = run_fraction(trainer, pl_module) >= 1  # told by on_train_end
+        if self._enabled and not is_last and time.monotonic() - self._shown >= pause:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

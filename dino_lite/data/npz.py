@@ -70,7 +70,7 @@ def _images(path: Path, key: str, pixels: Shaped[np.ndarray, "..."]) -> UInt8[Te
     if 0 in pixels.shape:
         raise UserError(f"{key} in {path} is {_told(pixels)}: it holds no image.")
     rgb = pixels.reshape(*pixels.shape[:3], channels)
-    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:3], 3))))
+    return torch.from_numpy(np.array(np.broadcast_to(rgb, (*rgb.shape[:3], 3))))  # a writable copy
 
 
 def _names(

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from golden.check import Check
 from torch import Tensor
 
 from dino_lite.eval.features import Features
 from dino_lite.eval.knn import knn_accuracy, knn_votes, nearest, unit
+from golden.check import Check
 
 _VOTE_TOLERANCE = 1e-4  # of the largest vote: exp(s/T) makes 1e-6 and more of float32's 1e-7
 
