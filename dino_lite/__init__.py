@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dino_lite.commands.evaluate import evaluate as evaluate
+    from dino_lite.commands.export import export as export
     from dino_lite.commands.pretrain import pretrain as pretrain
-    from dino_lite.export.safetensors import load_backbone as load_backbone
+    from dino_lite.formats.safetensors import load_backbone as load_backbone
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "pretrain": "dino_lite.commands.pretrain",
     "evaluate": "dino_lite.commands.evaluate",
-    "load_backbone": "dino_lite.export.safetensors",
+    "export": "dino_lite.commands.export",
+    "load_backbone": "dino_lite.formats.safetensors",
 }
 
 

@@ -25,7 +25,7 @@ from dino_lite import __version__
 from dino_lite.config import Config, differences, instantiate, leaves, load, put
 from dino_lite.contracts import Facts, Method, Splits, UserError
 from dino_lite.data.photometric import Normalize
-from dino_lite.export.safetensors import load_backbone, read_config
+from dino_lite.formats.safetensors import load_backbone, read_config
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
 _SPEED = (

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("contracts",),
     ("distributed",),
     ("nn", "optim", "losses", "backbones", "data"),
-    ("methods", "eval", "export"),
+    ("methods", "eval", "formats"),
     ("callbacks",),
     ("config",),
     ("checks",),
@@ -46,7 +46,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "commands/pretrain.py",
     ),
     "lightning": (),  # the same library by another name: one is enough
-    "timm": ("backbones/*", "export/timm*"),
+    "timm": ("backbones/*", "formats/timm*"),
     "PIL": ("data/*", "eval/pictures.py"),
     "torchvision": ("data/*", "eval/pictures.py"),
 }

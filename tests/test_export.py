@@ -15,8 +15,8 @@ import torch
 import dino_lite
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
-from dino_lite.export import safetensors
-from dino_lite.export.safetensors import export_safetensors, load_backbone, read_config
+from dino_lite.formats import safetensors
+from dino_lite.formats.safetensors import export_safetensors, load_backbone, read_config
 
 
 def vit(**kwargs: Any) -> ViT:

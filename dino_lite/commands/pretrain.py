@@ -77,11 +77,14 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     with warnings.catch_warnings():
         quiet_lightning()
         trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
-        trainer.fit(
-            module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True
-        )
-    if trainer.interrupted:
-        raise UserError(f"{run.folder} was interrupted; the same command goes on from there.")
+        try:
+            trainer.fit(
+                module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True
+            )
+        except SystemExit:  # how Lightning ends after Ctrl-C
+            raise UserError(
+                f"{run.folder} was interrupted; the same command goes on from there."
+            ) from None
     return finish(run, config, module, splits) if trainer.is_global_zero else {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_cifar10
 from dino_lite.data.folder import open_folder
@@ -10,7 +12,7 @@ from dino_lite.data.shapes import open_shapes
 from dino_lite.data.sources import expand
 
 
-def open_auto(root: str | None = None, labels: str | None = "auto") -> Splits:
+def open_auto(root: str | Path | None = None, labels: str | None = "auto") -> Splits:
     """Without `root` the embedded shapes; else what it is: an .npz file, CIFAR-10, or a folder.
 
     `labels` is for folders, see `open_folder`; others bring their own, which `none` takes away.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
 
-def open_cifar10(root: str | None = None, download: bool = False) -> Splits:
+def open_cifar10(root: str | Path | None = None, download: bool = False) -> Splits:
     """CIFAR-10 from `root/cifar-10-batches-py`, or from `root` if that is its name.
 
     torchvision compares the files' checksums before it unpickles them.

@@ -23,7 +23,7 @@ SUFFIXES = (
 )
 
 
-def open_folder(root: str | None = None, labels: str | None = "auto") -> Splits:
+def open_folder(root: str | Path | None = None, labels: str | None = "auto") -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     Splits: `root/train` beside `root/val` or `root/test`, or alone. Where both are, val is the

@@ -102,8 +102,8 @@ def _names(
     if demand and 0 < len(named) < len(found):
         lost = text(posixpath.join(split.folder, split.paths[found.index(None)]))
         raise UserError(
-            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in {root}, "
-            f"the first being {lost}: name them all, or choose data.labels=none."
+            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in {root}, the "
+            f"first being {lost}: name them all, or choose data.labels=none."
         )
     return named if len(named) == len(found) else None
 

@@ -18,7 +18,7 @@ from dino_lite.data.sources import ArraySource, expand
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def open_npz(root: str | None = None) -> Splits:
+def open_npz(root: str | Path | None = None) -> Splits:
     """An .npz with x_train and, as far as it has them, y_train, x_test and y_test.
 
     Images: uint8, N H W (gray), N H W 1 or N H W 3. Labels: integers or text, N or N 1. Nothing is

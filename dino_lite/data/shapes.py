@@ -95,19 +95,19 @@ def draw(
 def _key(keys: Keys, *cells: Plane | int) -> Keys:
     """The key of an element: that of its picture, and the numbers of its cell."""
     for cell in cells:
-        keys = mix(keys + np.asarray(cell).astype(np.int64).astype(np.uint64) * GOLDEN)
+        keys = mix(keys + np.atleast_1d(cell).astype(np.int64).astype(np.uint64) * GOLDEN)
     return keys
 
 
 def _uniform(keys: Keys, column: int, low: float = 0.0, high: float = 1.0) -> Plane:
     """Number `column` of each key, uniform in [low, high)."""
-    unit = (_key(keys, np.array([column])) >> np.uint64(40)).astype(np.float32)
+    unit = (_key(keys, column) >> np.uint64(40)).astype(np.float32)
     return np.float32(low) + unit * np.float32((high - low) / 2**24)
 
 
 def _turn(keys: Keys, column: int, x: Plane, y: Plane) -> tuple[Plane, Plane]:
     """Places turned about the origin by angle `column` of each key."""
-    angle = (_key(keys, np.array([column])) >> np.uint64(56)).astype(np.int64)
+    angle = (_key(keys, column) >> np.uint64(56)).astype(np.int64)
     cos, sin = COS[angle], SIN[angle]
     return cos * x + sin * y, cos * y - sin * x
 

@@ -35,7 +35,7 @@ def digest(chunks: Iterable[bytes]) -> str:
 class ArraySource:
     """Images in memory, all of one size.
 
-    `images` is a tensor because torch hands tensors to its workers in shared memory, arrays by copy.
+    `images` is a tensor because torch shares tensors with its workers, and copies arrays.
     """
 
     def __init__(
