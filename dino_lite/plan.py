@@ -243,7 +243,13 @@ def _precision(config: Config, facts: Facts) -> tuple[str, str]:
     return "32", f"no native bfloat16 on {facts.device_name}"
 
 
+def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
+    few = facts.num_images <= 100_000
+    return few, "minutes at most" if few else "hours for so many images: dino-lite evaluate does it"
+
+
 _RULES: dict[str, Any] = {
+    "baselines": _baselines,
     "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
     "augment.global_size": _global_size,
     "backbone.patch_size": _patch_size,

@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
 from golden.adapters_eval import a09  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
 from golden.check import Check  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 Adapter = Callable[[dict[str, Any], dict[str, Tensor], Path], Iterator[Check]]
 ADAPTERS: dict[str, Adapter] = {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # demo.sh [TIME]: installs dino_lite (once), pretrains DINO on the embedded data set for TIME (30s, 4m, …; by default
 # $DINO_LITE_DEMO_TIME or 4m), exports the backbone, and prints what it is worth beside raw pixels and the same network
-# untrained. Again: says what it found. DINO_LITE_VENV names an environment other than .venv.
+# untrained. Again: says what it found. DINO_LITE_VENV names an environment other than .venv, DINO_LITE_RUNS a
+# folder for runs other than runs/.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,9 +11,10 @@ python="$("$root/scripts/install.sh")"
 dino_lite="$(dirname "$python")/dino-lite"
 cd "$root"
 
+runs="${DINO_LITE_RUNS:-$root/runs}"
 name="demo_$budget"
-run="runs/$name"
-"$dino_lite" pretrain experiment=dino_shapes name="$name" trainer.max_time="$budget"
+run="$runs/$name"
+"$dino_lite" pretrain experiment=dino_shapes name="$name" trainer.max_time="$budget" runs_dir="$runs"
 "$dino_lite" evaluate checkpoint="$run"
 "$dino_lite" export checkpoint="$run"
 
@@ -24,5 +26,5 @@ print(f"\nk-NN top-1 on the embedded data set, {results['train_seconds']:.0f} s 
 for name in ("raw_pixels", "untrained", "trained"):
     print(f"  {name.replace('_', ' '):12s} {results['knn_' + name]:5.1f} %")
 EOF_PYTHON
-echo "Pictures and curves:   $root/$run"
-echo "The exported backbone: $root/$run/export"
+echo "Pictures and curves:   $run (crops, attention, neighbors, curves)"
+echo "The exported backbone: $run/export/safetensors"

@@ -1,4 +1,4 @@
-"""What `--jaxtyping-packages` checks annotations with: beartype, where an int is a float as in the typing rules."""
+"""What `--jaxtyping-packages` checks annotations with: beartype, where an int is a float too."""
 
 from __future__ import annotations
 

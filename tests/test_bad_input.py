@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import photos, tiny, train
 
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
+from tiny import photos, tiny, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

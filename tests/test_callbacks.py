@@ -21,7 +21,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.callbacks import throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
 from dino_lite.callbacks.metrics import MetricsFile
-from dino_lite.callbacks.online_knn import OnlineKNN, spread
+from dino_lite.callbacks.online_knn import OnlineKNN
 from dino_lite.callbacks.pictures import Pictures
 from dino_lite.callbacks.progress import RunProgress, duration
 from dino_lite.callbacks.throughput import Throughput
@@ -31,6 +31,7 @@ from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
+from dino_lite.data.subset import spread
 from dino_lite.eval.features import extract
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.losses.prototype import PrototypeLoss

@@ -227,12 +227,16 @@ def disagreement(method: DINO, crops: Crops) -> Tensor:
 
 
 def test_sixty_steps_teach_it_which_crops_are_of_one_image() -> None:
-    """From noisy crops of four patterns, without labels: same image, same answer, and only then."""
-    method, crops, patterns = tiny_dino(), random_crops(4, 3), 2 * torch.randn(4, 3, 8, 8)
+    """From noisy crops of four patterns, without labels: answers to two images drift apart."""
+    method, crops, patterns = (
+        tiny_dino(batch_norm=True),
+        random_crops(4, 3),
+        torch.randn(4, 3, 8, 8),
+    )
     assert crops.locals_ is not None
     crops = crops._replace(
-        globals_=0.3 * crops.globals_ + patterns.repeat(1, 1, 2, 2),
-        locals_=0.3 * crops.locals_ + patterns,
+        globals_=0.3 * crops.globals_ + 2 * patterns.repeat(1, 1, 2, 2),
+        locals_=0.3 * crops.locals_ + 2 * patterns,
     )
     step = make_step(method, learning_rate=Constant(1e-3), weight_decay=Constant(0.0))
     gaps = []
@@ -241,8 +245,7 @@ def test_sixty_steps_teach_it_which_crops_are_of_one_image() -> None:
             between = disagreement(method, crops)
             gaps.append(float(between.mean() - between.diagonal().mean()))
         step(crops, Progress(i, 62, 62))
-    assert gaps[0] < 2.0
-    assert gaps[1] > 4.0
+    assert gaps[1] > gaps[0] + 2.0
 
 
 def test_what_moves_is_told_by_name() -> None:

@@ -8,12 +8,12 @@ import shlex
 
 import pytest
 import yaml
-from test_conf import facts
 
 from dino_lite.checks import seconds
 from dino_lite.config import Config, compose, get, leaves, put
 from dino_lite.contracts import UserError
 from dino_lite.plan import plan
+from test_conf import facts
 
 
 @functools.cache

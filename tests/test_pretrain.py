@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import checkpoint, photos, tiny, tiny_command, train
 
 import dino_lite
 from dino_lite.commands.evaluate import run_evaluate
@@ -20,6 +19,7 @@ from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, put
 from dino_lite.contracts import UserError
+from tiny import checkpoint, photos, tiny, tiny_command, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

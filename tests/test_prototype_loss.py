@@ -117,7 +117,7 @@ def test_pairs_are_a_mean_without_a_crop_beside_itself() -> None:
 def test_the_references_two_calls_come_out() -> None:
     """Two calls of the official DINOLoss, the second with the first one's center, later in the run.
 
-    Logits and numbers are those of the notes on the reference: 3 images, 8 prototypes, 4 crops.
+    The numbers were computed by running it: 3 images, 8 prototypes, 2 global and 2 local crops.
     """
     teacher = torch.sin(torch.arange(2 * 3 * 8).float()).reshape(2, 3, 8)
     student = torch.cos(0.7 * torch.arange(4 * 3 * 8).float()).reshape(4, 3, 8)

@@ -237,7 +237,7 @@ def test_a_timed_run_ends_at_the_end_value_and_stays_there() -> None:
     assert schedule(Progress(11, 10, 1)) == 0.125
 
 
-# Lines of the notes on the official rule: rate, images a step over all ranks, scaled rate.
+# Rate, images a step over all ranks, scaled rate, as the official code has them.
 @pytest.mark.parametrize(
     ("rule", "rate", "batch_size", "scaled"),
     [

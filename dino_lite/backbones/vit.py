@@ -173,7 +173,9 @@ def _timm_vit(
         **architecture,
     }
     try:
-        model: Any = VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+        model: Any = (
+            VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+        )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"backbone.name={name} cannot be built: {error}") from error
     plain = isinstance(model, VisionTransformer) and model.num_prefix_tokens == 1

@@ -6,16 +6,15 @@ import math
 import time
 from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Int
 from torch.utils.data import DataLoader
 
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import Batch, CleanData, CleanImages
 from dino_lite.data.sources import ArraySource
+from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import knn_accuracy
@@ -141,38 +140,3 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-class Subset:
-    """Some images of a source, as a source."""
-
-    def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
-        self.source, self.rows = source, rows
-        self.labels = None if source.labels is None else source.labels[rows]
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> Any:
-        """Image `index` of the part."""
-        return self.source.read(int(self.rows[index]))
-
-    def name(self, index: int) -> str:
-        """What the whole source calls it."""
-        return self.source.name(int(self.rows[index]))
-
-    def digest(self) -> str:
-        """The whole source's."""
-        return self.source.digest()
-
-
-def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
-    """Indices of at most `most` images, always the same: one from each of as many equal stretches.
-
-    The place within a stretch is drawn: where classes take turns, an even stride may meet one only.
-    """
-    if num_images <= most:
-        return np.arange(num_images)
-    borders = np.arange(most + 1) * num_images // most
-    return np.random.default_rng(0).integers(borders[:-1], borders[1:])

@@ -25,8 +25,11 @@ from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import knn_against_baselines
+from dino_lite.eval.features import device_of, extract
+from dino_lite.eval.pictures import attention_picture, neighbors_picture
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
@@ -42,6 +45,8 @@ from dino_lite.runs import (
     run_name,
     write_json,
 )
+
+_NUM_DRAWN = 2000  # training images among which neighbors are looked for
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
@@ -110,9 +115,6 @@ def build(
         num_steps=num_steps,
         bad_files=run.folder / "bad_files.csv",
     )
-    datamodule.clean = CleanData(
-        splits, config["augment"]["global_size"], Normalize(), batch_size=256
-    )
     datamodule.dtype = torch.float64 if str(trainer["precision"]) == "64" else torch.float32
     step = functools.partial(
         Step,
@@ -172,22 +174,39 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 
 
 def finish(run: Run, config: Config, module: PretrainModule, splits: Splits) -> dict[str, Any]:
-    """Mark the run as finished; where there are labels, hold the teacher against its floors."""
+    """Mark the run as finished, draw what was learned, hold the teacher against its floors."""
     results: dict[str, Any] = {
         "finished": True,
         "steps": int(module.method.step),
         "train_seconds": round(module.clock.seconds, 1),
     }
+    trained = module.method.export_backbone().float()
+    data = clean_data(config, splits)
+    draw_pictures(run, trained, data)
     if config["baselines"] and splits.train.labels is not None:
         torch.manual_seed(int(config["seed"]))
         untrained = instantiate(config["backbone"] | {"pretrained": None})
-        data = CleanData(splits, config["augment"]["global_size"], Normalize(), batch_size=256)
-        trained = module.method.export_backbone().float()
         results |= knn_against_baselines(trained, untrained.to(module.device), data)
         say(baseline_table(results))
     run.add_results(results)
-    say(f"run: {run.folder}")
+    say(f"pictures, curves and results: {run.folder}")
     return run.results() | {"run": str(run.folder)}
+
+
+def clean_data(config: Config, splits: Splits) -> CleanData:
+    """The data as evaluations see it, at the size of the global crops."""
+    workers = config["loader"]["num_workers"]
+    return CleanData(splits, config["augment"]["global_size"], Normalize(), 256, workers)
+
+
+def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
+    """attention.png and neighbors.png, of training images spread over the whole set."""
+    part = Subset(data.splits.train, spread(len(data.splits.train), _NUM_DRAWN))
+    few = CleanData(Splits(part, None, data.splits.name), data.size, data.normalize, 256)
+    bank = extract(backbone, few, part, device_of(backbone))
+    neighbors_picture(bank, few, run.folder / "neighbors.png")
+    images, _ = next(iter(few.batches(part, device_of(backbone))))
+    attention_picture(backbone, images[:6], run.folder / "attention.png", data.normalize)
 
 
 def baseline_table(results: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Crops, Source, Splits, UserError
-from dino_lite.data.clean import CleanData
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sampler import PositionSampler
@@ -216,7 +215,6 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.num_steps = num_steps
         self.dtype = torch.float32
-        self.clean: CleanData | None = None  # what observers evaluate on; set by who builds the run
         self.bad_files = BadFiles(splits.train, max_bad_fraction, bad_files)
         self._loader: StepLoader | None = None
 

@@ -109,4 +109,3 @@ class DINO(Method):
     def export_backbone(self) -> Any:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
         return self.ema.module.backbone
-

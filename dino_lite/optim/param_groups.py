@@ -51,7 +51,9 @@ def clip_gradients_(
     the step); `limit` 0 bounds nothing. Nothing waits for the device.
     """
     norms = torch._foreach_norm(list(gradients))
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(norms[0].dtype) for norm in norms])
+    )
     if limit > 0:
         if by == "global":
             factor = (limit / (total + 1e-6)).clamp(max=1.0)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden.check import Check
 from PIL import Image
 from torch import Tensor
 
 from dino_lite.data import crops
 from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, MultiCrop, Photometric
 from dino_lite.data.photometric import Normalize
+from golden.check import Check
 
 NUM_RUNS = 5  # of as many draws as the reference made; a distance is the median over them
 NUM_PICTURES = 300  # crops per kind whose pixels are made

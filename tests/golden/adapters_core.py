@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden.check import Bound, Check, bound, compare
 from torch import Tensor, nn
 
 from dino_lite.backbones.vit import ViT
@@ -22,6 +21,7 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import clip_gradients_, param_groups
 from dino_lite.optim.schedules import scale_rate
+from golden.check import Bound, Check, bound, compare
 
 Case = dict[str, Any]
 Tensors = dict[str, Tensor]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from golden.adapters_core import Case, Tensors, below, compat_config, temperature
-from golden.check import Check, bound, compare
 from torch import Tensor
 
 from dino_lite.contracts import Scores, Targets
 from dino_lite.losses.prototype import cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering
+from golden.adapters_core import Case, Tensors, below, compat_config, temperature
+from golden.check import Check, bound, compare
 
 
 def a02(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:

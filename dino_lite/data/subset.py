@@ -1,0 +1,45 @@
+"""Some images of a source, spread over the whole of it: what pictures and online k-NN look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dino_lite.contracts import Source
+
+
+class Subset:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
+        self.source, self.rows = source, rows
+        self.labels = None if source.labels is None else source.labels[rows]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Any:
+        """Image `index` of the part."""
+        return self.source.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        """What the whole source calls it."""
+        return self.source.name(int(self.rows[index]))
+
+    def digest(self) -> str:
+        """The whole source's."""
+        return self.source.digest()
+
+
+def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
+    """Indices of at most `most` images, always the same: one from each of as many equal stretches.
+
+    The place within a stretch is drawn: where classes take turns, an even stride may meet one only.
+    """
+    if num_images <= most:
+        return np.arange(num_images)
+    borders = np.arange(most + 1) * num_images // most
+    return np.random.default_rng(0).integers(borders[:-1], borders[1:])
