@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite.checks import check
+from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.facts import read_facts
@@ -87,6 +87,7 @@ def plan(config: Config, facts: Facts) -> Plan:
     """Pure: the same configuration and facts give the same plan. Rules are tried in order and may
     read earlier ones.
     """
+    check_values(config)
     decisions: list[Decision] = []
     for key, rule in _RULES.items():
         if get(config, key) == "auto":

@@ -98,23 +98,27 @@ class ViT(nn.Module):
         if grid == self.grid:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        learned = patches.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)  # 1 D rows columns
+        learned = patches.reshape(1, *self.grid, -1)
+        return torch.cat([cls, self.resample(learned, grid)], dim=1)
+
+    def resample(
+        self, learned: Float[Tensor, "1 rows columns D"], grid: tuple[int, int]
+    ) -> Float[Tensor, "1 P D"]:
+        """A map of position vectors at `grid`, by this backbone's rule (bicubic)."""
+        cells = learned.permute(0, 3, 1, 2)  # 1 D rows columns
+        size: dict[str, Any] = {"size": grid}
         if self.position_offset:
             # The reference hands bicubic interpolation (cells + 0.1) / cells as scale, and the
             # scale, not the sizes, places the samples: 11 % rms apart from resampling by size, so
             # released weights need it.
-            scale = [
-                (cells + self.position_offset) / own
-                for cells, own in zip(grid, self.grid, strict=True)
-            ]
-            sampled = F.interpolate(
-                learned, scale_factor=scale, mode="bicubic", antialias=self.position_antialias
-            )
-        else:
-            sampled = F.interpolate(
-                learned, size=grid, mode="bicubic", antialias=self.position_antialias
-            )
-        return torch.cat([cls, sampled.flatten(2).transpose(1, 2)], dim=1)
+            own = cells.shape[-2:]
+            size = {
+                "scale_factor": [
+                    (new + self.position_offset) / old for new, old in zip(grid, own, strict=True)
+                ]
+            }
+        sampled = F.interpolate(cells, mode="bicubic", antialias=self.position_antialias, **size)
+        return sampled.flatten(2).transpose(1, 2)
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
         """Tokens after each of `blocks`, in the order asked for; negative numbers count from the
@@ -176,13 +180,30 @@ def _timm_vit(
         model: Any = (
             VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
         )
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"backbone.name={name} cannot be built: {error}") from error
-    plain = isinstance(model, VisionTransformer) and model.num_prefix_tokens == 1
-    if not plain or model.pos_embed is None or not isinstance(model.norm_pre, nn.Identity):
+    except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        reason = error if str(error) else type(error).__name__
+        raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
+    if not _is_plain(model, (image_size // patch_size) ** 2):
         raise UserError(
-            f"backbone.name={name} is no plain vision transformer with one class token and "
-            "learned positions; "
-            'choose such a timm name (vit_small_patch16_224) or name="vit" with its sizes.'
+            f"backbone.name={name} is no plain vision transformer with one class token and learned "
+            'positions; choose such a timm name (vit_small_patch16_224) or name="vit" with its '
+            "sizes."
         )
     return model
+
+
+def _is_plain(model: Any, cells: int) -> bool:
+    """True where our forward is the model's own: class token, its position, blocks, last norm."""
+    return (
+        isinstance(model, VisionTransformer)
+        and model.cls_token is not None
+        and model.num_prefix_tokens == 1
+        and model.pos_embed is not None
+        and model.pos_embed.shape[1] == 1 + cells
+        and len(model.blocks) > 0
+        and all(hasattr(block, "attn") for block in model.blocks)
+        and isinstance(model.norm_pre, nn.Identity)
+        and not isinstance(model.norm, nn.Identity)
+        and isinstance(model.patch_drop, nn.Identity)
+        and not getattr(model.pos_drop, "p", 0.0)
+    )

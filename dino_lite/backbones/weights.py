@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -82,8 +81,6 @@ def _fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     cells = round((learned.shape[1] - 1) ** 0.5)
     if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:
         return learned
-    patches = learned[:, 1:].reshape(1, cells, cells, -1).permute(0, 3, 1, 2)
-    sampled = F.interpolate(
-        patches.float(), size=backbone.grid, mode="bicubic", antialias=backbone.position_antialias
-    )
-    return torch.cat([learned[:, :1], sampled.flatten(2).transpose(1, 2).to(learned.dtype)], dim=1)
+    square = learned[:, 1:].float().reshape(1, cells, cells, -1)
+    sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
+    return torch.cat([learned[:, :1], sampled], dim=1)

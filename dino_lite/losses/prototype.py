@@ -53,7 +53,7 @@ def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tenso
                 mixed.add_(q[t], alpha=pair)
         logits_s = (z @ scores.prototypes.T).to(wide) / temp
         cross = sum(pairs) * logits_s.logsumexp(-1) - (mixed * logits_s).sum(-1)
-        total = total + weight @ cross
+        total = total + (weight * cross).sum()  # no matrix product: autocast would halve it
     return total
 
 

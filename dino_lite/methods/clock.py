@@ -46,8 +46,8 @@ class Clock:
             assert self.num_steps is not None
             return Progress(step, self.num_steps, self.steps_per_epoch)
         self.seconds = broadcast_value(self.seconds, device)
-        # One epoch as long as the run: spans in epochs are refused for timed runs.
-        return Progress(min(1.0, self.seconds / self.max_seconds) * _TICKS, _TICKS, _TICKS)
+        # What holds a value for an epoch holds it for a hundredth of a timed run.
+        return Progress(min(1.0, self.seconds / self.max_seconds) * _TICKS, _TICKS, _TICKS / 100)
 
     def done(self, at: Progress) -> bool:
         """True once the step at `at` was the last."""

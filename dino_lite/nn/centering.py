@@ -39,7 +39,8 @@ class EMACentering(nn.Module):
         # The mean of logits is the logits of the mean: E numbers travel between the ranks instead
         # of K.
         mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
-        self.batch_center = (prototypes.to(wide) @ mean).to(self.center.dtype)
+        # A sum of products, since autocast would make a matrix product of it half precision.
+        self.batch_center = (prototypes.to(wide) * mean).sum(-1).to(self.center.dtype)
         return row, col
 
     @torch.no_grad()

@@ -23,6 +23,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
         # that batch normalization there uses the batch's own statistics.
         if type(part).__name__ == "DropPath":
             part.drop_prob = 0.0  # type: ignore[assignment]
+        elif isinstance(part, nn.Dropout):
+            part.p = 0.0
     return twin
 
 

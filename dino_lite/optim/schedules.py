@@ -11,34 +11,45 @@ from typing import Literal
 from dino_lite.contracts import Progress, UserError
 
 Span = float | int | str
-_SPAN = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(ep|epochs?|st|steps?)\s*", re.IGNORECASE)
+_SPAN = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*(ep|epochs?|st|steps?)\s*", re.IGNORECASE
+)
+
+
+def parse_span(span: str) -> tuple[float, str]:
+    """ "10 epochs" is (10.0, "epoch"), "500 steps" is (500.0, "step"); UserError where it is
+    neither.
+    """
+    match = _SPAN.fullmatch(span)
+    if match is None:
+        raise UserError(
+            f'{span!r} is no length of time: write a fraction of the run (0.1), "10 epochs" or '
+            '"500 steps".'
+        )
+    return float(match[1]), "epoch" if match[2].lower().startswith("e") else "step"
 
 
 def check_span(span: Span, what: str) -> None:
-    """Refuse what is no length of time: a fraction of the run in [0, 1], "10 epochs" or "500
-    steps".
-    """
+    """Refuse what is no length of time: a fraction of the run in [0, 1], or text for parse_span."""
     if isinstance(span, str):
-        if not _SPAN.fullmatch(span):
-            raise UserError(
-                f'{what}={span}: write a fraction of the run (0.1), "10 epochs" or "500 steps".'
-            )
+        try:
+            parse_span(span)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from None
     elif not 0 <= span <= 1:
         raise UserError(
-            f"{what}={span} is longer than the run or negative: it is a fraction of the run "
-            "in [0, 1]; "
-            f'for epochs or steps write "{span:g} epochs" or "{span:g} steps".'
+            f"{what}={span} is longer than the run or negative: it is a fraction of the run in "
+            f'[0, 1]; for epochs or steps write "{span:g} epochs" or "{span:g} steps".'
         )
 
 
 def span_steps(span: Span, at: Progress) -> float:
     """Length of `span` in steps of this run, capped by the run's length."""
-    if not isinstance(span, str):
-        return min(round(span * at.total), at.total)
-    match = _SPAN.fullmatch(span)
-    if match is None:
-        raise UserError(f'{span!r} is no span: write a fraction (0.1), "10 epochs" or "500 steps".')
-    steps = float(match[1]) * (at.steps_per_epoch if match[2].lower().startswith("e") else 1)
+    if isinstance(span, str):
+        count, unit = parse_span(span)
+        steps = count * (at.steps_per_epoch if unit == "epoch" else 1)
+    else:
+        steps = span * at.total
     return min(round(steps), at.total)
 
 
@@ -74,6 +85,8 @@ class Cosine:
 
     def __call__(self, at: Progress) -> float:
         warm = span_steps(self.warmup, at)
+        if self.end_reached:
+            warm = min(warm, at.total - 1)  # the last step is the end's
         if at.step < warm:
             last = (
                 warm if self.end_reached else warm - 1
