@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence saying what is wrong, where, and what to do.
-    Commands exit with 2.
-    """
+    """What the user can mend, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
 # time and rates
 
 
 class Progress(NamedTuple):
-    """Where a run stands. `step` of `total` counts optimizer steps, or ticks of the clock when a
-    run is timed.
-    """
+    """Where a run stands: optimizer steps, or ticks of the clock when it is timed."""
 
     step: float
     total: float
@@ -48,9 +44,7 @@ class Progress(NamedTuple):
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A number that follows the run: learning rate, weight decay, momentum, temperature, loss
-    weight.
-    """
+    """A number that follows the run: a rate, a decay, a momentum, a temperature, a weight."""
 
     def __call__(self, at: Progress) -> float: ...
 
@@ -60,9 +54,7 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """A finite, ordered collection of images: all that the pipeline knows of where images come
-    from.
-    """
+    """A finite, ordered collection of images: all that is known of where they come from."""
 
     labels: Int[np.ndarray, "N"] | None
     classes: list[str]

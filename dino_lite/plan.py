@@ -5,7 +5,6 @@ cannot work.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.facts import read_facts
+from dino_lite.machine import has_fast_bf16, num_cores, pick_accelerator
 from dino_lite.optim.schedules import scale_rate
 
 
@@ -52,35 +52,8 @@ def gather_facts(config: Config, splits: Splits) -> Facts:
         device_name=torch.cuda.get_device_name() if wanted == "cuda" else wanted,
         num_devices=torch.cuda.device_count() if wanted == "cuda" else 1,
         num_cores=num_cores(),
-        bf16=_fast_bf16(wanted),
+        bf16=has_fast_bf16(wanted),
     )
-
-
-def pick_accelerator(asked: str, key: str) -> str:
-    """ "cpu", "cuda" or "mps": what `key` asks for, or the best there is."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    found = {"cuda": cuda, "gpu": cuda, "mps": mps, "cpu": True, "auto": True}
-    if asked not in found:
-        raise UserError(f"{key}={asked}: choose auto, cpu, cuda or mps.")
-    if not found[asked]:
-        raise UserError(f"{key}={asked}: torch finds no such device here; use auto or cpu.")
-    best = "cuda" if cuda else "mps" if mps else "cpu"
-    return {"auto": best, "gpu": "cuda"}.get(asked, asked)
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fast_bf16(accelerator: str) -> bool:
-    """Whether bfloat16 matrix products are native; emulated ones were 150 times slower than
-    float32.
-    """
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return accelerator == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
 
 def plan(config: Config, facts: Facts) -> Plan:
@@ -113,7 +86,14 @@ def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
     return size, f"images are about {facts.width}x{facts.height} and train on {facts.accelerator}"
 
 
+def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
+    scale = get(config, "augment.global_size") / 224
+    return [round(0.1 * scale, 4), round(2.0 * scale, 4)], "0.1 to 2 at 224 pixels, in proportion"
+
+
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.source == "shapes":
+        return 8, "a pattern's period; 16 patches are quick"
     size = get(config, "augment.global_size")
     patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
     patch = patch if size % patch == 0 else math.gcd(size, 16)
@@ -129,7 +109,7 @@ def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.accelerator == "cpu":
-        return 6, "fewer than the paper's 8, for a CPU"
+        return 4, "half the paper's 8, for a CPU"
     return 8, "the paper's"
 
 
@@ -139,37 +119,53 @@ def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
     return "vit_small_patch16_224", "the paper's smallest"
 
 
+def _is_small(config: Config) -> bool:
+    """Whether the backbone is the small ViT of a CPU run."""
+    return bool(get(config, "backbone.name") == "vit")
+
+
 def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
-    return (
-        (192, "3 heads of 64")
-        if get(config, "backbone.name") == "vit"
-        else (None, "the model's own")
-    )
+    if not _is_small(config):
+        return None, "the model's own"
+    return (64, "for patterns") if facts.source == "shapes" else (128, "for a CPU")
 
 
 def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
-    return (
-        (6, "half a ViT-Ti") if get(config, "backbone.name") == "vit" else (None, "the model's own")
-    )
+    if not _is_small(config):
+        return None, "the model's own"
+    return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
+
+
+def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
+    return (0.0, "a small network underfits") if _is_small(config) else (0.1, "the paper's")
+
+
+def _rate(config: Config, facts: Facts) -> tuple[float, str]:
+    if _is_small(config):
+        width = get(config, "backbone.embed_dim")
+        return round(
+            0.512 / width, 6
+        ), "a short run of a narrow network takes more than the paper's"
+    return 5e-4, "the paper's"
 
 
 def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
     width = get(config, "backbone.embed_dim")
-    return (None, "the model's own") if width is None else (max(1, width // 64), "64 wide each")
+    return (None, "the model's own") if width is None else (max(1, width // 32), "32 wide each")
 
 
 def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
-    steps = [(20_000, 1024), (100_000, 4096), (500_000, 16_384)]
+    steps = [(5_000, 512), (20_000, 1024), (100_000, 4096), (500_000, 16_384)]
     value = next((k for limit, k in steps if facts.num_images <= limit), 65_536)
     return value, f"for {facts.num_images:,} images"
 
 
 def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
-    return (512, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "the paper's")
+    return (256, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "the paper's")
 
 
 def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
-    return (128, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
+    return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
 
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
@@ -260,6 +256,9 @@ _RULES: dict[str, Any] = {
     "backbone.embed_dim": _embed_dim,
     "backbone.depth": _depth,
     "backbone.num_heads": _num_heads,
+    "backbone.drop_path": _drop_path,
+    "optim.rate": _rate,
+    **{f"augment.{kind}.blur_radius": _blur_radius for kind in ("global_1", "global_2", "local")},
     "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
     "method.head.num_prototypes": _num_prototypes,
     "method.head.hidden_dim": _hidden_dim,

@@ -114,7 +114,7 @@ def test_batch_size_divides_by_the_processes() -> None:
 REFUSED = {
     "augment.global_size=0": "augment.global_size=0",
     "augment.num_local=-1": "cannot be negative",
-    "backbone.patch_size=128": "larger than a crop",
+    "backbone.patch_size=128": "a patch is larger than",
     "augment.global_size=60 backbone.patch_size=8": "no multiple of backbone.patch_size",
     "loader.batch_size=0": "loader.batch_size=0",
     "loader.batch_size=7 trainer.devices=2": "must divide",

@@ -11,7 +11,7 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.plan import pick_accelerator
+from dino_lite.machine import pick_accelerator
 from dino_lite.runs import (
     absolute_paths,
     data_config,
