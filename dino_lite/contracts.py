@@ -21,9 +21,6 @@ class UserError(Exception):
     """What the user can mend, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
-# time and rates
-
-
 class Progress(NamedTuple):
     """Where a run stands: optimizer steps, or ticks of the clock when it is timed."""
 
@@ -47,9 +44,6 @@ class Schedule(Protocol):
     """A number that follows the run: a rate, a decay, a momentum, a temperature, a weight."""
 
     def __call__(self, at: Progress) -> float: ...
-
-
-# data
 
 
 @runtime_checkable
@@ -136,9 +130,6 @@ class Crops(NamedTuple):
             masks=None if self.masks is None else self.masks[:, cut],
             extra={name: crops[:, cut] for name, crops in self.extra.items()},
         )
-
-
-# networks
 
 
 class Tokens(NamedTuple):

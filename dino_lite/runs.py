@@ -9,9 +9,11 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -126,20 +128,21 @@ class Run:
         self.results_file = folder / "results.json"
         self.checkpoints = folder / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
-        self._lock: IO[str] | None = None
 
-    def lock(self) -> None:
-        """Take the run for this process until it ends, however it ends."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the run for this process; however it ends, the lock ends with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for as long as the process lives
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} is being trained by another process: wait for it or choose name=."
-            ) from error
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder} is being trained by another process: wait for it, or choose "
+                    "another name=."
+                ) from error
+            yield
 
     def results(self) -> dict[str, Any]:
         """results.json, empty where there is none yet."""

@@ -134,7 +134,7 @@ def test_evaluation_of_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_k_nn_needs_labels(tmp_path: Path) -> None:
     """Evaluating on unlabeled images is refused."""
-    run = train(tmp_path / "runs", "trainer.max_steps=1")
+    run = train(tmp_path / "runs", "trainer.max_steps=2")
     data = photos(tmp_path / "data", [f"{i}.png" for i in range(4)])
     with pytest.raises(UserError, match="labels"):
         run_evaluate(compose("evaluate", [f"checkpoint={run}", f"data.root={data}"]))

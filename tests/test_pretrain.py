@@ -277,6 +277,7 @@ def test_run_starts_from_an_exported_backbone(run: Path, tmp_path: Path) -> None
         f"backbone.pretrained={out}",
         "trainer.max_steps=1",
         "optim.learning_rate.warmup=0.5",
+        "optim.freeze_last_layer=0.0",
     )
     weights, start = checkpoint(folder)["state_dict"], dino_lite.load_backbone(out).state_dict()
     for name, value in start.items():

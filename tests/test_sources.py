@@ -1,4 +1,4 @@
-"""What a source offers is what its files hold: which images, in what order, of which class, upright and RGB."""
+"""A source offers what its files hold: which images, in what order, of which class, in RGB."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def sentence(call: Any, *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------- which files, what order
+# -------------------------------------------------------------------------- which files, what order
 
 
 def test_any_nesting_in_byte_order(tmp_path: Path) -> None:
@@ -134,10 +134,12 @@ def test_name_is_the_folders_also_for_a_dot(
 
 
 def test_digest_is_of_the_list_not_of_its_place(tmp_path: Path) -> None:
-    """A file more, less or renamed changes it; another folder does not, nor a split name's bounds."""
+    """A file more, less or renamed changes it, another folder does not; names are kept apart."""
     digests = [
         open_folder(fill(tmp_path / str(i), *files)).train.digest()
-        for i, files in enumerate([("a.png", "b.png"), ("a.png", "c.png"), ("a.png",), ("a.pngb.png",)])
+        for i, files in enumerate(
+            [("a.png", "b.png"), ("a.png", "c.png"), ("a.png",), ("a.pngb.png",)]
+        )
     ]
     assert len(set(digests)) == 4
     assert all(len(d) == 16 and int(d, 16) >= 0 for d in digests)
@@ -275,9 +277,10 @@ def test_labels_folder_on_data_that_has_none(tmp_path: Path, files: list[str], t
 
 
 def test_labels_from_a_csv(tmp_path: Path) -> None:
-    """Paths relative to root, a heading or none, quoted commas, further columns, rows of no image."""
+    """Paths relative to root, a heading or none, quoted commas, more columns, rows of no image."""
     fill(tmp_path, "train/a.png", "train/x, y.png", "val/c.png")
-    rows = 'path,label,who\n./train/a.png, two ,me\n"train/x, y.png",one\n\nval/c.png,two\ngone.png,z\n'
+    rows = 'path,label,who\n./train/a.png, two ,me\n"train/x, y.png",one\n'
+    rows += "\nval/c.png,two\ngone.png,z\n"
     (tmp_path / "labels.csv").write_text(rows, encoding="utf-8-sig")
     splits = open_folder(tmp_path, labels="labels.csv")
     assert classes(splits.train) == ["two", "one"]
@@ -397,7 +400,9 @@ def png(width: int, height: int, data: bytes) -> bytes:
     """A PNG file of 8-bit gray from its parts."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -461,7 +466,7 @@ def test_large_images_are_read_without_a_word(
         source.read(0)
 
 
-# ------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -478,9 +483,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
     assert "holds no image file" in sentence(open_folder, tmp_path / "text")
 
 
-def test_a_folder_that_may_not_be_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the data must not be left out without a word."""
     fill(tmp_path, "a.png", "locked/b.png")
     scandir = os.scandir
@@ -507,7 +510,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), np.uint8)
 
 
 def test_npz_with_everything(tmp_path: Path) -> None:
-    """Pixels as stored, labels in the order of numbers (not of their texts), test's own class last."""
+    """Pixels as stored, labels in the order of numbers, not texts; test's own class comes last."""
     path = archive(
         tmp_path / "my set.npz",
         x_train=PIXELS[:4],
@@ -588,12 +591,12 @@ def test_array_source_is_shared_with_workers_not_copied() -> None:
     assert source.size(0) == (5, 4) == source.read(0).size[::-1]
 
 
-# ------------------------------------------------------------------------------------------ CIFAR-10
+# ----------------------------------------------------------------------------------------- CIFAR-10
 
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torchvision's layout with two images a batch, and its checksums set to those of these files."""
+    """torchvision's layout with two images a batch, its checksums set to those of these files."""
     torchvision_cifar = pytest.importorskip("torchvision.datasets").CIFAR10
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
@@ -645,7 +648,7 @@ def test_cifar10_that_is_not_whole(cifar: Path, tmp_path: Path) -> None:
     assert "is not whole" in sentence(open_cifar10, cifar)
 
 
-# ---------------------------------------------------------------------------------------------- auto
+# --------------------------------------------------------------------------------------------- auto
 
 
 def test_auto_without_root_is_the_embedded_set() -> None:
@@ -664,7 +667,7 @@ def test_auto_refuses_other_files(tmp_path: Path) -> None:
     assert "does not exist" in sentence(open_auto, tmp_path / "nowhere")
 
 
-# --------------------------------------------------------------------------------------------- facts
+# -------------------------------------------------------------------------------------------- facts
 
 
 def test_facts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,20 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     else:
         config = planned.config
     datamodule, module, clock = build(config, facts, splits, run)
-    if rank() == 0:
-        run.lock()
-        say_plan(planned, run, facts, resuming)
-        write_run(run, config, request, facts, splits)
-    with warnings.catch_warnings():
+    with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
+        if rank() == 0:
+            say_plan(planned, run, facts, resuming)
+            write_run(run, config, request, facts, splits)
         quiet_lightning()
         trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
         try:
-            trainer.fit(
-                module, datamodule, ckpt_path=str(run.last) if resuming else None, weights_only=True
-            )
+            checkpoint = str(run.last) if resuming else None
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # how Lightning ends after Ctrl-C
             raise UserError(
                 f"{run.folder} was interrupted; the same command goes on from there."
             ) from None
-    return finish(run, config, module, splits) if trainer.is_global_zero else {}
+        return finish(run, config, module, splits) if trainer.is_global_zero else {}
 
 
 def build(
@@ -246,6 +245,7 @@ def quiet_lightning() -> None:
     """Silence what Lightning says to every caller and none can follow."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
+        ".*is smaller than the logging interval.*",
         ".*does not have many workers.*",
         ".*Checkpoint directory.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",

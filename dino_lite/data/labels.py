@@ -87,7 +87,7 @@ def text(path: bytes) -> str:
 def _names(
     root: Path, split: Split, table: dict[bytes, str] | None, demand: str
 ) -> list[str] | None:
-    """Class of each image: in the table or, without one, its first folder. None unless all have one.
+    """Class of each image, from the table or else its first folder; None unless all have one.
 
     Where classes are in demand, it is an error that some images have one and others do not.
     """
@@ -102,8 +102,8 @@ def _names(
     if demand and 0 < len(named) < len(found):
         lost = text(posixpath.join(split.folder, split.paths[found.index(None)]))
         raise UserError(
-            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in {root}, the "
-            f"first being {lost}: name them all, or choose data.labels=none."
+            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in "
+            f"{root}, the first being {lost}: name them all, or choose data.labels=none."
         )
     return named if len(named) == len(found) else None
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8, UInt64
+from jaxtyping import Float32, Shaped, UInt8, UInt64
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.draws import GOLDEN, hashed, mix
@@ -25,17 +25,17 @@ from dino_lite.data.sources import ArraySource
 
 PALETTE = np.array(
     [
-        (255, 107, 94),  # coral
-        (255, 190, 92),  # amber
-        (250, 240, 214),  # cream
-        (92, 214, 176),  # mint
-        (84, 168, 240),  # sky
-        (190, 140, 245),  # lilac
+        (246, 236, 210),  # cream
+        (240, 196, 120),  # sand
+        (226, 138, 120),  # coral
+        (140, 190, 206),  # sky
+        (34, 32, 66),  # night
+        (30, 58, 70),  # pine
     ],
     np.float32,
 )
-INK = np.array([(24, 26, 54), (70, 44, 92)], np.float32)  # from one side of the picture to the other
-LIGHT = (0.6, 1.35)  # brightness of a picture: the range of DINO's color jitter
+GROUND = np.array([(84, 86, 118), (112, 92, 122)], np.float32)  # from side to side, slate to mauve
+LIGHT = (0.85, 1.1)  # brightness of a picture; DINO's color jitter has 0.6 to 1.4
 
 HALF = np.float32(0.5)
 COS = np.array([math.cos(math.pi * i / 128) for i in range(256)], np.float32)
@@ -85,14 +85,14 @@ def draw(
     elements, distance = kind(keys, u + _uniform(keys, 2), v + _uniform(keys, 3))
     cover = np.clip(np.float32(0.5) - distance * period * np.float32(size), 0, 1)[..., None]
     shade = np.clip(_turn(keys, 4, x, y)[0] + np.float32(0.5), 0, 1)[..., None]
-    ink = INK[0] + (INK[1] - INK[0]) * shade
+    ground = GROUND[0] + (GROUND[1] - GROUND[0]) * shade
     paint = PALETTE[(mix(elements) % np.uint64(len(PALETTE))).astype(np.int64)]
-    pixels = ink + (paint * (1 - np.float32(0.15) * shade) - ink) * cover
-    pixels = pixels * (np.float32(0.75) * _uniform(keys, 5, *LIGHT)[..., None]) + np.float32(0.5)
+    pixels = ground + (paint * (1 - np.float32(0.15) * shade) - ground) * cover
+    pixels = pixels * _uniform(keys, 5, *LIGHT)[..., None] + HALF
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _key(keys: Keys, *cells: Plane | int) -> Keys:
+def _key(keys: Keys, *cells: Shaped[np.ndarray, "..."] | int) -> Keys:
     """The key of an element: that of its picture, and the numbers of its cell."""
     for cell in cells:
         keys = mix(keys + np.atleast_1d(cell).astype(np.int64).astype(np.uint64) * GOLDEN)
@@ -115,32 +115,45 @@ def _turn(keys: Keys, column: int, x: Plane, y: Plane) -> tuple[Plane, Plane]:
 # ------------------------------------------------------------------------------------------- kinds
 
 
-def _stripes(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Straight bands."""
+def _waves(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
+    """Bands that swing to and fro, by a cubic that looks like a sine."""
+    t = v / np.float32(2.6)
+    t = 4 * np.abs(t - np.floor(t) - HALF) - 1
+    u = u + np.float32(0.55) * t * (np.float32(1.5) - HALF * t * t)
     band = np.floor(u)
     return _key(keys, band), np.abs(u - band - HALF) - np.float32(0.3)
 
 
-def _waves(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Bands that swing to and fro: a sine's cubic likeness."""
-    t = v / np.float32(2.6)
-    t = 4 * np.abs(t - np.floor(t) - HALF) - 1
-    return _stripes(keys, u + np.float32(0.55) * t * (np.float32(1.5) - HALF * t * t), v)
-
-
 def _checks(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """A chessboard whose fields of one color are of many."""
-    u, v = u / np.float32(0.85), v / np.float32(0.85)
-    column, row = np.floor(u), np.floor(v)
-    inside = np.maximum(np.abs(u - column - HALF), np.abs(v - row - HALF)) - HALF
-    filled = (column + row) % 2 == 0
-    return _key(keys, column, row), np.where(filled, inside, -inside) * np.float32(0.85)
+    """Every other field of a chessboard."""
+    field = np.float32(0.85)
+    column, row = np.floor(u / field), np.floor(v / field)
+    out = np.maximum(np.abs(u / field - column - HALF), np.abs(v / field - row - HALF))
+    return _key(keys, column, row), np.where((column + row) % 2 == 0, out - np.float32(0.47), 1) * field
 
 
-def _rings(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Circles about one center, which is in the picture or near it."""
-    u, v = u - _uniform(keys, 10, -1.3, 1.3), v - _uniform(keys, 11, -1.3, 1.3)
-    return _stripes(keys, np.sqrt(u * u + v * v) + _uniform(keys, 12), v)
+def _arcs(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
+    """Truchet tiles: two quarter circles, around the one or the other pair of corners."""
+    tile = np.float32(1.2)
+    column, row = np.floor(u / tile), np.floor(v / tile)
+    cell = _key(keys, column, row)
+    a, b = u / tile - column, v / tile - row
+    a = np.where(cell >> np.uint64(63) == 1, a, 1 - a)
+    near, far = np.sqrt(a * a + b * b), np.sqrt((1 - a) ** 2 + (1 - b) ** 2)
+    near, far = np.abs(near - HALF), np.abs(far - HALF)
+    return _key(cell, np.where(near < far, 0, 1)), (np.minimum(near, far) - np.float32(0.17)) * tile
+
+
+def _patchwork(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
+    """Squares of which one half, cut from corner to corner, is cloth."""
+    patch = np.float32(1.1)
+    column, row = np.floor(u / patch), np.floor(v / patch)
+    cell = _key(keys, column, row)
+    a, b = u / patch - column - HALF, v / patch - row - HALF
+    a = np.where(cell >> np.uint64(63) == 1, a, -a)
+    b = np.where((cell >> np.uint64(62)) % 2 == 1, b, -b)
+    seams = np.maximum(np.abs(a), np.abs(b)) - np.float32(0.45)
+    return cell, np.maximum((a + b) * np.float32(0.7071) + np.float32(0.04), seams) * patch
 
 
 def _mosaic(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
@@ -184,8 +197,10 @@ def _disc(a: Plane, b: Plane) -> Plane:
     return np.sqrt(a * a + b * b) - 1
 
 
-def _triangle(a: Plane, b: Plane) -> Plane:
-    return np.maximum(np.abs(a) * np.float32(0.8660254) + b * HALF, -b) - HALF
+def _target(a: Plane, b: Plane) -> Plane:
+    """A ring about a dot."""
+    far = np.sqrt(a * a + b * b)
+    return np.maximum(far - 1, np.minimum(np.float32(0.72) - far, far - np.float32(0.34)))
 
 
 def _cross(a: Plane, b: Plane) -> Plane:
@@ -206,13 +221,13 @@ def _moon(a: Plane, b: Plane) -> Plane:
 
 
 KINDS: dict[str, Kind] = {
-    "stripes": _stripes,
     "waves": _waves,
     "checks": _checks,
-    "rings": _rings,
+    "arcs": _arcs,
+    "patchwork": _patchwork,
     "mosaic": _mosaic,
+    "targets": _strewn(_target),
     "dots": _strewn(_disc),
-    "triangles": _strewn(_triangle),
     "crosses": _strewn(_cross),
     "stars": _strewn(_star),
     "moons": _strewn(_moon),
