@@ -13,6 +13,7 @@ TRAINER_KEYS = {
     "accelerator",
     "devices",
     "num_nodes",
+    "num_threads",
     "max_epochs",
     "max_steps",
     "max_time",

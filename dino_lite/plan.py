@@ -202,6 +202,15 @@ def _num_workers(config: Config, facts: Facts) -> tuple[int, str]:
     return max(1, facts.num_cores // devices - 1), f"{facts.num_cores} cores"
 
 
+def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
+    own = max(1, facts.num_cores // max(1, int(get(config, "trainer.devices"))))
+    width = get(config, "backbone.embed_dim")
+    if facts.accelerator == "cpu" and width is not None and width <= 64:
+        workers = int(get(config, "loader.num_workers"))
+        return max(1, own - workers), "a network so narrow gains little from more"
+    return own, f"{facts.num_cores} cores"
+
+
 def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
     lengths_given = (
         get(config, "trainer.max_epochs") != "auto" or get(config, "trainer.max_steps") is not None
@@ -267,6 +276,7 @@ _RULES: dict[str, Any] = {
     "method.teacher_temp.end": _teacher_temp,
     "loader.batch_size": _batch_size,
     "loader.num_workers": _num_workers,
+    "trainer.num_threads": _num_threads,
     "trainer.max_time": _max_time,
     "trainer.max_epochs": _max_epochs,
     "trainer.precision": _precision,

@@ -39,6 +39,7 @@ _SPEED = (
     "trainer.num_nodes",
     "trainer.accelerator",
     "trainer.micro_batch_size",
+    "trainer.num_threads",
 )
 _PATHS = (".root", ".pretrained", ".labels")
 

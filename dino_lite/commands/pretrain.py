@@ -75,6 +75,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             return run.results() | {"run": str(run.folder)}
     else:
         config = planned.config
+    torch.set_num_threads(config["trainer"]["num_threads"])
     datamodule, module, clock = build(config, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
