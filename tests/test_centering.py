@@ -268,3 +268,14 @@ def test_two_processes_train_as_one_with_the_joint_batch(
     for name, value in wanted.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-9)
+
+
+def test_under_bfloat16_autocast_the_center_keeps_float32s_digits() -> None:
+    """A mean is moved a thousand times: rounding it to 8 bits would move the center itself."""
+    exact, half = EMACentering(32), EMACentering(32)
+    z, prototypes = unit(2, 64, 16, dtype=torch.float32), unit(32, 16, dtype=torch.float32)
+    exact(z, prototypes, 0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row, col = half(z, prototypes, 0.04)
+    assert row.dtype == col.dtype == half.batch_center.dtype == torch.float32
+    torch.testing.assert_close(half.batch_center, exact.batch_center, rtol=1e-5, atol=1e-6)

@@ -276,3 +276,22 @@ def test_tokens_are_no_scores() -> None:
     tokens = Tokens(torch.zeros(1, 2), torch.zeros(1, 1, 2), None, (1, 1))
     with pytest.raises(TypeError, match="cls"):
         PrototypeLoss("cls", Constant(1.0))(Match(tokens, tokens))
+
+
+def test_bfloat16_autocast_loses_no_digits_after_the_product() -> None:
+    """The product z·Pᵀ is half precision; from there on all is float32, the result included."""
+    z = torch.nn.functional.normalize(torch.randn(4, 5, 16), dim=-1).requires_grad_()
+    prototypes = torch.nn.functional.normalize(torch.randn(32, 16), dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row, col = EMACentering(32)(z[:2].detach(), prototypes, 0.05)
+        weight = torch.full((5,), 0.2)
+        targets = Targets(
+            z[:2].detach(), prototypes, row, col, 0.05, cross_view_pairs(2, 4), weight
+        )
+        found = prototype_cross_entropy(Scores(z, prototypes), targets, 0.1)
+        rounded = torch.stack([crop @ prototypes.T for crop in z.detach()]).float()
+    assert found.dtype == torch.float32
+    found.backward()
+    assert z.grad.dtype == torch.float32
+    wanted = oracle.dino_loss(rounded, rounded[:2], torch.zeros(32), 0.1, 0.05)
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=0.0)

@@ -255,3 +255,15 @@ def test_rates_scale_with_the_batch_as_published(
 ) -> None:
     """Linear per 256 images (DINO), square root per 1024 (DINOv2), or not at all."""
     assert scale_rate(rate, batch_size, rule) == pytest.approx(scaled, rel=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("span", ["1.2.3 epochs", ". steps"])
+def test_spans_that_are_no_numbers_are_refused(span: str) -> None:
+    """Digits and dots alone make no number."""
+    with pytest.raises(UserError):
+        check_span(span, "warmup")
+
+
+def test_warmup_as_long_as_the_run_still_ends_at_end() -> None:
+    """The last step has the end value, however long the warm-up."""
+    assert Cosine(1.0, 0.0, warmup=1.0)(Progress(9, 10, 10)) == 0.0

@@ -135,3 +135,11 @@ def test_averages_keep_their_precision() -> None:
     torch.testing.assert_close(
         1 - average[0], torch.full((3,), 1e-12, dtype=torch.float64), rtol=1e-3, atol=0
     )
+
+
+def test_teacher_drops_no_activations_either() -> None:
+    """Dropout of a timm model is silent in the teacher as drop path is."""
+    settings = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    teacher = frozen_copy(ViT(proj_drop_rate=0.5, **settings))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(teacher(images).cls, teacher(images).cls)

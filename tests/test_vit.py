@@ -310,3 +310,29 @@ def test_what_our_forward_would_not_reproduce_is_refused(
     with pytest.raises(UserError, match=words) as error:
         ViT(**{"image_size": 32} | settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit3_small_patch16_224",
+        "flexivit_small",
+        "vit_wee_patch16_reg1_gap_256",
+        "test_vit2",
+        "beit3_base_patch16_224",
+        "vit_small_patch16_18x2_224",
+        "vit_base_r50_s16_224",
+    ],
+)
+def test_models_our_forward_would_not_reproduce_are_refused_with_a_reason(name: str) -> None:
+    """No class position, no class token, no last norm, parallel blocks, a hybrid stem."""
+    with pytest.raises(UserError) as error:
+        ViT(name, image_size=32, depth=1)
+    assert not str(error.value).rstrip(". ").endswith(":")
+
+
+@pytest.mark.parametrize("settings", [{"pos_drop_rate": 0.5}, {"patch_drop_rate": 0.5}])
+def test_what_our_forward_ignores_is_refused(settings: dict[str, float]) -> None:
+    """A rate that would have no effect is no setting."""
+    with pytest.raises(UserError):
+        ViT(image_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1, **settings)

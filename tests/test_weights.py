@@ -200,3 +200,12 @@ def assert_one_sentence(error: pytest.ExceptionInfo[UserError], path: Path) -> N
     assert str(path) in text
     assert "\n" not in text
     assert text.endswith(".")
+
+
+def test_pretrained_positions_are_resampled_by_the_backbones_own_rule(tmp_path: Path) -> None:
+    """Loaded at another grid they are what the old backbone would have used there."""
+    rule = {"position_offset": 0.1, "position_antialias": False}
+    old = source(**rule)
+    save_file(old.state_dict(), tmp_path / "a.safetensors")
+    new = vit(str(tmp_path / "a.safetensors"), **SPEC | rule | {"image_size": 64})
+    torch.testing.assert_close(new.pos_embed, old.positions((8, 8)))
