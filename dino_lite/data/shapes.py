@@ -51,7 +51,7 @@ Kind = Callable[[Keys, Plane, Plane], tuple[Keys, Plane]]
 def open_shapes(
     num_train: int = 4000, num_test: int = 1000, image_size: int = 32, seed: int = 0
 ) -> Splits:
-    """Two splits of pictures of `image_size` pixels a side; each ten in a row have all ten kinds."""
+    """Two splits of square pictures; each ten in a row have all ten kinds."""
     if num_train < 1 or num_test < 0 or image_size < 8:
         raise UserError(
             f"data=shapes cannot make num_train={num_train}, num_test={num_test} and "
@@ -65,7 +65,9 @@ def open_shapes(
 def _source(split: str, num: int, size: int, seed: int) -> ArraySource:
     keys = hashed(seed, ("train", "test").index(split), np.arange(num))
     kinds = list(KINDS)
-    tens = _uniform(hashed(seed, 2 + ("train", "test").index(split), np.arange(-(-num // 10) * 10)), 0)
+    tens = _uniform(
+        hashed(seed, 2 + ("train", "test").index(split), np.arange(-(-num // 10) * 10)), 0
+    )
     labels = np.argsort(tens.reshape(-1, 10), axis=1, kind="stable").reshape(-1)[:num]
     images = np.empty((num, size, size, 3), np.uint8)
     for label, kind in enumerate(kinds):
@@ -78,7 +80,9 @@ def draw(
 ) -> UInt8[np.ndarray, "n {size} {size} 3"]:
     """One picture for each key: elements in colors of their own, on ink, in the picture's light."""
     keys = keys[:, None, None]
-    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size) - np.float32(0.5)
+    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size) - np.float32(
+        0.5
+    )
     y, x = axis[:, None], axis[None, :]
     period = _uniform(keys, 0, 0.2, 0.34)
     u, v = _turn(keys, 1, x / period, y / period)
@@ -89,7 +93,8 @@ def draw(
     paint = PALETTE[(mix(elements) % np.uint64(len(PALETTE))).astype(np.int64)]
     pixels = ground + (paint * (1 - np.float32(0.15) * shade) - ground) * cover
     pixels = pixels * _uniform(keys, 5, *LIGHT)[..., None] + HALF
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    found: np.ndarray = np.clip(pixels, 0, 255).astype(np.uint8)
+    return found
 
 
 def _key(keys: Keys, *cells: Shaped[np.ndarray, "..."] | int) -> Keys:
@@ -129,7 +134,9 @@ def _checks(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
     field = np.float32(0.85)
     column, row = np.floor(u / field), np.floor(v / field)
     out = np.maximum(np.abs(u / field - column - HALF), np.abs(v / field - row - HALF))
-    return _key(keys, column, row), np.where((column + row) % 2 == 0, out - np.float32(0.47), 1) * field
+    return _key(keys, column, row), np.where(
+        (column + row) % 2 == 0, out - np.float32(0.47), 1
+    ) * field
 
 
 def _arcs(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
@@ -194,13 +201,17 @@ def _strewn(outline: Callable[[Plane, Plane], Plane]) -> Kind:
 
 
 def _disc(a: Plane, b: Plane) -> Plane:
-    return np.sqrt(a * a + b * b) - 1
+    distance: np.ndarray = np.sqrt(a * a + b * b) - 1
+    return distance
 
 
 def _target(a: Plane, b: Plane) -> Plane:
     """A ring about a dot."""
     far = np.sqrt(a * a + b * b)
-    return np.maximum(far - 1, np.minimum(np.float32(0.72) - far, far - np.float32(0.34)))
+    distance: np.ndarray = np.maximum(
+        far - 1, np.minimum(np.float32(0.72) - far, far - np.float32(0.34))
+    )
+    return distance
 
 
 def _cross(a: Plane, b: Plane) -> Plane:
@@ -213,11 +224,15 @@ def _star(a: Plane, b: Plane) -> Plane:
     """Five points: inside at least four of the five lines that draw a pentagram."""
     turns = [(math.cos(0.4 * math.pi * k), math.sin(0.4 * math.pi * k)) for k in range(5)]
     lines = [np.float32(cos) * a + np.float32(sin) * b for cos, sin in turns]
-    return np.sort(np.stack(lines), axis=0)[3] - np.float32(0.36)
+    distance: np.ndarray = np.sort(np.stack(lines), axis=0)[3] - np.float32(0.36)
+    return distance
 
 
 def _moon(a: Plane, b: Plane) -> Plane:
-    return np.maximum(_disc(a, b), np.float32(0.8) - np.sqrt((a - np.float32(0.55)) ** 2 + b * b))
+    distance: np.ndarray = np.maximum(
+        _disc(a, b), np.float32(0.8) - np.sqrt((a - np.float32(0.55)) ** 2 + b * b)
+    )
+    return distance
 
 
 KINDS: dict[str, Kind] = {
