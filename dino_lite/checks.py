@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from dino_lite.config import Config, get, leaves
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Facts, UserError
 from dino_lite.optim.schedules import check_span, parse_span
 
 TRAINER_KEYS = {
@@ -20,56 +20,87 @@ TRAINER_KEYS = {
     "precision",
     "micro_batch_size",
 }
-COUNTS = {
-    "augment.global_size",
-    "augment.local_size",
+# Whole numbers, and the least that makes sense.
+WHOLE = {
+    "augment.global_size": 1,
+    "augment.local_size": 1,
+    "augment.num_local": 0,
+    "backbone.depth": 1,
+    "backbone.embed_dim": 1,
+    "backbone.image_size": 1,
+    "backbone.in_chans": 1,
+    "backbone.num_heads": 1,
+    "backbone.patch_size": 1,
+    "loader.batch_size": 1,
+    "loader.num_workers": 0,
+    "method.head.bottleneck_dim": 1,
+    "method.head.hidden_dim": 1,
+    "method.head.num_layers": 1,
+    "method.head.num_prototypes": 1,
+    "optim.max_skipped": 1,
+    "seed": 0,
+    "trainer.devices": 1,
+    "trainer.max_steps": 1,
+    "trainer.micro_batch_size": 0,
+    "trainer.num_nodes": 1,
+    "trainer.num_threads": 1,
+}
+NULLABLE = {
     "backbone.depth",
     "backbone.embed_dim",
-    "backbone.image_size",
-    "backbone.in_chans",
     "backbone.num_heads",
-    "backbone.patch_size",
-    "loader.batch_size",
-    "method.head.bottleneck_dim",
-    "method.head.hidden_dim",
-    "method.head.num_layers",
-    "method.head.num_prototypes",
-    "trainer.devices",
-    "trainer.num_nodes",
+    "trainer.max_epochs",
+    "trainer.max_steps",
 }
-_TEMPERATURE = re.compile(r".*(teacher_temp\.(start|end)|student_temp)")
-_NOT_NEGATIVE = re.compile(r"(optim|loader|trainer)\..*|augment\.num_.*")
-
-Rule = tuple[Callable[[str], object], Callable[[float], bool], str]
-RULES: list[Rule] = [
-    (COUNTS.__contains__, lambda v: v >= 1 and v % 1 == 0, "a whole number from 1 on is needed"),
-    (lambda k: k.endswith("_prob"), lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
-    (_TEMPERATURE.fullmatch, lambda v: v > 0, "a temperature is positive"),
+CHOICES: dict[str, tuple[object, ...]] = {
+    "baselines": (True, False),
+    "method.teacher_temp.per": ("step", "epoch"),
+    "optim.clip_by": ("global", "parameter"),
+    "optim.decay_tokens": (True, False),
+    "optim.rate_rule": ("linear", "sqrt", "none"),
+}
+# Numbers: which keys, what they may be, and how that is said.
+NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
+    (r".*_prob", lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
+    (r".*(teacher_temp\.(start|end)|student_temp)", lambda v: v > 0, "a temperature is positive"),
     (
-        lambda k: k.startswith("method.momentum.") or k == "method.center_momentum",
+        r"method\.(momentum\.(base|end|start)|center_momentum)",
         lambda v: 0 <= v <= 1,
         "a momentum lies in [0, 1]",
     ),
-    (_NOT_NEGATIVE.fullmatch, lambda v: v >= 0, "this cannot be negative"),
-    (lambda k: k == "backbone.drop_path", lambda v: 0 <= v < 1, "it lies in [0, 1)"),
+    (r"backbone\.drop_path", lambda v: 0 <= v < 1, "it lies in [0, 1)"),
+    (r"loader\.max_bad_fraction", lambda v: 0 <= v <= 1, "a fraction lies in [0, 1]"),
+    (
+        r"optim\.(rate|clip|(learning_rate|weight_decay)\.(base|end|start))|trainer\.max_epochs",
+        lambda v: v >= 0,
+        "this cannot be negative",
+    ),
 ]
 
 
 def check_values(config: Config) -> None:
-    """Every number on its own: refuse what is outside its range."""
+    """Every value on its own: refuse the wrong kind and what is outside its range."""
     for key, value in leaves(config):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if value == "auto" or (value is None and key in NULLABLE):
             continue
-        for concerns, allows, why in RULES:
-            if concerns(key) and not allows(value):
-                raise UserError(f"{key}={value}: {why}.")
+        if key in CHOICES and value not in CHOICES[key]:
+            known = ", ".join(str(choice).lower() for choice in CHOICES[key])
+            raise UserError(f"{key}={value}: choose one of {known}.")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in WHOLE and not (number and value % 1 == 0 and value >= WHOLE[key]):
+            raise UserError(f"{key}={value}: a whole number from {WHOLE[key]} on is needed.")
+        for pattern, allows, why in NUMBERS:
+            if re.fullmatch(pattern, key) and not (number and allows(value)):
+                raise UserError(f"{key}={value}: {why if number else 'a number is needed'}.")
     unknown = sorted(config["trainer"].keys() - TRAINER_KEYS)
     if unknown:
         known = ", ".join(sorted(TRAINER_KEYS))
         raise UserError(f"trainer.{unknown[0]}: there is no such key; known are {known}.")
+    if config["backbone"]["in_chans"] != 3:
+        raise UserError("backbone.in_chans: images are RGB, 3 channels, for now.")
 
 
-def check(config: Config) -> None:
+def check(config: Config, facts: Facts) -> None:
     """A planned configuration as a whole: refuse numbers that do not go together."""
     patch, large, small = (
         get(config, key)
@@ -90,15 +121,18 @@ def check(config: Config) -> None:
             f"loader.batch_size={batch_size}: it counts images over all {ranks} processes and must "
             "divide by them."
         )
+    devices = get(config, "trainer.devices")
+    if facts.accelerator == "cuda" and devices > facts.num_devices:
+        raise UserError(f"trainer.devices={devices}: this machine has {facts.num_devices}.")
     precision = str(get(config, "trainer.precision"))
     if precision in ("16", "fp16", "16-mixed", "16-true"):
         raise UserError(f"trainer.precision={precision}: fp16 overflows in DINO; use bf16 or 32.")
     if precision not in ("32", "bf16", "64"):
         raise UserError(f"trainer.precision={precision}: choose auto, 32, bf16 or 64.")
-    _check_length(config)
+    _check_length(config, facts.num_images / batch_size)
 
 
-def _check_length(config: Config) -> None:
+def _check_length(config: Config, steps_per_epoch: float) -> None:
     """Exactly one measure of the run's length, and every warm-up within it."""
     measures = ("max_epochs", "max_steps", "max_time")
     given = {key: config["trainer"][key] for key in measures if config["trainer"][key] is not None}
@@ -123,8 +157,14 @@ def _check_length(config: Config) -> None:
             raise UserError(
                 f"{key}={span}: a run measured by trainer.max_time knows fractions only, as 0.1."
             )
+        per = {
+            "epoch": steps_per_epoch,
+            "step": 1.0,
+            "max_epochs": steps_per_epoch,
+            "max_steps": 1.0,
+        }
         count, unit = parse_span(span)
-        if f"max_{unit}s" == measure and count > length:
+        if count * per[unit] > length * per[measure] * (1 + 1e-9):
             raise UserError(
                 f"{key}={span} is longer than the run (trainer.{measure}={length}): shorten it."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import re
 import sys
@@ -20,6 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lite.contracts import UserError
 
 Config = dict[str, Any]
+# Always strings, whatever they look like: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
+_VERBATIM = re.compile(r"(.*\.root|checkpoint|name|runs_dir|.*\.pretrained|.*\.labels|out)")
+_PLAIN = re.compile(r"[\w./+-]*")
 
 
 def config_dir() -> Path:
@@ -33,6 +37,29 @@ def config_dir() -> Path:
     raise UserError(
         f"dino_lite's configuration is not at {package / 'conf'}: install the package again."
     )
+
+
+def quote(value: str) -> str:
+    """`value` as a quoted string of Hydra's override grammar."""
+    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)
+    escaped = re.sub(r"(\\+)$", lambda m: m[1] * 2, escaped)
+    return "'" + escaped.replace("${", r"\${") + "'"
+
+
+def quote_override(argument: str) -> str:
+    """`argument` with its value quoted where that is needed; what is quoted already stays."""
+    match = re.fullmatch(r"([+~]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
+    if match is None or argument.startswith("-"):
+        return argument
+    key, value = match[1], match[2]
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if quoted or value in ("", "null"):
+        return argument
+    if _VERBATIM.fullmatch(key.lstrip("+~")):
+        return f"{key}={quote(value)}"
+    if _PLAIN.fullmatch(value):
+        return argument
+    return argument if parses(argument) else f"{key}={quote(value)}"
 
 
 def parses(override: str) -> bool:
@@ -51,8 +78,8 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return to_plain(hydra.compose(primary, list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+            return to_plain(hydra.compose(primary, [quote_override(o) for o in overrides]))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, primary)) from None
 
 
@@ -83,7 +110,7 @@ def instantiate(config: Config, **extra: Any) -> Any:
             raise UserError(
                 f"{target} cannot be imported ({cause}): code of your own must be on PYTHONPATH."
             ) from error
-        if isinstance(cause, TypeError):
+        if isinstance(cause, TypeError) and "argument" in str(cause):
             raise UserError(f"{target} does not take these keys: {cause}.") from error
         raise
 
@@ -165,7 +192,14 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 
 
 class user_errors:
-    """Context that turns a UserError into its sentence on stderr and exit code 2."""
+    """Context that turns a UserError into its sentence on stderr and exit code 2.
+
+    So are a full disk, a folder that cannot be written, and Ctrl-C (exit code 130).
+    """
+
+    _OF_THE_MACHINE = frozenset(
+        {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
+    )
 
     def __enter__(self) -> None:
         return None
@@ -174,6 +208,12 @@ class user_errors:
         if isinstance(error, UserError):
             print(f"dino-lite: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+        if isinstance(error, OSError) and error.errno in self._OF_THE_MACHINE:
+            print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+            raise SystemExit(2) from error
+        if isinstance(error, KeyboardInterrupt):
+            print("dino-lite: interrupted.", file=sys.stderr)
+            raise SystemExit(130) from error
 
 
 def _explain(error: Exception, primary: str) -> str:

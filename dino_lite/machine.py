@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from dino_lite.contracts import UserError
+from dino_lite import __version__
+from dino_lite.contracts import Facts, UserError
 
 
 def pick_accelerator(asked: str, key: str) -> str:
@@ -34,3 +40,31 @@ def has_fast_bf16(accelerator: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return accelerator == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+def environment(facts: Facts) -> dict[str, Any]:
+    """Versions, code and machine: what a reader needs to reproduce the run."""
+    packages = ("torch", "torchvision", "timm", "pytorch-lightning")
+    return {
+        "dino_lite": __version__,
+        "git": _revision(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "machine": {
+            "platform": platform.platform(),
+            "device": facts.device_name,
+            "cores": facts.num_cores,
+        },
+    }
+
+
+def _revision() -> str | None:
+    """The checkout's commit; None where the package is installed, or git is not."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    line = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -7,11 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,7 @@ try:
 except ImportError:  # Windows has none: two processes may then train one run
     fcntl = None  # type: ignore[assignment]
 
-from dino_lite import __version__
-from dino_lite.config import Config, differences, instantiate, leaves, load, put
+from dino_lite.config import Config, differences, get, instantiate, leaves, load, put
 from dino_lite.contracts import Facts, Method, Splits, UserError
 from dino_lite.data.photometric import Normalize
 from dino_lite.formats.safetensors import load_backbone, read_config
@@ -39,9 +35,8 @@ _SPEED = (
     "trainer.num_nodes",
     "trainer.accelerator",
     "trainer.micro_batch_size",
-    "trainer.num_threads",
 )
-_PATHS = (".root", ".pretrained", ".labels")
+_PATHS = (".root", ".pretrained")
 
 
 def is_speed(key: str) -> bool:
@@ -57,6 +52,10 @@ def absolute_paths(config: Config) -> Config:
     def visit(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
+        if isinstance(node, str) and key in ("runs_dir", "out"):
+            return str(Path(os.path.expandvars(node)).expanduser())
+        if isinstance(node, str) and key.endswith(".labels"):  # a word, or a file below the root
+            return str(Path(os.path.expandvars(node)).expanduser())
         if isinstance(node, str) and key.endswith(_PATHS):
             path = Path(os.path.expandvars(node)).expanduser()
             return str(path.resolve()) if path.exists() or path.is_absolute() else node
@@ -67,7 +66,10 @@ def absolute_paths(config: Config) -> Config:
 
 def requested(config: Config) -> Config:
     """What was asked for, speed left out, by dotted key: the same request finds the same run."""
-    return {key: value for key, value in leaves(config) if not is_speed(key)}
+    request = {key: value for key, value in leaves(config) if not is_speed(key)}
+    if request.get("method.head.batch_norm"):  # its statistics are those of a micro-batch
+        request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
+    return request
 
 
 def run_name(config: Config, request: Config, facts: Facts) -> str:
@@ -168,31 +170,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     return dict(content)
-
-
-def environment(facts: Facts) -> dict[str, Any]:
-    """Versions, code and machine: what a reader needs to reproduce the run."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    versions = {
-        name: version(name) for name in ("torch", "torchvision", "timm", "pytorch-lightning")
-    }
-    return {
-        "dino_lite": __version__,
-        "git": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "versions": versions,
-        "machine": {
-            "platform": platform.platform(),
-            "device": facts.device_name,
-            "cores": facts.num_cores,
-        },
-    }
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:

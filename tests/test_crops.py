@@ -296,7 +296,11 @@ def test_the_config_is_the_published_recipe(root: Path) -> None:
     """conf/augment/dino.yaml builds the defaults of the code, which golden cases are held to."""
     text = (root / "conf/augment/dino.yaml").read_text(encoding="utf-8")
     sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "seed": 0}
-    built = instantiate({**yaml.safe_load(text), **sizes}, _convert_="all")
+    node = {**yaml.safe_load(text), **sizes}
+    for kind in ("global_1", "global_2", "local"):  # settled by the plan, in proportion to the size
+        assert node[kind]["blur_radius"] == "auto"
+        node[kind]["blur_radius"] = [0.1, 2.0]
+    built = instantiate(node, _convert_="all")
     plain = MultiCrop(**sizes)
     assert [tuple(kind) for kind in built.kinds] == [
         tuple(kind._replace(blur_radius=list(kind.blur_radius))) for kind in plain.kinds

@@ -279,7 +279,7 @@ def test_tokens_are_no_scores() -> None:
 
 
 def test_bfloat16_autocast_loses_no_digits_after_the_product() -> None:
-    """The product z·Pᵀ is half precision; from there on all is float32, the result included."""
+    """From the bottleneck on all is float32, the logits and the result included."""
     z = torch.nn.functional.normalize(torch.randn(4, 5, 16), dim=-1).requires_grad_()
     prototypes = torch.nn.functional.normalize(torch.randn(32, 16), dim=-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -289,9 +289,9 @@ def test_bfloat16_autocast_loses_no_digits_after_the_product() -> None:
             z[:2].detach(), prototypes, row, col, 0.05, cross_view_pairs(2, 4), weight
         )
         found = prototype_cross_entropy(Scores(z, prototypes), targets, 0.1)
-        rounded = torch.stack([crop @ prototypes.T for crop in z.detach()]).float()
+    exact = torch.stack([crop @ prototypes.T for crop in z.detach()])
     assert found.dtype == torch.float32
     found.backward()
     assert z.grad.dtype == torch.float32
-    wanted = oracle.dino_loss(rounded, rounded[:2], torch.zeros(32), 0.1, 0.05)
+    wanted = oracle.dino_loss(exact, exact[:2], torch.zeros(32), 0.1, 0.05)
     torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=0.0)

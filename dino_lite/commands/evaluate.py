@@ -31,7 +31,9 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 def run_evaluate(config: Config) -> dict[str, Any]:
     """Print each result and merge all of them into results.json beside the checkpoint."""
     config = absolute_paths(config)
-    evaluations = {name: instantiate(node) for name, node in config["eval"].items()}
+    evaluations = {name: instantiate(node) for name, node in (config.get("eval") or {}).items()}
+    if not evaluations:
+        raise UserError("eval= names no evaluation: choose eval=knn.")
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     backbone, about = open_backbone(checkpoint)
     splits = instantiate(data_config(config, checkpoint, about))
@@ -53,6 +55,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, evaluation in evaluations.items():
         results[name] = evaluation(backbone, data) | {"data": splits.name, "image_size": size}
+        results[name]["unreadable"] = len(data.bad)
         print(describe(name, results[name]))
     keep(results, checkpoint)
     return results
@@ -61,6 +64,8 @@ def run_evaluate(config: Config) -> dict[str, Any]:
 def describe(name: str, result: dict[str, Any]) -> str:
     """A result as lines of text."""
     rows = [f"{name}: {result['protocol']}"]
+    if result["unreadable"]:
+        rows.append(f"  {result['unreadable']} images could not be read and are left out")
     for k, accuracy in result.get("k", {}).items():
         rows.append(f"  k={k:>4}  top-1 {accuracy['top1']:6.2f} %  top-5 {accuracy['top5']:6.2f} %")
     return "\n".join(rows)

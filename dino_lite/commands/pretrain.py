@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite import config as cfg
@@ -31,6 +29,7 @@ from dino_lite.distributed import rank
 from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.pictures import attention_picture, neighbors_picture
+from dino_lite.machine import environment
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
@@ -39,7 +38,6 @@ from dino_lite.runs import (
     Run,
     absolute_paths,
     build_method,
-    environment,
     read_checkpoint,
     requested,
     resume_config,
@@ -76,13 +74,13 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     else:
         config = planned.config
     torch.set_num_threads(config["trainer"]["num_threads"])
-    datamodule, module, clock = build(config, facts, splits, run)
+    datamodule, module, callbacks = build(config, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
             say_plan(planned, run, facts, resuming)
             write_run(run, config, request, facts, splits)
         quiet_lightning()
-        trainer = build_trainer(config, facts, run, clock.num_steps, resuming)
+        trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
         try:
             checkpoint = str(run.last) if resuming else None
             trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -90,12 +88,12 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             raise UserError(
                 f"{run.folder} was interrupted; the same command goes on from there."
             ) from None
-        return finish(run, config, module, splits) if trainer.is_global_zero else {}
+        return finish(run, config, facts, module, splits) if trainer.is_global_zero else {}
 
 
 def build(
     config: Config, facts: Facts, splits: Splits, run: Run
-) -> tuple[DataModule, PretrainModule, Clock]:
+) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
     """Data, method and step from a planned configuration; nothing is written."""
     trainer, loader, optim = config["trainer"], config["loader"], config["optim"]
     steps_per_epoch = facts.num_images / loader["batch_size"]
@@ -133,11 +131,18 @@ def build(
     module = PretrainModule(
         method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"]
     )
-    return datamodule, module, clock
+    step(method, optimizer=module.configure_optimizers())  # refuses what does not fit, now
+    callbacks = [instantiate(node) for node in (config["callbacks"] or {}).values() if node]
+    return datamodule, module, callbacks
 
 
 def build_trainer(
-    config: Config, facts: Facts, run: Run, num_steps: int | None, resuming: bool
+    config: Config,
+    facts: Facts,
+    run: Run,
+    num_steps: int | None,
+    callbacks: list[pl.Callback],
+    resuming: bool,
 ) -> pl.Trainer:
     """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules
     are the step's.
@@ -145,7 +150,6 @@ def build_trainer(
     trainer = config["trainer"]
     ranks = trainer["devices"] * trainer["num_nodes"]
     resume_step = int(read_checkpoint(run.last)["global_step"]) if resuming else 0
-    callbacks = [instantiate(callback) for callback in config["callbacks"].values() if callback]
     return pl.Trainer(
         accelerator=facts.accelerator,
         devices=trainer["devices"],
@@ -158,6 +162,7 @@ def build_trainer(
         callbacks=callbacks,
         log_every_n_steps=10 if facts.accelerator == "cpu" else 50,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -173,22 +178,27 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
     write_json(run.environment_file, environment(facts) | {"data": data, "request": request})
 
 
-def finish(run: Run, config: Config, module: PretrainModule, splits: Splits) -> dict[str, Any]:
+def finish(
+    run: Run, config: Config, facts: Facts, module: PretrainModule, splits: Splits
+) -> dict[str, Any]:
     """Mark the run as finished, draw what was learned, hold the teacher against its floors."""
-    results: dict[str, Any] = {
-        "finished": True,
-        "steps": int(module.method.step),
-        "train_seconds": round(module.clock.seconds, 1),
-    }
-    trained = module.method.export_backbone().float()
+    seconds_trained = round(module.clock.seconds, 1)
+    steps = int(module.method.step)
+    run.add_results({"finished": True, "steps": steps, "train_seconds": seconds_trained})
+    if splits.test is not None and splits.test.labels is None:
+        splits = splits._replace(test=None)
+    device = torch.device(facts.accelerator)  # Lightning has moved the module to the host
+    trained = module.method.export_backbone().float().to(device)
     data = clean_data(config, splits)
-    draw_pictures(run, trained, data)
+    try:
+        draw_pictures(run, trained, data)
+    except (UserError, OSError, ValueError) as error:
+        say(f"pictures were left out: {error}")
     if config["baselines"] and splits.train.labels is not None:
         torch.manual_seed(int(config["seed"]))
-        untrained = instantiate(config["backbone"] | {"pretrained": None})
-        results |= knn_against_baselines(trained, untrained.to(module.device), data)
-        say(baseline_table(results))
-    run.add_results(results)
+        untrained = instantiate(config["backbone"] | {"pretrained": None}).to(device)
+        run.add_results(knn_against_baselines(trained, untrained, data))
+        say(baseline_table(run.results()))
     say(f"pictures, curves and results: {run.folder}")
     return run.results() | {"run": str(run.folder)}
 
@@ -201,6 +211,8 @@ def clean_data(config: Config, splits: Splits) -> CleanData:
 
 def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
     """attention.png and neighbors.png, of training images spread over the whole set."""
+    if len(data.splits.train) < 2:
+        raise UserError("one image has no neighbors.")
     part = Subset(data.splits.train, spread(len(data.splits.train), _NUM_DRAWN))
     few = CleanData(Splits(part, None, data.splits.name), data.size, data.normalize, 256)
     bank = extract(backbone, few, part, device_of(backbone))
@@ -262,5 +274,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())] or sys.path
     main()

@@ -35,8 +35,7 @@ def prototype_cross_entropy(
 def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tensor, ""]:
     wide = torch.promote_types(scores.z.dtype, torch.float32)
     with torch.no_grad():
-        # Made crop by crop: under autocast the product is half precision, the exponential never is.
-        logits = ((crop @ targets.prototypes.T).to(wide) / targets.temp for crop in targets.z)
+        logits = (_logits(crop, targets.prototypes) / targets.temp for crop in targets.z)
         q = torch.stack(
             [
                 (s + row[:, None] + targets.col).exp()
@@ -51,10 +50,16 @@ def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tenso
         for t, pair in enumerate(pairs):
             if pair:
                 mixed.add_(q[t], alpha=pair)
-        logits_s = (z @ scores.prototypes.T).to(wide) / temp
+        logits_s = _logits(z, scores.prototypes) / temp
         cross = sum(pairs) * logits_s.logsumexp(-1) - (mixed * logits_s).sum(-1)
-        total = total + (weight * cross).sum()  # no matrix product: autocast would halve it
+        total = total + (weight * cross).sum()  # no product of matrices: autocast would halve it
     return total
+
+
+def _logits(z: Float[Tensor, "n E"], prototypes: Float[Tensor, "K E"]) -> Float[Tensor, "n K"]:
+    """z·Pᵀ without autocast: bfloat16's 2⁻⁹ of a cosine is 0.05 after a temperature of 0.04."""
+    with torch.autocast(z.device.type, enabled=False):
+        return z @ prototypes.T
 
 
 def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]:

@@ -68,7 +68,9 @@ class PretrainModule(pl.LightningModule):
         optimizer = self._step.optimizer
         rates = {"progress": at.fraction, "learning_rate": optimizer.param_groups[0]["lr"]}
         rates |= {name: schedule(at) for name, schedule in self.method.schedules().items()}
-        self.log_dict({**scalars, **rates}, batch_size=crops.num_images)
+        # Tensors on the host: Lightning would send floats to the device one by one, and wait.
+        host = {name: torch.tensor(value) for name, value in rates.items()}
+        self.log_dict({**scalars, **host}, batch_size=crops.num_images)
         if self._step.num_steps % _CHECK_EVERY == 0 or self.clock.done(at):
             self._step.check()
         if self.clock.done(at):

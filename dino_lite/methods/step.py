@@ -87,7 +87,7 @@ class Step:
     def _write_rates(self, at: Progress) -> None:
         rate, decay = self.learning_rate(at), self.weight_decay(at)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_mult", 1.0)
+            group["lr"] = rate
             if group["decay"]:
                 group["weight_decay"] = decay
 
@@ -134,7 +134,7 @@ class Step:
             raise UserError(
                 f"{int(self.skipped)} optimizer steps in a row had a gradient that is not "
                 "finite: the run has diverged; "
-                "lower optim.learning_rate, lower optim.clip, or use trainer.precision=32, "
+                "lower optim.rate, lower optim.clip, or use trainer.precision=32, "
                 "and start anew or from best.ckpt."
             )
 

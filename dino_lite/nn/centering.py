@@ -33,9 +33,9 @@ class EMACentering(nn.Module):
         """Row and column terms of log softmax((z·Pᵀ − c) / temp), for `contracts.Targets`."""
         wide = torch.promote_types(z.dtype, torch.float32)
         col = -self.center.to(wide) / temp
-        row = torch.stack(
-            [-((crop @ prototypes.T).to(wide) / temp + col).logsumexp(-1) for crop in z]
-        )
+        # cosines are divided by temp: no bfloat16
+        with torch.autocast(z.device.type, enabled=False):
+            row = torch.stack([-(crop @ prototypes.T / temp + col).logsumexp(-1) for crop in z])
         # The mean of logits is the logits of the mean: E numbers travel between the ranks instead
         # of K.
         mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
