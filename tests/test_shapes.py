@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
+from dino_lite.contracts import UserError
 from dino_lite.data.draws import hashed
 from dino_lite.data.shapes import KINDS, draw, open_shapes
 from dino_lite.data.sources import ArraySource
@@ -21,9 +24,9 @@ def test_bytes_are_those_of_every_other_machine() -> None:
     """Stored digests, of the usual size and of an odd one."""
     splits = open_shapes(num_train=50, num_test=20)
     assert splits.test is not None
-    assert splits.train.digest() == "2a6758de55230ae0"
-    assert splits.test.digest() == "e8e96ba7d77e4b0f"
-    assert source(num_train=20, num_test=0, image_size=45, seed=7).digest() == "30e40332df5fbbb9"
+    assert splits.train.digest() == "98e62c4d43e0c00c"
+    assert splits.test.digest() == "e2a176100abb0587"
+    assert source(num_train=20, num_test=0, image_size=45, seed=7).digest() == "7a48fa57b01ce751"
 
 
 def test_pictures_do_not_depend_on_how_many_there_are() -> None:
@@ -72,3 +75,37 @@ def test_every_kind_shows_its_elements_at_any_size(kind: str) -> None:
     ground = draw(lambda k, u, v: (k, np.ones_like(u + v)), keys, 96).astype(float)
     covered = (np.abs(large - ground).max(-1) > 8).mean()
     assert 0.2 < covered < 0.8
+
+
+def test_pixels_tell_the_kinds_apart_badly() -> None:
+    """Weighted k-NN of raw pixels (k=20, T=0.07, centered): above chance, below 35 %."""
+    splits = open_shapes(num_train=1500, num_test=400)
+    assert splits.test is not None
+    both = [
+        np.stack([np.asarray(s.read(i)) for i in range(len(s))])
+        for s in (splits.train, splits.test)
+    ]
+    rows = [images.reshape(len(images), -1) - both[0].reshape(1500, -1).mean(0) for images in both]
+    bank, queries = (r / np.linalg.norm(r, axis=1, keepdims=True) for r in rows)
+    cosine = queries @ bank.T
+    assert splits.train.labels is not None
+    assert splits.test.labels is not None
+    votes = np.zeros((400, len(KINDS)))
+    for near in np.argsort(-cosine, axis=1)[:, :20].T:
+        weight = np.exp(cosine[np.arange(400), near] / 0.07)
+        votes[np.arange(400), splits.train.labels[near]] += weight
+    accuracy = (votes.argmax(1) == splits.test.labels).mean()
+    assert 0.12 < accuracy < 0.35
+
+
+@pytest.mark.parametrize("keys", [{"num_train": 0}, {"num_test": -1}, {"image_size": 4}])
+def test_impossible_sizes_are_refused(keys: dict[str, int]) -> None:
+    """In one sentence that names the key."""
+    with pytest.raises(UserError, match=next(iter(keys))):
+        open_shapes(**keys)
+
+
+def test_a_worker_gets_the_same_pictures() -> None:
+    """Pickled, as spawned workers get it."""
+    train = source(num_train=20, num_test=0)
+    assert pickle.loads(pickle.dumps(train)).digest() == train.digest()

@@ -5,8 +5,7 @@ what crops of a picture have in common tells them well. Place, size, rotation an
 for each picture or element of it, so neighbors in pixels are those of like layout. Each element has
 its own color out of one palette, lighter or darker than the ground, so that brightness betrays
 little; and the light differs less than color jitter makes it differ, so that no color tells the
-crops of a picture from those of another. But kinds cover their ground more or less densely: without
-any such cue to begin with, DINO stayed at uniform outputs for long.
+crops of a picture from those of another.
 
 A picture is made of each pixel's distance to the nearest edge: sums, products, roots and
 comparisons in float32, and numbers from a counter hash. So the bytes are the same everywhere, and
@@ -186,7 +185,7 @@ def _mosaic(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 def _strewn(outline: Callable[[Plane, Plane], Plane]) -> Kind:
     """Objects of one outline (a distance, for an object of radius 1), each turned and sized."""
-    pitch = np.float32(2.1)
+    pitch = np.float32(1.75)
 
     def kind(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
         u = u / pitch

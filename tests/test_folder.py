@@ -1,0 +1,179 @@
+"""A folder gives its image files in one order everywhere, and its splits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dino_lite.data import folder as folder_module
+from dino_lite.data.auto import open_auto
+from dino_lite.data.folder import open_folder
+from images import GREEN, classes, fill, names, sentence
+
+
+def test_any_nesting_in_byte_order(tmp_path: Path) -> None:
+    """Order is that of the paths' bytes: capitals first, é last, whatever the file system lists."""
+    fill(tmp_path, "b.png", "a/z/y/x.JPG", "B.webp", "a-b/c.PNG", "é.bmp", "a/10.gif", "a/2.tiff")
+    source = open_folder(tmp_path).train
+    found = [source.name(i).removeprefix(f"{tmp_path}/") for i in range(len(source))]
+    assert found == ["B.webp", "a-b/c.PNG", "a/10.gif", "a/2.tiff", "a/z/y/x.JPG", "b.png", "é.bmp"]
+
+
+def test_what_is_hidden_or_no_image_is_left_out(tmp_path: Path) -> None:
+    """Dot files, dot folders, other suffixes, folders that look like images, links to nothing."""
+    fill(tmp_path, "a.png", ".b.png", ".cache/c.png", "d/._e.jpg", "f.png/g.png")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "png").write_text("x")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert names(open_folder(tmp_path).train) == ["a.png", "g.png"]
+
+
+def test_links_are_followed_but_into_no_circle(tmp_path: Path) -> None:
+    """A linked folder counts, one that leads back up does not."""
+    fill(tmp_path / "store", "a.png")
+    fill(tmp_path / "data", "b.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "store")
+    (tmp_path / "data" / "linked" / "up").symlink_to(tmp_path / "data")
+    assert names(open_folder(tmp_path / "data").train) == ["b.png", "a.png"]
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "a=b", "pics (1)", "[x],{y}", "x#y", "-n", "'"])
+def test_odd_paths(tmp_path: Path, name: str) -> None:
+    """Folders and files may be called what they like."""
+    root = fill(tmp_path / name, f"{name}/{name}.png", f"{name}/2.png", f"c/{name}.png", "c/2.png")
+    splits = open_auto(str(root))
+    assert splits.name == name
+    assert f"{name}.png" in names(splits.train)
+    assert set(classes(splits.train) or []) == {name, "c"}
+    assert splits.train.read(0).getpixel((0, 0)) == GREEN
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Such a file is read, and has a name that can be printed."""
+    source_file = fill(tmp_path, "a.png") / "a.png"
+    try:
+        os.rename(source_file, os.path.join(os.fsencode(tmp_path), b"\xff.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    source = open_folder(tmp_path).train
+    assert source.read(0).size == (6, 4)
+    assert source.name(0).encode().endswith(b"\\xff.png")
+
+
+def test_tilde_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` and `$NAME` in root are expanded."""
+    fill(tmp_path / "photos", "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PHOTOS", "photos")
+    assert names(open_auto("~/photos").train) == ["a.png"]
+    assert names(open_folder(f"{tmp_path}/${{PHOTOS}}").train) == ["a.png"]
+
+
+def test_name_is_the_folders_also_for_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are named after the data: a dot is no name."""
+    monkeypatch.chdir(fill(tmp_path / "photos", "a.png"))
+    assert open_folder(".").name == "photos"
+
+
+def test_digest_is_of_the_list_not_of_its_place(tmp_path: Path) -> None:
+    """A file more, less or renamed changes it, another folder does not; names are kept apart."""
+    digests = [
+        open_folder(fill(tmp_path / str(i), *files)).train.digest()
+        for i, files in enumerate(
+            [("a.png", "b.png"), ("a.png", "c.png"), ("a.png",), ("a.pngb.png",)]
+        )
+    ]
+    assert len(set(digests)) == 4
+    assert all(len(d) == 16 and int(d, 16) >= 0 for d in digests)
+    assert open_folder(fill(tmp_path / "moved", "a.png", "b.png")).train.digest() == digests[0]
+
+
+def test_a_source_survives_pickling_and_is_small(tmp_path: Path) -> None:
+    """What spawned workers get: the same source, with no object for each file."""
+    fill(tmp_path, *(f"{i:03}.png" for i in range(100)))
+    source = open_folder(tmp_path).train
+    sent = pickle.dumps(source)
+    assert len(sent) < 100 * (len("000.png") + 8) + 1000
+    copy = pickle.loads(sent)
+    assert copy.digest() == source.digest()
+    assert np.array_equal(copy.read(99), source.read(99))
+
+
+@pytest.mark.parametrize("other", ["val", "test"])
+def test_train_beside_val_or_test(tmp_path: Path, other: str) -> None:
+    """Pretraining sees train alone; images outside of both are in neither."""
+    fill(tmp_path, "train/a.png", f"{other}/b.png", "extra/c.png")
+    splits = open_folder(tmp_path)
+    assert (names(splits.train), names(splits.test)) == (["a.png"], ["b.png"])
+
+
+def test_val_is_the_test_split_where_both_are(tmp_path: Path) -> None:
+    """As in ImageNet, whose test has no labels."""
+    fill(tmp_path, "train/a.png", "val/b.png", "test/c.png")
+    assert names(open_folder(tmp_path).test) == ["b.png"]
+
+
+def test_train_alone_is_a_split(tmp_path: Path) -> None:
+    """Its folders are the classes then."""
+    fill(tmp_path, "train/x/1.png", "train/x/2.png", "train/y/1.png", "train/y/2.png")
+    splits = open_folder(tmp_path)
+    assert classes(splits.train) == ["x", "x", "y", "y"]
+    assert splits.test is None
+
+
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    """Beside other folders, without val or test, it is one of the classes."""
+    fill(tmp_path, "train/1.png", "train/2.png", "car/1.png", "car/2.png")
+    splits = open_folder(tmp_path)
+    assert classes(splits.train) == ["car", "car", "train", "train"]
+    assert splits.test is None
+
+
+def test_without_train_nothing_is_test(tmp_path: Path) -> None:
+    """A folder called test has no meaning of its own."""
+    fill(tmp_path, "test/1.png", "b.png")
+    splits = open_folder(tmp_path)
+    assert len(splits.train) == 2
+    assert splits.test is None
+
+
+def test_empty_train_is_refused(tmp_path: Path) -> None:
+    """Training on the test images instead would be no favor."""
+    fill(tmp_path, "val/a.png")
+    (tmp_path / "train").mkdir()
+    assert "train holds no image" in sentence(open_folder, tmp_path)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    """What is not there, not a folder, not set, or empty is named."""
+    (tmp_path / "file.png").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.txt").write_text("x")
+    assert "does not exist" in sentence(open_folder, tmp_path / "nowhere")
+    assert "is not a folder" in sentence(open_folder, tmp_path / "file.png")
+    assert "data.root is not set" in sentence(open_folder)
+    assert "data.root is not set" in sentence(open_folder, "")
+    assert "holds no image file" in sentence(open_folder, tmp_path / "empty")
+    assert "holds no image file" in sentence(open_folder, tmp_path / "text")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the data must not be left out without a word."""
+    fill(tmp_path, "a.png", "locked/b.png")
+    scandir = os.scandir
+
+    def locked(path: bytes) -> Any:
+        if path.endswith(b"locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(folder_module.os, "scandir", locked)
+    assert "locked cannot be listed (Permission denied)" in sentence(open_folder, tmp_path)
