@@ -242,9 +242,13 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
     config = load(run.config_file)
     content = read_checkpoint(checkpoint)
     method = build_method(put(config, "backbone.pretrained", None))
-    method.load_state_dict(
-        {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
-    )
+    weights = {n.removeprefix("method."): value for n, value in content["state_dict"].items()}
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint} does not fit {run.config_file}: keep checkpoints in their own run."
+        ) from error
     normalize = Normalize()
     about = {
         "image_size": config["augment"]["global_size"],
