@@ -45,8 +45,8 @@ SIN = np.array([math.sin(math.pi * i / 128) for i in range(256)], np.float32)
 
 Keys = UInt64[np.ndarray, "..."]
 Plane = Float32[np.ndarray, "..."]
-# From a picture's key and places in it, in periods, to the key of the element there and its edge's
-# distance, in periods, negative inside the element.
+# From a picture's key and places in it, in periods, to the element there (its key) and the distance
+# to the edge, in periods, negative inside the element.
 Kind = Callable[[Keys, Plane, Plane], tuple[Keys, Plane]]
 
 
@@ -65,15 +65,16 @@ def open_shapes(
 
 
 def _source(split: str, num: int, size: int, seed: int) -> ArraySource:
-    stream = ("train", "test").index(split)
-    keys = hashed(seed, stream, np.arange(num))
-    # Kinds come in tens of changing order: a plain turn would let a stride of ten meet one kind.
-    ranks = hashed(seed, stream + 2, np.arange(-(-num // 10) * 10)).reshape(-1, 10)
-    labels = np.argsort(ranks, axis=1, kind="stable").reshape(-1)[:num]
+    keys = hashed(seed, ("train", "test").index(split), np.arange(num))
+    kinds = list(KINDS)
+    tens = _uniform(
+        hashed(seed, 2 + ("train", "test").index(split), np.arange(-(-num // 10) * 10)), 0
+    )
+    labels = np.argsort(tens.reshape(-1, 10), axis=1, kind="stable").reshape(-1)[:num]
     images = np.empty((num, size, size, 3), np.uint8)
-    for label, kind in enumerate(KINDS.values()):
-        images[labels == label] = draw(kind, keys[labels == label], size)
-    return ArraySource(torch.from_numpy(images), labels, list(KINDS), f"shapes/{split}")
+    for label, kind in enumerate(kinds):
+        images[labels == label] = draw(KINDS[kind], keys[labels == label], size)
+    return ArraySource(torch.from_numpy(images), labels, kinds, f"shapes/{split}")
 
 
 def draw(
@@ -81,18 +82,21 @@ def draw(
 ) -> UInt8[np.ndarray, "n {size} {size} 3"]:
     """One picture for each key: elements in colors of their own, on the ground, in some light."""
     keys = keys[:, None, None]
-    axis = (np.arange(size, dtype=np.float32) + HALF) / np.float32(size) - HALF
+    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size) - np.float32(
+        0.5
+    )
     y, x = axis[:, None], axis[None, :]
-    period = _uniform(keys, 0, 0.2, 0.34)  # of the picture's side
+    period = _uniform(keys, 0, 0.2, 0.34)
     u, v = _turn(keys, 1, x / period, y / period)
-    elements, distance = kind(mix(keys), u + _uniform(keys, 2), v + _uniform(keys, 3))
-    cover = np.clip(HALF - distance * period * np.float32(size), 0, 1)[..., None]
-    shade = np.clip(_turn(keys, 4, x, y)[0] + HALF, 0, 1)[..., None]
+    elements, distance = kind(keys, u + _uniform(keys, 2), v + _uniform(keys, 3))
+    cover = np.clip(np.float32(0.5) - distance * period * np.float32(size), 0, 1)[..., None]
+    shade = np.clip(_turn(keys, 4, x, y)[0] + np.float32(0.5), 0, 1)[..., None]
     ground = GROUND[0] + (GROUND[1] - GROUND[0]) * shade
     paint = PALETTE[(mix(elements) % np.uint64(len(PALETTE))).astype(np.int64)]
     pixels = ground + (paint * (1 - np.float32(0.15) * shade) - ground) * cover
     pixels = pixels * _uniform(keys, 5, *LIGHT)[..., None] + HALF
-    return np.asarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    found: np.ndarray = np.clip(pixels, 0, 255).astype(np.uint8)
+    return found
 
 
 def _key(keys: Keys, *cells: Shaped[np.ndarray, "..."] | int) -> Keys:
@@ -115,13 +119,6 @@ def _turn(keys: Keys, column: int, x: Plane, y: Plane) -> tuple[Plane, Plane]:
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _cells(u: Plane, v: Plane, side: np.float32) -> tuple[Plane, Plane, Plane, Plane]:
-    """Column and row of square cells, and the place in the cell, from -1/2 to 1/2."""
-    u, v = u / side, v / side
-    column, row = np.floor(u), np.floor(v)
-    return column, row, u - column - HALF, v - row - HALF
-
-
 # ------------------------------------------------------------------------------------------- kinds
 
 
@@ -136,33 +133,36 @@ def _waves(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 def _checks(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
     """Every other field of a chessboard."""
-    side = np.float32(0.85)
-    column, row, a, b = _cells(u, v, side)
-    inside = np.maximum(np.abs(a), np.abs(b)) - np.float32(0.47)
-    return _key(keys, column, row), np.where((column + row) % 2 == 0, inside, HALF) * side
+    field = np.float32(0.85)
+    column, row = np.floor(u / field), np.floor(v / field)
+    out = np.maximum(np.abs(u / field - column - HALF), np.abs(v / field - row - HALF))
+    return _key(keys, column, row), np.where(
+        (column + row) % 2 == 0, out - np.float32(0.47), 1
+    ) * field
 
 
 def _arcs(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Truchet tiles: quarter circles about two corners of each, the one pair or the other."""
-    side = np.float32(1.2)
-    column, row, a, b = _cells(u, v, side)
-    tile = _key(keys, column, row)
-    a = np.where(tile >> np.uint64(63) == 1, a, -a)
-    one, other = (np.sqrt((a + corner) ** 2 + (b + corner) ** 2) for corner in (HALF, -HALF))
-    one, other = np.abs(one - HALF), np.abs(other - HALF)
-    distance = np.minimum(one, other) - np.float32(0.17)
-    return _key(tile, np.where(one < other, 0, 1)), distance * side
+    """Truchet tiles: two quarter circles, around the one or the other pair of corners."""
+    tile = np.float32(1.2)
+    column, row = np.floor(u / tile), np.floor(v / tile)
+    cell = _key(keys, column, row)
+    a, b = u / tile - column, v / tile - row
+    a = np.where(cell >> np.uint64(63) == 1, a, 1 - a)
+    near, far = np.sqrt(a * a + b * b), np.sqrt((1 - a) ** 2 + (1 - b) ** 2)
+    near, far = np.abs(near - HALF), np.abs(far - HALF)
+    return _key(cell, np.where(near < far, 0, 1)), (np.minimum(near, far) - np.float32(0.17)) * tile
 
 
 def _patchwork(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
     """Squares of which one half, cut from corner to corner, is cloth."""
-    side = np.float32(1.1)
-    column, row, a, b = _cells(u, v, side)
-    patch = _key(keys, column, row)
-    seam = np.maximum(np.abs(a), np.abs(b)) - np.float32(0.45)
-    a = np.where(patch >> np.uint64(63) == 1, a, -a)
-    b = np.where((patch >> np.uint64(62)) % 2 == 1, b, -b)
-    return patch, np.maximum((a + b) * np.float32(0.7071) + np.float32(0.04), seam) * side
+    patch = np.float32(1.1)
+    column, row = np.floor(u / patch), np.floor(v / patch)
+    cell = _key(keys, column, row)
+    a, b = u / patch - column - HALF, v / patch - row - HALF
+    a = np.where(cell >> np.uint64(63) == 1, a, -a)
+    b = np.where((cell >> np.uint64(62)) % 2 == 1, b, -b)
+    seams = np.maximum(np.abs(a), np.abs(b)) - np.float32(0.45)
+    return cell, np.maximum((a + b) * np.float32(0.7071) + np.float32(0.04), seams) * patch
 
 
 def _mosaic(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
