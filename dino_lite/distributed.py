@@ -35,7 +35,7 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
     """
     if is_distributed():
         dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+        tensor /= world_size()
     return tensor
 
 
