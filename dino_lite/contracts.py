@@ -7,14 +7,11 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class UserError(Exception):
@@ -55,8 +52,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Image.Image:
-        """Decode image `index` as RGB. Raises OSError or ValueError where it cannot be read."""
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """Image `index`, upright; C is the same for all images of a source.
+
+        With `min_pixels` it may come back smaller than it is, but with no fewer pixels than that.
+        Raises OSError or ValueError where it cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -87,6 +88,9 @@ class Facts(NamedTuple):
     num_classes: int
     height: int  # median, pixels
     width: int
+    channels: int
+    mean: tuple[float, ...]  # of each channel, in [0, 1], over a part of the images
+    std: tuple[float, ...]
     accelerator: str  # "cpu", "cuda" or "mps"
     device_name: str
     num_devices: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,21 +16,35 @@ from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
 
 
-def clean(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The center of an RGB image: shorter side to round(size·256/224), bicubic, then cropped.
+def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
+    """The center of an image: shorter side to round(size·256/224), bicubic, then cropped.
 
     At 224 px this is the published protocol (Caron et al. 2021, appendix). An image that is
     size x size already is taken as it is.
     """
-    width, height = image.size
-    if (width, height) != (size, size):
-        shorter, target = min(width, height), round(size * 256 / 224)
-        # The longer side is cut, not rounded, as torchvision's Resize does.
-        width, height = target * width // shorter, target * height // shorter
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.crop((left, top, left + size, top + size))
-    return np.array(image)
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    shorter, target = min(width, height), round(size * 256 / 224)
+    # The longer side is cut, not rounded, as torchvision's Resize does.
+    width, height = target * width // shorter, target * height // shorter
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return by_channel(
+        image,
+        lambda part: part.resize((width, height), Image.Resampling.BICUBIC).crop(
+            (left, top, left + size, top + size)
+        ),
+    )
+
+
+def by_channel(
+    image: UInt8[np.ndarray, "H W C"], change: Callable[[Image.Image], Image.Image]
+) -> UInt8[np.ndarray, "h w C"]:
+    """`change` of PIL, which treats channels alike, of an image of any number of them."""
+    if image.shape[2] == 3:
+        return np.asarray(change(Image.fromarray(image)))
+    parts = [change(Image.fromarray(image[..., i])) for i in range(image.shape[2])]
+    return np.stack([np.asarray(part) for part in parts], axis=-1)
 
 
 class Batch(NamedTuple):
@@ -59,7 +73,7 @@ class CleanImages(Dataset[Batch]):
                 bad.append((index, str(error)))
                 continue
             labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
-        pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
+        pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 1), np.uint8)
         channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return Batch(channels_first, torch.tensor(labels, dtype=torch.int64), bad)
 

@@ -1,23 +1,20 @@
-"""Multi-crop as DINO published it, worker side: PIL's 8-bit arithmetic to the last bit.
+"""Multi-crop as DINO published it: what every crop shall be, decided without looking at the image.
 
-Two halves: `MultiCrop.draw` decides (boxes and parameters of all crops, from the counter hash, no
-image needed) and `apply` makes one crop's pixels. Source: Caron et al. 2021, section 3.2, after
-SwAV's multi-crop and BYOL's photometry.
+`MultiCrop.draw` makes boxes and parameters of all crops from the counter hash. Their pixels are
+made by `data.exact` (PIL, in the worker) or by `data.resample` and `data.photometric` (batched, on
+the device). Source: Caron et al. 2021, section 3.2, after SwAV's multi-crop and BYOL's photometry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int, Int64, UInt8
-from PIL import Image, ImageChops, ImageFilter
+from jaxtyping import Float32, Int, Int64
 
-from dino_lite.contracts import Crops, UserError
+from dino_lite.contracts import UserError
 from dino_lite.data import draws
 
 # The parameters of a crop, in this order wherever they are stored, each with the value that says
@@ -32,6 +29,8 @@ COLUMNS = {
     "gray": 0.0,
     "blur": 0.0,  # radius in pixels of the crop
     "solarize": 0.0,
+    "vertical": 0.0,  # 0 or 1: upside down
+    "turns": 0.0,  # quarter turns, counter-clockwise: 0 to 3
 }
 JITTER = ("brightness", "contrast", "saturation", "hue")
 NO_JITTER = tuple(COLUMNS[name] for name in JITTER)
@@ -54,91 +53,20 @@ class Photometric(NamedTuple):
     blur_prob: float = 0.5
     blur_radius: Sequence[float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.0
+    vertical_prob: float = 0.0
+    quarter_turns: bool = False  # all four directions alike
+
+
+class Drawn(NamedTuple):
+    """What the S crops of n images shall be: top, left, height, width in pixels, and COLUMNS."""
+
+    boxes: Int64[np.ndarray, "S n 4"]
+    params: Float32[np.ndarray, "S n 11"]
 
 
 GLOBAL_1 = Photometric(blur_prob=1.0)
 GLOBAL_2 = Photometric(blur_prob=0.1, solarize_prob=0.2)
 LOCAL = Photometric(blur_prob=0.5)
-
-
-# ------------------------------------------------------------------------------- one crop's pixels
-
-
-@cache
-def _black(size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size)
-
-
-def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """factor·image, clipped to 8 bits."""
-    return Image.blend(_black(image.size), image, factor)
-
-
-def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """factor·image + (1−factor)·m, m the rounded mean luma of the whole image."""
-    luma = np.frombuffer(image.convert("L").tobytes(), np.uint8)
-    mean = int(luma.sum(dtype=np.uint32) / luma.size + 0.5)
-    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
-
-
-def saturation(image: Image.Image, factor: float) -> Image.Image:
-    """factor·image + (1−factor)·luma."""
-    return Image.blend(image.convert("L").convert("RGB"), image, factor)
-
-
-def hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turn the color circle by trunc(255·shift) of 256 levels of 8-bit HSV."""
-    levels = int(shift * 255) % 256
-    turned = image.convert("HSV")
-    if levels:
-        turned = ImageChops.add_modulo(turned, Image.new("HSV", image.size, (levels, 0, 0)))
-    return turned.convert("RGB")
-
-
-def solarize(
-    pixels: UInt8[np.ndarray, "h w 3"], threshold: int = 128
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Invert the values from `threshold` up."""
-    return np.where(pixels >= threshold, ~pixels, pixels)
-
-
-OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...]
-OPERATIONS = (brightness, contrast, saturation, hue)
-
-
-def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
-    """`box` (top, left, height, width in pixels) as size x size pixels, bicubic, antialiased.
-
-    Cropped before it is resized: pixels outside the box have no part in it.
-    """
-    top, left, height, width = box
-    crop = image.crop((left, top, left + width, top + height))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def augment(image: Image.Image, params: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
-    """An RGB image changed as `params`, the values of COLUMNS, say."""
-    flip, *factors, order, gray, blur, invert = params
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for i in ORDERS[int(order)]:
-        if factors[i] != NO_JITTER[i]:
-            image = OPERATIONS[i](image, factors[i])
-    if gray:
-        image = image.convert("L")
-    if blur > 0:
-        image = image.filter(ImageFilter.GaussianBlur(blur))
-    if gray:  # only now: to blur one channel takes a third of the time and gives the same
-        image = image.convert("RGB")
-    pixels: np.ndarray = np.asarray(image)
-    return solarize(pixels) if invert else pixels
-
-
-def apply(
-    image: Image.Image, box: Sequence[int], params: Sequence[float], size: int
-) -> UInt8[np.ndarray, "size size 3"]:
-    """One crop of an RGB image: cut out and resized, then changed."""
-    return augment(resized_crop(image, box, size), params)
 
 
 # -------------------------------------------------------------------------------- all crops' draws
@@ -155,7 +83,7 @@ def _range(name: str, values: Sequence[float], low: float, high: float) -> tuple
 
 
 def _check(name: str, kind: Photometric) -> None:
-    for field in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+    for field in (field for field in Photometric._fields if field.endswith("_prob")):
         value = getattr(kind, field)
         if not 0 <= value <= 1:
             raise UserError(f"augment.{name}.{field} is {value}, but must lie in [0, 1].")
@@ -203,6 +131,28 @@ class MultiCrop:
         self.ratio = _range("ratio", ratio, 1e-3, 1e3)
         self.kinds = [global_1, global_2] + num_local * [local]
         self.seed = seed
+        self.turns = any(kind.vertical_prob > 0 or kind.quarter_turns for kind in self.kinds)
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Number and size of the global crops, and of the local ones where there are any."""
+        groups = [(2, self.global_size), (self.num_local, self.local_size)]
+        return groups if self.num_local else groups[:1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pixels of each of the S crops."""
+        return [size for num, size in self.groups for _ in range(num)]
+
+    @property
+    def min_pixels(self) -> int:
+        """Pixels an image needs so that no box, the smallest of either kind, has to be enlarged.
+
+        A box may be narrower than it is high; what is missing then is at most its aspect ratio.
+        """
+        aspect = max(self.ratio[1], 1 / self.ratio[0])
+        needed = np.square(self.sizes) / self.scales[:, 0] * aspect
+        return int(np.ceil(needed.max()))
 
     def draw(
         self,
@@ -210,13 +160,18 @@ class MultiCrop:
         indices: Int[np.ndarray, "n"],
         heights: Int[np.ndarray, "n"],
         widths: Int[np.ndarray, "n"],
-    ) -> tuple[Int64[np.ndarray, "S n 4"], Float32[np.ndarray, "S n 9"]]:
-        """Boxes (top, left, height, width in pixels) and COLUMNS of all crops of n images."""
+    ) -> Drawn:
+        """All crops of n images of these sizes, each in its epoch."""
         num_crops = len(self.kinds)
         u = draws.uniforms(self.seed, epochs, indices, num_crops * NUM_DRAWS)  # n S*U
         u = u.reshape(-1, num_crops, NUM_DRAWS).transpose(2, 1, 0)  # U S n
         split = 2 * NUM_TRIES + 2
-        return self._boxes(u[:split].astype(np.float64), heights, widths), self._params(u[split:])
+        boxes = self._boxes(u[:split].astype(np.float64), heights, widths)
+        params = self._params(u[split:])
+        if self.turns:  # of a stream of their own: crops that are never turned stay as they were
+            v = draws.uniforms(self.seed, epochs, indices, num_crops * 2, draws.TURNS)
+            self._turn(params, v.reshape(-1, num_crops, 2).transpose(2, 1, 0))
+        return Drawn(boxes, params)
 
     def _boxes(
         self, u: np.ndarray, heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"]
@@ -240,12 +195,18 @@ class MultiCrop:
         left = np.where(found, u[-1] * (spare_width + 1), spare_width / 2) // 1
         return np.stack([top, left, height, width], -1).astype(np.int64)
 
-    def _params(self, u: Float32[np.ndarray, "11 S n"]) -> Float32[np.ndarray, "S n 9"]:
-        """Eleven uniforms to the nine COLUMNS."""
+    def _each(self, field: str) -> Float32[np.ndarray, "S 1"]:
+        """A field of every crop's Photometric."""
+        return np.array([[getattr(kind, field)] for kind in self.kinds], np.float32)
 
-        def each(field: str) -> Float32[np.ndarray, "S 1"]:
-            return np.array([[getattr(kind, field)] for kind in self.kinds], np.float32)
+    def _turn(self, params: Float32[np.ndarray, "S n 11"], u: Float32[np.ndarray, "2 S n"]) -> None:
+        """Fill the last two COLUMNS."""
+        params[..., -2] = u[0] < self._each("vertical_prob")
+        params[..., -1] = (u[1] * 4 // 1) * self._each("quarter_turns")
 
+    def _params(self, u: Float32[np.ndarray, "11 S n"]) -> Float32[np.ndarray, "S n 11"]:
+        """Eleven uniforms to COLUMNS, of which the last two stay neutral."""
+        each = self._each
         jittered = u[1] < each("jitter_prob")
 
         def factor(strength: str, neutral: float, uniform: np.ndarray) -> np.ndarray:
@@ -263,37 +224,7 @@ class MultiCrop:
             u[7] < each("gray_prob"),
             np.where(u[8] < each("blur_prob"), radius, 0),
             u[10] < each("solarize_prob"),
+            np.zeros_like(jittered),
+            np.zeros_like(jittered),
         ]
         return np.stack([column.astype(np.float32) for column in columns], -1)
-
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        epochs: Int[np.ndarray, "n"],
-        indices: Int[np.ndarray, "n"],
-    ) -> Crops:
-        """Crop n RGB images, each in its epoch. uint8, `index` as given, no labels.
-
-        The pixels lie in memory as height, width, channel, as PIL has them; Normalize puts them in
-        order on the device.
-        """
-        widths, heights = np.array([image.size for image in images]).T
-        boxes, params = self.draw(epochs, indices, heights, widths)
-        sizes = 2 * [self.global_size] + self.num_local * [self.local_size]
-        n, large, small = len(images), self.global_size, self.local_size
-        globals_ = np.empty((2, n, large, large, 3), np.uint8)
-        locals_ = np.empty((self.num_local, n, small, small, 3), np.uint8)
-        box_rows, param_rows = boxes.tolist(), params.tolist()  # Python numbers: faster one by one
-        for i, image in enumerate(images):
-            for s, size in enumerate(sizes):
-                pixels = apply(image, box_rows[s][i], param_rows[s][i], size)
-                (globals_ if s < 2 else locals_)[s if s < 2 else s - 2, i] = pixels
-        sides = np.stack([heights, widths, heights, widths], -1)  # n 4
-        return Crops(
-            globals_=torch.from_numpy(globals_).permute(0, 1, 4, 2, 3),
-            locals_=torch.from_numpy(locals_).permute(0, 1, 4, 2, 3) if self.num_local else None,
-            index=torch.from_numpy(indices.astype(np.int64)),
-            labels=None,
-            boxes=torch.from_numpy((boxes / sides).astype(np.float32)),
-            draws=torch.from_numpy(params),
-        )

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int, Int64, UInt64
 
 MASK = (1 << 64) - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive keys land far apart
-CROPS, ORDER = 0, 1  # streams: what the numbers are for, so that crops and order share none
+CROPS, ORDER, TURNS = 0, 1, 2  # streams: what the numbers are for, so that they share none
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -37,11 +37,15 @@ def hashed(seed: int, *keys: int | Int[np.ndarray, "..."]) -> UInt64[np.ndarray,
 
 
 def uniforms(
-    seed: int, epoch: int | Int[np.ndarray, "n"], samples: Int[np.ndarray, "n"], num: int
+    seed: int,
+    epoch: int | Int[np.ndarray, "n"],
+    samples: Int[np.ndarray, "n"],
+    num: int,
+    stream: int = CROPS,
 ) -> Float32[np.ndarray, "n num"]:
     """Draws 0 to num-1 of each sample in its epoch, uniform on the multiples of 2^-24 in [0, 1)."""
     columns = np.arange(num)
-    bits = hashed(seed, CROPS, np.reshape(epoch, (-1, 1)), samples[:, None], columns)  # n num
+    bits = hashed(seed, stream, np.reshape(epoch, (-1, 1)), samples[:, None], columns)  # n num
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 

@@ -2,55 +2,76 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
 
 NUM_LOOKED_AT = 64
+_MIN_PIXELS = 256 * 256  # for the mean color: large files may be decoded smaller
 
 
 class DataFacts(NamedTuple):
-    """Counts, and the median size of an image in pixels. `num_classes` is 0 without labels."""
+    """Counts, the median size of an image in pixels, and its channels.
+
+    `num_classes` is 0 without labels. `mean` and `std` of each channel are in [0, 1].
+    """
 
     num_images: int
     num_test: int
     num_classes: int
     height: int
     width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def read_facts(splits: Splits) -> DataFacts:
-    """Count, and measure up to 64 evenly spaced images of train.
+    """Count, and look at up to 64 evenly spaced images of train.
 
     One image must decode: where not a single one of all does, that is a UserError.
     """
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
-    decoded = _first_size(source, spread)
-    sizes = [size for index in spread if (size := _header_size(source, index))] or [decoded]
-    height, width = np.median(sizes, axis=0)
+    images = [image for index in spread if not isinstance(image := _read(source, index), str)]
+    images = images or [_first_readable(source)]
+    sizes = [size for index in spread if (size := _header_size(source, index))]
+    height, width = np.median(sizes or [image.shape[:2] for image in images], axis=0)
+    sums = np.stack([image.mean((0, 1), np.float64) for image in images]) / 255  # n C
+    squares = np.stack([np.square(image / 255.0).mean((0, 1)) for image in images])
+    mean = sums.mean(0)
+    std = np.sqrt(np.maximum(squares.mean(0) - mean**2, 1e-6))  # a constant channel stays finite
     return DataFacts(
         num_images=len(source),
         num_test=0 if splits.test is None else len(splits.test),
         num_classes=0 if source.labels is None else len(source.classes),
         height=round(height),
         width=round(width),
+        channels=images[0].shape[2],
+        mean=tuple(mean.round(4).tolist()),
+        std=tuple(std.round(4).tolist()),
     )
 
 
-def _first_size(source: Source, spread: list[int]) -> tuple[int, int]:
-    """Height and width of an image that decodes: of `spread`, else of all."""
+def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
+    """An image, perhaps smaller than it is, or why it cannot be read."""
+    try:
+        return source.read(index, _MIN_PIXELS)
+    except (OSError, ValueError) as error:
+        return f"{source.name(index)}: {error}"
+
+
+def _first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
+    """The first image of all that decodes."""
     reason = ""
-    for index in chain(spread, range(len(source))):
-        try:
-            image = source.read(index)
-        except (OSError, ValueError) as error:
-            reason = reason or f"{source.name(index)}: {error}"
-        else:
-            return image.height, image.width
+    for index in range(len(source)):
+        image = _read(source, index)
+        if not isinstance(image, str):
+            return image
+        reason = reason or image
     raise UserError(
         f"None of the {len(source)} images can be read, the first being {reason}; mend them, or "
         "check data.root."
@@ -58,13 +79,12 @@ def _first_size(source: Source, spread: list[int]) -> tuple[int, int]:
 
 
 def _header_size(source: Source, index: int) -> tuple[int, int] | None:
-    """Height and width of an image, if it has them; undecoded from a source that offers `size`."""
+    """Height and width of an image, undecoded, from a source that offers `size`."""
     size = getattr(source, "size", None)
+    if size is None:
+        return None
     try:
-        if size is not None:
-            height, width = size(index)
-            return height, width
-        image = source.read(index)
+        height, width = size(index)
     except (OSError, ValueError):
         return None
-    return image.height, image.width
+    return height, width

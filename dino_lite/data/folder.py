@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from jaxtyping import Int
-from PIL import Image
+from jaxtyping import Int, UInt8
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Split, find_labels, text
 from dino_lite.data.sources import digest, expand
 
-# What Pillow reads by itself and people keep pictures in.
+# What Pillow reads by itself and people keep pictures in, and NumPy's arrays.
 SUFFIXES = (
-    *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".pbm", b".pgm"),
-    *(b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
+    *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".npy", b".pbm"),
+    *(b".pgm", b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
 )
 
 
-def open_folder(root: str | Path | None = None, labels: str | None = "auto") -> Splits:
+def open_folder(
+    root: str | Path | None = None, labels: str | None = "auto", channels: int = 3
+) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     Splits: `root/train` beside `root/val` or `root/test`, or alone. Where both are, val is the
@@ -31,6 +32,7 @@ def open_folder(root: str | Path | None = None, labels: str | None = "auto") -> 
 
     Classes: the first folder below the split, if that makes sense, or what `labels` says: auto,
     none, folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
+    `channels`: what every image is made to have, see `decode`.
     """
     top = expand(root)
     if not top.is_dir():
@@ -44,8 +46,8 @@ def open_folder(root: str | Path | None = None, labels: str | None = "auto") -> 
     train, test = _split(top, paths)
     found = find_labels(top, labels, train, test)
     return Splits(
-        FolderSource(top, train, found.train, found.classes),
-        None if test is None else FolderSource(top, test, found.test, found.classes),
+        FolderSource(top, train, found.train, found.classes, channels),
+        None if test is None else FolderSource(top, test, found.test, found.classes, channels),
         top.name or "root",
     )
 
@@ -57,11 +59,17 @@ class FolderSource:
     """
 
     def __init__(
-        self, root: Path, split: Split, labels: Int[np.ndarray, "N"] | None, classes: list[str]
+        self,
+        root: Path,
+        split: Split,
+        labels: Int[np.ndarray, "N"] | None,
+        classes: list[str],
+        channels: int = 3,
     ) -> None:
         self.folder = os.path.join(os.fsencode(root), split.folder)
         self.labels = labels
         self.classes = classes
+        self.channels = channels
         self._joined = b"".join(split.paths)
         self._bounds = np.cumsum([0, *map(len, split.paths)], dtype=np.int64)
 
@@ -72,10 +80,10 @@ class FolderSource:
         """Path of image `index` below the split's folder; bytes, for it need not be UTF-8."""
         return self._joined[self._bounds[index] : self._bounds[index + 1]]
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index`, upright and RGB. Raises OSError or ValueError where it cannot be read."""
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """Image `index`, as `decode` gives it."""
         with self._open(index) as file:
-            return decode(file)
+            return decode(file, self.channels, min_pixels)
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from dino_lite.contracts import UserError
@@ -40,7 +39,7 @@ class ArraySource:
 
     def __init__(
         self,
-        images: UInt8[Tensor, "N H W 3"],
+        images: UInt8[Tensor, "N H W C"],
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
         title: str,
@@ -53,9 +52,10 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index`, a copy."""
-        return Image.fromarray(self.images[index].numpy())
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """Image `index`, whole: not a copy, so not to be written to."""
+        pixels: np.ndarray = self.images[index].numpy()
+        return pixels
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from dino_lite.contracts import Source
 
@@ -21,9 +19,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: int) -> Any:
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index` of the part."""
-        return self.source.read(int(self.rows[index]))
+        return self.source.read(int(self.rows[index]), min_pixels)
 
     def name(self, index: int) -> str:
         """What the whole source calls it."""

@@ -161,9 +161,10 @@ class _Readable:
 
     def pixels(self, row: int, width: int) -> UInt8[np.ndarray, "w w 3"]:
         """The image's central square."""
-        image = self.source.read(self.rows[row])
+        pixels = self.source.read(self.rows[row], width * width * 4)
+        image = Image.fromarray(_as_rgb(pixels))
         method = _method(min(image.size), width)
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (width, width), method))
+        return np.asarray(ImageOps.fit(image, (width, width), method))
 
     def label(self, label: int) -> str:
         """What the class is called, if anything."""
@@ -190,9 +191,14 @@ def _rgb(
         if normalize is not None:
             images = images * normalize.std[:, None, None] + normalize.mean[:, None, None]
         images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-    rgb = images.expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2)  # one channel becomes three
-    pixels: np.ndarray = rgb.contiguous().numpy()
-    return pixels
+    return _as_rgb(images.permute(0, 1, 3, 4, 2).numpy())
+
+
+def _as_rgb(pixels: UInt8[np.ndarray, "*lead h w C"]) -> UInt8[np.ndarray, "*lead h w 3"]:
+    """Three channels that can be shown: one is repeated, of more the first three are taken."""
+    if pixels.shape[-1] in (1, 2):
+        pixels = np.repeat(pixels[..., :1], 3, axis=-1)
+    return np.ascontiguousarray(pixels[..., :3])
 
 
 def _drawn(size: int) -> int:

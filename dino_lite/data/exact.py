@@ -1,0 +1,118 @@
+"""One crop's pixels in PIL's 8-bit arithmetic, to the last bit: what the published code computes.
+
+Each operation takes and gives a PIL image. The batched form of the same is `data.photometric`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageChops, ImageFilter
+
+from dino_lite.data.crops import NO_JITTER, ORDERS, Drawn
+
+_MIRROR, _UPSIDE_DOWN = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM
+_TURNS = (
+    _MIRROR,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+)
+
+
+@cache
+def _black(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """factor·image, clipped to 8 bits."""
+    return Image.blend(_black(image.size), image, factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """factor·image + (1−factor)·m, m the rounded mean luma of the whole image."""
+    luma = np.frombuffer(image.convert("L").tobytes(), np.uint8)
+    mean = int(luma.sum(dtype=np.uint32) / luma.size + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
+
+
+def saturation(image: Image.Image, factor: float) -> Image.Image:
+    """factor·image + (1−factor)·luma."""
+    return Image.blend(image.convert("L").convert("RGB"), image, factor)
+
+
+def hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turn the color circle by trunc(255·shift) of 256 levels of 8-bit HSV."""
+    levels = int(shift * 255) % 256
+    turned = image.convert("HSV")
+    if levels:
+        turned = ImageChops.add_modulo(turned, Image.new("HSV", image.size, (levels, 0, 0)))
+    return turned.convert("RGB")
+
+
+def solarize(
+    pixels: UInt8[np.ndarray, "h w 3"], threshold: int = 128
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Invert the values from `threshold` up."""
+    return np.where(pixels >= threshold, ~pixels, pixels)
+
+
+OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...]
+OPERATIONS = (brightness, contrast, saturation, hue)
+
+
+def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
+    """`box` (top, left, height, width in pixels) as size x size pixels, bicubic, antialiased.
+
+    Cropped before it is resized: pixels outside the box have no part in it.
+    """
+    top, left, height, width = box
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def augment(image: Image.Image, params: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
+    """An RGB image changed as `params`, the values of COLUMNS, say."""
+    flip, *factors, order, gray, blur, invert, vertical, turns = params
+    for method, wanted in ((_MIRROR, flip), (_UPSIDE_DOWN, vertical), (_TURNS[int(turns)], turns)):
+        if wanted:
+            image = image.transpose(method)
+    for i in ORDERS[int(order)]:
+        if factors[i] != NO_JITTER[i]:
+            image = OPERATIONS[i](image, factors[i])
+    if gray:
+        image = image.convert("L")
+    if blur > 0:
+        image = image.filter(ImageFilter.GaussianBlur(blur))
+    if gray:  # only now: to blur one channel takes a third of the time and gives the same
+        image = image.convert("RGB")
+    pixels: np.ndarray = np.asarray(image)
+    return solarize(pixels) if invert else pixels
+
+
+def apply(
+    image: Image.Image, box: Sequence[int], params: Sequence[float], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """One crop of an RGB image: cut out and resized, then changed."""
+    return augment(resized_crop(image, box, size), params)
+
+
+def make_crops(
+    images: Sequence[UInt8[np.ndarray, "_ _ C"]],
+    drawn: Drawn,
+    out: Sequence[UInt8[np.ndarray, "n _ _ C"]],
+) -> None:
+    """Fill `out`, an array for each of the S crops, from n images of 1 or 3 channels.
+
+    One channel goes through as a gray image: its hue and saturation have nothing to change.
+    """
+    channels = images[0].shape[2]
+    boxes, params = drawn.boxes.tolist(), drawn.params.tolist()  # Python numbers: faster one by one
+    for i, pixels in enumerate(images):
+        image = Image.fromarray(pixels if channels == 3 else np.repeat(pixels, 3, axis=2))
+        for s, crops in enumerate(out):
+            crops[i] = apply(image, boxes[s][i], params[s][i], crops.shape[1])[..., :channels]

@@ -1,0 +1,187 @@
+"""What workers deliver: the crops of a few images, and what could not be read on the way."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch.utils.data import Dataset
+
+from dino_lite.contracts import Crops, Source, UserError
+from dino_lite.data.crops import Drawn, MultiCrop
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the ranks of a run do not share a bad_files.csv at once
+    fcntl = None  # type: ignore[assignment]
+
+Images = Sequence[UInt8[np.ndarray, "_ _ C"]]
+# Fills an array for each of the S crops, "n s s C".
+Pixels = Callable[[Images, Drawn, Sequence[UInt8[np.ndarray, "n _ _ C"]]], None]
+
+
+class Part(NamedTuple):
+    """What a worker delivers: the crops of ≤ 64 images and what it could not read on the way.
+
+    `crops` is None where the worker gave up: it alone met more bad images than are allowed.
+    """
+
+    crops: Crops | None
+    bad: list[tuple[int, str]]
+
+
+class CropData(Dataset[Part]):
+    """Reads and crops the images of a part, in a worker or in process.
+
+    An image that cannot be read is replaced by the next readable one of the source. The crops stay
+    keyed by the index that was asked for, so the replacement is not seen twice alike in one epoch;
+    `Crops.index` and the label are the replacement's.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        multi_crop: MultiCrop,
+        make_crops: Pixels,
+        max_bad: int,
+        min_pixels: int | None = None,
+    ) -> None:
+        self.source, self.multi_crop, self.make_crops = source, multi_crop, make_crops
+        self.max_bad, self.min_pixels = max_bad, min_pixels
+        self.bad: dict[int, str] = {}  # read once, in vain; a worker remembers its own
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Part:
+        known = len(self.bad)
+        images, read = [], []
+        for _, index in pairs:
+            found = self._read(index)
+            if found is None:
+                return Part(None, list(self.bad.items()))
+            images.append(found[0])
+            read.append(found[1])
+        epochs, asked = np.array(pairs).T
+        shown = np.array(read)
+        labels = None if self.source.labels is None else self.source.labels[shown]
+        crops = self._crops(images, epochs, asked)._replace(
+            index=torch.from_numpy(shown),
+            labels=None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+        )
+        return Part(crops, list(self.bad.items())[known:])
+
+    def _crops(
+        self, images: Images, epochs: Int[np.ndarray, "n"], asked: Int[np.ndarray, "n"]
+    ) -> Crops:
+        """The pixels lie in memory as height, width, channel, as decoders have them; Normalize puts
+        them in order on the device.
+        """
+        sides = np.array([image.shape[:2] for image in images])
+        drawn = self.multi_crop.draw(epochs, asked, *sides.T)
+        by_kind = [
+            np.empty((num, len(images), size, size, images[0].shape[2]), np.uint8)
+            for num, size in self.multi_crop.groups
+        ]
+        self.make_crops(images, drawn, [crop for kind in by_kind for crop in kind])
+        globals_, *locals_ = (torch.from_numpy(kind).permute(0, 1, 4, 2, 3) for kind in by_kind)
+        return Crops(
+            globals_=globals_,
+            locals_=locals_[0] if locals_ else None,
+            index=torch.from_numpy(asked.astype(np.int64)),
+            labels=None,
+            boxes=torch.from_numpy((drawn.boxes / np.tile(sides, 2)).astype(np.float32)),
+            draws=torch.from_numpy(drawn.params),
+        )
+
+    def _read(self, index: int) -> tuple[UInt8[np.ndarray, "H W C"], int] | None:
+        """The first readable image from `index` on, and its index; None beyond `max_bad`."""
+        while len(self.bad) <= self.max_bad:
+            if index not in self.bad:
+                try:
+                    return self.source.read(index, self.min_pixels), index
+                except (OSError, ValueError) as error:
+                    self.bad[index] = str(error)
+            index = (index + 1) % len(self.source)
+        return None
+
+
+class BadFiles:
+    """Counts the distinct images this rank could not read, lists them in a CSV, stops a run.
+
+    Errors: UserError when they are more than `max_fraction` of the source, or all of it.
+    """
+
+    def __init__(self, source: Source, max_fraction: float, path: Path | None) -> None:
+        self.source, self.max_fraction, self.path = source, max_fraction, path
+        self.reasons: dict[int, str] = {}
+
+    @property
+    def allowed(self) -> int:
+        """The most bad images a run goes on with; one is always needed."""
+        return min(int(self.max_fraction * len(self.source)), len(self.source) - 1)
+
+    def add(self, found: Iterable[tuple[int, str]]) -> None:
+        """Note what a worker reported."""
+        new = {index: reason for index, reason in found if index not in self.reasons}
+        if not new:
+            return
+        self.reasons |= new
+        if self.path is not None:
+            rows = [(self.source.name(index), reason) for index, reason in new.items()]
+            append_rows(self.path, ("path", "reason"), rows)
+        if len(self.reasons) > self.allowed:
+            self._stop()
+
+    def _stop(self) -> None:
+        total, num_bad = len(self.source), len(self.reasons)
+        if num_bad == total:
+            what = f"None of the {total} images can be read"
+        else:
+            what = f"{num_bad} of the {total} images cannot be read, more than "
+            what += f"loader.max_bad_fraction={self.max_fraction:g} allows"
+        index, reason = next(iter(self.reasons.items()))
+        listed = "" if self.path is None else f" (all in {self.path})"
+        raise UserError(
+            f"{what}, the first being {self.source.name(index)}: {reason}{listed}; "
+            "mend or remove them."
+        )
+
+
+def append_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Add the rows whose first cell the CSV does not have yet; processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        if fcntl is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0)
+        known = {row[0] for row in csv.reader(file) if row}
+        writer = csv.writer(file)
+        if not known:
+            writer.writerow(header)
+        writer.writerows(row for row in rows if row[0] not in known)
+
+
+def join(parts: Sequence[Crops]) -> Crops:
+    """One Crops of the images of all parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def along(dim: int, field: str) -> Any:  # a Tensor, or None where the parts have none
+        tensors = [getattr(part, field) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors, dim)
+
+    return Crops(
+        globals_=along(1, "globals_"),
+        locals_=along(1, "locals_"),
+        index=along(0, "index"),
+        labels=along(0, "labels"),
+        boxes=along(1, "boxes"),
+        draws=along(1, "draws"),
+        masks=along(1, "masks"),
+        extra={name: torch.cat([p.extra[name] for p in parts], 1) for name in parts[0].extra},
+    )
