@@ -37,7 +37,7 @@ def test_three_steps_on_the_gpu_are_those_of_the_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("whole", [False, True])
 def test_crops_made_on_the_gpu_are_those_of_the_cpu(whole: bool) -> None:
-    """Cut out and changed as drawn: gray levels are equal but for roundings in a thousand values."""
+    """Cut out and changed as drawn: equal but for roundings in a thousand values."""
     pixels = torch.randint(0, 256, (12, 40, 36, 3), dtype=torch.uint8)
     multi_crop = MultiCrop(32, 16, 2, where="device")
     source = ArraySource(pixels, None, [], "noise")
