@@ -13,6 +13,7 @@ from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.facts import read_facts
+from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.machine import has_fast_bf16, num_cores, pick_accelerator
 from dino_lite.optim.schedules import scale_rate
 
@@ -120,6 +121,17 @@ def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
     if facts.accelerator == "cpu":
         return "vit", "a small ViT that a CPU trains in minutes"
     return "vit_small_patch16_224", "the paper's smallest"
+
+
+def _mean(config: Config, facts: Facts) -> tuple[list[float], str]:
+    if facts.channels == 3:
+        return list(IMAGENET_MEAN), "ImageNet's: RGB"
+    return list(facts.mean), f"of some of the images, {facts.channels} channels"
+
+
+def _std(config: Config, facts: Facts) -> tuple[list[float], str]:
+    _, reason = _mean(config, facts)
+    return list(IMAGENET_STD if facts.channels == 3 else facts.std), reason
 
 
 def _is_small(config: Config) -> bool:
@@ -254,6 +266,9 @@ def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
 
 
 _RULES: dict[str, Any] = {
+    "normalize.mean": _mean,
+    "normalize.std": _std,
+    "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
     "baselines": _baselines,
     "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
     "augment.global_size": _global_size,
