@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dino_lite.data import crops
+from dino_lite.data import exact
 from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, MultiCrop, Photometric
 from dino_lite.data.photometric import Normalize
 from golden.check import Check
@@ -47,14 +47,14 @@ def operate(op: dict[str, Any], image: Image.Image) -> np.ndarray:
     """The project's answer to one entry of the case's `ops`."""
     kind = op["op"]
     if kind == "resized_crop":
-        return np.asarray(crops.resized_crop(image, op["box"], op["size"]))
+        return np.asarray(exact.resized_crop(image, op["box"], op["size"]))
     if kind == "solarize" and op["threshold"] != 128:  # which is the only one a crop asks for
-        return crops.solarize(np.asarray(image), op["threshold"])
+        return exact.solarize(np.asarray(image), op["threshold"])
     if kind == "sequence":
-        return crops.augment(image, parameters(op["steps"]))
+        return exact.augment(image, parameters(op["steps"]))
     names = {"grayscale": "gray", "hflip": "flip", "pil_gaussian_blur": "blur"}
     value = op.get("factor", op.get("radius", op.get("sigma", 1.0)))
-    return crops.augment(image, list((COLUMNS | {names.get(kind, kind): value}).values()))
+    return exact.augment(image, list((COLUMNS | {names.get(kind, kind): value}).values()))
 
 
 def parameters(jitter: Sequence[tuple[str, float]], **others: float) -> list[float]:
@@ -145,7 +145,7 @@ def chains(
             blur=chain["blur"] or 0.0,
             solarize=float(chain["solarize"]),
         )
-        found = crops.apply(image, chain["box"], params, chain["size"])
+        found = exact.apply(image, chain["box"], params, chain["size"])
         yield from levels(name, found, wanted.numpy(), mean_limit, p99_limit)
         if f"{name}/out.normalized_chw" in tensors:
             floats = normalize(wanted.permute(2, 0, 1))
@@ -252,7 +252,7 @@ def pictures(
     boxes, params = ours.boxes[:NUM_PICTURES].tolist(), ours.params[:NUM_PICTURES].tolist()
     moments = []
     for box, row in zip(boxes, params, strict=True):
-        made = crops.apply(image, box, row, size).reshape(-1, 3)
+        made = exact.apply(image, box, row, size).reshape(-1, 3)
         floats = (made / 255 - np.array(mean)) / np.array(std)
         moments.append([floats.mean(0), np.square(floats).mean(0)])
     return np.array(moments).transpose(1, 0, 2)
