@@ -139,6 +139,11 @@ def _check_channels(config: Config, facts: Facts) -> None:
             f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; leave it "
             f"out, or set data.channels={in_chans}."
         )
+    if facts.channels not in (1, 3) and config["augment"].get("where", "worker") == "worker":
+        raise UserError(
+            f"augment.where=worker: it knows crops of 1 or 3 channels, but the images have "
+            f"{facts.channels}; set augment.where=device."
+        )
     for key in ("normalize.mean", "normalize.std"):
         values = get(config, key)
         numbers = isinstance(values, list) and all(
