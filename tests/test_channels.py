@@ -16,10 +16,13 @@ from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, get, load
+from dino_lite.data import resample
 from dino_lite.data.clean import CleanData
+from dino_lite.data.crops import MultiCrop
 from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.shapes import open_shapes
 from dino_lite.eval.features import pixel_features
 from dino_lite.formats.safetensors import read_config
 from images import sentence
@@ -190,3 +193,29 @@ def test_facts_of_large_images_are_those_of_their_parts(tmp_path: Path) -> None:
         values = image[..., channel].astype(np.float64) / 255
         assert facts.mean[channel] == pytest.approx(values.mean(), abs=0.01)
         assert facts.std[channel] == pytest.approx(values.std(), abs=0.01)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_crops_of_many_channels_are_the_crops_of_each(channels: int) -> None:
+    """Cut out and resized, no channel knows of another."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, channels), np.uint8)
+    multi_crop = MultiCrop(16, 8, 2)
+    drawn = multi_crop.draw(*(np.array([number]) for number in (0, 3, 40, 50)))
+
+    def crops(pixels: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        out = [np.empty((1, size, size, pixels.shape[2]), np.uint8) for size in multi_crop.sizes]
+        resample.make_crops([pixels], drawn, out)
+        return out
+
+    each = [crops(np.ascontiguousarray(image[..., [c]])) for c in range(channels)]
+    for whole, *parts in zip(crops(image), *each, strict=True):
+        assert np.array_equal(whole, np.concatenate(parts, axis=-1))
+
+
+def test_the_embedded_set_as_luma_is_the_luma_of_its_colors() -> None:
+    """And has no other channels."""
+    rgb, bright = (open_shapes(20, 0, channels=channels).train for channels in (3, 1))
+    assert bright.read(7).shape == (32, 32, 1)
+    weighed = rgb.read(7) @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(bright.read(7)[..., 0] - weighed).max() <= 0.51
+    assert "have 3, or 1 as luma" in sentence(open_shapes, channels=2)
