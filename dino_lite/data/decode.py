@@ -195,12 +195,16 @@ def _to_array(image: Image.Image, channels: int) -> UInt8[np.ndarray, "H W *C"]:
     if image.mode in ("I", "F"):
         raise ValueError("pixels have 32 bits, of unknown range; store 8 or 16")
     if image.mode in ("1", "L") or (image.mode == "LA" and channels != 2):
-        return np.asarray(image.convert("L"))
+        return np.asarray(_as(image, "L"))
     if image.mode == "P" and ("transparency" in image.info or channels == 4):
         image = image.convert("RGBA")
     if channels in (1, 3):
-        image = image.convert("RGB")
-    return np.asarray(image.convert("L") if channels == 1 else image)
+        image = _as(image, "RGB")
+    return np.asarray(_as(image, "L") if channels == 1 else image)
+
+
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 # ----------------------------------------------------------------- arrays, by NumPy and tifffile
