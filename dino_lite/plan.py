@@ -40,18 +40,10 @@ class Plan(NamedTuple):
 
 def gather_facts(config: Config, splits: Splits) -> Facts:
     """Look at the data and at this machine."""
-    data = read_facts(splits)
     wanted = pick_accelerator(get(config, "trainer.accelerator"), "trainer.accelerator")
     return Facts(
         source=splits.name,
-        num_images=data.num_images,
-        num_test=data.num_test,
-        num_classes=data.num_classes,
-        height=data.height,
-        width=data.width,
-        channels=data.channels,
-        mean=data.mean,
-        std=data.std,
+        **read_facts(splits)._asdict(),
         accelerator=wanted,
         device_name=torch.cuda.get_device_name() if wanted == "cuda" else wanted,
         num_devices=torch.cuda.device_count() if wanted == "cuda" else 1,
@@ -123,15 +115,10 @@ def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
     return "vit_small_patch16_224", "the paper's smallest"
 
 
-def _mean(config: Config, facts: Facts) -> tuple[list[float], str]:
+def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
     if facts.channels == 3:
-        return list(IMAGENET_MEAN), "ImageNet's: RGB"
-    return list(facts.mean), f"of some of the images, {facts.channels} channels"
-
-
-def _std(config: Config, facts: Facts) -> tuple[list[float], str]:
-    _, reason = _mean(config, facts)
-    return list(IMAGENET_STD if facts.channels == 3 else facts.std), reason
+        return list(usual), "ImageNet's, which weights of others expect"
+    return list(measured), "measured on some of the images"
 
 
 def _is_small(config: Config) -> bool:
@@ -266,8 +253,8 @@ def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
 
 
 _RULES: dict[str, Any] = {
-    "normalize.mean": _mean,
-    "normalize.std": _std,
+    "normalize.mean": lambda c, f: _by_channel(f, IMAGENET_MEAN, f.mean),
+    "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
     "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
     "baselines": _baselines,
     "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),

@@ -29,7 +29,7 @@ from images import sentence
 from tiny import photos, tiny, train
 
 NUM = 24
-FIVE = ("data.channels=5", "augment.where=device", "baselines=true")
+FIVE = ("data.channels=5", "augment.where=device", "baselines=true", "loader.num_workers=1")
 
 
 def arrays(channels: int, side: int = 20) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

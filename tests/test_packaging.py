@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -82,21 +83,39 @@ def test_sdist_can_be_built_into_a_wheel(tmp_path: Path) -> None:
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
-    """A plain `pip install .` brings all that dino_lite imports."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    provides = {"hydra-core": "hydra", "pillow": "PIL"}
-    names = [re.split(r"[<>=~! ]", line)[0] for line in declared]
-    known = {provides.get(name, name.replace("-", "_")) for name in names}
-    imported = set()
+    """A plain `pip install .` brings all that is imported at the top of a module, and an extra what
+    is imported where it is needed.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = modules(project["dependencies"])
+    extras = [of for name, of in project["optional-dependencies"].items() if name != "test"]
+    optional = modules([requirement for of in extras for requirement in of])
+    at_top, anywhere = set(), set()
     for path in (ROOT / "dino_lite").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                imported.add(node.module.split(".")[0])
-    foreign = imported - set(sys.stdlib_module_names) - {"dino_lite"}
-    assert "torch" in foreign
-    assert foreign - known == set()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_top |= foreign(tree.body)
+        anywhere |= foreign(ast.walk(tree))
+    assert "torch" in at_top
+    assert at_top - required == set()
+    assert anywhere - required - optional == set()
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """What they are imported as."""
+    provides = {"hydra-core": "hydra", "pillow": "PIL"}
+    names = [re.split(r"[<>=~! \[]", line)[0] for line in requirements]
+    return {provides.get(name, name.replace("-", "_")) for name in names}
+
+
+def foreign(nodes: Iterable[ast.AST]) -> set[str]:
+    """Top names of what is imported from other packages."""
+    imported = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+    return imported - set(sys.stdlib_module_names) - {"dino_lite"}
 
 
 def test_constraints_hold_every_dependency_within_its_bounds() -> None:
