@@ -53,7 +53,12 @@ NULLABLE = {
     "trainer.max_steps",
 }
 CHOICES: dict[str, tuple[object, ...]] = {
+    **{
+        f"augment.{kind}.quarter_turns": (True, False) for kind in ("global_1", "global_2", "local")
+    },
+    "augment.where": ("worker", "device"),
     "baselines": (True, False),
+    "loader.draft": (True, False),
     "method.teacher_temp.per": ("step", "epoch"),
     "optim.clip_by": ("global", "parameter"),
     "optim.decay_tokens": (True, False),
@@ -113,6 +118,10 @@ def check(config: Config, facts: Facts) -> None:
         if size % patch:
             raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
     _check_channels(config, facts)
+    if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
+        raise UserError(
+            f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
+        )
     ranks = int(get(config, "trainer.devices")) * int(get(config, "trainer.num_nodes"))
     batch_size = get(config, "loader.batch_size")
     if batch_size % ranks:
@@ -138,11 +147,6 @@ def _check_channels(config: Config, facts: Facts) -> None:
         raise UserError(
             f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; leave it "
             f"out, or set data.channels={in_chans}."
-        )
-    if facts.channels not in (1, 3) and config["augment"].get("where", "worker") == "worker":
-        raise UserError(
-            f"augment.where=worker: it knows crops of 1 or 3 channels, but the images have "
-            f"{facts.channels}; set augment.where=device."
         )
     for key in ("normalize.mean", "normalize.std"):
         values = get(config, key)

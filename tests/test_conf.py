@@ -96,6 +96,8 @@ def test_compat_changes_only_the_switches() -> None:
     )
     changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert changed - {"compat"} == {
+        "augment.where",
+        "loader.draft",
         "backbone.position_offset",
         "backbone.position_antialias",
         "method.momentum.end_reached",

@@ -112,7 +112,7 @@ def test_channels_decide_the_first_convolution_and_the_normalization() -> None:
     assert planned()["normalize"]["std"] == [0.229, 0.224, 0.225]
     for channels in (1, 2, 5):
         mean, std = (0.25,) * channels, (0.125,) * channels
-        config = planned("augment.where=device", channels=channels, mean=mean, std=std)
+        config = planned(channels=channels, mean=mean, std=std)
         assert config["backbone"]["in_chans"] == channels
         assert config["normalize"]["mean"] == list(mean)
         assert config["normalize"]["std"] == list(std)
