@@ -12,15 +12,18 @@ from dino_lite.data.shapes import open_shapes
 from dino_lite.data.sources import expand
 
 
-def open_auto(root: str | Path | None = None, labels: str | None = "auto") -> Splits:
+def open_auto(
+    root: str | Path | None = None, labels: str | None = "auto", channels: int = 3
+) -> Splits:
     """Without `root` the embedded shapes; else what it is: an .npz file, CIFAR-10, or a folder.
 
     `labels` is for folders, see `open_folder`; others bring their own, which `none` takes away.
+    `channels`: what every image is made to have, see `decode`.
     """
     if root is None:
-        splits = open_shapes()
+        splits = open_shapes(channels=channels)
     elif (path := expand(root)).suffix.lower() == ".npz":
-        splits = open_npz(root)
+        splits = open_npz(root, channels)
     elif path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
         splits = open_cifar10(root)
     elif path.is_file():
@@ -29,7 +32,7 @@ def open_auto(root: str | Path | None = None, labels: str | None = "auto") -> Sp
             f"or torchvision's {CIFAR10_FOLDER}."
         )
     else:
-        return open_folder(root, labels)
+        return open_folder(root, labels, channels)
     if labels in (None, "none"):
         for source in (splits.train, splits.test):
             if source is not None:
