@@ -7,11 +7,12 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data.decode import File
 from dino_lite.data.labels import NO_LABELS, Labels, Named, NameList, encode
 from dino_lite.data.paths import PathList, Paths
 from dino_lite.data.remote import Remote
@@ -129,7 +130,7 @@ def _check_protocols(opener: Remote, base: bytes, paths: Paths | None) -> None:
         opener.check(os.fsdecode(protocol))
 
 
-def _open_list(opener: Remote, where: str) -> IO[bytes]:
+def _open_list(opener: Remote, where: str) -> File:
     if not is_url(where) and not os.path.isfile(where):
         what = "is a folder" if os.path.isdir(where) else "does not exist"
         raise UserError(f"data.root={where} {what}: name a list of files.")
@@ -147,41 +148,47 @@ def _without_query(where: str) -> str:
     return where.partition("?")[0] if is_url(where) else where
 
 
-def _text_rows(file: IO[bytes], where: str) -> Iterator[Row]:
+def _text_rows(file: File, where: str) -> Iterator[Row]:
     for line in file.read().removeprefix(b"\xef\xbb\xbf").splitlines():
         path = line.strip()
         if path and not path.startswith(b"#"):
             yield Row(path)
 
 
-def _csv_rows(file: IO[bytes], where: str) -> Iterator[Row]:
-    lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    reader = csv.reader(lines, delimiter="\t" if suffix_of(where) == ".tsv" else ",")
-    columns: list[int | None] = []  # of path, label and split; None: there is none
-    for number, row in enumerate(reader, start=1):
-        cells = [cell.strip() for cell in row]
-        if not any(cells):
-            continue
-        if not columns:
-            heading = [cell.lower() for cell in cells]
-            if "path" in heading:
-                columns = [heading.index(c) if c in heading else None for c in COLUMNS]
+def _csv_rows(file: File, where: str) -> Iterator[Row]:
+    binary = cast("IO[bytes]", file)
+    with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, delimiter="\t" if suffix_of(where) == ".tsv" else ",")
+        columns: list[int | None] = []  # of path, label and split; None: there is none
+        for number, row in enumerate(reader, start=1):
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
                 continue
-            if len(cells) > len(COLUMNS) or set(heading) & {"label", "split"}:
-                raise UserError(
-                    f"{where} has no column path: give it a heading with path and, if you have "
-                    "them, label and split."
-                )
-            columns = [0, *(i if i < len(cells) else None for i in (1, 2))]
-        if len(cells) <= max(column or 0 for column in columns):
-            raise UserError(f"Row {number} of {where} has only {len(cells)} columns: mend it.")
-        path, label, split = (None if column is None else cells[column] for column in columns)
-        if not path:
-            raise UserError(f"Row {number} of {where} has no path: mend it.")
-        yield Row(os.fsencode(path), label or None, "train" if split is None else split)
+            if not columns:
+                columns = _columns([cell.lower() for cell in cells], where)
+                if "path" in map(str.lower, cells):
+                    continue
+            if len(cells) <= max(column or 0 for column in columns):
+                raise UserError(f"Row {number} of {where} has only {len(cells)} columns: mend it.")
+            path, label, split = (None if column is None else cells[column] for column in columns)
+            if not path:
+                raise UserError(f"Row {number} of {where} has no path: mend it.")
+            yield Row(os.fsencode(path), label or None, "train" if split is None else split)
 
 
-def _parquet_rows(file: IO[bytes], where: str) -> Iterator[Row]:
+def _columns(first: list[str], where: str) -> list[int | None]:
+    """Places of path, label and split by the first row: a heading, or these in this order."""
+    if "path" in first:
+        return [first.index(name) if name in first else None for name in COLUMNS]
+    if len(first) > len(COLUMNS) or set(first) & {"label", "split"}:
+        raise UserError(
+            f"{where} has no column path: give it a heading with path and, if you have them, label "
+            "and split."
+        )
+    return [i if i < len(first) else None for i in range(len(COLUMNS))]
+
+
+def _parquet_rows(file: File, where: str) -> Iterator[Row]:
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -6,9 +6,10 @@ import io
 import os
 import re
 import time
-from typing import IO, Any
+from typing import Any
 
 from dino_lite.contracts import UserError
+from dino_lite.data.decode import File
 from dino_lite.data.sources import open_local
 
 WAITS = (1.0, 4.0)  # seconds before a second and a third try
@@ -44,7 +45,7 @@ class Remote:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_systems": {}}
 
-    def __call__(self, path: bytes) -> IO[bytes]:
+    def __call__(self, path: bytes) -> File:
         """The file at a local path or URL. Raises OSError, with a reason, where there is none."""
         if b"://" not in path:
             return open_local(path)

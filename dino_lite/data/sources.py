@@ -9,21 +9,20 @@ import posixpath
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from dino_lite.contracts import UserError
-from dino_lite.data.decode import decode, upright_size
+from dino_lite.data.decode import File, decode, upright_size
 from dino_lite.data.paths import Paths
 from dino_lite.data.shared import share
 
-Opener = Callable[[bytes], IO[bytes]]  # of a path or URL; raises OSError or ValueError
+Opener = Callable[[bytes], File]  # of a path or URL; raises OSError or ValueError
 
 
-def open_local(path: bytes) -> IO[bytes]:
+def open_local(path: bytes) -> File:
     """A file of this machine."""
     return open(path, "rb")
 
@@ -84,6 +83,13 @@ class PathSource:
         """Image `index`, as `decode` gives it."""
         with self.opener(self.path(index)) as file:
             return decode(file, self.channels, min_pixels)
+
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """The file of image `index` as it is, and its suffix with the dot. Raises OSError."""
+        path = self.path(index)
+        with self.opener(path) as file:
+            name = path.partition(b"?")[0] if b"://" in path else path
+            return file.read(), text(posixpath.splitext(name)[1])
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
