@@ -106,13 +106,15 @@ def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
     value, least = x.amax(1), x.amin(1)  # n h w
     spread = value - least
     red, green, blue = x.unbind(1)
-    sixths = torch.where(  # of the circle: red is at 0, green at 2, blue at 4
-        red == value,
+    # Where each pixel is on the circle, in sixths: red at 0, green at 2, blue at 4.
+    from_red, from_green, from_blue = (
         green - blue,
-        torch.where(green == value, blue - red, red - green),
-    ).div_(spread.clamp(min=1))
-    sixths += 2.0 * ((red != value) & (green == value)) + 4.0 * ((red != value) & (green != value))
-    levels = (sixths + 6 * (sixths < 0)).mul_(255 / 6).floor_()
+        torch.add(blue - red, spread, alpha=2),
+        torch.add(red - green, spread, alpha=4),
+    )
+    sixths = torch.where(green == value, from_green, from_blue)
+    turn = torch.where(red == value, from_red, sixths).div_(spread.clamp(min=1)).div_(6)
+    levels = turn.add_(turn < 0).mul_(255).floor_()
     levels += (255 * shift).trunc()[:, None, None]
     levels -= 256 * (levels / 256).floor_()
     strength = (255 * spread).div_(value.clamp(min=1)).floor_().mul_(1 / 255)
@@ -133,13 +135,19 @@ def gray(x: Images) -> Images:
 def blur(x: Images, radius: Float32[Tensor, "n"]) -> Images:
     """PIL's Gaussian blur of standard deviation `radius` pixels: three box blurs either way.
 
-    As matrices: B³·x·B³ᵀ. Source of the box's width: Gwosdek et al. 2011, section 2.
+    Each rounds to whole levels, which is why a small radius changes nothing at all. Source of the
+    box's width: Gwosdek et al. 2011, section 2.
     """
-    if x.shape[-1] == 1:
+    size = x.shape[-1]
+    if size == 1:
         return x
-    box = box_blur(radius, x.shape[-1])  # n w w
-    thrice = (box @ box @ box)[:, None]
-    return to_levels(thrice @ x @ thrice.transpose(-1, -2))
+    box = box_blur(radius, size)  # n w w
+    across, down = box.transpose(-1, -2), box[:, None]
+    for _ in range(3):
+        x = to_levels(torch.bmm(x.flatten(1, 2), across)).view(x.shape)
+    for _ in range(3):
+        x = to_levels(torch.matmul(down, x))
+    return x
 
 
 def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size size"]:
@@ -156,7 +164,8 @@ def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size
     # Beyond the edge lies the edge's pixel again: the tail of the sum 1 + … + 1 + rest.
     first = (half[..., 0] + 1 - pixels).clamp(min=0)  # n size
     box[..., 0], box[..., -1] = first, first.flip(-1)
-    return box / (2 * half + 1)
+    # PIL's whole numbers of 2^-24 add up to a little less than 1, so that halves are rounded down.
+    return box * ((1 - 2.0**-21) / (2 * half + 1))
 
 
 def solarize(x: Images) -> Images:
@@ -175,8 +184,8 @@ def luma(x: Images) -> Float32[Tensor, "n 1 h w"]:
 
 
 def _blend(base: Tensor, x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """base + factor·(x − base), in whole levels."""
-    return torch.addcmul(base, x - base, factor[:, None, None, None]).clamp_(0, 255).floor_()
+    """base + factor·(x − base), in whole levels; product and sum each rounded, as PIL has them."""
+    return (x - base).mul_(factor[:, None, None, None]).add_(base).clamp_(0, 255).floor_()
 
 
 def _mirror(x: Images) -> Images:

@@ -93,17 +93,20 @@ def weights(
     scale = length / size
     centers = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
     pixels = torch.arange(full, device=start.device) + 0.5
-    kernel = bicubic((pixels - centers) / scale.clamp(min=1))
-    kernel = kernel * ((pixels > start) & (pixels < start + length))
-    return kernel / kernel.sum(-1, keepdim=True)
+    kernel = bicubic((pixels - centers).div_(scale.clamp(min=1)))
+    kernel *= (pixels > start) & (pixels < start + length)
+    return kernel.div_(kernel.sum(-1, keepdim=True))
 
 
 def bicubic(x: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
-    """Keys' kernel with a = -1/2: 1 at 0, 0 at 1 and from 2 on. Source: Keys 1981, equation 4."""
-    x = x.abs().clamp(max=2)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((2.5 - 0.5 * x) * x - 4) * x + 2
-    return torch.where(x < 1, near, far)
+    """Keys' kernel with a = -1/2: 1 at 0, 0 at 1 and from 2 on. Source: Keys 1981, equation 4.
+
+    Both of its cubics, factored: u²(u−1)/2 + v²(1−2v), where u = 2−|x| and v = 1−|x|, from 0 on.
+    """
+    u = (2 - x.abs()).clamp_(min=0)
+    w = u - 1
+    v = w.clamp(min=0)
+    return u.square_().mul_(w).mul_(0.5).addcmul_(v * v, 1 - 2 * v)
 
 
 def to_levels(x: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
