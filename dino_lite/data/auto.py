@@ -37,7 +37,7 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: i
         return open_files(root, labels, channels)
     if suffix == ".npz":
         return _with_own_labels(open_npz(root), labels)
-    if is_url(root) or path.is_file():
+    if path.is_file():
         raise UserError(
             f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
             f"({', '.join(files.SUFFIXES)}), an .npz file, or torchvision's {CIFAR10_FOLDER}."
