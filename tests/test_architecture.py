@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks", "machine"),
     ("plan",),
     ("runs",),
+    ("checkpoints",),
     ("commands",),
     ("cli",),
 )

@@ -7,20 +7,13 @@ from typing import Any
 
 import torch
 
+from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, results_file
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.machine import pick_accelerator
-from dino_lite.runs import (
-    absolute_paths,
-    find_checkpoint,
-    open_backbone,
-    open_data,
-    read_json,
-    results_file,
-    write_json,
-)
+from dino_lite.runs import absolute_paths, read_json, write_json
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:

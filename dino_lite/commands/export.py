@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, run_of
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.runs import absolute_paths, find_checkpoint, open_backbone, open_data, run_of
+from dino_lite.runs import absolute_paths
 
 _NUM_IMAGES = 8  # of the check
 

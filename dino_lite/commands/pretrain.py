@@ -18,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite import config as cfg
 from dino_lite.callbacks.metrics import MetricsFile
+from dino_lite.checkpoints import build_method, read_checkpoint
 from dino_lite.checks import seconds
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
@@ -36,8 +37,6 @@ from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import (
     Run,
     absolute_paths,
-    build_method,
-    read_checkpoint,
     requested,
     resume_config,
     run_name,
