@@ -90,6 +90,11 @@ class FolderSource:
         with self._open(index) as file:
             return upright_size(file)
 
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """The file's bytes as they are, and its suffix. Raises OSError."""
+        with self._open(index) as file:
+            return file.read(), text(os.path.splitext(self.path(index))[1])
+
     def name(self, index: int) -> str:
         """The whole path of image `index`."""
         return text(os.path.join(self.folder, self.path(index)))
