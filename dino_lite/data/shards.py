@@ -33,7 +33,7 @@ from dino_lite.data.byte_ranges import (
     versions,
 )
 from dino_lite.data.decode import decode, upright_size
-from dino_lite.data.labels import encode_labels
+from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX, write_shards
 from dino_lite.data.sources import digest, expand
 from dino_lite.data.tar_index import (
@@ -64,14 +64,13 @@ def open_shards(root: str | Path | None = None, channels: int = 3) -> Splits:
     if not index.names:
         raise UserError(f"{base} has no image (key.jpg, key.png …) in its shards: check data.root.")
     train, test = split_names(shards)
-    parts = [index.part(train), index.part(test)]
-    classes, labels = _classes(base, parts)
-    sources = [
-        ShardSource(base, part, found, classes, channels)
-        for part, found in zip(parts, labels, strict=True)
-    ]
-    name = re.sub(r"\W+", "-", base.rstrip("/").rpartition("/")[2]).strip("-")
-    return Splits(sources[0], sources[1] if len(sources[1]) else None, name or "shards")
+    of_train, of_test = index.part(train), index.part(test)
+    found = _labels(base, of_train, of_test)
+    return Splits(
+        ShardSource(base, of_train, found.train, found.classes, channels),
+        ShardSource(base, of_test, found.test, found.classes, channels) if of_test.names else None,
+        base.rpartition("/")[2] or "shards",
+    )
 
 
 class ShardSource:
@@ -244,27 +243,14 @@ def _read_headers(shard: str, place: str, num_bytes: int) -> TarIndex:
         return index_tar(place, file, num_bytes)._replace(shards=[shard])
 
 
-def _classes(
-    base: str, parts: Sequence[TarIndex]
-) -> tuple[list[str], list[Int[np.ndarray, "_"] | None]]:
-    """Names of the classes and the labels of each part; none where train has fewer than two."""
-    known = [[label for label in part.labels if label] for part in parts]
-    numbers = all(label.isdecimal() for labels in known for label in labels)
-    names: list[list[Any]] = [[*map(int, labels)] for labels in known] if numbers else known
-    classes = _stored_classes(base)
-    if numbers and known[0] and max(map(max, filter(None, names))) < len(classes):
-        encoded: list[Any] = names
-    else:
-        found = encode_labels(names[0], names[1])
-        if found.train is None:
-            return [], [None, None]
-        classes, encoded = found.classes, [found.train, found.test]
-    labels: list[Int[np.ndarray, "_"] | None] = []
-    for part, values in zip(parts, encoded, strict=True):
-        every = np.full(len(part.labels), -1, np.int64)
-        every[[i for i, label in enumerate(part.labels) if label]] = values
-        labels.append(every if len(values) else None)
-    return classes, labels
+def _labels(base: str, train: TarIndex, test: TarIndex) -> Labels:
+    """From what .cls and .json files hold: numbers, if all of them are."""
+    number = all(label.isdecimal() for part in (train, test) for label in part.labels if label)
+    names = [
+        [None if not label else int(label) if number else label for label in part.labels]
+        for part in (train, test)
+    ]
+    return encode_known(names[0], names[1], _stored_classes(base))
 
 
 def _stored_classes(base: str) -> list[str]:
