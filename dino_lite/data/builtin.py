@@ -80,8 +80,8 @@ def open_builtin(
     `channels`: what every image is made to have, see `decode`.
     """
     if name is None or name not in SETS:
-        what = "is not set" if name is None else "is no set known here"
-        raise UserError(f"data.name={name} {what}: choose one of {', '.join(SETS)}.")
+        what = "data.name is not set" if name is None else f"data.name={name} is no set known here"
+        raise UserError(f"{what}: choose one of {', '.join(SETS)}.")
     known = SETS[name]
     base = expand(root)
     if name == "imagenet":
@@ -119,14 +119,15 @@ def _load(name: str, base: Path, arguments: dict[str, Any], download: bool) -> A
         raise UserError(
             f"{SETS[name].kind} needs {error.name}: pip install 'dino-lite[builtin]'."
         ) from error
-    except (RuntimeError, OSError, ValueError, LookupError, EOFError) as error:
+    except (RuntimeError, OSError, ValueError, LookupError, EOFError, AssertionError) as error:
         # missing, altered or half unpacked files; no network
         raise UserError(_missing(name, base, error)) from error
 
 
 def _source(name: str, base: Path, part: str, loaded: list[Any], channels: int) -> Source:
     """One split of all that was loaded for it."""
-    classes = [x if isinstance(x, str) else x[0] for x in getattr(loaded[0], "classes", [])]
+    found = getattr(loaded[0], "classes", getattr(loaded[0], "categories", []))
+    classes = [name if isinstance(name, str) else name[0] for name in found]  # or its synonyms
     if hasattr(loaded[0], "data"):
         (one,) = loaded
         targets = one.targets if hasattr(one, "targets") else one.labels
