@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch import nn
 
 from dino_lite.contracts import Crops, Splits, UserError
 from dino_lite.data.crops import MultiCrop
-from dino_lite.data.datamodule import CropData, DataModule, append_rows, join
+from dino_lite.data.datamodule import DataModule
+from dino_lite.data.exact import make_crops
+from dino_lite.data.parts import CropData, append_rows, join
 from dino_lite.data.photometric import Normalize
 
 # Multiprocessing's, from Python 3.12 on, where libraries have started threads before.
@@ -36,11 +37,11 @@ class Pictures:
     def __len__(self) -> int:
         return self.n
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
         if index in self.bad:
             raise OSError("torn in two")
         rng = np.random.default_rng(index)
-        return Image.fromarray(rng.integers(0, 256, (9 + index % 3, 12, 3), dtype=np.uint8))
+        return rng.integers(0, 256, (9 + index % 3, 12, 3), dtype=np.uint8)
 
     def name(self, index: int) -> str:
         return f"{index}.png"
@@ -101,8 +102,11 @@ def test_a_step_of_many_parts_is_one_batch() -> None:
 
 def test_join_keeps_what_is_missing_missing() -> None:
     """No local crops, no labels, and extra crops by name."""
-    part = MultiCrop(8, 4, 0)([Pictures().read(0)], np.array([0]), np.array([0]))
-    part = part._replace(extra={"large": part.globals_})
+    part = (
+        CropData(Pictures(), MultiCrop(8, 4, 0), make_crops, max_bad=1).__getitems__([(0, 0)]).crops
+    )
+    assert part is not None
+    part = part._replace(labels=None, extra={"large": part.globals_})
     joined = join([part, part, part])
     assert joined.locals_ is None
     assert joined.labels is None
@@ -154,7 +158,7 @@ def test_workers_end_with_the_pass() -> None:
 
 def test_workers_may_be_started_afresh() -> None:
     """Where processes are not forked, the data set travels as a pickle."""
-    fresh = CropData(Pictures(), MultiCrop(8, 4, 1), max_bad=1)
+    fresh = CropData(Pictures(), MultiCrop(8, 4, 1), make_crops, max_bad=1)
     part = fresh.__getitems__([(0, 3)])
     copy = pickle.loads(pickle.dumps(fresh)).__getitems__([(0, 3)])
     assert part.crops is not None
