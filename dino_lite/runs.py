@@ -22,6 +22,7 @@ except ImportError:  # Windows has none: two processes may then train one run
 from dino_lite.config import Config, differences, get, instantiate, leaves, load, put
 from dino_lite.contracts import Facts, Method, Splits, UserError
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.roots import absolute
 from dino_lite.formats.safetensors import load_backbone, read_config
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
@@ -36,7 +37,7 @@ _SPEED = (
     "trainer.accelerator",
     "trainer.micro_batch_size",
 )
-_PATHS = (".root", ".pretrained")
+_PATHS = (".base", ".pretrained")
 
 
 def is_speed(key: str) -> bool:
@@ -56,6 +57,8 @@ def absolute_paths(config: Config) -> Config:
             return str(Path(os.path.expandvars(node)).expanduser())
         if isinstance(node, str) and key.endswith(".labels"):  # a word, or a file below the root
             return str(Path(os.path.expandvars(node)).expanduser())
+        if key.endswith(".root"):
+            return absolute(node)
         if isinstance(node, str) and key.endswith(_PATHS):
             path = Path(os.path.expandvars(node)).expanduser()
             return str(path.resolve()) if path.exists() or path.is_absolute() else node

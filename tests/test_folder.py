@@ -13,6 +13,7 @@ import pytest
 from dino_lite.data import folder as folder_module
 from dino_lite.data.auto import open_auto
 from dino_lite.data.folder import open_folder
+from dino_lite.data.roots import absolute
 from images import GREEN, classes, fill, names, sentence
 
 
@@ -177,3 +178,143 @@ def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(folder_module.os, "scandir", locked)
     assert "locked cannot be listed (Permission denied)" in sentence(open_folder, tmp_path)
+
+
+# -------------------------------------------------------------------- several roots and patterns
+
+
+def test_several_roots(tmp_path: Path) -> None:
+    """Each has its own splits; a class is the same in all; the first gives the name."""
+    fill(tmp_path / "one", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png")
+    fill(tmp_path / "two", "cat/4.png", "cow/5.png")
+    fill(tmp_path / "three", "train/cow/6.png", "train/dog/7.png", "test/cow/8.png")
+    roots = [tmp_path / name for name in ("one", "two", "three")]
+    splits = open_folder(roots)
+    assert names(splits.train) == ["1.png", "2.png", "4.png", "5.png", "6.png", "7.png"]
+    assert classes(splits.train) == ["cat", "dog", "cat", "cow", "cow", "dog"]
+    assert names(splits.test) == ["3.png", "8.png"]
+    assert classes(splits.test) == ["cat", "cow"]
+    assert splits.name == "one+2"
+    assert splits.train.name(2) == str(tmp_path / "two" / "cat" / "4.png")
+    assert all(splits.train.read(i).shape == (4, 6, 3) for i in range(6))
+
+
+def test_several_roots_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`[a,b]` with spaces, quotes, ~, variables and patterns; but a folder of that name is one."""
+    fill(tmp_path, "a/1.png", "b c/2.png", "d1/3.png", "d2/4.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert names(open_auto("[~/a, '$WHERE/b c',d?]").train) == [f"{i}.png" for i in (1, 2, 3, 4)]
+    fill(tmp_path, "[a,b]/5.png")
+    assert names(open_auto("[a,b]").train) == ["5.png"]
+
+
+def test_the_digest_of_several_roots(tmp_path: Path) -> None:
+    """It follows order and folders, but all of them may move together."""
+    for place in ("here", "there"):
+        fill(tmp_path / place, "a/1.png", "b/1.png", "b/2.png", "c/2.png")
+
+    def digest(*roots: str) -> str:
+        return open_folder([tmp_path / root for root in roots]).train.digest()
+
+    assert digest("here/a", "here/b") == digest("there/a", "there/b")
+    different = [("here/a", "here/b"), ("here/b", "here/a"), ("here/b", "here/c"), ("here/b",)]
+    assert len({digest(*roots) for roots in different}) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found", "named"),
+    [
+        ("site*", ["1.png", "2.png", "3.jpg"], "site1+1"),
+        ("site?/cat", ["1.png", "3.jpg"], "cat+1"),
+        ("*/cat/*.png", ["1.png"], None),
+        ("**/*.png", ["0.png", "1.png", "2.png"], None),
+        ("**", ["0.png", "1.png", "2.png", "3.jpg"], None),
+        ("site[12]/dog/2.*", ["2.png"], None),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, found: list[str], named: str | None) -> None:
+    """Folders or image files, sorted, each image once; files belong to where the pattern begins."""
+    fill(tmp_path, "0.png", "site1/cat/1.png", "site1/dog/2.png", "site2/cat/3.jpg")
+    (tmp_path / "site1" / "notes.txt").write_text("x")
+    splits = open_auto(f"{tmp_path}/{pattern}")
+    assert names(splits.train) == found
+    assert splits.name == (named or tmp_path.name)
+
+
+def test_splits_and_classes_of_a_pattern_of_files(tmp_path: Path) -> None:
+    """Below the folder it begins with, they are what they would be without the pattern."""
+    fill(tmp_path, *(f"{s}/{c}/{i}.png" for s in ("train", "val") for c in "ab" for i in (1, 2)))
+    splits = open_folder(f"{tmp_path}/**/1.png")
+    assert splits.test is not None
+    assert [splits.train.name(i) for i in range(2)] == [f"{tmp_path}/train/{c}/1.png" for c in "ab"]
+    labeled = open_folder(f"{tmp_path}/**/1.png", labels="folder")
+    assert classes(labeled.train) == classes(labeled.test) == ["a", "b"]
+
+
+def test_a_root_within_another_counts_once(tmp_path: Path) -> None:
+    """So does a root that is named twice."""
+    fill(tmp_path, "a/1.png", "a/b/2.png")
+    roots = ["a", "a/b", "a", "a/*.png", "a/b/2.*"]
+    assert names(open_folder([tmp_path / root for root in roots]).train) == ["1.png", "2.png"]
+
+
+def test_several_roots_of_which_one_is_wrong(tmp_path: Path) -> None:
+    """A part of the data is not left out without a word."""
+    fill(tmp_path, "a/1.png")
+    (tmp_path / "empty").mkdir()
+    assert "nowhere does not exist" in sentence(open_auto, f"[{tmp_path}/a,{tmp_path}/nowhere]")
+    assert "empty holds no image" in sentence(open_auto, [tmp_path / "a", tmp_path / "empty"])
+    assert "x* matches nothing" in sentence(open_auto, f"{tmp_path}/x*")
+    assert "data.root is not set" in sentence(open_auto, f"[{tmp_path}/a,]")
+    assert "data.root=[] names nothing" in sentence(open_auto, [])
+
+
+def test_a_csv_serves_several_roots(tmp_path: Path) -> None:
+    """Each root has its own, or all have one, with paths relative to the root."""
+    for root, label in (("a", "x"), ("b", "y")):
+        fill(tmp_path / root, "1.png", "2.png")
+        (tmp_path / root / "labels.csv").write_text(f"1.png,{label}\n2.png,z\n")
+    roots = [tmp_path / "a", tmp_path / "b"]
+    assert classes(open_folder(roots, labels="labels.csv").train) == ["x", "z", "y", "z"]
+    shared = str(tmp_path / "a" / "labels.csv")
+    assert classes(open_folder(roots, labels=shared).train) == ["x", "z", "x", "z"]
+    (tmp_path / "b" / "labels.csv").write_text("1.png,y\n")
+    assert "2.png" in sentence(open_folder, roots, labels="labels.csv")
+
+
+def test_roots_that_mean_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run's configuration keeps: absolute paths and patterns; names of other kinds as is."""
+    fill(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert absolute("a") == absolute("~/a") == absolute("link") == a
+    assert absolute("[a, b]") == absolute(["a", "b"]) == [a, b]
+    assert absolute("[a,*.d]") == [a, f"{tmp_path}/*.d"]
+    assert absolute("*/x?.png") == f"{tmp_path}/*/x?.png"
+    assert absolute("s3://bucket/*/list.csv") == "s3://bucket/*/list.csv"
+    assert absolute("somebody/a-set") == "somebody/a-set"
+    assert absolute(None) is None
+    monkeypatch.chdir("/")
+    assert names(open_folder([a, b]).train) == ["1.png", "2.png"]
+
+
+def test_a_link_to_itself_is_no_image(tmp_path: Path) -> None:
+    """It can be neither listed nor read."""
+    fill(tmp_path, "a.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert names(open_folder(tmp_path).train) == ["a.png"]
+
+
+def test_order_is_that_of_whole_paths(tmp_path: Path) -> None:
+    """Files and folders take turns as their paths' bytes say, at every depth."""
+    fill(tmp_path, "b/c.png", "b.png", "b-/d.png", "b/c/e.png", "b/c-.png", "b0.png")
+    source = open_folder(tmp_path).train
+    found = [source.name(i).removeprefix(f"{tmp_path}/") for i in range(len(source))]
+    assert found == sorted(found)
+    assert len(found) == 6

@@ -347,4 +347,4 @@ def test_auto_knows_shards(tmp_path: Path) -> None:
     for root in ("packed", "packed/train-000000.tar", "packed/train-{000000..000000}.tar"):
         assert len(open_auto(tmp_path / root).train) == 10
     (tmp_path / "packed" / "a.png").write_bytes(encoded(0))
-    assert type(open_auto(tmp_path / "packed").train).__name__ == "FolderSource"
+    assert type(open_auto(tmp_path / "packed").train).__name__ == "PathSource"

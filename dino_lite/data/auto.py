@@ -6,43 +6,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data import files
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
-from dino_lite.data.byte_ranges import is_url
+from dino_lite.data.files import open_files
 from dino_lite.data.folder import SUFFIXES, open_folder
 from dino_lite.data.huggingface import holds_images, open_huggingface
 from dino_lite.data.npz import open_npz
+from dino_lite.data.roots import Root, is_pattern, is_url, several
 from dino_lite.data.shapes import open_shapes
 from dino_lite.data.shards import open_shards
 from dino_lite.data.sources import expand
 
-_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
+def open_auto(root: Root | None = None, labels: str | None = "auto", channels: int = 3) -> Splits:
+    """Without `root` the embedded shapes; else what it is.
 
-def open_auto(
-    root: str | Path | None = None, labels: str | None = "auto", channels: int = 3
-) -> Splits:
-    """Without `root` the embedded shapes; else what it is: an .npz file, CIFAR-10, tar shards,
-    Parquet or Arrow with images, or a folder.
-
-    `labels` is for folders, see `open_folder`; others bring their own, which `none` takes away.
+    A list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or Arrow with
+    images, an .npz file, CIFAR-10; or a folder, several of them, or a pattern. `labels` is for
+    folders and lists; others bring their own, which `none` takes away.
     """
     if root is None:
-        splits = open_shapes()
-    elif (path := expand(root)).suffix.lower() == ".npz":
-        splits = open_npz(root)
-    elif path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
-        splits = open_builtin("cifar10", root, channels=channels)
-    elif (kind := _kind(root, path)) == "shards":
-        splits = open_shards(root, channels)
-    elif kind == "huggingface":
-        splits = open_huggingface(root, channels=channels)
-    elif path.is_file():
-        raise UserError(
-            f"data.root={path} is a file of no known kind: give a folder of images, an .npz file, "
-            f"tar shards, Parquet with images, or torchvision's {CIFAR10_FOLDER}."
-        )
-    else:
+        return _with_own_labels(open_shapes(), labels)
+    if several(root) is not None or is_pattern(root):
         return open_folder(root, labels, channels)
+    assert isinstance(root, str | Path)
+    path = Path(str(root)) if is_url(root) else expand(root)
+    if path.is_dir() and (path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir()):
+        return _with_own_labels(open_builtin("cifar10", root, channels=channels), labels)
+    kind = _kind(str(root), path)
+    if kind == "shards":
+        return _with_own_labels(open_shards(root, channels), labels)
+    if kind == "huggingface":
+        return _with_own_labels(open_huggingface(root, channels=channels), labels)
+    if path.is_dir():
+        return open_folder(root, labels, channels)
+    suffix = files.suffix_of(str(root))
+    if suffix in files.SUFFIXES:
+        return open_files(root, labels, channels)
+    if suffix == ".npz":
+        return _with_own_labels(open_npz(root), labels)
+    if is_url(root) or path.is_file():
+        raise UserError(
+            f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
+            f"({', '.join(files.SUFFIXES)}), tar shards, an .npz file, or torchvision's "
+            f"{CIFAR10_FOLDER}."
+        )
+    return open_folder(root, labels, channels)
+
+
+def _with_own_labels(splits: Splits, labels: str | None) -> Splits:
+    """What brings its labels keeps them, or loses them."""
     if labels in (None, "none"):
         for source in (splits.train, splits.test):
             if source is not None:
@@ -55,18 +68,16 @@ def open_auto(
     return splits
 
 
-def _kind(root: str | Path, path: Path) -> str:
+def _kind(root: str, path: Path) -> str:
     """What reads a file or folder, as its names tell: shards, huggingface or "" (neither)."""
-    if str(root).lower().endswith((".tar", ".tar.gz", ".tgz")) or is_url(str(root)):
+    if root.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return "shards"
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        return "huggingface" if holds_images(path) else ""
-    if path.suffix.lower() == ".arrow" and path.is_file():
-        return "huggingface"
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        return "huggingface" if path.is_file() and holds_images(path) else ""
     if not path.is_dir():
         return ""
-    if any((path / name).is_file() for name in _SAVED_TO_DISK):
-        return "huggingface"
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "huggingface"  # as `datasets` saves a set
     found = dict(_first_of_each_suffix(path))
     if any(suffix.encode() in SUFFIXES for suffix in found):
         return ""

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from dino_lite.contracts import Source, Splits, UserError
-from dino_lite.data.folder import FolderSource, open_folder
-from dino_lite.data.labels import Split
-from dino_lite.data.sources import ArraySource, expand
+from dino_lite.data.folder import open_folder
+from dino_lite.data.paths import PathList
+from dino_lite.data.sources import ArraySource, PathSource, expand
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -136,8 +136,11 @@ def _source(name: str, base: Path, part: str, loaded: list[Any], channels: int) 
         return ArraySource(images, labels, classes or _numbered(labels), f"{name}/{part}")
     files = [pair for one in loaded for pair in _files(one)]
     labels = np.array([label for _, label in files], np.int64)
-    paths = [os.fsencode(os.path.relpath(path, base)) for path, _ in files]
-    return FolderSource(base, Split(b"", paths), labels, classes or _numbered(labels), channels)
+    paths = PathList()
+    for path, _ in files:
+        paths.add(os.fsencode(os.path.relpath(path, base)))
+    names = classes or _numbered(labels)
+    return PathSource(os.fsencode(base), paths.paths(), labels, names, channels)
 
 
 def _numbered(labels: Int[np.ndarray, "N"]) -> list[str]:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dino_lite.contracts import UserError
+from dino_lite.data.remote import Remote
+from dino_lite.data.roots import is_url
 
 _NUM_TRIES = 3  # networks fail now and then, and an image that failed once counts as bad
 _WAIT_SECONDS = 0.2
@@ -23,27 +25,16 @@ class Range(NamedTuple):
     size: int
 
 
-def is_url(place: str) -> bool:
-    """Whether fsspec shall open it."""
-    return "://" in place
-
-
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
     Nobody keeps it: fsspec gives the same one again, but another after a fork, where connections
     and threads of the parent are of no use.
     """
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise UserError(f"{url} needs fsspec: pip install 'dino-lite[remote]'.") from error
-    try:
-        found: tuple[Any, str] = url_to_fs(url)
-    except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
-        raise UserError(
-            f"{url} cannot be opened ({error}): check it, or pip install 'dino-lite[remote]'."
-        ) from error
+    from fsspec.core import url_to_fs
+
+    Remote().check(url.partition("://")[0])
+    found: tuple[Any, str] = url_to_fs(url)
     return found
 
 

@@ -1,19 +1,16 @@
-"""A folder of images, whatever its nesting."""
+"""Folders of images, whatever their nesting."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO
-
-import numpy as np
-from jaxtyping import Int, UInt8
+from collections.abc import Sequence
+from itertools import groupby
 
 from dino_lite.contracts import Splits, UserError
-from dino_lite.data.decode import decode, upright_size
-from dino_lite.data.labels import Split, find_labels, text
-from dino_lite.data.sources import digest, expand
+from dino_lite.data.labels import Split, find_labels
+from dino_lite.data.paths import PathList, Paths, joined
+from dino_lite.data.roots import Root, Top, several, tops
+from dino_lite.data.sources import PathSource, text
 
 # What Pillow reads by itself and people keep pictures in, and NumPy's arrays.
 SUFFIXES = (
@@ -22,104 +19,71 @@ SUFFIXES = (
 )
 
 
-def open_folder(
-    root: str | Path | None = None, labels: str | None = "auto", channels: int = 3
-) -> Splits:
+def open_folder(root: Root | None = None, labels: str | None = "auto", channels: int = 3) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
+    `root`: a folder; a pattern (`*`, `?`, `[]`, `**`) of folders or image files; or several of
+    these, as a list or a text `[a,b]`, one after the other. See `roots.tops`.
+
     Splits: `root/train` beside `root/val` or `root/test`, or alone. Where both are, val is the
-    test split (ImageNet's `test` has no labels). Without such folders every image is train.
+    test split (ImageNet's `test` has no labels). Without such folders every image is train. Of
+    several roots each has its own, and they are put together.
 
     Classes: the first folder below the split, if that makes sense, or what `labels` says: auto,
     none, folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
     `channels`: what every image is made to have, see `decode`.
     """
-    top = expand(root)
-    if not top.is_dir():
-        what = "is not a folder" if top.exists() else "does not exist"
-        raise UserError(f"data.root={top} {what}: name a folder of images.")
-    paths = sorted(_image_paths(os.fsencode(top)))
-    if not paths:
+    found = [(top, _listed(top)) for top in tops(root)]
+    whose = [(top, paths) for top, paths in found if len(paths)]
+    empty = next((top.folder for top, paths in found if not len(paths)), "")
+    if not whose or (empty and several(root) is not None):
         raise UserError(
-            f"{top} holds no image file (.jpg, .png …; hidden ones do not count): check data.root."
+            f"{empty} holds no image file (.jpg, .png …; hidden ones do not count): check "
+            "data.root."
         )
-    train, test = _split(top, paths)
-    found = find_labels(top, labels, train, test)
+    splits = [_split(top, paths) for top, paths in whose]
+    trains = [train for train, _ in splits]
+    tests = [test for _, test in splits if test is not None]
+    named = find_labels(labels, trains, tests)
+    name = os.path.basename(whose[0][0].folder) or "root"
     return Splits(
-        FolderSource(top, train, found.train, found.classes, channels),
-        None if test is None else FolderSource(top, test, found.test, found.classes, channels),
-        top.name or "root",
+        PathSource(*_together(trains), named.train, named.classes, channels),
+        PathSource(*_together(tests), named.test, named.classes, channels) if tests else None,
+        f"{name}+{len(whose) - 1}" if len(whose) > 1 else name,
     )
 
 
-class FolderSource:
-    """Image files of one split.
-
-    Paths lie end to end in one buffer, so that a million of them reach a worker as two objects.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        split: Split,
-        labels: Int[np.ndarray, "N"] | None,
-        classes: list[str],
-        channels: int = 3,
-    ) -> None:
-        self.folder = os.path.join(os.fsencode(root), split.folder)
-        self.labels = labels
-        self.classes = classes
-        self.channels = channels
-        self._joined = b"".join(split.paths)
-        self._bounds = np.cumsum([0, *map(len, split.paths)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def path(self, index: int) -> bytes:
-        """Path of image `index` below the split's folder; bytes, for it need not be UTF-8."""
-        return self._joined[self._bounds[index] : self._bounds[index + 1]]
-
-    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
-        """Image `index`, as `decode` gives it."""
-        with self._open(index) as file:
-            return decode(file, self.channels, min_pixels)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, from its header. Raises as `read` does."""
-        with self._open(index) as file:
-            return upright_size(file)
-
-    def raw(self, index: int) -> tuple[bytes, str]:
-        """The file's bytes as they are, and its suffix. Raises OSError."""
-        with self._open(index) as file:
-            return file.read(), text(os.path.splitext(self.path(index))[1])
-
-    def name(self, index: int) -> str:
-        """The whole path of image `index`."""
-        return text(os.path.join(self.folder, self.path(index)))
-
-    def digest(self) -> str:
-        """16 hex digits over the paths below the split's folder, which itself may move."""
-        return digest(self.path(index) for index in range(len(self)))
-
-    def _open(self, index: int) -> IO[bytes]:
-        return open(os.path.join(self.folder, self.path(index)), "rb")
+def _listed(top: Top) -> Paths:
+    """The image files of `top`, relative to it."""
+    if top.files is None:
+        return _image_files(os.fsencode(top.folder))
+    images = PathList()
+    start = len(os.path.join(os.fsencode(top.folder), b""))
+    for file in map(os.fsencode, top.files):
+        if file.lower().endswith(SUFFIXES):
+            images.add(file[start:])
+    return images.paths()
 
 
-def _image_paths(root: bytes) -> Iterator[bytes]:
-    """Paths of the image files below `root`, relative to it and in no order.
+def _image_files(root: bytes) -> Paths:
+    """The image files below `root`, relative to it, in byte order.
 
     Linked folders are entered too, but none from within itself.
     """
-    waiting: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
+    images = PathList()
+    # A stack: folders to list, and files of a folder that come before folders listed already.
+    waiting: list[tuple[bytes, list[bytes], frozenset[tuple[int, int]]]]
+    waiting = [(b"", [], frozenset())]
     while waiting:
-        below, around = waiting.pop()
-        folder = os.path.join(root, below)
+        below, files, around = waiting.pop()
+        if files:
+            images.add_names(below, files)
+            continue
+        folder = os.path.join(root, below[:-1]) if below else root
         try:
             status = os.stat(folder)
             with os.scandir(folder) as listing:
-                entries = list(listing)
+                entries = [entry for entry in map(_entry, listing) if entry]
         except OSError as error:
             raise UserError(
                 f"{text(folder)} cannot be listed ({error.strerror}): check its permissions."
@@ -127,29 +91,53 @@ def _image_paths(root: bytes) -> Iterator[bytes]:
         here = (status.st_dev, status.st_ino)
         if here in around:
             continue
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            path = below + b"/" + entry.name if below else entry.name
-            if entry.is_dir():
-                waiting.append((path, around | {here}))
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                yield path
+        found: list[tuple[bytes, list[bytes], frozenset[tuple[int, int]]]] = []
+        for is_folder, run in groupby(sorted(entries), lambda entry: entry.endswith(b"/")):
+            if is_folder:
+                found.extend((below + name, [], around | {here}) for name in run)
+            else:
+                found.append((below, list(run), around))
+        waiting.extend(reversed(found))
+    return images.paths()
 
 
-def _split(root: Path, paths: list[bytes]) -> tuple[Split, Split | None]:
-    """Train and test among all `paths`, if their folders say so."""
+def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
+    """A folder's name with a slash, an image's name, or None; only links cost a look at them."""
+    if entry.name.startswith(b"."):
+        return None
+    try:
+        if entry.is_dir():
+            return entry.name + b"/"
+        if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            return entry.name
+    except OSError:  # a link that leads to itself
+        pass
+    return None
 
-    def below(folder: bytes) -> list[bytes]:
-        return [path[len(folder) + 1 :] for path in paths if path.startswith(folder + b"/")]
 
-    train = below(b"train")
-    test = next((Split(name, found) for name in (b"val", b"test") if (found := below(name))), None)
-    if not train and test is not None and (root / "train").is_dir():
+def _split(top: Top, paths: Paths) -> tuple[Split, Split | None]:
+    """Train and test among the `paths` of one root, if their folders say so."""
+    root = os.fsencode(top.folder)
+    train, val, test = (Split(root, name, paths.below(name)) for name in _SPLITS)
+    tests = [split for split in (val, test) if len(split.paths)]
+    if not len(train.paths) and tests and os.path.isdir(os.path.join(root, b"train")):
         raise UserError(
-            f"{root / 'train'} holds no image file, but {text(test.folder)} beside it does: "
-            "check data.root."
+            f"{os.path.join(top.folder, 'train')} holds no image file, but "
+            f"{text(tests[0].folder[:-1])} beside it does: check data.root."
         )
-    if train and (test is not None or len(train) == len(paths)):
-        return Split(b"train", train), test
-    return Split(b"", paths), None
+    if len(train.paths) and (tests or len(train.paths) == len(paths)):
+        return train, tests[0] if tests else None
+    return Split(root, b"", paths), None
+
+
+_SPLITS = (b"train/", b"val/", b"test/")
+
+
+def _together(splits: Sequence[Split]) -> tuple[bytes, Paths]:
+    """One folder for the splits of all roots, and the paths below it."""
+    if len(splits) == 1:
+        top, folder, paths = splits[0]
+        return os.path.join(top, folder.rstrip(b"/")), paths
+    shared = os.path.commonpath([split.top for split in splits])
+    start = len(os.path.join(shared, b""))
+    return shared, joined([(os.path.join(s.top, b"")[start:] + s.folder, s.paths) for s in splits])

@@ -5,25 +5,35 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from dino_lite.contracts import UserError
+from dino_lite.data.paths import Paths
+from dino_lite.data.sources import text
 
 
 class Split(NamedTuple):
-    """Image files of one folder, all POSIX paths in bytes.
+    """Image files below one folder of the data's root `top`, all POSIX paths in bytes.
 
-    `folder` is relative to the data's root ("" for the root itself), `paths` to `folder`.
+    `folder` is relative to `top` ("train/", or "" for all of it), `paths` to `folder`.
     """
 
+    top: bytes
     folder: bytes
-    paths: list[bytes]
+    paths: Paths
+
+
+class Named(NamedTuple):
+    """The class of each image as an index into `names`, in no order; -1: it has none."""
+
+    codes: Int[np.ndarray, "N"]
+    names: list[Any]
 
 
 class Labels(NamedTuple):
@@ -37,20 +47,47 @@ class Labels(NamedTuple):
 NO_LABELS = Labels(None, None, [])
 
 
+class NameList:
+    """Collects the class of one image after the other, without an object for each."""
+
+    def __init__(self) -> None:
+        self._codes = array("i")
+        self._known: dict[Any, int] = {}
+
+    def add(self, name: Any) -> None:
+        """A class, text or integer; None where the image has none."""
+        self._codes.append(-1 if name is None else self._known.setdefault(name, len(self._known)))
+
+    def named(self) -> Named:
+        """What was added."""
+        return Named(np.array(self._codes, np.int32), [*self._known])
+
+
 def encode_labels(train: Sequence[Any] | None, test: Sequence[Any] | None) -> Labels:
-    """Names (text or integers) as indices that mean the same in both splits.
+    """Names (text or integers) as indices that mean the same in both splits, as `encode` has it."""
+    return encode(*(None if names is None else _collect(names) for names in (train, test)))
+
+
+def encode(train: Named | None, test: Named | None) -> Labels:
+    """Indices that mean the same in both splits; no labels for a split that names not every image.
 
     Classes are train's names, sorted, then those that only test has, sorted; test may lack some.
     One class tells nothing apart: with fewer than two in train there are no labels.
     """
-    classes = sorted(set(train or ()))
-    if train is None or len(classes) < 2:
+    if train is None or (train.codes < 0).any():
         return NO_LABELS
-    classes += sorted(set(test or ()) - set(classes))
+    if test is not None and (test.codes < 0).any():
+        test = None
+    classes = sorted(_used(train))
+    if len(classes) < 2:
+        return NO_LABELS
+    if test is not None:
+        classes += sorted(_used(test) - set(classes))
     index = {name: i for i, name in enumerate(classes)}
 
-    def indices(names: Sequence[Any]) -> Int64[np.ndarray, "K"]:
-        return np.fromiter((index[name] for name in names), np.int64, len(names))
+    def indices(split: Named) -> Int64[np.ndarray, "K"]:
+        number = np.array([*(index.get(name, -1) for name in split.names), -1], np.int64)
+        return np.take(number, split.codes)
 
     return Labels(indices(train), None if test is None else indices(test), [*map(str, classes)])
 
@@ -77,8 +114,10 @@ def encode_known(
     return Labels(labels[0], labels[1] if known[1] else None, found.classes)
 
 
-def find_labels(root: Path, how: str | None, train: Split, test: Split | None) -> Labels:
+def find_labels(how: str | None, train: Sequence[Split], test: Sequence[Split]) -> Labels:
     """Labels as `data.labels` asks for them: auto, none, folder or FILE.csv.
+
+    A split may lie in several roots: a class is the same in all of them.
 
     `folder` and FILE.csv must name two classes and every image of train, and of test all or none;
     what they lack is a UserError. `auto` looks at the folders, and goes without labels where an
@@ -86,48 +125,75 @@ def find_labels(root: Path, how: str | None, train: Split, test: Split | None) -
     """
     if how in (None, "none"):
         return NO_LABELS
-    table = None if how in ("auto", "folder") else _read_csv(root, str(how))
     demand = "" if how == "auto" else f"data.labels={how}"
-    of_train = _names(root, train, table, demand)
-    of_test = None if test is None else _names(root, test, table, demand)
-    counts = Counter(of_train)
-    if demand and len(counts) < 2:
-        found = f"the class {of_train[0]} alone" if of_train else "no class"
-        raise UserError(
-            f"{demand} finds {found} in {root}, but needs two: choose data.labels=none."
-        )
-    if not demand and min(counts.values(), default=0) < 2:
+    tables: dict[bytes, dict[bytes, str] | None] = {}
+    for top, _, _ in (*train, *test):
+        if top not in tables:
+            by_folder = how in ("auto", "folder")
+            tables[top] = None if by_folder else _read_csv(Path(os.fsdecode(top)), str(how))
+    of_train = _merge([_names(split, tables[split.top]) for split in train])
+    of_test = _merge([_names(split, tables[split.top]) for split in test]) if test else None
+    if demand:
+        _check(demand, train, of_train)
+        _check(demand, test, of_test)
+        if len(_used(of_train)) < 2:
+            found = ", ".join(f"the class {name} alone" for name in _used(of_train)) or "no class"
+            raise UserError(
+                f"{demand} finds {found} in {text(train[0].top)}, but needs two: choose "
+                "data.labels=none."
+            )
+    elif (of_train.codes < 0).any() or (np.unique(of_train.codes, return_counts=True)[1] < 2).any():
         return NO_LABELS
-    return encode_labels(of_train, of_test)
+    return encode(of_train, of_test)
 
 
-def text(path: bytes) -> str:
-    """A path for people; bytes that are no UTF-8 are written \\xNN."""
-    return path.decode("utf-8", "backslashreplace")
+def _collect(names: Iterable[Any]) -> Named:
+    collected = NameList()
+    for name in names:
+        collected.add(name)
+    return collected.named()
 
 
-def _names(
-    root: Path, split: Split, table: dict[bytes, str] | None, demand: str
-) -> list[str] | None:
-    """Class of each image, from the table or else its first folder; None unless all have one.
+def _used(split: Named) -> set[Any]:
+    """Names that an image has."""
+    return {split.names[code] for code in np.unique(split.codes).tolist() if code >= 0}
 
-    Where classes are in demand, it is an error that some images have one and others do not.
-    """
-    found: list[str | None] = []
-    for path in split.paths:
-        if table is None:
-            first, _, below = path.partition(b"/")
-            found.append(text(first) if below else None)
-        else:
-            found.append(table.get(posixpath.join(split.folder, path)))
-    named = [name for name in found if name is not None]
-    if demand and 0 < len(named) < len(found):
-        lost = text(posixpath.join(split.folder, split.paths[found.index(None)]))
+
+def _merge(parts: Sequence[Named]) -> Named:
+    """The images of all parts, one part after the other."""
+    known: dict[Any, int] = {}
+    codes = [np.zeros(0, np.int32)]
+    for part in parts:
+        number = [known.setdefault(name, len(known)) for name in part.names]
+        codes.append(np.array([*number, -1], np.int32)[part.codes])
+    return Named(np.concatenate(codes), [*known])
+
+
+def _names(split: Split, table: dict[bytes, str] | None) -> Named:
+    """Class of each image, from the table or else its first folder."""
+    if table is not None:
+        return _collect(table.get(split.folder + path) for path in split.paths)
+    firsts = [folder.partition(b"/")[0] for folder in split.paths.folders()]
+    by_folder = _collect(text(first) if first else None for first in firsts)
+    return Named(by_folder.codes[split.paths.folder_of], by_folder.names)
+
+
+def _check(demand: str, splits: Sequence[Split], found: Named | None) -> None:
+    """Classes are in demand: all images have one, or none has."""
+    if found is None:
+        return
+    lost = np.flatnonzero(found.codes < 0)
+    if 0 < len(lost) < len(found.codes):
+        row = int(lost[0])
+        for split in splits:
+            if row < len(split.paths):
+                break
+            row -= len(split.paths)
         raise UserError(
-            f"{demand} has no class for {len(found) - len(named)} of {len(found)} images in "
-            f"{root}, the first being {lost}: name them all, or choose data.labels=none."
+            f"{demand} has no class for {len(lost)} of {len(found.codes)} images in "
+            f"{text(split.top)}, the first being {text(split.folder + split.paths[row])}: name "
+            "them all, or choose data.labels=none."
         )
-    return named if len(named) == len(found) else None
 
 
 def _read_csv(root: Path, name: str) -> dict[bytes, str]:

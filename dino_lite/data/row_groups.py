@@ -12,7 +12,8 @@ import numpy as np
 
 from dino_lite.contracts import UserError
 from dino_lite.data import draws
-from dino_lite.data.byte_ranges import filesystem, is_url
+from dino_lite.data.byte_ranges import filesystem
+from dino_lite.data.roots import is_url
 
 _NUM_CONNECTIONS = 8  # footers read at once over a network
 

@@ -26,7 +26,6 @@ from dino_lite.data.byte_ranges import (
     Range,
     expand_braces,
     filesystem,
-    is_url,
     names_below,
     read_range,
     read_ranges,
@@ -35,6 +34,7 @@ from dino_lite.data.byte_ranges import (
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX, write_shards
+from dino_lite.data.roots import is_url
 from dino_lite.data.sources import digest, expand
 from dino_lite.data.tar_index import (
     TarIndex,

@@ -1,9 +1,12 @@
-"""What the sources of images share: paths as users write them, digests, images in memory."""
+"""What the sources of images share: paths as users write them, digests, images by path or in
+memory.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import posixpath
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,6 +15,16 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from dino_lite.contracts import UserError
+from dino_lite.data.decode import File, decode, upright_size
+from dino_lite.data.paths import Paths
+from dino_lite.data.shared import share
+
+Opener = Callable[[bytes], File]  # of a path or URL; raises OSError or ValueError
+
+
+def open_local(path: bytes) -> File:
+    """A file of this machine."""
+    return open(path, "rb")
 
 
 def expand(root: object) -> Path:
@@ -22,6 +35,11 @@ def expand(root: object) -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(text))))
 
 
+def text(path: bytes) -> str:
+    """A path for people; bytes that are no UTF-8 are written \\xNN."""
+    return path.decode("utf-8", "backslashreplace")
+
+
 def digest(chunks: Iterable[bytes]) -> str:
     """16 hex digits over `chunks`, in order and with their bounds."""
     total = blake2b(digest_size=8)
@@ -29,6 +47,64 @@ def digest(chunks: Iterable[bytes]) -> str:
         total.update(len(chunk).to_bytes(8, "little"))
         total.update(chunk)
     return total.hexdigest()
+
+
+class PathSource:
+    """Image files by path or URL.
+
+    `folder` is what relative paths are relative to. Paths and labels are shared with workers, who
+    get no object for each image.
+    """
+
+    def __init__(
+        self,
+        folder: bytes,
+        paths: Paths,
+        labels: Int[np.ndarray, "N"] | None,
+        classes: list[str],
+        channels: int = 3,
+        opener: Opener = open_local,
+    ) -> None:
+        self.folder, self.paths, self.opener = folder, paths, opener
+        self.labels = None if labels is None else share(labels)
+        self.classes = classes
+        self.channels = channels
+        self._digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> bytes:
+        """Whole path or URL of image `index`; bytes, for it need not be UTF-8."""
+        path = self.paths[index]
+        return path if b"://" in path else posixpath.join(self.folder, path)
+
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """Image `index`, as `decode` gives it."""
+        with self.opener(self.path(index)) as file:
+            return decode(file, self.channels, min_pixels)
+
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """The file of image `index` as it is, and its suffix with the dot. Raises OSError."""
+        path = self.path(index)
+        with self.opener(path) as file:
+            name = path.partition(b"?")[0] if b"://" in path else path
+            return file.read(), text(posixpath.splitext(name)[1])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`, from its header. Raises as `read` does."""
+        with self.opener(self.path(index)) as file:
+            return upright_size(file)
+
+    def name(self, index: int) -> str:
+        """The whole path of image `index`."""
+        return text(self.path(index))
+
+    def digest(self) -> str:
+        """16 hex digits over the paths as they are stored: `folder` itself may move."""
+        if self._digest is None:  # seconds, where there are millions
+            self._digest = digest(self.paths)
+        return self._digest
 
 
 class ArraySource:

@@ -1,0 +1,145 @@
+"""Millions of paths in little memory."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int, Shaped, UInt8
+
+from dino_lite.data.shared import share
+
+
+class Paths:
+    """Paths as bytes, POSIX or URLs, in the order they came. Made by `PathList`.
+
+    A path is a folder, up to and with the last slash, and a file's name. Every folder is stored
+    once; names lie end to end in one array. Long arrays are shared by all processes (`share`).
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[bytes],
+        folder_of: Shaped[np.ndarray, "N"],
+        names: UInt8[np.ndarray, "bytes"],
+        bounds: Shaped[np.ndarray, "ends"],
+    ) -> None:
+        self.folder_of = share(_small(folder_of, len(folders)))
+        self._names = share(names)
+        self._bounds = share(_small(bounds, len(names)))
+        self._folders = share(np.frombuffer(b"".join(folders), np.uint8))
+        self._folder_bounds = share(_small(_ends(map(len, folders)), len(self._folders)))
+
+    def __len__(self) -> int:
+        return len(self.folder_of)
+
+    def __getitem__(self, index: int) -> bytes:
+        start, stop = self._bounds[index], self._bounds[index + 1]
+        return self.folder(int(self.folder_of[index])) + self._names[start:stop].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_folders(self) -> int:
+        """Distinct folders, some of which may be no path's any more."""
+        return len(self._folder_bounds) - 1
+
+    def folder(self, number: int) -> bytes:
+        """Folder `number`, which `folder_of` refers to: empty, or ending in a slash."""
+        start, stop = self._folder_bounds[number], self._folder_bounds[number + 1]
+        return self._folders[start:stop].tobytes()
+
+    def folders(self) -> list[bytes]:
+        """All folders, by number."""
+        return [self.folder(number) for number in range(self.num_folders)]
+
+    def below(self, folder: bytes) -> Paths:
+        """Paths below `folder` ("train/"), relative to it, of paths that are in byte order."""
+        folders = self.folders()
+        within = np.array([name.startswith(folder) for name in folders], bool)
+        rows = np.flatnonzero(within[self.folder_of])
+        if not len(rows):
+            return joined([])
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        bounds = self._bounds[start : stop + 1].astype(np.int64)
+        number = np.cumsum(within) - 1
+        return Paths(
+            [name[len(folder) :] for name in folders if name.startswith(folder)],
+            number[self.folder_of[start:stop]],
+            self._names[bounds[0] : bounds[-1]],
+            bounds - bounds[0],
+        )
+
+
+class PathList:
+    """Collects Paths, without an object for each."""
+
+    def __init__(self) -> None:
+        self._folders: dict[bytes, int] = {}
+        self._folder_of = array("I")
+        self._names = bytearray()
+        self._lengths = array("I")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, path: bytes) -> None:
+        """One path."""
+        cut = path.rfind(b"/") + 1
+        self._folder_of.append(self._folders.setdefault(path[:cut], len(self._folders)))
+        self._names += path[cut:]
+        self._lengths.append(len(path) - cut)
+
+    def add_names(self, folder: bytes, names: Sequence[bytes]) -> None:
+        """Files of one `folder`, which is empty or ends in a slash."""
+        number = self._folders.setdefault(folder, len(self._folders))
+        self._folder_of.extend([number] * len(names))
+        self._names += b"".join(names)
+        self._lengths.extend(map(len, names))
+
+    def paths(self) -> Paths:
+        """What was added."""
+        return Paths(
+            list(self._folders),
+            np.frombuffer(self._folder_of, np.uintc),
+            np.frombuffer(self._names, np.uint8),
+            _ends(self._lengths),
+        )
+
+
+def joined(parts: Sequence[tuple[bytes, Paths]]) -> Paths:
+    """The paths of all parts, one part after the other, each below the folder given with it."""
+    folders = [top + name for top, paths in parts for name in paths.folders()]
+    starts = _ends(paths.num_folders for _, paths in parts)
+    ends = _ends(len(paths._names) for _, paths in parts)
+    empty = np.zeros(0, np.int64)
+    folder_of = [
+        paths.folder_of.astype(np.int64) + start
+        for (_, paths), start in zip(parts, starts, strict=False)
+    ]
+    bounds = [
+        paths._bounds[1:].astype(np.int64) + end
+        for (_, paths), end in zip(parts, ends, strict=False)
+    ]
+    return Paths(
+        folders,
+        np.concatenate([empty, *folder_of]),
+        np.concatenate([empty.astype(np.uint8), *(paths._names for _, paths in parts)]),
+        np.concatenate([np.zeros(1, np.int64), *bounds]),
+    )
+
+
+def _ends(lengths: Iterable[int]) -> Int[np.ndarray, "ends"]:
+    """Where things of these lengths end that lie end to end, after a first 0."""
+    if isinstance(lengths, array):
+        each = np.frombuffer(lengths, np.uintc) if len(lengths) else np.zeros(0, np.uintc)
+    else:
+        each = np.fromiter(lengths, np.int64)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(each, dtype=np.int64)])
+
+
+def _small(numbers: Shaped[np.ndarray, "K"], largest: int) -> Shaped[np.ndarray, "K"]:
+    """`numbers`, of which none is above `largest`, in the smallest type that holds them."""
+    return numbers.astype(np.min_scalar_type(largest))

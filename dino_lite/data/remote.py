@@ -1,0 +1,151 @@
+"""Files by URL, read whole through fsspec: s3://, gs://, https:// and what else it knows."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from typing import Any
+
+from dino_lite.contracts import UserError
+from dino_lite.data.decode import File
+from dino_lite.data.sources import open_local
+
+WAITS = (1.0, 4.0)  # seconds before a second and a third try
+TIMEOUT = 60  # seconds of one try
+MAX_IN_A_ROW = 5  # files that the network fails to give, after which this process asks no more
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+# An image is one request: without this, s3fs asks for its size first.
+_DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
+_SECRET = re.compile(r"secret|token|passw|credential|authorization|account_key|sas", re.IGNORECASE)
+_NO_SECRETS = ("anon", "cloud", "google_default")  # what gcsfs takes for a token, too
+
+
+class Remote:
+    """Opens local files and URLs; `options` are fsspec's for file systems (endpoint_url, anon …).
+
+    An option `$NAME` is taken from the environment. A secret must be given so, or in the provider's
+    own way (AWS_SECRET_ACCESS_KEY, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS …), for options are saved
+    with a run.
+
+    What can be had at another time (no connection, 5xx, time over, cut short) is tried three times.
+    After several such failures in a row every further file fails at once: a run then ends by its
+    loader.max_bad_fraction, and does not live on replacements.
+    """
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options = options or {}
+        _refuse_secrets(self.options)
+        self._failed_in_a_row = 0
+        # By process, for connections do not outlive a fork. Those of the parent stay referred to:
+        # their end would wait for a thread that the child has not.
+        self._systems: dict[tuple[int, str], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_systems": {}}
+
+    def __call__(self, path: bytes) -> File:
+        """The file at a local path or URL. Raises OSError, with a reason, where there is none."""
+        if b"://" not in path:
+            return open_local(path)
+        return io.BytesIO(self.fetch(os.fsdecode(path)))
+
+    def fetch(self, url: str) -> bytes:
+        """All bytes of the file at `url`."""
+        if self._failed_in_a_row >= MAX_IN_A_ROW:
+            raise OSError(f"not asked for, as {MAX_IN_A_ROW} files before it could not be had")
+        system = self._system(url.partition("://")[0])
+        for wait in (*WAITS, None):
+            try:
+                content = _read(system, url)
+                self._failed_in_a_row = 0
+                return content
+            except Exception as error:  # each file system and each of its libraries has its own
+                if _is_final(error):
+                    self._failed_in_a_row = 0
+                    raise OSError(_reason(error)) from error
+                if wait is None:
+                    self._failed_in_a_row += 1
+                    raise OSError(f"{_reason(error)} ({len(WAITS) + 1} tries)") from error
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def check(self, protocol: str) -> None:
+        """UserError where `protocol` ("s3") is unknown or its package is not installed."""
+        from fsspec import get_filesystem_class
+
+        try:
+            get_filesystem_class(protocol)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            how = f"pip install 'dino-lite[{extra}]'" if extra else str(error)
+            raise UserError(f"{protocol}:// needs a package that is missing: {how}.") from error
+        except ValueError as error:
+            raise UserError(
+                f"{protocol}:// is no protocol that fsspec knows: use s3://, gs:// or https://."
+            ) from error
+
+    def _system(self, protocol: str) -> Any:
+        """This process's file system of a protocol."""
+        from fsspec import filesystem
+
+        key = os.getpid(), protocol
+        if key not in self._systems:
+            self.check(protocol)
+            options = _DEFAULTS.get(protocol, {}) | _from_environment(self.options)
+            self._systems[key] = filesystem(protocol, **options)
+        return self._systems[key]
+
+
+def _read(system: Any, url: str) -> bytes:
+    """All bytes of a file, in TIMEOUT seconds where the file system works asynchronously."""
+    from fsspec.asyn import sync
+
+    path = system._strip_protocol(url)
+    if system.async_impl:
+        content = sync(system.loop, system._cat_file, path, timeout=TIMEOUT)
+    else:
+        content = system.cat_file(path)
+    return bytes(content)
+
+
+def _is_final(error: Exception) -> bool:
+    """True where another try would bring the same."""
+    status = getattr(error, "status", None)  # aiohttp's; others make one of these classes of it
+    if isinstance(status, int) and status:
+        return 400 <= status < 500 and status not in (408, 429)
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return True
+    library = type(error).__module__.partition(".")[0]
+    if library in ("aiohttp", "aiobotocore", "botocore", "gcsfs", "urllib3"):
+        return isinstance(error, ValueError) or "Credentials" in type(error).__name__
+    return not isinstance(error, OSError | TimeoutError)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _from_environment(options: Any) -> Any:
+    """`options` with $NAME replaced, at any depth."""
+    if isinstance(options, dict):
+        return {key: _from_environment(value) for key, value in options.items()}
+    return os.path.expandvars(options) if isinstance(options, str) else options
+
+
+def _refuse_secrets(options: dict[str, Any], prefix: str = "data.storage_options") -> None:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            _refuse_secrets(value, f"{prefix}.{key}")
+        elif isinstance(value, str) and _SECRET.search(str(key)) and not _is_public(value):
+            raise UserError(
+                f"{prefix}.{key} would be saved with the run: put the secret into an environment "
+                f"variable and give {prefix}.{key}=$NAME, or use the provider's own variables or "
+                "files."
+            )
+
+
+def _is_public(value: str) -> bool:
+    """The name of a variable, a word, or a file that holds the secret."""
+    return value.startswith("$") or value in _NO_SECRETS or os.path.isfile(value)
