@@ -16,9 +16,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from dino_lite.contracts import Source
+from dino_lite.data import shards
 from dino_lite.data.clean import CleanImages
 from dino_lite.data.folder import open_folder
+from dino_lite.data.huggingface import open_huggingface
 from dino_lite.data.shards import open_shards, write_shards
+from dino_lite.data.subset import Subset
 from images import sentence
 from tiny import photos
 
@@ -141,13 +144,45 @@ def test_headers_of_a_remote_shard_are_read_once(s3: str, cache: Path) -> None:
 
 
 def test_images_are_fetched_together(s3: str) -> None:
-    """One call for a list of images; afterwards they are read without a server."""
-    source = open_shards(f"{s3}/set").train
-    source.prefetch([1, 4])  # type: ignore[attr-defined]
-    source.base = "s3://nowhere"  # type: ignore[attr-defined]
+    """One call for a list of images, also of a part of the source; then no server is asked."""
+    source: Any = open_shards(f"{s3}/set").train
+    Subset(source, np.array([5, 1, 4])).prefetch([1, 2])
+    source.base = "s3://nowhere"
     assert source.read(4).shape == (30, 40, 3)
+    assert source.read(1).shape == (30, 40, 3)
     with pytest.raises(OSError, match="nowhere"):
-        source.read(0)
+        source.read(5)
+
+
+def test_evaluations_fetch_a_batch_at_a_time(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six images in batches of two are three calls."""
+    source: Any = open_shards(f"{s3}/set").train
+    calls: list[int] = []
+    plain = shards.read_ranges
+    monkeypatch.setattr(shards, "read_ranges", lambda w: calls.append(len(w)) or plain(w))
+    monkeypatch.setattr(shards, "read_range", None)
+    pixels(source, 0)
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parquet_on_s3_is_read_where_it_lies(
+    s3: str, packed: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """By row group, only the column of images; without a local copy."""
+    datasets = pytest.importorskip("datasets")
+    local = open_shards(packed).train
+    cells = [{"bytes": local.raw(i)[0], "path": None} for i in range(6)]  # type: ignore[attr-defined]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": cells, "label": list(range(6))}, features)
+    table.to_parquet(tmp_path / "a.parquet", batch_size=2)
+    fsspec.filesystem("s3").put_file(str(tmp_path / "a.parquet"), "bucket/tables/a.parquet")
+    for root in (f"{s3}/tables", f"{s3}/tables/a.parquet"):
+        source: Any = open_huggingface(root, streaming=True).train
+        assert source.groups.tolist() == [0, 2, 4, 6]
+        assert source.labels.tolist() == list(range(6))
+        assert np.array_equal(pixels(source, num_workers), pixels(local, 0))
+    assert "cannot be opened" in sentence(open_huggingface, f"{s3}/no.parquet", streaming=True)
 
 
 def test_what_is_not_on_s3(s3: str) -> None:
@@ -177,6 +212,5 @@ def test_a_server_without_ranges_is_told(web: str) -> None:
 
 
 def test_unknown_protocols() -> None:
-    """One sentence that names what is missing."""
-    told = sentence(open_shards, "nosuch://bucket/a.tar")
-    assert "nosuch://bucket/a.tar cannot be opened" in told
+    """One sentence."""
+    assert "nosuch:// is no protocol" in sentence(open_shards, "nosuch://bucket/a.tar")

@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 
 from dino_lite.contracts import Splits
-from dino_lite.data import pack
+from dino_lite.data import draws, pack
 from dino_lite.data.auto import open_auto
 from dino_lite.data.byte_ranges import expand_braces
+from dino_lite.data.crops import MultiCrop
+from dino_lite.data.datamodule import DataModule
 from dino_lite.data.folder import open_folder
+from dino_lite.data.photometric import Normalize
 from dino_lite.data.shards import open_shards, split_names, write_shards
 from dino_lite.data.sources import ArraySource
 from images import classes, sentence
@@ -339,6 +342,31 @@ def test_shards_hold_a_limited_number_of_images(
     assert open_shards(tmp_path / "few").train.groups.tolist() == [0, 4, 8, 10]
     write_shards(folder, tmp_path / "one", max_bytes=1)
     assert open_shards(tmp_path / "one").train.groups.tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_that_is_resumed_sees_the_same_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """Bit by bit from the middle of an epoch on, whatever the number of workers."""
+    monkeypatch.setattr(draws, "WINDOW", 4)
+    monkeypatch.setattr(draws, "MIN_GROUPS", 1)
+    monkeypatch.setattr(pack, "MAX_IMAGES", 3)
+    write_shards(open_folder(photos(tmp_path / "photos")), tmp_path / "packed")
+    splits = open_shards(tmp_path / "packed")
+
+    def crops(start: int, workers: int) -> list[torch.Tensor]:
+        data = DataModule(
+            splits, MultiCrop(8, 4, 2), Normalize(), batch_size=4, num_workers=workers, num_steps=8
+        )
+        loader = data.train_dataloader()
+        loader.start = lambda: start
+        return [part[0].globals_ for part in loader]
+
+    whole = crops(0, 0)
+    assert len(whole) == 8
+    resumed = crops(3, num_workers)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[3:], strict=True))
 
 
 def test_auto_knows_shards(tmp_path: Path) -> None:
