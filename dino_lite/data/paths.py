@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from dino_lite.data.shared import share
+
+_AT_ONCE = 2**16  # paths that are taken out of the arrays at a time, to go through all
 
 
 class Paths:
@@ -39,7 +42,13 @@ class Paths:
         return self.folder(int(self.folder_of[index])) + self._names[start:stop].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self[index] for index in range(len(self)))
+        folders = self.folders()
+        for start in range(0, len(self), _AT_ONCE):
+            ends = self._bounds[start : start + _AT_ONCE + 1].tolist()
+            names = self._names[ends[0] : ends[-1]].tobytes()
+            numbers = self.folder_of[start : start + _AT_ONCE].tolist()
+            for number, (cut, end) in zip(numbers, pairwise(ends), strict=True):
+                yield folders[number] + names[cut - ends[0] : end - ends[0]]
 
     @property
     def num_folders(self) -> int:

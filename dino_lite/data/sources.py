@@ -44,8 +44,7 @@ def digest(chunks: Iterable[bytes]) -> str:
     """16 hex digits over `chunks`, in order and with their bounds."""
     total = blake2b(digest_size=8)
     for chunk in chunks:
-        total.update(len(chunk).to_bytes(8, "little"))
-        total.update(chunk)
+        total.update(len(chunk).to_bytes(8, "little") + chunk)
     return total.hexdigest()
 
 
