@@ -64,7 +64,7 @@ def read_ranges(wanted: Sequence[Range]) -> list[bytes | OSError]:
 
 def _read_local(wanted: Range) -> bytes | OSError:
     try:
-        with open(wanted.place, "rb") as file:
+        with open(wanted.place, "rb", buffering=0) as file:
             file.seek(wanted.start)
             return _whole(file.read(wanted.size), wanted)
     except OSError as error:
