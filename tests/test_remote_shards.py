@@ -213,4 +213,6 @@ def test_a_server_without_ranges_is_told(web: str) -> None:
 
 def test_unknown_protocols() -> None:
     """One sentence."""
+    assert "several places" in sentence(open_shards, "s3://{a,b}/0.tar")
+    assert "several places" in sentence(open_shards, "{s3://a,s3://b}/0.tar")
     assert "nosuch:// is no protocol" in sentence(open_shards, "nosuch://bucket/a.tar")

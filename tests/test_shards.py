@@ -261,6 +261,11 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     told = sentence(open_shards, tmp_path / "cut.tar")
     assert "cut.tar is no whole tar file" in told
     assert "after 4 images" in told
+    for torn in (whole[:4196], whole[:4096] + b"x" * 512 + whole[4608:]):
+        (tmp_path / "torn.tar").write_bytes(torn)
+        assert "(torn header, after 4 images)" in sentence(open_shards, tmp_path / "torn.tar")
+    (tmp_path / "endless.tar").write_bytes(whole.rstrip(b"\0").ljust(9 * 1024, b"\0"))
+    assert len(open_shards(tmp_path / "endless.tar").train) == 9  # as tar itself takes it
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
         tar.add(tmp_path / "a.tar")
     assert "gunzip" in sentence(open_shards, tmp_path / "zipped.tar")

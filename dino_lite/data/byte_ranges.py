@@ -15,6 +15,8 @@ from dino_lite.data.roots import is_url
 
 _NUM_TRIES = 3  # networks fail now and then, and an image that failed once counts as bad
 _WAIT_SECONDS = 0.2
+_STAMPS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime")  # by file system
+_FINAL = (FileNotFoundError, PermissionError)  # another try would bring the same
 
 
 class Range(NamedTuple):
@@ -56,7 +58,7 @@ def read_ranges(wanted: Sequence[Range]) -> list[bytes | OSError]:
         time.sleep(attempt * _WAIT_SECONDS)
         for i, answer in zip(remote, _read_remote([wanted[i] for i in remote]), strict=True):
             found[i] = answer
-        remote = [i for i in remote if not isinstance(found[i], bytes)]
+        remote = [i for i in remote if not isinstance(found[i], (bytes, *_FINAL))]
         if not remote:
             break
     return found
@@ -84,7 +86,9 @@ def _read_remote(wanted: Sequence[Range]) -> list[bytes | OSError]:
     return [
         _whole(answer, item)
         if isinstance(answer, bytes)
-        else OSError(f"{item.place}: {type(answer).__name__}: {answer}")
+        else next((kind for kind in _FINAL if isinstance(answer, kind)), OSError)(
+            f"{item.place}: {type(answer).__name__}: {answer}"
+        )
         for answer, item in zip(answers, wanted, strict=True)
     ]
 
@@ -113,7 +117,7 @@ def versions(places: Sequence[str]) -> list[tuple[int, str]]:
         if folder not in folders:
             folders[folder] = _listed(fs, folder)
         info = folders[folder].get(path) or _info(fs, path, place)
-        stamp = next((info[key] for key in ("ETag", "etag", "LastModified") if info.get(key)), "")
+        stamp = next((info[key] for key in _STAMPS if info.get(key)), "")
         found.append((int(info["size"]), str(stamp)))
     return found
 

@@ -46,7 +46,9 @@ def open_huggingface(
     local = not is_url(text) and expand(root).exists()
     text = str(expand(root)) if local else text
     if not local and not is_url(text) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
-        raise UserError(f"data.root={text} is no file or folder, and no name of a set on the Hub.")
+        raise UserError(
+            f"data.root={text} is no file or folder, and no name of a set on the Hub: name one."
+        )
     on_hub = not local and not is_url(text)
     if on_hub and streaming and not download:
         raise UserError(

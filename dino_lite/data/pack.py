@@ -17,12 +17,14 @@ from PIL import Image
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data import draws
 from dino_lite.data.parts import append_rows
+from dino_lite.data.sources import prefetch
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
 MAX_BYTES = 256 * 2**20
 MAX_IMAGES = 10_000  # of a shard
 _BLOCK = tarfile.BLOCKSIZE
+_NUM_FETCHED = 64  # images at once, from sources behind URLs
 
 
 def write_shards(
@@ -119,7 +121,10 @@ def _number_of_shard(max_bytes: int) -> Callable[[Sample], int]:
 
 def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> Iterator[Sample]:
     """The members of each readable image, shuffled: classes are spread over the shards."""
-    for index in draws.permutation(0, 0, len(source)).tolist():
+    order = draws.permutation(0, 0, len(source)).tolist()
+    for place, index in enumerate(order):
+        if place % _NUM_FETCHED == 0:
+            prefetch(source, order[place : place + _NUM_FETCHED])
         try:
             content, suffix = _file(source, index)
         except (OSError, ValueError) as error:

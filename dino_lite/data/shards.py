@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from dino_lite.data.byte_ranges import (
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX, write_shards
+from dino_lite.data.paths import PathList
 from dino_lite.data.roots import is_url
+from dino_lite.data.shared import share
 from dino_lite.data.sources import digest, expand
 from dino_lite.data.tar_index import (
     TarIndex,
@@ -74,10 +77,9 @@ def open_shards(root: str | Path | None = None, channels: int = 3) -> Splits:
 
 
 class ShardSource:
-    """Images in the shards of one split, in the shards' order.
+    """Images in the shards of one split, in the shards' order. `groups` are the shards' bounds.
 
-    `groups` are the bounds of the shards. Names lie end to end in one buffer, so that a million of
-    them reach a worker as two objects.
+    What is known of a million images is shared with workers, who get no object for each.
     """
 
     def __init__(
@@ -89,12 +91,15 @@ class ShardSource:
         channels: int = 3,
     ) -> None:
         self.base, self.shards, self.groups = base, index.shards, index.bounds
-        self.labels, self.classes, self.channels = labels, classes, channels
-        self._offsets, self._sizes = index.offsets, index.sizes
-        members = [name.encode("utf-8", "surrogateescape") for name in index.names]
-        self._joined = b"".join(members)
-        self._bounds = np.cumsum([0, *map(len, members)], dtype=np.int64)
+        self.labels = None if labels is None else share(labels)
+        self.classes, self.channels = classes, channels
+        names = PathList()
+        for name in index.names:
+            names.add(name.encode("utf-8", "surrogateescape"))
+        self._names = names.paths()
+        self._offsets, self._sizes = share(index.offsets), share(index.sizes)
         self._fetched: dict[int, bytes | OSError] = {}  # what `prefetch` got
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -130,13 +135,14 @@ class ShardSource:
 
     def digest(self) -> str:
         """16 hex digits over names and sizes, by shard; the folder itself may move."""
-        shards = "\0".join(self.shards).encode("utf-8", "surrogateescape")
-        arrays = (self.groups, self._bounds, self._sizes)
-        return digest([shards, self._joined, *(array.tobytes() for array in arrays)])
+        if self._digest is None:  # seconds, where there are millions
+            shards = "\0".join(self.shards).encode("utf-8", "surrogateescape")
+            arrays = (self.groups.tobytes(), self._sizes.tobytes())
+            self._digest = digest(chain([shards, *arrays], self._names))
+        return self._digest
 
     def _member(self, index: int) -> str:
-        name = self._joined[self._bounds[index] : self._bounds[index + 1]]
-        return name.decode("utf-8", "surrogateescape")
+        return self._names[index].decode("utf-8", "surrogateescape")
 
     def _place(self, index: int) -> str:
         return f"{self.base}/{self.shards[np.searchsorted(self.groups, index, 'right') - 1]}"
@@ -160,8 +166,10 @@ def find_shards(root: str | Path | None) -> tuple[str, list[str]]:
     if text.lower().endswith(".tar"):
         places = expand_braces(text)
         base = places[0].rpartition("/")[0]
-        while not all(place.startswith(f"{base}/") for place in places):
+        while base and not all(place.startswith(f"{base}/") for place in places):
             base = base.rpartition("/")[0]
+        if is_url(text) and not is_url(base):
+            raise UserError(f"data.root={text} names shards of several places: give those of one.")
         return base, [place[len(base) + 1 :] for place in places]
     base = text.rstrip("/")
     shards = names_below(base, ".tar")

@@ -103,6 +103,9 @@ def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
                 found = [m for m in ending if "." not in m.extension][:1] or ending
                 images += found
                 labels += [next((m.label for m in sample if m.label), "")] * len(found)
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a torn header for the end
+                raise tarfile.ReadError("torn header")
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(
             f"{shard} is no whole tar file ({error}, after {len(images)} images): fetch or pack it "
