@@ -37,7 +37,7 @@ COLORLESS = ("grayscale", "medical")
 
 def build(name: str) -> MultiCrop:
     """The multi-crop that `augment=name` configures, in the sheet's sizes."""
-    config = compose("pretrain", [f"augment={name}"])["augment"] | SIZES
+    config = compose("pretrain", [f"augment={name}"])["augment"] | SIZES | {"where": "worker"}
     for kind in ("global_1", "global_2", "local"):
         config = put(config, f"{kind}.blur_radius", BLUR_RADIUS)
     multi_crop: MultiCrop = instantiate(config)

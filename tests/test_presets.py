@@ -99,6 +99,7 @@ def test_what_the_plan_settles_of_dino_it_settles_of_presets(name: str) -> None:
         "global_size",
         "local_size",
         "num_local",
+        "where",
     }
     composed = compose("pretrain", [f"augment={name}"])
     assert {key for key, value in leaves(composed["augment"]) if value == "auto"} == automatic

@@ -184,8 +184,8 @@ def luma(x: Images) -> Float32[Tensor, "n 1 h w"]:
 
 
 def _blend(base: Tensor, x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """base + factor·(x − base), in whole levels."""
-    return torch.addcmul(base, x - base, factor[:, None, None, None]).clamp_(0, 255).floor_()
+    """base + factor·(x − base), in whole levels; product and sum each rounded, as PIL has them."""
+    return (x - base).mul_(factor[:, None, None, None]).add_(base).clamp_(0, 255).floor_()
 
 
 def _mirror(x: Images) -> Images:
