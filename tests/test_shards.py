@@ -242,6 +242,22 @@ def test_index_is_cached_until_the_shard_changes(tmp_path: Path, cache: Path) ->
     assert after.digest() != before.digest()
 
 
+def test_without_a_cache_folder_headers_are_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without a home, as containers have it, and a folder that is a file."""
+    path = write_tar(tmp_path / "a.tar", {"0.png": encoded(0)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    assert len(open_shards(path).train) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert len(open_shards(path).train) == 1
+
+
 def test_a_stale_index_beside_shards_is_not_used(tmp_path: Path) -> None:
     """It knows the sizes of its shards."""
     packed = tmp_path / "packed"

@@ -24,6 +24,7 @@ from dino_lite.data.folder import SUFFIXES
 FORMAT = 1  # of an index file: another one is not read
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _EXTENSIONS = {suffix.decode()[1:] for suffix in SUFFIXES}
+_NO_CACHE = (OSError, RuntimeError)  # not to be written to, or a user without a home
 # WebDataset's rule: the key ends at the first dot of the file's name.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 
@@ -207,7 +208,7 @@ def _unpacked(packed: np.ndarray) -> list[str]:
 
 def cached_index(shard: str, place: str, num_bytes: int, version: str) -> TarIndex | None:
     """The index of a shard as it was read earlier, if the shard has not changed."""
-    with suppress(OSError), open(_cache_file(place, num_bytes, version), "rb") as file:
+    with suppress(*_NO_CACHE), open(_cache_file(place, num_bytes, version), "rb") as file:
         index = read_index(file)
         return None if index is None else index._replace(shards=[shard])
     return None
@@ -217,8 +218,8 @@ def cache_index(index: TarIndex, place: str, num_bytes: int, version: str) -> No
     """Keep it for the next run, where the cache folder can be written to."""
     if not version:  # a shard written anew could not be told from the old one
         return
-    path = _cache_file(place, num_bytes, version)
-    with suppress(OSError):
+    with suppress(*_NO_CACHE):
+        path = _cache_file(place, num_bytes, version)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_index(index, path)
 
