@@ -101,8 +101,6 @@ def check_values(config: Config) -> None:
     if unknown:
         known = ", ".join(sorted(TRAINER_KEYS))
         raise UserError(f"trainer.{unknown[0]}: there is no such key; known are {known}.")
-    if config["backbone"]["in_chans"] != 3:
-        raise UserError("backbone.in_chans: images are RGB, 3 channels, for now.")
 
 
 def check(config: Config, facts: Facts) -> None:
@@ -119,6 +117,7 @@ def check(config: Config, facts: Facts) -> None:
             raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")
         if size % patch:
             raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
+    _check_channels(config, facts)
     if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
             f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
@@ -139,6 +138,26 @@ def check(config: Config, facts: Facts) -> None:
     if precision not in ("32", "bf16", "64"):
         raise UserError(f"trainer.precision={precision}: choose auto, 32, bf16 or 64.")
     _check_length(config, facts.num_images / batch_size)
+
+
+def _check_channels(config: Config, facts: Facts) -> None:
+    """The backbone and the normalization take the images as they are."""
+    in_chans = get(config, "backbone.in_chans")
+    if in_chans != facts.channels:
+        raise UserError(
+            f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; leave it "
+            f"out, or set data.channels={in_chans}."
+        )
+    for key in ("normalize.mean", "normalize.std"):
+        values = get(config, key)
+        numbers = isinstance(values, list) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in values
+        )
+        if not numbers or len(values) != facts.channels:
+            raise UserError(
+                f"{key}={values}: a list of {facts.channels} numbers is needed, one for each "
+                "channel, or auto."
+            )
 
 
 def _check_length(config: Config, steps_per_epoch: float) -> None:

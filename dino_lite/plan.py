@@ -13,6 +13,7 @@ from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.facts import read_facts
+from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.machine import has_fast_bf16, num_cores, pick_accelerator
 from dino_lite.optim.schedules import scale_rate
 
@@ -39,18 +40,10 @@ class Plan(NamedTuple):
 
 def gather_facts(config: Config, splits: Splits) -> Facts:
     """Look at the data and at this machine."""
-    data = read_facts(splits)
     wanted = pick_accelerator(get(config, "trainer.accelerator"), "trainer.accelerator")
     return Facts(
         source=splits.name,
-        num_images=data.num_images,
-        num_test=data.num_test,
-        num_classes=data.num_classes,
-        height=data.height,
-        width=data.width,
-        channels=data.channels,
-        mean=data.mean,
-        std=data.std,
+        **read_facts(splits)._asdict(),
         accelerator=wanted,
         device_name=torch.cuda.get_device_name() if wanted == "cuda" else wanted,
         num_devices=torch.cuda.device_count() if wanted == "cuda" else 1,
@@ -128,6 +121,12 @@ def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
     if facts.accelerator == "cpu":
         return "vit", "a small ViT that a CPU trains in minutes"
     return "vit_small_patch16_224", "the paper's smallest"
+
+
+def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
+    if facts.channels == 3:
+        return list(usual), "ImageNet's, which weights of others expect"
+    return list(measured), "measured on some of the images"
 
 
 def _is_small(config: Config) -> bool:
@@ -262,6 +261,9 @@ def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
 
 
 _RULES: dict[str, Any] = {
+    "normalize.mean": lambda c, f: _by_channel(f, IMAGENET_MEAN, f.mean),
+    "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
+    "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
     "baselines": _baselines,
     "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
     "augment.global_size": _global_size,

@@ -21,7 +21,7 @@ except ImportError:  # Windows has none: two processes may then train one run
 
 from dino_lite.config import Config, differences, get, instantiate, leaves, load, put
 from dino_lite.contracts import Facts, Method, Splits, UserError
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.facts import first_readable
 from dino_lite.data.roots import absolute
 from dino_lite.formats.safetensors import load_backbone, read_config
 
@@ -230,8 +230,8 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
     """The backbone of a checkpoint (the teacher's) or of an export, in eval mode, and what is known
     of it.
 
-    Known are image_size, mean, std, card (plain JSON: what trained it) and data (its run's data
-    configuration or None).
+    Known are in_chans, image_size, mean, std, card (plain JSON: what trained it) and data (its
+    run's data configuration or None).
     """
     if checkpoint.is_dir():
         about = read_config(checkpoint)
@@ -252,28 +252,36 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
         raise UserError(
             f"{checkpoint} does not fit {run.config_file}: keep checkpoints in their own run."
         ) from error
-    normalize = Normalize()
     about = {
+        "in_chans": config["backbone"]["in_chans"],
         "image_size": config["augment"]["global_size"],
-        "mean": normalize.mean.flatten().tolist(),
-        "std": normalize.std.flatten().tolist(),
+        "mean": config["normalize"]["mean"],
+        "std": config["normalize"]["std"],
         "data": config["data"],
         "card": {"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
     }
     return method.export_backbone().float().eval(), about
 
 
-def data_config(config: Config, checkpoint: Path, about: Config) -> Config:
-    """The data that was asked for, or where none was the run's own."""
+def open_data(config: Config, checkpoint: Path, about: Config) -> Splits:
+    """The data that was asked for, or where none was the run's own, in the backbone's channels."""
     asked: Config = config["data"]
-    if asked.get("root") is not None or not asked["_target_"].endswith(".open_auto"):
-        return asked
-    if about["data"] is None:
+    if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
+        if about["data"] is None:
+            raise UserError(
+                f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes."
+            )
+        asked = about["data"]
+    elif asked.get("channels") == 3:  # what stands there where nobody asked
+        asked = asked | {"channels": about["in_chans"]}
+    splits: Splits = instantiate(asked)
+    found = first_readable(splits.train).shape[2]
+    if found != about["in_chans"]:
         raise UserError(
-            f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes."
+            f"{splits.name} has images of {found} channels, but the backbone takes "
+            f"{about['in_chans']}: leave data.channels out, or choose other data."
         )
-    own: Config = about["data"]
-    return own
+    return splits
 
 
 def results_file(checkpoint: Path) -> Path:

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.callbacks import throughput
+from dino_lite.callbacks import online_knn, throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.callbacks.online_knn import OnlineKNN
@@ -238,6 +238,27 @@ def test_images_are_decoded_once_and_broken_ones_left_out() -> None:
     bank = extract(vit, data, source, torch.device("cpu"))
     assert len(bank.labels) == 39
     assert set(found) == {knn_accuracy(bank, bank, [3], 0.07, leave_one_out=True)[3].top1}
+
+
+def test_a_batch_without_one_readable_image_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last batch is often small enough for that."""
+    source = images(7)
+    whole = source.read
+    bad = {2, 3, 6}
+
+    def read_image(index: int, min_pixels: int | None = None) -> np.ndarray:
+        if index in bad:
+            raise OSError("truncated")
+        return whole(index)
+
+    source.read = read_image  # type: ignore[method-assign]
+    monkeypatch.setattr(online_knn, "_BATCH_SIZE", 2)
+    kept = online_knn.in_memory(source, CleanData(Splits(source, None, "x"), 16, Normalize(), 2))
+    assert kept.labels is not None
+    assert kept.labels.tolist() == [0, 1, 1, 2]
+    assert all(np.array_equal(kept.read(i), whole(row)) for i, row in enumerate((0, 1, 4, 5)))
 
 
 def test_without_labels_there_is_no_knn(tmp_path: Path) -> None:

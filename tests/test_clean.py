@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from dino_lite.contracts import Splits, UserError
-from dino_lite.data.clean import CleanData, clean
+from dino_lite.data.clean import CleanData, by_channel, clean
 from dino_lite.data.photometric import Normalize
 
 CPU = torch.device("cpu")
@@ -58,6 +58,29 @@ def test_clean_is_the_published_protocol_at_any_size(height: int, width: int, si
     wanted = Compose([resize, CenterCrop(size)])(image)
     if (height, width) != (size, size):
         assert np.array_equal(clean(pixels, size), np.asarray(wanted))
+
+
+@given(height=st.integers(1, 60), width=st.integers(1, 60), channels=st.sampled_from([1, 2, 4, 7]))
+def test_any_channels_are_cleaned_as_those_of_rgb_are(
+    height: int, width: int, channels: int
+) -> None:
+    """Channel i of many is the red, green or blue of the same numbers, to the last bit."""
+    rng = np.random.default_rng(channels)
+    many = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    found = clean(many, 24)
+    assert (found.shape, found.dtype) == ((24, 24, channels), np.uint8)
+    for i in range(channels):
+        rgb = np.ascontiguousarray(many[..., [(i + k) % channels for k in range(3)]])
+        assert np.array_equal(found[..., i], clean(rgb, 24)[..., 0])
+
+
+def test_by_channel_gives_each_channel_to_pil_alone() -> None:
+    """Three at once as RGB; the order stays."""
+    rng = np.random.default_rng(0)
+    for channels in (1, 2, 3, 5):
+        image = rng.integers(0, 256, (5, 4, channels), dtype=np.uint8)
+        turned = by_channel(image, lambda part: part.transpose(Image.Transpose.ROTATE_90))
+        assert np.array_equal(turned, np.rot90(image))
 
 
 def test_an_image_of_the_right_size_is_not_touched() -> None:

@@ -183,7 +183,7 @@ def test_other_mistakes(tmp_path: Path, memory: Any) -> None:
     assert "is no list" in sentence(open_files, tmp_path / "a.xlsx")
     assert "data.labels=folder" in sentence(open_auto, listed, labels="folder")
     assert "FileNotFoundError" in sentence(open_auto, "memory://gone.csv")
-    assert "of no known kind" in sentence(open_auto, "memory://what")
+    assert "cannot be listed" in sentence(open_auto, "s3://bucket/folder")
     assert "no column path" in sentence(open_auto, parquet(tmp_path / "t.parquet", file=["a"]))
     assert "Row 2 of" in sentence(open_auto, parquet(tmp_path / "t.parquet", path=["a", None]))
     assert "data.root is not set" in sentence(open_files)

@@ -14,6 +14,7 @@ from dino_lite.data import folder as folder_module
 from dino_lite.data.auto import open_auto
 from dino_lite.data.folder import open_folder
 from dino_lite.data.roots import absolute
+from dino_lite.runs import absolute_paths
 from images import GREEN, classes, fill, names, sentence
 
 
@@ -300,6 +301,8 @@ def test_roots_that_mean_the_same_everywhere(
     assert absolute("s3://bucket/*/list.csv") == "s3://bucket/*/list.csv"
     assert absolute("somebody/a-set") == "somebody/a-set"
     assert absolute(None) is None
+    config = {"data": {"root": "[a,b]", "base": "a", "labels": "auto"}}
+    assert absolute_paths(config)["data"] == {"root": [a, b], "base": a, "labels": "auto"}
     monkeypatch.chdir("/")
     assert names(open_folder([a, b]).train) == ["1.png", "2.png"]
 

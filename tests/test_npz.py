@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dino_lite.data.auto import open_auto
+from dino_lite.data.decode import to_channels
 from dino_lite.data.npz import open_npz
 from images import classes, sentence
 
@@ -56,6 +57,25 @@ def test_npz_of_one_class_has_no_labels(tmp_path: Path) -> None:
     """One class tells nothing apart."""
     path = archive(tmp_path / "a.npz", x_train=PIXELS, y_train=np.zeros(6, int))
     assert open_npz(path).train.labels is None
+
+
+@pytest.mark.parametrize("channels", [1, 3, 2, 5])
+def test_npz_of_any_channels(tmp_path: Path, channels: int) -> None:
+    """As stored where that is asked for; gray and RGB become each other as in files."""
+    many = np.random.default_rng(1).integers(0, 256, (6, 5, 4, channels), np.uint8)
+    path = archive(tmp_path / "a.npz", x_train=many, x_test=many[:2])
+    splits = open_npz(path, channels)
+    assert splits.test is not None
+    assert np.array_equal(splits.train.read(3), many[3])
+    assert np.array_equal(splits.test.read(1), many[1])
+    assert splits.train.read(0).shape == open_auto(path, channels=channels).train.read(0).shape
+    splits.train.read(0)[:] = 0  # no warning of torch: the array is a copy of its own
+    for other in {1, 3, 4} - {channels}:
+        if {other, channels} == {1, 3}:
+            assert np.array_equal(open_npz(path, other).train.read(1), to_channels(many[1], other))
+        else:
+            told = sentence(open_npz, path, other)
+            assert f"each image has {channels} channels, not data.channels={other}" in told
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,18 @@ def test_given_values_are_kept_and_followed() -> None:
     assert get(config, "optim.learning_rate.base") == pytest.approx(2e-3)
 
 
+def test_channels_decide_the_first_convolution_and_the_normalization() -> None:
+    """RGB is normalized as ImageNet is, for weights of others fit; any other data by its own."""
+    assert planned()["normalize"]["mean"] == [0.485, 0.456, 0.406]
+    assert planned()["normalize"]["std"] == [0.229, 0.224, 0.225]
+    for channels in (1, 2, 5):
+        mean, std = (0.25,) * channels, (0.125,) * channels
+        config = planned(channels=channels, mean=mean, std=std)
+        assert config["backbone"]["in_chans"] == channels
+        assert config["normalize"]["mean"] == list(mean)
+        assert config["normalize"]["std"] == list(std)
+
+
 def test_batch_size_divides_by_the_processes() -> None:
     """loader.batch_size counts images over all processes."""
     assert planned("trainer.devices=3")["loader"]["batch_size"] % 3 == 0
@@ -152,7 +164,11 @@ REFUSED = {
     "optim.rate_rule=foo": "choose one of linear",
     "method.teacher_temp.per=foo": "choose one of step, epoch",
     "baselines=maybe": "choose one of true, false",
-    "backbone.in_chans=1": "images are RGB",
+    "backbone.in_chans=1": "the images have 3 channels",
+    "backbone.in_chans=0": "a whole number from 1",
+    "normalize.mean=[0.5]": "a list of 3 numbers",
+    "normalize.std=0.5": "a list of 3 numbers",
+    "normalize.std=[0.1,0.1,a]": "a list of 3 numbers",
     "trainer.max_steps=2 'optim.learning_rate.warmup=10 epochs'": "longer than the run",
     "trainer.max_time=soon": "a positive time",
     "trainer.precision=16": "fp16",

@@ -82,7 +82,9 @@ def test_without_a_file_the_weights_are_fresh() -> None:
 def test_a_classifier_is_left_aside_and_told(names: list[str], tmp_path: Path) -> None:
     """What belongs to another task is no misfit."""
     weights = source().state_dict() | {name: torch.zeros(3) for name in names}
-    assert set(load_pretrained(ViT(**SPEC), as_safetensors(weights, tmp_path))) == set(names)
+    fit = load_pretrained(ViT(**SPEC), as_safetensors(weights, tmp_path))
+    assert set(fit.unused) == set(names)
+    assert fit.adapted == []
 
 
 def test_half_precision_files_fill_a_float32_backbone(tmp_path: Path) -> None:
@@ -209,3 +211,74 @@ def test_pretrained_positions_are_resampled_by_the_backbones_own_rule(tmp_path: 
     save_file(old.state_dict(), tmp_path / "a.safetensors")
     new = vit(str(tmp_path / "a.safetensors"), **SPEC | rule | {"image_size": 64})
     torch.testing.assert_close(new.pos_embed, old.positions((8, 8)))
+
+
+# ------------------------------------------------------------------------------- other channels
+
+STEM = "patch_embed.proj.weight"
+
+
+def adapted(in_chans: int, folder: Path, **settings: Any) -> tuple[ViT, ViT]:
+    """A backbone of 3 channels, and one of others that has its weights."""
+    old = source(**settings)
+    path = as_safetensors(old.state_dict(), folder)
+    new = ViT(**SPEC | {"in_chans": in_chans}).eval()
+    assert load_pretrained(new, path).adapted == [STEM]
+    return old, new
+
+
+def test_gray_images_are_to_an_adapted_backbone_what_they_were_as_rgb(tmp_path: Path) -> None:
+    """Every token is the same, for the sum of the weights is what equal channels met."""
+    old, new = adapted(1, tmp_path)
+    images = torch.randn(3, 1, 32, 32)
+    torch.testing.assert_close(new(images).patches, old(images.expand(3, 3, 32, 32)).patches)
+
+
+@pytest.mark.parametrize("in_chans", [2, 4, 5, 6, 12])
+def test_more_channels_take_rgbs_weights_in_turn(in_chans: int, tmp_path: Path) -> None:
+    """A plain loop's weights; the mean over all of them, and so the mean response, stays."""
+    old, new = adapted(in_chans, tmp_path)
+    rgb, found = old.state_dict()[STEM], new.state_dict()[STEM]
+    for channel in range(in_chans):
+        wanted = rgb[:, channel % 3] * 3 / in_chans
+        torch.testing.assert_close(found[:, channel], wanted)
+    others = {name: value for name, value in new.state_dict().items() if name != STEM}
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in others.items())
+
+
+def test_rgb_twice_over_is_rgb_to_an_adapted_backbone(tmp_path: Path) -> None:
+    """With a multiple of three channels the response is the same to the last token."""
+    old, new = adapted(6, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(new(torch.cat([images, images], 1)).cls, old(images).cls)
+
+
+def test_constant_images_of_any_channels_meet_the_same_mean_weight(tmp_path: Path) -> None:
+    """Where red, green and blue weigh alike, an equal image gives an equal response."""
+    old = source()
+    with torch.no_grad():
+        old.patch_embed.proj.weight[:] = old.patch_embed.proj.weight[:, :1]
+    path = as_safetensors(old.state_dict(), tmp_path)
+    for in_chans in (1, 2, 4, 5, 7):
+        new = ViT(**SPEC | {"in_chans": in_chans}).eval()
+        load_pretrained(new, path)
+        plane = torch.randn(1, 1, 32, 32)
+        tokens = new(plane.expand(1, in_chans, 32, 32)).cls
+        torch.testing.assert_close(tokens, old(plane.expand(1, 3, 32, 32)).cls)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(1, 3), (4, 3), (5, 1), (6, 4)])
+def test_only_weights_of_rgb_are_adapted(stored: int, wanted: int, tmp_path: Path) -> None:
+    """Of others nobody knows what their channels were."""
+    path = as_safetensors(source(in_chans=stored).state_dict(), tmp_path)
+    with pytest.raises(UserError, match=f"takes images of {stored} channels") as error:
+        vit(str(path), **SPEC | {"in_chans": wanted})
+    assert_one_sentence(error, path)
+
+
+def test_weights_of_the_same_channels_stay_as_they_are(tmp_path: Path) -> None:
+    """Five are loaded into five."""
+    old = source(in_chans=5)
+    new = ViT(**SPEC | {"in_chans": 5})
+    assert load_pretrained(new, as_safetensors(old.state_dict(), tmp_path)).adapted == []
+    assert torch.equal(new.state_dict()[STEM], old.state_dict()[STEM])

@@ -104,7 +104,7 @@ class OnlineKNN(pl.Callback):
         """Top-1 in percent; NaN where features are not finite or there are fewer than 2 classes."""
         if self._source is None:
             some = Subset(source, spread(len(source), self.max_images))
-            fits = len(some) * 3 * data.size**2 <= _MOST_BYTES
+            fits = len(some) * len(data.normalize.mean) * data.size**2 <= _MOST_BYTES
             self._source = in_memory(some, data) if fits else some
         bank = extract(backbone, data, self._source, device_of(backbone)).labeled()
         if bank.num_classes < 2 or not bool(torch.isfinite(bank.features).all()):
@@ -133,7 +133,11 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
         collate_fn=_as_it_is,
     )
     batches: list[Batch] = list(loader)
-    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).contiguous()
+    images = (
+        torch.cat([batch.images for batch in batches if len(batch.images)])
+        .permute(0, 2, 3, 1)
+        .contiguous()
+    )
     labels = torch.cat([batch.labels for batch in batches]).numpy()
     return ArraySource(images, labels, source.classes, "online k-NN")
 

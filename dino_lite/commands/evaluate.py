@@ -14,9 +14,9 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.machine import pick_accelerator
 from dino_lite.runs import (
     absolute_paths,
-    data_config,
     find_checkpoint,
     open_backbone,
+    open_data,
     read_json,
     results_file,
     write_json,
@@ -36,7 +36,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
         raise UserError("eval= names no evaluation: choose eval=knn.")
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     backbone, about = open_backbone(checkpoint)
-    splits = instantiate(data_config(config, checkpoint, about))
+    splits = open_data(config, checkpoint, about)
     size = about["image_size"] if config["image_size"] == "auto" else config["image_size"]
     if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
         raise UserError(

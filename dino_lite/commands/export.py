@@ -13,7 +13,7 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.runs import absolute_paths, data_config, find_checkpoint, open_backbone, run_of
+from dino_lite.runs import absolute_paths, find_checkpoint, open_backbone, open_data, run_of
 
 _NUM_IMAGES = 8  # of the check
 
@@ -31,10 +31,10 @@ def run_export(config: Config) -> dict[str, Any]:
     if run is None and not config["out"]:
         raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
     backbone, about = open_backbone(checkpoint)
-    splits = instantiate(data_config(config, checkpoint, about))
+    splits = open_data(config, checkpoint, about)
     normalize = Normalize(about["mean"], about["std"])
     data = CleanData(splits, about["image_size"], normalize, batch_size=_NUM_IMAGES)
-    images, _ = next(iter(data.batches(splits.train, torch.device("cpu"))))
+    images, _ = next(data.batches(splits.train, torch.device("cpu")))  # one at least is readable
     written: dict[str, Any] = {}
     for name, node in config["format"].items():
         folder = Path(config["out"]).expanduser() if config["out"] else run.folder / "export"  # type: ignore[union-attr]

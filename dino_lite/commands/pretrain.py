@@ -23,7 +23,6 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
-from dino_lite.data.photometric import Normalize
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import knn_against_baselines
@@ -105,7 +104,7 @@ def build(
     datamodule = DataModule(
         splits,
         instantiate(config["augment"]),
-        Normalize(),
+        instantiate(config["normalize"]),
         batch_size=loader["batch_size"],
         num_workers=loader["num_workers"],
         seed=config["seed"],
@@ -206,8 +205,8 @@ def finish(
 
 def clean_data(config: Config, splits: Splits) -> CleanData:
     """The data as evaluations see it, at the size of the global crops."""
-    workers = config["loader"]["num_workers"]
-    return CleanData(splits, config["augment"]["global_size"], Normalize(), 256, workers)
+    size, workers = config["augment"]["global_size"], config["loader"]["num_workers"]
+    return CleanData(splits, size, instantiate(config["normalize"]), 256, workers)
 
 
 def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:

@@ -26,7 +26,7 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: i
     folders and lists; others bring their own, which `none` takes away.
     """
     if root is None:
-        return _with_own_labels(open_shapes(), labels)
+        return _with_own_labels(open_shapes(channels=channels), labels)
     if several(root) is not None or is_pattern(root):
         return open_folder(root, labels, channels)
     assert isinstance(root, str | Path)
@@ -44,8 +44,8 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: i
     if suffix in files.SUFFIXES:
         return open_files(root, labels, channels)
     if suffix == ".npz":
-        return _with_own_labels(open_npz(root), labels)
-    if is_url(root) or path.is_file():
+        return _with_own_labels(open_npz(root, channels), labels)
+    if path.is_file():
         raise UserError(
             f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
             f"({', '.join(files.SUFFIXES)}), tar shards, an .npz file, or torchvision's "

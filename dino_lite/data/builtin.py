@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.decode import to_channels
 from dino_lite.data.folder import open_folder
 from dino_lite.data.paths import PathList
 from dino_lite.data.sources import ArraySource, PathSource, expand
@@ -170,16 +170,13 @@ def _channels_last(pixels: UInt8[Tensor, "N ..."]) -> UInt8[Tensor, "N H W C"]:
 
 
 def _to_channels(pixels: UInt8[Tensor, "N H W C"], channels: int) -> UInt8[Tensor, "N H W D"]:
-    """One channel as three equal ones, three as their luma."""
-    num, height, width, has = pixels.shape
-    if has == channels:
+    """Made to have that many channels, as `decode` does it."""
+    if pixels.shape[3] == channels:
         return pixels
-    if (has, channels) == (1, 3):
-        return pixels.repeat(1, 1, 1, 3)
-    if (has, channels) == (3, 1):
-        column = Image.fromarray(pixels.reshape(num * height, width, 3).numpy()).convert("L")
-        return torch.from_numpy(np.array(column)).reshape(num, height, width, 1)
-    raise UserError(f"data.channels={channels}: the set's images have {has}; choose 1 or 3.")
+    try:
+        return torch.from_numpy(np.stack([to_channels(x, channels) for x in pixels.numpy()]))
+    except ValueError as error:
+        raise UserError(f"data.channels={channels}: each image {error}; choose 1 or 3.") from error
 
 
 def _open_imagenet(base: Path, download: bool, channels: int) -> Splits:

@@ -167,7 +167,7 @@ class DataModule(pl.LightningDataModule):
             self._whole = self._whole.to(crops.index.device)
             crops = resample.fill(crops, self._whole, self.multi_crop.groups)
         if self.multi_crop.where == "device":
-            crops = photometric(crops)
+            crops = photometric(crops, self.multi_crop.turns)
         return self.normalize.crops(crops, self.dtype)
 
     def _current_step(self) -> int:

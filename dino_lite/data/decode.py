@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import IOBase
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 File = IO[bytes] | IOBase  # open for reading, and able to seek
-ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that the image lies on its side
-MAX_PIXELS = 2**28  # of an image as it is decoded: 0.8 GB of RGB; more is taken for an attack
+MAX_PIXELS = 178_956_970  # 13,377²: Pillow's own limit, which its crops have too; 0.5 GB of RGB
+ORIENTATION = 0x0112  # EXIF tag, 1 to 8; values above 4 mean that the image lies on its side
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Not all that Pillow knows: it hands EPS to another program. TGA is last, for anything may be one.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+_WIDTH, _HEIGHT, _BITS, _SAMPLES, _PLANAR = 256, 257, 258, 277, 284  # tags of TIFF
 
 
 def decode(
@@ -23,61 +28,94 @@ def decode(
 ) -> UInt8[np.ndarray, "H W C"]:
     """The first frame, turned as EXIF says, with `channels` channels.
 
-    1 is luma and 3 is RGB, of whatever the file holds; another number must be the file's own: an
-    .npy array "H W C", a TIFF of so many samples or pages, RGBA or CMYK for 4. 16 bits are scaled
-    to 8. A JPEG may come back at 1/2, 1/4 or 1/8 of its sides, while at least `min_pixels` are
-    left: its decoder then skips most of the work.
+    1 is luma and 3 is RGB, of whatever the file holds, without its transparency; another number
+    must be the file's own: an .npy array "H W C", a TIFF of so many samples or pages, LA for 2,
+    RGBA or CMYK for 4. 16 bits are scaled to 8. A JPEG may come back at 1/2, 1/4 or 1/8 of its
+    sides, while at least `min_pixels` are left: its decoder then skips most of the work.
 
     Raises OSError or ValueError, with a reason, where that cannot be had: damaged or cut short, no
-    image at all, more than MAX_PIXELS, numbers of unknown range, other channels.
+    image at all, more than MAX_PIXELS (of three numbers each, in an array), numbers of unknown
+    range, other channels.
     """
     with _reasons():
-        start = file.read(6)
-        file.seek(0)
+        start = _start(file)
         if start == _NUMPY:
-            return _to_channels(_load_npy(file), channels)
-        if start[:4] in _TIFF and channels not in (1, 3):
-            return _to_channels(_load_tiff(file), channels)
-        image = Image.open(cast("IO[bytes]", file))
+            return to_channels(_load_npy(file), channels)
+        image = None if start[:4] in _TIFF and channels not in (1, 3) else _open(file)
+        if image is None:
+            return to_channels(_load_tiff(file), channels)
+        _check_pixels(image.width * image.height)
         if min_pixels:
             _reduce(image, min_pixels)
-        _check_pixels(image.width * image.height)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_channels(_to_array(image, channels), channels)
+        return to_channels(_turned(_to_array(image, channels), _orientation(image)), channels)
 
 
 def upright_size(file: File) -> tuple[int, int]:
     """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
     with _reasons():
-        start = file.read(6)
-        file.seek(0)
-        if start == _NUMPY:
+        if _start(file) == _NUMPY:
             height, width = _npy_header(file)[0][:2]
             return height, width
-        image = Image.open(cast("IO[bytes]", file))
-        lying = image.getexif().get(ORIENTATION, 1) > 4
-        return (image.width, image.height) if lying else (image.height, image.width)
+        image = _open(file)
+        if image is None:
+            with _tiff_series(file) as (series, orientation):
+                height, width = (series.shape[series.axes.index(axis)] for axis in "YX")
+        else:
+            tags: Any = getattr(image, "tag_v2", {})  # of TIFF, where some versions turn `size`
+            height, width = tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width)
+            orientation = _orientation(image)
+        return (width, height) if orientation > 4 else (height, width)
+
+
+def to_channels(pixels: UInt8[np.ndarray, "*S"], channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """A plane as one channel or three equal ones, RGB as luma; else the number must be right.
+
+    Raises ValueError where it is not.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise ValueError(f"holds numbers of shape {pixels.shape}, which is no image H W C")
+    if pixels.shape[2] == 1 and channels == 3:
+        pixels = np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] == 3 and channels == 1:
+        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
+    if pixels.shape[2] != channels:
+        last = f"; an array is H W C, but this is {pixels.shape}"
+        raise ValueError(
+            f"has {pixels.shape[2]} channels, not data.channels={channels}"
+            + (last if pixels.shape[0] == channels else "")
+        )
+    return np.ascontiguousarray(pixels)
 
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Make OSError or ValueError of whatever Pillow raises, and let pass what it only warns of."""
-    most = Image.MAX_IMAGE_PIXELS
+    """Make OSError or ValueError of whatever is raised, and let pass what is only warned of."""
     try:
-        Image.MAX_IMAGE_PIXELS = None  # the limit is ours: `_check_pixels`
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF: it is read all the same
+            warnings.simplefilter("ignore")  # damaged EXIF and large sizes: read all the same
             yield
+    except UnidentifiedImageError as error:
+        raise OSError("no image of a known format") from error
     except (OSError, ValueError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large to be decoded safely: {error}") from error
     except MemoryError as error:
         raise ValueError("needs more memory than there is") from error
     except Exception as error:
         # Damaged bytes show as SyntaxError, struct.error, zlib.error, KeyError …, by file format.
         raise OSError(f"damaged image ({type(error).__name__}: {error})") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
+
+
+def _start(file: File) -> bytes:
+    """The bytes that tell the formats apart."""
+    file.seek(0)
+    start = file.read(len(_NUMPY))
+    file.seek(0)
+    return start
 
 
 def _check_pixels(num_pixels: int) -> None:
@@ -87,55 +125,105 @@ def _check_pixels(num_pixels: int) -> None:
         )
 
 
+# ----------------------------------------------------------------------------- images, by Pillow
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of _FORMATS that this Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open(file: File) -> Image.Image | None:
+    """An image of which the header is read; None for a TIFF that is for tifffile to read.
+
+    Pillow does not know more than four samples, or takes the first for all of the image, and reads
+    planes of 16 bits as noise.
+    """
+    try:
+        image = Image.open(cast("IO[bytes]", file), formats=_formats())
+    except UnidentifiedImageError:
+        if _start(file)[:4] in _TIFF:
+            return None
+        raise
+    tags: Any = getattr(image, "tag_v2", {})
+    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR) == 2 else 1
+    return None if planes > 4 or (planes > 1 and max(tags.get(_BITS, (1,))) > 8) else image
+
+
 def _reduce(image: Image.Image, min_pixels: int) -> None:
     """Have a JPEG decoded at the smallest scale that leaves `min_pixels`; others stay as they are.
 
     A scale is 1/2, 1/4 or 1/8: it leaves out coefficients of the 8x8 blocks (Pillow's `draft`).
+    What is longer than twice its shorter side counts as that long: crops are about square.
     """
-    width, height = image.size
-    scale = next((s for s in (8, 4, 2) if width * height >= min_pixels * s * s), 1)
+    shorter, longer = sorted(image.size)
+    pixels = shorter * min(longer, 2 * shorter)
+    scale = next((s for s in (8, 4, 2) if pixels >= min_pixels * s * s), 1)
     if scale > 1:
-        image.draft(None, (max(1, width // scale), max(1, height // scale)))
+        image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 (upright) where there is none. Damaged EXIF costs the turn, not the image."""
+    try:
+        # A PNG's own `getexif` would decode the image for what may stand behind it.
+        value = Image.Image.getexif(image).get(ORIENTATION)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(pixels: UInt8[np.ndarray, "..."], orientation: int) -> UInt8[np.ndarray, "..."]:
+    """Rows and columns as EXIF's `orientation` has them."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
 
 
 def _to_array(image: Image.Image, channels: int) -> UInt8[np.ndarray, "H W *C"]:
     """Luma or RGB where one of them is asked for; else the bands as they are."""
-    if image.mode.startswith("I"):  # "I;16" in both byte orders; "I" too where a file has 16 bits
-        return _to_8_bits(np.asarray(image))
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of unknown range; store 8 or 16 bits")
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if deep:  # or 12 bits, in a TIFF
+        bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
+        return _to_8_bits(np.asarray(image).astype(np.uint16), bits)
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels have 32 bits, of unknown range; store 8 or 16")
+    if image.mode in ("1", "L") or (image.mode == "LA" and channels != 2):
+        return np.asarray(_as(image, "L"))
     if image.mode == "P" and ("transparency" in image.info or channels == 4):
         image = image.convert("RGBA")
-    wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
-    if image.mode == "L" and channels == 3:
-        return np.asarray(image)
-    return np.asarray(image if image.mode == wanted else image.convert("RGB").convert(wanted))
+    if channels in (1, 3):
+        image = _as(image, "RGB")
+    return np.asarray(_as(image, "L") if channels == 1 else image)
 
 
-def _to_8_bits(pixels: Shaped[np.ndarray, "*S"]) -> UInt8[np.ndarray, "*S"]:
-    """0 … 65535 to 0 … 255, rounded. Pillow's own conversion would clip at 255."""
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
+
+
+# ----------------------------------------------------------------- arrays, by NumPy and tifffile
+
+
+def _to_8_bits(pixels: Shaped[np.ndarray, "*S"], bits: int = 16) -> UInt8[np.ndarray, "*S"]:
+    """Bytes as they are, longer unsigned numbers scaled and rounded; Pillow would clip at 255."""
     if pixels.dtype == np.uint8:
         return pixels
-    if pixels.dtype.kind not in "ui":
-        raise ValueError(f"pixels are {pixels.dtype}, of unknown range; store 8 or 16 bits")
-    if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-        raise ValueError("pixels have more than 16 bits, of unknown range; store 8 or 16 bits")
-    return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
+    most = 2**bits - 1
+    scaled: np.ndarray = ((pixels.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+    return scaled
 
 
-def _to_channels(pixels: UInt8[np.ndarray, "H W *C"], channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """A plane as one channel, or as three equal ones; any other number must be right already."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim != 3 or 0 in pixels.shape:
-        raise ValueError(f"holds numbers of shape {pixels.shape}, which is no image H W C")
-    if pixels.shape[2] == 1 and channels == 3:
-        pixels = np.repeat(pixels, 3, axis=2)
-    if pixels.shape[2] == 3 and channels == 1:
-        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-    if pixels.shape[2] != channels:
-        raise ValueError(f"has {pixels.shape[2]} channels, not data.channels={channels}")
-    return np.ascontiguousarray(pixels)
+def _check_numbers(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuse an array before it is read: other numbers than uint8 and uint16, or too many."""
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise ValueError(f"pixels are {dtype}, of unknown range; store uint8 or uint16")
+    _check_pixels(math.prod(shape) // 3)
 
 
 def _npy_header(file: File) -> tuple[tuple[int, ...], np.dtype]:
@@ -149,22 +237,30 @@ def _npy_header(file: File) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _load_npy(file: File) -> UInt8[np.ndarray, "*S"]:
-    shape, _ = _npy_header(file)
-    _check_pixels(int(np.prod(shape[:2], dtype=np.int64)))
+    _check_numbers(*_npy_header(file))
     file.seek(0)
     return _to_8_bits(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _load_tiff(file: File) -> UInt8[np.ndarray, "*S"]:
-    """All samples of a TIFF, "H W C" whether they are stored by pixel, by plane or by page."""
+@contextmanager
+def _tiff_series(file: File) -> Iterator[tuple[Any, int]]:
+    """The first series of a TIFF (an image, or pages of one size), and its orientation."""
     try:
         import tifffile
     except ImportError as error:
         raise ValueError("needs tifffile: pip install 'dino-lite[tiff]'") from error
+    file.seek(0)
     with tifffile.TiffFile(cast("IO[bytes]", file)) as tiff:
-        series = tiff.series[0]
-        _check_pixels(int(np.prod(series.shape, dtype=np.int64)) // 3)
-        pixels = series.asarray()
-        if series.axes[-1] != "S" and pixels.ndim == 3:  # planes or pages come first
-            pixels = np.moveaxis(pixels, 0, -1)
-    return _to_8_bits(pixels)
+        tag = cast(Any, tiff.pages[0]).tags.get(ORIENTATION)
+        yield tiff.series[0], 1 if tag is None else int(tag.value)
+
+
+def _load_tiff(file: File) -> UInt8[np.ndarray, "*S"]:
+    """All samples of a TIFF, "H W C" whether they are stored by pixel, by plane or by page."""
+    with _tiff_series(file) as (series, orientation):
+        _check_numbers(series.shape, series.dtype)
+        pixels = series.asarray(maxworkers=1)  # images are read in parallel already
+        if pixels.ndim == 3:
+            (channel,) = (i for i, axis in enumerate(series.axes) if axis not in "YX")
+            pixels = np.moveaxis(pixels, channel, -1)
+    return _turned(_to_8_bits(pixels), orientation)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
 
@@ -36,36 +37,53 @@ def read_facts(splits: Splits) -> DataFacts:
     """
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
-    images = [image for index in spread if not isinstance(image := _read(source, index), str)]
-    images = images or [_first_readable(source)]
+    seen = [_look(image) for index in spread if not isinstance(image := _read(source, index), str)]
+    seen = seen or [_look(first_readable(source))]
     sizes = [size for index in spread if (size := _header_size(source, index))]
-    height, width = np.median(sizes or [image.shape[:2] for image in images], axis=0)
-    sums = np.stack([image.mean((0, 1), np.float64) for image in images]) / 255  # n C
-    squares = np.stack([np.square(image / 255.0).mean((0, 1)) for image in images])
-    mean = sums.mean(0)
-    std = np.sqrt(np.maximum(squares.mean(0) - mean**2, 1e-6))  # a constant channel stays finite
+    height, width = np.median(sizes or [look.size for look in seen], axis=0)
+    mean = np.mean([look.mean for look in seen], axis=0)  # C
+    square = np.mean([look.square for look in seen], axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))  # a constant channel stays finite
     return DataFacts(
         num_images=len(source),
         num_test=0 if splits.test is None else len(splits.test),
         num_classes=0 if source.labels is None else len(source.classes),
         height=round(height),
         width=round(width),
-        channels=images[0].shape[2],
+        channels=len(mean),
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
     )
 
 
+class _Look(NamedTuple):
+    """An image's height and width, and the means of each channel and of its square."""
+
+    size: tuple[int, int]
+    mean: Float64[np.ndarray, "C"]
+    square: Float64[np.ndarray, "C"]
+
+
+def _look(image: UInt8[np.ndarray, "H W C"]) -> _Look:
+    """Of a large image every so many rows and columns are enough."""
+    height, width = image.shape[:2]
+    stride = max(1, math.isqrt(height * width // _MIN_PIXELS))
+    values = image[::stride, ::stride] / 255.0
+    return _Look((height, width), values.mean((0, 1)), np.square(values).mean((0, 1)))
+
+
 def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
-    """An image, perhaps smaller than it is, or why it cannot be read."""
+    """An image, smaller than it is only where its size is known all the same; or why it cannot be
+    read.
+    """
     try:
-        return source.read(index, _MIN_PIXELS)
+        return source.read(index, _MIN_PIXELS if hasattr(source, "size") else None)
     except (OSError, ValueError) as error:
         return f"{source.name(index)}: {error}"
 
 
-def _first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
-    """The first image of all that decodes."""
+def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
+    """The first image of all that decodes; a UserError where none does."""
     reason = ""
     for index in range(len(source)):
         image = _read(source, index)

@@ -74,7 +74,9 @@ def open_files(
                 paths.add(row.path)
                 names.add(row.label)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{where} cannot be read as a list of files ({error}): mend it.") from error
+        raise UserError(
+            f"{where} cannot be read as a list of files ({error}): check it."
+        ) from error
     return _splits(where, collected, labels, channels, _base(where, base), opener)
 
 
@@ -160,15 +162,17 @@ def _csv_rows(file: File, where: str) -> Iterator[Row]:
     with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t" if suffix_of(where) == ".tsv" else ",")
         columns: list[int | None] = []  # of path, label and split; None: there is none
+        num_needed = 0
         for number, row in enumerate(reader, start=1):
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
             if not columns:
                 columns = _columns([cell.lower() for cell in cells], where)
+                num_needed = 1 + max(column or 0 for column in columns)
                 if "path" in map(str.lower, cells):
                     continue
-            if len(cells) <= max(column or 0 for column in columns):
+            if len(cells) < num_needed:
                 raise UserError(f"Row {number} of {where} has only {len(cells)} columns: mend it.")
             path, label, split = (None if column is None else cells[column] for column in columns)
             if not path:

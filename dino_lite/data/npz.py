@@ -12,17 +12,18 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data.decode import to_channels
 from dino_lite.data.labels import encode_labels
 from dino_lite.data.sources import ArraySource, expand
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def open_npz(root: str | Path | None = None) -> Splits:
+def open_npz(root: str | Path | None = None, channels: int = 3) -> Splits:
     """An .npz with x_train and, as far as it has them, y_train, x_test and y_test.
 
-    Images: uint8, N H W (gray), N H W 1 or N H W 3. Labels: integers or text, N or N 1. Nothing is
-    unpickled.
+    Images: uint8, N H W (gray) or N H W C; made to have `channels` as `decode` does it. Labels:
+    integers or text, N or N 1. Nothing is unpickled.
     """
     path = expand(root)
     if not path.is_file():
@@ -32,8 +33,8 @@ def open_npz(root: str | Path | None = None) -> Splits:
     if "x_train" not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
         raise UserError(f"{path} has no x_train, but {found}: name its arrays {', '.join(KEYS)}.")
-    train = _images(path, "x_train", arrays["x_train"])
-    test = _images(path, "x_test", arrays["x_test"]) if "x_test" in arrays else None
+    train = _images(path, "x_train", arrays["x_train"], channels)
+    test = _images(path, "x_test", arrays["x_test"], channels) if "x_test" in arrays else None
     labels = encode_labels(
         _names(path, "y_train", arrays, len(train)),
         None if test is None else _names(path, "y_test", arrays, len(test)),
@@ -59,18 +60,21 @@ def _load(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         ) from error
 
 
-def _images(path: Path, key: str, pixels: Shaped[np.ndarray, "..."]) -> UInt8[Tensor, "N H W 3"]:
-    """The array as RGB, held to the rules of `open_npz`."""
-    channels = pixels.shape[3] if pixels.ndim == 4 else 1
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or channels not in (1, 3):
+def _images(
+    path: Path, key: str, pixels: Shaped[np.ndarray, "..."], channels: int
+) -> UInt8[Tensor, "N H W C"]:
+    """The array with that many channels, held to the rules of `open_npz`."""
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise UserError(
-            f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W, N H W 1 or "
-            "N H W 3."
+            f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W or N H W C."
         )
     if 0 in pixels.shape:
         raise UserError(f"{key} in {path} is {_told(pixels)}: it holds no image.")
-    rgb = pixels.reshape(*pixels.shape[:3], channels)
-    return torch.from_numpy(np.array(np.broadcast_to(rgb, (*rgb.shape[:3], 3))))  # a writable copy
+    try:
+        images = [to_channels(image, channels) for image in pixels]
+    except ValueError as error:
+        raise UserError(f"{key} in {path} is {_told(pixels)}: each image {error}.") from error
+    return torch.from_numpy(np.stack(images))  # a copy, for torch wants to be able to write to it
 
 
 def _names(

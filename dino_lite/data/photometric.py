@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Float32, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 from torch import Tensor, nn
 
 from dino_lite.contracts import Crops, UserError
@@ -21,15 +21,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Images = Float32[Tensor, "n C h w"]
 Operation = Callable[..., Tensor]
+_ORDERS = torch.tensor(ORDERS)
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of R, G, B: PIL's, exact in float32
 
 
-def photometric(crops: Crops) -> Crops:
-    """The same crops, changed as their `draws` say."""
+def photometric(crops: Crops, turned: bool = True) -> Crops:
+    """The same crops, changed as their `draws` say; `turned` False: none is upside down or turned,
+    and nothing is spent on it.
+    """
     num_globals = crops.globals_.shape[0]
 
     def changed(images: Tensor, draws: Tensor) -> Tensor:
-        return change(images.flatten(0, 1), draws.flatten(0, 1)).view(images.shape)
+        return change(images.flatten(0, 1), draws.flatten(0, 1), turned).view(images.shape)
 
     locals_ = crops.locals_
     return crops._replace(
@@ -38,7 +41,9 @@ def photometric(crops: Crops) -> Crops:
     )
 
 
-def change(images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"]) -> Images:
+def change(
+    images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"], turned: bool = True
+) -> Images:
     """n square crops, bytes or gray levels, changed as `params`, the values of COLUMNS, say.
 
     Without three channels there is no color: saturation, hue and gray leave such crops as they are.
@@ -46,10 +51,12 @@ def change(images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"]) ->
     column = dict(zip(COLUMNS, params.unbind(1), strict=True))
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     x = where(column["flip"] > 0, _mirror, x)
-    x = where(column["vertical"] > 0, _upside_down, x)
-    for turns in (1, 2, 3):
-        x = where(column["turns"] == turns, lambda x, k=turns: torch.rot90(x, k, (2, 3)), x)
-    x = jitter(x, column)
+    if turned:
+        x = where(column["vertical"] > 0, _upside_down, x)
+        for turns in (1, 2, 3):
+            x = where(column["turns"] == turns, lambda x, k=turns: torch.rot90(x, k, (2, 3)), x)
+    first = list(COLUMNS).index(JITTER[0])
+    x = jitter(x, params[:, first : first + len(JITTER)], column["order"])
     if x.shape[1] == 3:
         x = where(column["gray"] > 0, gray, x)
     x = where(column["blur"] > 0, blur, x, column["blur"])
@@ -73,32 +80,29 @@ def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Ten
     return torch.where(mask[:, None, None, None], operation(x, *params), x)
 
 
-def jitter(x: Images, column: dict[str, Tensor]) -> Images:
+def jitter(x: Images, factors: Float32[Tensor, "n 4"], order: Float32[Tensor, "n"]) -> Images:
     """Brightness, contrast, saturation and hue, in the order of each crop."""
-    orders = torch.tensor(ORDERS, device=x.device)[column["order"].long()]  # n 4
-    operations = (brightness, contrast, saturation, hue)[: 4 if x.shape[1] == 3 else 2]
-    for place in range(4):
-        for i, operation in enumerate(operations):
-            value = column[JITTER[i]]
-            mask = (orders[:, place] == i) & (value != COLUMNS[JITTER[i]])
-            x = where(mask, operation, x, value)
+    kinds = _ORDERS.to(x.device, non_blocking=True)[order.long()]  # n 4: what comes when
+    has_color = x.shape[1] == 3
+    for kind, value in zip(kinds.unbind(1), factors.gather(1, kinds).unbind(1), strict=True):
+        blended = kind < 3 if has_color else kind < 2
+        x = where(blended & (value != 1), blend, x, kind, value)
+        if has_color:
+            x = where((kind == 3) & (value != 0), hue, x, value)
     return x
 
 
-def brightness(x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """factor·x."""
-    return (x * factor[:, None, None, None]).clamp_(max=255).floor_()
+def blend(x: Images, kind: Int[Tensor, "n"], factor: Float32[Tensor, "n"]) -> Images:
+    """factor·x + (1−factor)·base, where base is black for brightness (kind 0), the rounded mean
+    luma of the crop for contrast (1), its luma for saturation (2).
 
-
-def contrast(x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """factor·x + (1−factor)·m, m the rounded mean luma of the crop."""
-    mean = (luma(x).mean((1, 2, 3), keepdim=True) + 0.5).floor_()
-    return _blend(mean, x, factor)
-
-
-def saturation(x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """factor·x + (1−factor)·luma."""
-    return _blend(luma(x), x, factor)
+    Product and sum are rounded one after the other, as PIL has them.
+    """
+    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
+    gray_levels = luma(x)
+    mean = (gray_levels.mean((1, 2, 3), keepdim=True) + 0.5).floor_()
+    base = torch.where(kind == 2, gray_levels, torch.where(kind == 1, mean, 0.0))
+    return (x - base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
@@ -181,11 +185,6 @@ def luma(x: Images) -> Float32[Tensor, "n 1 h w"]:
         return to_levels(x.mean(1, keepdim=True))
     r, g, b = (x[:, i : i + 1] * _LUMA[i] for i in range(3))
     return (r + g + b).add_(0.5).floor_()
-
-
-def _blend(base: Tensor, x: Images, factor: Float32[Tensor, "n"]) -> Images:
-    """base + factor·(x − base), in whole levels; product and sum each rounded, as PIL has them."""
-    return (x - base).mul_(factor[:, None, None, None]).add_(base).clamp_(0, 255).floor_()
 
 
 def _mirror(x: Images) -> Images:

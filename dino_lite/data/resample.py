@@ -54,9 +54,11 @@ def fill(
     """
     whole = images[crops.index].permute(0, 3, 1, 2).float().contiguous()  # n C H W
     height, width = whole.shape[-2:]
-    sides = torch.tensor([height, width, height, width], device=images.device)
-    boxes = (crops.boxes * sides).round()
-    num = groups[0][0]
+    sides = (height, width, height, width)
+    boxes = torch.stack(
+        [part * n for part, n in zip(crops.boxes.unbind(-1), sides, strict=True)], -1
+    )
+    boxes, num = boxes.round(), groups[0][0]
     made = [
         resized_crops(whole, part, size)
         for part, (_, size) in zip((boxes[:num], boxes[num:]), groups, strict=False)

@@ -86,6 +86,11 @@ def tops(root: object) -> list[Top]:
 
 
 def _tops(root: object) -> list[Top]:
+    if is_url(root):
+        raise UserError(
+            f"data.root={root}: a folder behind a URL cannot be listed; write a list of its files "
+            "(.csv, .tsv, .parquet, .txt) and give that."
+        )
     path = expand(root)
     if path.is_dir():
         return [Top(str(path))]

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float32, Shaped, UInt8, UInt64
 
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data.decode import to_channels
 from dino_lite.data.draws import GOLDEN, hashed, mix
 from dino_lite.data.sources import ArraySource
 
@@ -51,20 +52,26 @@ Kind = Callable[[Keys, Plane, Plane], tuple[Keys, Plane]]
 
 
 def open_shapes(
-    num_train: int = 4000, num_test: int = 1000, image_size: int = 32, seed: int = 0
+    num_train: int = 4000,
+    num_test: int = 1000,
+    image_size: int = 32,
+    seed: int = 0,
+    channels: int = 3,
 ) -> Splits:
-    """Two splits of square pictures; each ten in a row have all ten kinds."""
+    """Two splits of square pictures, RGB or luma; each ten in a row have all ten kinds."""
     if num_train < 1 or num_test < 0 or image_size < 8:
         raise UserError(
             f"data=shapes cannot make num_train={num_train}, num_test={num_test} and "
             f"image_size={image_size}: they must be at least 1, 0 and 8."
         )
-    train = _source("train", num_train, image_size, seed)
-    test = _source("test", num_test, image_size, seed) if num_test else None
+    if channels not in (1, 3):
+        raise UserError(f"data.channels={channels}: the embedded shapes have 3, or 1 as luma.")
+    train = _source("train", num_train, image_size, seed, channels)
+    test = _source("test", num_test, image_size, seed, channels) if num_test else None
     return Splits(train, test, "shapes")
 
 
-def _source(split: str, num: int, size: int, seed: int) -> ArraySource:
+def _source(split: str, num: int, size: int, seed: int, channels: int) -> ArraySource:
     keys = hashed(seed, ("train", "test").index(split), np.arange(num))
     kinds = list(KINDS)
     tens = _uniform(
@@ -74,6 +81,8 @@ def _source(split: str, num: int, size: int, seed: int) -> ArraySource:
     images = np.empty((num, size, size, 3), np.uint8)
     for label, kind in enumerate(kinds):
         images[labels == label] = draw(KINDS[kind], keys[labels == label], size)
+    if channels == 1:
+        images = np.stack([to_channels(image, channels) for image in images])
     return ArraySource(torch.from_numpy(images), labels, kinds, f"shapes/{split}")
 
 
