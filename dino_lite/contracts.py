@@ -47,7 +47,7 @@ class Schedule(Protocol):
 class Source(Protocol):
     """A finite, ordered collection of images: all that is known of where they come from."""
 
-    labels: Int[np.ndarray, "N"] | None
+    labels: Int[np.ndarray, "N"] | None  # -1: an image without one
     classes: list[str]
 
     def __len__(self) -> int: ...

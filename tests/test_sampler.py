@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import UserError
+from dino_lite.data import draws
 from dino_lite.data.sampler import PART_SIZE, PositionSampler
 
 Pairs = list[tuple[int, int]]
@@ -85,6 +87,85 @@ def test_order_differs_between_epochs_and_seeds() -> None:
     other = steps(PositionSampler(50, 50, seed=1, num_steps=1))[0]
     orders = [[i for _, i in pairs] for pairs in (first, second, other)]
     assert len(np.unique(orders, axis=0)) == 3
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any), seed=st.integers(0, 9)
+)
+def test_grouped_order_shows_every_image_once(sizes: list[int], seed: int) -> None:
+    """Each epoch is a permutation, whatever the groups; also empty ones."""
+    groups = np.cumsum([0, *sizes])
+    n = int(groups[-1])
+    pairs = joined(PositionSampler(n, 2 * n, seed=seed, num_steps=1, groups=groups))
+    assert [sorted(i for _, i in pairs[start : start + n]) for start in (0, n)] == 2 * [
+        list(range(n))
+    ]
+
+
+def test_grouped_order_keeps_few_groups_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a window come from its groups alone; windows and epochs differ in theirs."""
+    monkeypatch.setattr(draws, "WINDOW", 100)
+    groups = np.arange(0, 1001, 20)
+    assert draws.groups_per_window(groups) == 5
+    orders = [draws.grouped_permutation(3, epoch, groups) for epoch in (0, 1)]
+    windows = [
+        [frozenset((part // 20).tolist()) for part in order.reshape(10, 100)] for order in orders
+    ]
+    assert all(len(window) == 5 for window in windows[0])
+    assert len(frozenset().union(*windows[0])) == 50
+    assert set(windows[0]) != set(windows[1])
+    inside = orders[0][:100]
+    assert len({int(i) // 20 for i in inside[:20]}) > 2  # mixed within the window
+    assert inside.tolist() != sorted(inside.tolist())
+
+
+def test_large_groups_are_still_mixed() -> None:
+    """A window has at least four groups, and all of a small source."""
+    assert draws.groups_per_window(np.array([0, 10**6, 2 * 10**6])) == 4
+    assert draws.groups_per_window(np.array([0, 1, 3])) >= 2
+
+
+class Echo(Dataset[list[tuple[int, int]]]):
+    """Gives back what is asked for."""
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return pairs
+
+
+def as_it_is(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """No stacking."""
+    return pairs
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_groups_are_split_over_ranks_and_workers_without_loss(
+    num_ranks: int, num_workers: int
+) -> None:
+    """Ranks and workers together show each image once an epoch, in the order of one process; a
+    run that is resumed in the middle of an epoch goes on with the same batches.
+    """
+    groups = np.cumsum([0, 7, 30, 1, 22, 12, 48])
+    n, batch_size = 120, 12
+
+    def found(start: int, ranks: int, workers: int) -> list[Pairs]:
+        by_rank = []
+        for rank in range(ranks):
+            sampler = PositionSampler(n, batch_size, rank, ranks, 5, start, 20, groups)
+            loader = DataLoader(
+                Echo(), batch_sampler=sampler, num_workers=workers, collate_fn=as_it_is
+            )
+            by_rank.append(list(loader))
+        return [joined(parts) for parts in zip(*by_rank, strict=True)]
+
+    alone = found(0, 1, 0)
+    assert found(0, num_ranks, num_workers) == alone
+    assert found(7, num_ranks, num_workers) == alone[7:]
+    for epoch in range(2):
+        shown = joined(alone[epoch * 10 : epoch * 10 + 10])
+        assert sorted(i for _, i in shown) == list(range(n))
 
 
 @pytest.mark.parametrize(

@@ -1,78 +1,19 @@
-"""Other sources: CIFAR-10, arrays in memory, what data.root is, and the facts a plan needs."""
+"""Other sources: arrays in memory, what data.root is, and the facts a plan needs."""
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from dino_lite.contracts import Splits
 from dino_lite.data.auto import open_auto
-from dino_lite.data.builtin import open_cifar10
 from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
 from dino_lite.data.sources import ArraySource
-from images import classes, fill, sentence
-
-
-@pytest.fixture
-def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torchvision's layout with two images a batch, its checksums set to those of these files."""
-    torchvision_cifar = pytest.importorskip("torchvision.datasets").CIFAR10
-    base = tmp_path / "cifar-10-batches-py"
-    base.mkdir()
-
-    def write(name: str, content: dict[str, Any]) -> list[str]:
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
-
-    def batch(first: int) -> dict[str, Any]:
-        return {
-            "data": (np.arange(2 * 3072).reshape(2, 3072) + first).astype(np.uint8),
-            "labels": [first, 9],
-        }
-
-    trains = [write(f"data_batch_{i + 1}", batch(i)) for i in range(5)]
-    tests = [write("test_batch", batch(7))]
-    meta = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
-    monkeypatch.setattr(torchvision_cifar, "train_list", trains)
-    monkeypatch.setattr(torchvision_cifar, "test_list", tests)
-    monkeypatch.setattr(
-        torchvision_cifar,
-        "meta",
-        {"filename": meta[0], "key": "label_names", "md5": meta[1]},
-    )
-    return tmp_path
-
-
-def test_cifar10_from_torchvisions_files(cifar: Path) -> None:
-    """Planes of 1024 become pixels; the folder itself or the one around it may be named."""
-    for opened in (
-        open_cifar10(cifar),
-        open_cifar10(cifar / "cifar-10-batches-py"),
-        open_auto(cifar),
-        open_auto(cifar / "cifar-10-batches-py"),
-    ):
-        assert opened.name == "cifar10"
-        assert opened.test is not None
-        assert (len(opened.train), len(opened.test)) == (10, 2)
-        assert classes(opened.train) == [f"class {i}" for i in (0, 9, 1, 9, 2, 9, 3, 9, 4, 9)]
-        stored = (np.arange(3072) + 1).astype(np.uint8).reshape(3, 32, 32)
-        assert np.array_equal(opened.train.read(2), stored.transpose(1, 2, 0))
-
-
-def test_cifar10_that_is_not_whole(cifar: Path, tmp_path: Path) -> None:
-    """Missing and altered files are refused, the latter before they are unpickled."""
-    assert "data.download=true" in sentence(open_cifar10, tmp_path / "elsewhere")
-    file = cifar / "cifar-10-batches-py" / "data_batch_3"
-    file.write_bytes(file.read_bytes() + b"\0")
-    assert "is not whole" in sentence(open_cifar10, cifar)
+from images import fill, sentence
 
 
 def test_auto_without_root_is_the_embedded_set() -> None:

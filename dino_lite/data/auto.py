@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data import files
-from dino_lite.data.builtin import CIFAR10_FOLDER, open_cifar10
+from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
 from dino_lite.data.files import open_files
-from dino_lite.data.folder import open_folder
+from dino_lite.data.folder import SUFFIXES, open_folder
+from dino_lite.data.huggingface import holds_images, open_huggingface
 from dino_lite.data.npz import open_npz
 from dino_lite.data.roots import Root, is_pattern, is_url, several
 from dino_lite.data.shapes import open_shapes
+from dino_lite.data.shards import open_shards
 from dino_lite.data.sources import expand
 
 
 def open_auto(root: Root | None = None, labels: str | None = "auto", channels: int = 3) -> Splits:
     """Without `root` the embedded shapes; else what it is.
 
-    A list of files (.csv, .tsv, .parquet, .txt; a path or URL), an .npz file, CIFAR-10; or a
-    folder, several of them, or a pattern. `labels` and `channels` are for folders and lists; others
-    bring their own labels, which `none` takes away.
+    A list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or Arrow with
+    images, an .npz file, CIFAR-10; or a folder, several of them, or a pattern. `labels` is for
+    folders and lists; others bring their own, which `none` takes away.
     """
     if root is None:
         return _with_own_labels(open_shapes(channels=channels), labels)
@@ -28,9 +31,14 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: i
         return open_folder(root, labels, channels)
     assert isinstance(root, str | Path)
     path = Path(str(root)) if is_url(root) else expand(root)
+    if path.is_dir() and (path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir()):
+        return _with_own_labels(open_builtin("cifar10", root, channels=channels), labels)
+    kind = _kind(str(root), path)
+    if kind == "shards":
+        return _with_own_labels(open_shards(root, channels), labels)
+    if kind == "huggingface":
+        return _with_own_labels(open_huggingface(root, channels=channels), labels)
     if path.is_dir():
-        if path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
-            return _with_own_labels(open_cifar10(root), labels)
         return open_folder(root, labels, channels)
     suffix = files.suffix_of(str(root))
     if suffix in files.SUFFIXES:
@@ -40,7 +48,8 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: i
     if path.is_file():
         raise UserError(
             f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
-            f"({', '.join(files.SUFFIXES)}), an .npz file, or torchvision's {CIFAR10_FOLDER}."
+            f"({', '.join(files.SUFFIXES)}), tar shards, an .npz file, or torchvision's "
+            f"{CIFAR10_FOLDER}."
         )
     return open_folder(root, labels, channels)
 
@@ -57,3 +66,41 @@ def _with_own_labels(splits: Splits, labels: str | None) -> Splits:
             "leave it out."
         )
     return splits
+
+
+def _kind(root: str, path: Path) -> str:
+    """What reads a file or folder, as its names tell: shards, huggingface or "" (neither)."""
+    if root.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        return "shards"
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        return "huggingface" if path.is_file() and holds_images(path) else ""
+    if not path.is_dir():
+        return ""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "huggingface"  # as `datasets` saves a set
+    found = dict(_first_of_each_suffix(path))
+    if any(suffix.encode() in SUFFIXES for suffix in found):
+        return ""
+    if ".tar" in found:
+        return "shards"
+    tables = [found[suffix] for suffix in (".parquet", ".arrow") if suffix in found]
+    return "huggingface" if any(map(holds_images, tables)) else ""
+
+
+def _first_of_each_suffix(path: Path) -> Iterator[tuple[str, Path]]:
+    """A file of each suffix in the folder and the folders in it; no further than to an image."""
+    folders = [path]
+    for folder in folders:  # which grows while it is gone through
+        try:
+            for file in folder.iterdir():
+                suffix = file.suffix.lower()
+                if file.name.startswith("."):
+                    continue
+                if folder == path and file.is_dir():
+                    folders.append(file)
+                elif suffix and file.is_file():
+                    yield suffix, file
+                    if suffix.encode() in SUFFIXES:
+                        return
+        except OSError:  # the one who opens it will say why
+            continue

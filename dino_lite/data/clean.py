@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.sources import prefetch
 
 
 def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
@@ -66,6 +67,7 @@ class CleanImages(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images, labels, bad = [], [], []
+        prefetch(self.source, indices)
         for index in indices:
             try:
                 images.append(clean(self.source.read(index), self.size))

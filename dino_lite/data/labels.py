@@ -92,6 +92,28 @@ def encode(train: Named | None, test: Named | None) -> Labels:
     return Labels(indices(train), None if test is None else indices(test), [*map(str, classes)])
 
 
+def encode_known(
+    train: Sequence[Any | None], test: Sequence[Any | None], classes: Sequence[str] = ()
+) -> Labels:
+    """As `encode_labels`, where some images have no name (None): the label of these is -1.
+
+    `classes`: what integer names stand for, in order, where that is known.
+    """
+    known = [[name for name in names if name is not None] for names in (train, test)]
+    found = encode_labels(known[0], known[1])
+    if found.train is None:
+        return NO_LABELS
+    numbers = [name for name in known[0] + known[1] if isinstance(name, int)]
+    if classes and len(numbers) == len(known[0] + known[1]) and max(numbers) < len(classes):
+        found = Labels(np.array(known[0], np.int64), np.array(known[1], np.int64), [*classes])
+
+    labels = [np.full(len(names), -1, np.int64) for names in (train, test)]
+    for part, names, indices in zip(labels, (train, test), found[:2], strict=True):
+        if indices is not None:
+            part[[i for i, name in enumerate(names) if name is not None]] = indices
+    return Labels(labels[0], labels[1] if known[1] else None, found.classes)
+
+
 def find_labels(how: str | None, train: Sequence[Split], test: Sequence[Split]) -> Labels:
     """Labels as `data.labels` asks for them: auto, none, folder or FILE.csv.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
+from jaxtyping import Int64
 
 from dino_lite.contracts import UserError
 from dino_lite.data import draws
@@ -19,6 +20,7 @@ class PositionSampler:
     Sample position p = step·batch_size + i of the joint batch is image order_e[p mod n] of epoch
     e = p // n, so batches straddle epochs and no image is dropped. Rank r has the r-th contiguous
     slice: ranks concatenated are the batch of one process. Ends at step `num_steps`; None: never.
+    `groups` are those of the source, if it has any: see `draws.grouped_permutation`.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class PositionSampler:
         seed: int = 0,
         start_step: int = 0,
         num_steps: int | None = None,
+        groups: Int64[np.ndarray, "bounds"] | None = None,
     ) -> None:
         if n < 1:
             raise UserError("There is no image to train on; check data.root.")
@@ -40,7 +43,7 @@ class PositionSampler:
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.num_ranks = rank, num_ranks
-        self.start_step, self.num_steps = start_step, num_steps
+        self.start_step, self.num_steps, self.groups = start_step, num_steps, groups
         self._order_of: tuple[int, np.ndarray] | None = None  # the latest epoch's
 
     @property
@@ -70,5 +73,10 @@ class PositionSampler:
         """Epoch and image of an absolute sample position."""
         epoch, place = divmod(position, self.n)
         if self._order_of is None or self._order_of[0] != epoch:
-            self._order_of = epoch, draws.permutation(self.seed, epoch, self.n)
+            self._order_of = epoch, self._order(epoch)
         return epoch, int(self._order_of[1][place])
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, "n"]:
+        if self.groups is None:
+            return draws.permutation(self.seed, epoch, self.n)
+        return draws.grouped_permutation(self.seed, epoch, self.groups)

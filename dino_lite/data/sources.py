@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Source, UserError
 from dino_lite.data.decode import File, decode, upright_size
 from dino_lite.data.paths import Paths
 from dino_lite.data.shared import share
@@ -46,6 +46,12 @@ def digest(chunks: Iterable[bytes]) -> str:
     for chunk in chunks:
         total.update(len(chunk).to_bytes(8, "little") + chunk)
     return total.hexdigest()
+
+
+def prefetch(source: Source, indices: Sequence[int]) -> None:
+    """Tell a source which images are read next: over a network they are waited for together."""
+    if hasattr(source, "prefetch"):
+        source.prefetch(indices)
 
 
 class PathSource:

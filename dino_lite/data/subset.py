@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from dino_lite.contracts import Source
+from dino_lite.data.sources import prefetch
 
 
 class Subset:
@@ -22,6 +25,10 @@ class Subset:
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index` of the part."""
         return self.source.read(int(self.rows[index]), min_pixels)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Tell the source which images of the part are read next."""
+        prefetch(self.source, self.rows[list(indices)].tolist())
 
     def name(self, index: int) -> str:
         """What the whole source calls it."""

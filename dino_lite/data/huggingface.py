@@ -1,0 +1,293 @@
+"""Sets of Hugging Face's `datasets`: by name, or as Parquet, Arrow or `save_to_disk` folders.
+
+Map style reads what `datasets` has prepared, memory-mapped. `streaming` prepares and copies
+nothing: a set's Parquet files are read where they lie, a row group at a time (`row_groups`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from dino_lite.contracts import Splits, UserError
+from dino_lite.data.byte_ranges import names_below
+from dino_lite.data.labels import NO_LABELS, encode_known
+from dino_lite.data.roots import is_url
+from dino_lite.data.row_groups import RowGroups
+from dino_lite.data.rows import Rows, RowSource, Table
+from dino_lite.data.shards import split_names
+from dino_lite.data.sources import expand
+
+_TESTS = ("validation", "val", "valid", "test")  # test split of a set, the first that there is
+
+
+def open_huggingface(
+    root: str | Path | None = None,
+    config: str | None = None,
+    train: str = "train",
+    test: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    streaming: bool = False,
+    download: bool = False,
+    channels: int = 3,
+) -> Splits:
+    """A set on the Hub by its name, or a local folder or file of Parquet or Arrow.
+
+    `test`: None takes validation or else test, if there is one. `image`: None takes the first
+    column of images, as such, as bytes or as a struct with bytes. `label`: None takes the first
+    ClassLabel, else the column `label`; "none" goes without. A set on the Hub is fetched (or, with
+    `streaming`, read over the network) only with `download`; else it must be in the cache.
+    """
+    _require()
+    text = str(root or "")
+    local = not is_url(text) and expand(root).exists()
+    text = str(expand(root)) if local else text
+    if not local and not is_url(text) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise UserError(
+            f"data.root={text} is no file or folder, and no name of a set on the Hub: name one."
+        )
+    on_hub = not local and not is_url(text)
+    if on_hub and streaming and not download:
+        raise UserError(
+            f"data.streaming=true reads {text} over the network: allow it with data.download=true."
+        )
+    tables = (
+        _row_groups(text, config, on_hub, train, test)
+        if streaming
+        else _datasets(text, config, on_hub, download, train, test)
+    )
+    chosen = _choose(text, tables, train, test)
+    name = text.rstrip("/").rpartition("/")[2]
+    name = Path(name).stem if name.endswith((".parquet", ".arrow")) else name
+    return _splits(name, *chosen, image, label, channels)
+
+
+def _require() -> None:
+    try:
+        import datasets  # noqa: F401 - slow to import, and seldom needed
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise UserError("data=huggingface needs datasets: pip install 'dino-lite[hf]'.") from error
+
+
+# ---------------------------------------------------------------------------- what there is to read
+
+
+def _datasets(
+    root: str, config: str | None, on_hub: bool, download: bool, train: str, test: str | None
+) -> dict[str, Table]:
+    """Each split as a Dataset of `datasets`, memory-mapped."""
+    import datasets
+
+    try:
+        if on_hub and not download:
+            found = _from_cache(root, config)
+        elif on_hub:
+            found = datasets.load_dataset(root, config)
+        elif os.path.isfile(os.path.join(root, "dataset_dict.json")) or os.path.isfile(
+            os.path.join(root, "state.json")
+        ):
+            found = datasets.load_from_disk(root)
+        else:
+            files, kind = _files(root, config, train, test)
+            found = datasets.load_dataset(kind, data_files=files)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by file format, protocol and what is wrong
+        raise UserError(_not_opened(root, error)) from error
+    splits = {"train": found} if isinstance(found, datasets.Dataset) else found
+    return {str(split): Rows(splits[split]) for split in splits}
+
+
+def _from_cache(root: str, config: str | None) -> Any:
+    """A set of the Hub as it was prepared earlier: `datasets` itself would ask the Hub first."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        builder = Cache(
+            dataset_name=root.rpartition("/")[2],
+            repo_id=root,
+            config_name=config,
+            version="auto",
+            hash="auto",
+        )
+        return builder.as_dataset()
+    except Exception as error:
+        raise UserError(
+            f"{root} is no local path, and no set of the Hub that has been fetched "
+            f"({_one_line(error)}): check data.root and data.config, or set data.download=true."
+        ) from error
+
+
+def _row_groups(
+    root: str, config: str | None, on_hub: bool, train: str, test: str | None
+) -> dict[str, Table]:
+    """Each split as the row groups of its Parquet files."""
+    try:
+        if on_hub:
+            from datasets import load_dataset_builder
+
+            found = load_dataset_builder(root, config).config.data_files or {}
+            files = {str(split): [str(file) for file in found[split]] for split in found}
+        else:
+            files = _files(root, config, train, test)[0]
+        others = [file for part in files.values() for file in part if not _is_parquet(file)]
+        if others or not files:
+            raise UserError(
+                f"{root} is not in Parquet ({(others or ['no file'])[0]}), which streaming needs: "
+                "set data.streaming=false."
+            )
+        return {split: RowGroups(part) for split, part in files.items()}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_not_opened(root, error)) from error
+
+
+def _is_parquet(file: str) -> bool:
+    return file.partition("?")[0].lower().endswith(".parquet")
+
+
+def _files(
+    root: str, config: str | None, train: str, test: str | None
+) -> tuple[dict[str, list[str]], str]:
+    """Parquet files, or else Arrow files, of each split, by their names, and which they are."""
+    if root.lower().endswith((".parquet", ".arrow")):
+        return {"train": [root]}, "parquet" if _is_parquet(root) else "arrow"
+    base = f"{root.rstrip('/')}/{config}" if config else root.rstrip("/")
+    names: list[str] = []
+    for kind in ("parquet", "arrow"):
+        names = names or names_below(base, f".{kind}")
+        if names:
+            break
+    else:
+        raise UserError(
+            f"{base} holds no .parquet or .arrow file: check data.root and data.config."
+        )
+    words = dict.fromkeys([train, *([test] if test else _TESTS)])
+    of_split = {word: [name for name in names if _has_word(name, word)] for word in words}
+    if test is None and train == "train":
+        found = split_names(names)
+        of_split = {"train": found[0], "test": found[1]}
+    return {
+        split: [f"{base}/{name}" for name in part] for split, part in of_split.items() if part
+    }, kind
+
+
+def _has_word(name: str, word: str) -> bool:
+    return re.search(rf"(?<![a-z]){re.escape(word.lower())}(?![a-z])", name.lower()) is not None
+
+
+def _choose(
+    root: str, tables: dict[str, Table], train: str, test: str | None
+) -> tuple[Table, Table | None]:
+    """Train, and the test split if there is one."""
+    for key, split in (("train", train), ("test", test)):
+        if split is not None and split not in tables:
+            raise UserError(
+                f"{root} has no split data.{key}={split}, but {', '.join(tables)}: choose of these."
+            )
+    second = test or next((name for name in _TESTS if name in tables and name != train), None)
+    return tables[train], tables[second] if second else None
+
+
+# ------------------------------------------------------------------------------ what is in a column
+
+
+def holds_images(path: Path) -> bool:
+    """Whether an Arrow file, or a Parquet file by its schema, has images rather than paths."""
+    if path.suffix.lower() == ".arrow":
+        return True
+    try:
+        from pyarrow import parquet, types
+
+        kinds = [field.type for field in parquet.read_schema(path)]
+    except (ImportError, OSError, ValueError):  # the one who opens it will say so
+        return False
+    return any(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        for kind in kinds
+    )
+
+
+def _is_image(feature: Any) -> bool:
+    kind, dtype = type(feature).__name__, getattr(feature, "dtype", "")
+    return (
+        kind == "Image"
+        or (kind == "Value" and dtype in ("binary", "large_binary"))
+        or (isinstance(feature, dict) and "bytes" in feature)
+    )
+
+
+def _splits(
+    name: str,
+    train: Table,
+    test: Table | None,
+    image: str | None,
+    label: str | None,
+    channels: int,
+) -> Splits:
+    if len(train) == 0:
+        raise UserError(f"{name} has no row in its train split: check data.root and data.train.")
+    column = _image_column(name, train.features, image)
+    labels, named = NO_LABELS, _label_column(name, train.features, label)
+    if named is not None:
+        classes = getattr(train.features[named], "names", None) or ()
+        of_test = [] if test is None else _names(test, named)
+        labels = encode_known(_names(train, named), of_test, classes)
+    return Splits(
+        RowSource(train, column, labels.train, labels.classes, f"{name}/train", channels),
+        None
+        if test is None
+        else RowSource(test, column, labels.test, labels.classes, f"{name}/test", channels),
+        name,
+    )
+
+
+def _names(table: Table, column: str) -> list[Any]:
+    """All labels; -1 is how `datasets` says that there is none."""
+    return [None if value == -1 else value for value in table.column(column)]
+
+
+def _image_column(name: str, features: Any, asked: str | None) -> str:
+    """The column of images: what is asked for, or the first that is one."""
+    found = [column for column, feature in features.items() if _is_image(feature)]
+    if asked is not None and asked not in found:
+        raise UserError(
+            f"data.image={asked} is no column of images in {name}, which has "
+            f"{', '.join(found) or 'none'}: choose of these."
+        )
+    if not found:
+        raise UserError(
+            f"{name} has no column of images or of their bytes, but {', '.join(features)}; a list "
+            "of paths is for data=files."
+        )
+    return asked or found[0]
+
+
+def _label_column(name: str, features: Any, asked: str | None) -> str | None:
+    if asked == "none":
+        return None
+    if asked is not None and asked not in features:
+        raise UserError(
+            f"data.label={asked} is no column of {name}, which has {', '.join(features)}: choose "
+            "of these, or none."
+        )
+    named = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    return asked or next((c for c in (*named, "label", "labels") if c in features), None)
+
+
+def _not_opened(root: str, error: Exception) -> str:
+    return (
+        f"{root} cannot be opened ({_one_line(error)}): check data.root and data.config, and your "
+        "access to it."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")

@@ -1,0 +1,154 @@
+"""Writes a data set as tar shards, which are read in long stretches and copied as few files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data import draws
+from dino_lite.data.parts import append_rows
+from dino_lite.data.sources import prefetch
+from dino_lite.data.tar_index import index_tar, join_indexes, write_index
+
+INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
+MAX_BYTES = 256 * 2**20
+MAX_IMAGES = 10_000  # of a shard
+_BLOCK = tarfile.BLOCKSIZE
+_NUM_FETCHED = 64  # images at once, from sources behind URLs
+
+
+def write_shards(
+    splits: Splits,
+    folder: Path,
+    max_bytes: int = MAX_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Pack a data set into `folder`/train-000000.tar …, test-000000.tar …, and give their paths.
+
+    Files are packed as they are where the source has them (`raw(index)` gives bytes and suffix),
+    else as PNG. Their order is shuffled once, always in the same way; a key is the image's index in
+    its split. Labels go into key.cls, the names of classes into classes.json, where images lie into
+    index.npz. A file that cannot be read is left out and listed in left_out.csv. A shard has at
+    most `max_bytes`, unless one image alone is larger, and 10,000 images. `progress` is told 1
+    after each image.
+
+    The folder must not be there, or be empty; it appears when all is written. Raises UserError.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty: name a new folder to pack into.")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        shards = _write_all(splits, part, max_bytes, progress or (lambda num: None))
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}): free some space, or name "
+            "another folder."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [folder / shard for shard in shards]
+
+
+def _write_all(
+    splits: Splits, folder: Path, max_bytes: int, progress: Callable[[int], None]
+) -> list[str]:
+    shards: list[str] = []
+    for split, source in (("train", splits.train), ("test", splits.test)):
+        if source is not None:
+            shards += _write_split(source, split, folder, max_bytes, progress)
+    if not shards:
+        raise UserError(f"None of the {len(splits.train)} images can be read: check data.root.")
+    indexes = []
+    for shard in shards:
+        with open(folder / shard, "rb") as file:
+            index = index_tar(str(folder / shard), file, (folder / shard).stat().st_size)
+        indexes.append(index._replace(shards=[shard]))
+    write_index(join_indexes(indexes), folder / INDEX)
+    if splits.train.classes:
+        text = json.dumps(splits.train.classes, ensure_ascii=False, indent=0)
+        (folder / CLASSES).write_text(text, encoding="utf-8")
+    return shards
+
+
+Sample = list[tuple[str, bytes]]  # names of members, and what they hold
+
+
+def _write_split(
+    source: Source, split: str, folder: Path, max_bytes: int, progress: Callable[[int], None]
+) -> list[str]:
+    shards: list[str] = []
+    samples = _samples(source, folder, progress)
+    for number, group in groupby(samples, _number_of_shard(max_bytes)):
+        shards.append(f"{split}-{number:06d}.tar")
+        with tarfile.open(folder / shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in chain.from_iterable(group):
+                item = tarfile.TarInfo(name)  # no owner, no time: the same images, the same bytes
+                item.size = len(content)
+                tar.addfile(item, io.BytesIO(content))
+    return shards
+
+
+def _number_of_shard(max_bytes: int) -> Callable[[Sample], int]:
+    """Asked of each sample in turn: the next shard begins when one is full."""
+    number = num_images = 0
+    num_bytes = tarfile.RECORDSIZE  # the end of a tar file
+
+    def place(sample: Sample) -> int:
+        nonlocal number, num_images, num_bytes
+        more = sum(_BLOCK * (1 + -(-len(content) // _BLOCK)) for _, content in sample)
+        if num_images and (num_images == MAX_IMAGES or num_bytes + more > max_bytes):
+            number, num_images, num_bytes = number + 1, 0, tarfile.RECORDSIZE
+        num_images, num_bytes = num_images + 1, num_bytes + more
+        return number
+
+    return place
+
+
+def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> Iterator[Sample]:
+    """The members of each readable image, shuffled: classes are spread over the shards."""
+    order = draws.permutation(0, 0, len(source)).tolist()
+    for place, index in enumerate(order):
+        if place % _NUM_FETCHED == 0:
+            prefetch(source, order[place : place + _NUM_FETCHED])
+        try:
+            content, suffix = _file(source, index)
+        except (OSError, ValueError) as error:
+            append_rows(folder / LEFT_OUT, ("path", "reason"), [(source.name(index), str(error))])
+        else:
+            key = f"{index:09d}"
+            members = [(f"{key}{suffix}", content)]
+            label = -1 if source.labels is None else int(source.labels[index])
+            if label >= 0:
+                members.append((f"{key}.cls", str(label).encode()))
+            yield members
+        progress(1)
+
+
+def _file(source: Source, index: int) -> tuple[bytes, str]:
+    """An image as a file: its own, or else a PNG, or an array where PNG has no such channels."""
+    raw = getattr(source, "raw", None)
+    if raw is not None:
+        content, suffix = raw(index)
+        return content, suffix.lower()
+    pixels = source.read(index)
+    file = io.BytesIO()
+    if pixels.shape[2] not in (1, 3):
+        np.save(file, pixels, allow_pickle=False)
+        return file.getvalue(), ".npy"
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue(), ".png"

@@ -1,0 +1,269 @@
+"""Images in tar shards of WebDataset's layout, local or by URL, each of them read where it lies.
+
+The `webdataset` library reads shards as streams: an epoch there is a nominal number of samples, a
+split over ranks and workers gives some images twice or drops others, and a run that is resumed in
+the middle of an epoch begins another. Here shards are indexed (one pass over their headers), and
+an image is a range of bytes. So order, split and resume are exact, as of any source, and the
+sampler keeps reads near each other (`groups`). Shards themselves are the same: each library reads
+what the other wrote.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from dino_lite.contracts import Splits, UserError
+from dino_lite.data.byte_ranges import (
+    Range,
+    expand_braces,
+    filesystem,
+    names_below,
+    read_range,
+    read_ranges,
+    versions,
+)
+from dino_lite.data.decode import decode, upright_size
+from dino_lite.data.labels import Labels, encode_known
+from dino_lite.data.pack import CLASSES, INDEX, write_shards
+from dino_lite.data.paths import PathList
+from dino_lite.data.roots import is_url
+from dino_lite.data.shared import share
+from dino_lite.data.sources import digest, expand
+from dino_lite.data.tar_index import (
+    TarIndex,
+    cache_index,
+    cached_index,
+    index_tar,
+    join_indexes,
+    read_index,
+)
+
+__all__ = ["ShardSource", "find_shards", "open_shards", "split_names", "write_shards"]
+
+_NUM_CONNECTIONS = 8  # shards indexed at once over a network
+_SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
+
+
+def open_shards(root: str | Path | None = None, channels: int = 3) -> Splits:
+    """The images of tar shards: a folder of them, one, or a pattern `train-{000..146}.tar`.
+
+    `root` may be a URL: s3://…, https://…. Train is what has the word `train` in its path, test
+    what has `val` or else `test`; without train, or where it is all there is, every image is train.
+    Labels: key.cls or "label" in key.json, a number or text; an image without one has label -1.
+    `channels`: what every image is made to have, see `decode`.
+    """
+    base, shards = find_shards(root)
+    index = _load_index(base, shards)
+    if not index.names:
+        raise UserError(f"{base} has no image (key.jpg, key.png …) in its shards: check data.root.")
+    train, test = split_names(shards)
+    of_train, of_test = index.part(train), index.part(test)
+    found = _labels(base, of_train, of_test)
+    return Splits(
+        ShardSource(base, of_train, found.train, found.classes, channels),
+        ShardSource(base, of_test, found.test, found.classes, channels) if of_test.names else None,
+        base.rpartition("/")[2] or "shards",
+    )
+
+
+class ShardSource:
+    """Images in the shards of one split, in the shards' order. `groups` are the shards' bounds.
+
+    What is known of a million images is shared with workers, who get no object for each.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        index: TarIndex,
+        labels: Int[np.ndarray, "N"] | None,
+        classes: list[str],
+        channels: int = 3,
+    ) -> None:
+        self.base, self.shards, self.groups = base, index.shards, index.bounds
+        self.labels = None if labels is None else share(labels)
+        self.classes, self.channels = classes, channels
+        names = PathList()
+        for name in index.names:
+            names.add(name.encode("utf-8", "surrogateescape"))
+        self._names = names.paths()
+        self._offsets, self._sizes = share(index.offsets), share(index.sizes)
+        self._fetched: dict[int, bytes | OSError] = {}  # what `prefetch` got
+        self._digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fetched": {}}
+
+    def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """Image `index`, as `decode` gives it."""
+        return decode(io.BytesIO(self.raw(index)[0]), self.channels, min_pixels)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`, from its header. Raises as `read` does."""
+        return upright_size(io.BytesIO(self.raw(index)[0]))
+
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """The file's bytes as they were packed, and its suffix. Raises OSError."""
+        suffix = "." + self._member(index).rpartition(".")[2]
+        found = self._fetched.get(index)
+        if isinstance(found, OSError):
+            raise found
+        return read_range(self._range(index)) if found is None else found, suffix
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch these over the network at once, for `read` to find; forget those before them."""
+        if is_url(self.base):
+            found = read_ranges([self._range(index) for index in indices])
+            self._fetched = dict(zip(indices, found, strict=True))
+
+    def name(self, index: int) -> str:
+        """Path of the shard, and the name within it."""
+        return f"{self._place(index)}/{self._member(index)}"
+
+    def digest(self) -> str:
+        """16 hex digits over names and sizes, by shard; the folder itself may move."""
+        if self._digest is None:  # seconds, where there are millions
+            shards = "\0".join(self.shards).encode("utf-8", "surrogateescape")
+            arrays = (self.groups.tobytes(), self._sizes.tobytes())
+            self._digest = digest(chain([shards, *arrays], self._names))
+        return self._digest
+
+    def _member(self, index: int) -> str:
+        return self._names[index].decode("utf-8", "surrogateescape")
+
+    def _place(self, index: int) -> str:
+        return f"{self.base}/{self.shards[np.searchsorted(self.groups, index, 'right') - 1]}"
+
+    def _range(self, index: int) -> Range:
+        return Range(self._place(index), int(self._offsets[index]), int(self._sizes[index]))
+
+
+# --------------------------------------------------------------------------------- which shards
+
+
+def find_shards(root: str | Path | None) -> tuple[str, list[str]]:
+    """The folder or URL around all shards that `root` names, and their paths below it."""
+    text = str(root or "")
+    text = text if is_url(text) else str(expand(root)).replace("\\", "/")
+    if text.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
+        raise UserError(
+            f"data.root={text} is compressed, so that images cannot be read from its middle: "
+            "unpack it (gunzip, unxz, unzstd …) and give the .tar."
+        )
+    if text.lower().endswith(".tar"):
+        places = expand_braces(text)
+        base = places[0].rpartition("/")[0]
+        while base and not all(place.startswith(f"{base}/") for place in places):
+            base = base.rpartition("/")[0]
+        if is_url(text) and not is_url(base):
+            raise UserError(f"data.root={text} names shards of several places: give those of one.")
+        return base, [place[len(base) + 1 :] for place in places]
+    base = text.rstrip("/")
+    shards = names_below(base, ".tar")
+    if not shards:
+        raise UserError(
+            f"data.root={text} holds no .tar file: name a folder of shards, one shard, or a "
+            "pattern like train-{000..146}.tar."
+        )
+    return base, shards
+
+
+def split_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Train and test among files, by the first split's name that is a word of their paths."""
+    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for name in names:
+        match = _SPLIT.search(name.lower())
+        if match:
+            found["val" if match[1].startswith("val") else match[1]].append(name)
+    test = found["val"] or found["test"]
+    if found["train"] and (test or len(found["train"]) == len(names)):
+        return found["train"], test
+    return list(names), []
+
+
+# ------------------------------------------------------------------------------------ their index
+
+
+def _load_index(base: str, shards: list[str]) -> TarIndex:
+    """From the file beside the shards, from the cache, or from the shards themselves."""
+    places = [f"{base}/{shard}" for shard in shards]
+    stamps = versions(places)
+    beside = _index_beside(base)
+    if beside is not None:
+        known = dict(zip(beside.shards, beside.shard_bytes.tolist(), strict=True))
+        if all(known.get(shard) == size for shard, (size, _) in zip(shards, stamps, strict=True)):
+            return beside.part(shards)
+
+    def load(number: int) -> TarIndex:
+        place, stamp = places[number], stamps[number]
+        found = cached_index(shards[number], place, *stamp)
+        if found is None:
+            found = _read_headers(shards[number], place, stamp[0])
+            cache_index(found, place, *stamp)
+        return found
+
+    if not is_url(base):
+        return join_indexes([load(number) for number in range(len(shards))])
+    with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+        return join_indexes(list(pool.map(load, range(len(shards)))))
+
+
+def _index_beside(base: str) -> TarIndex | None:
+    content = _file_beside(base, INDEX)
+    return None if content is None else read_index(io.BytesIO(content))
+
+
+def _file_beside(base: str, name: str) -> bytes | None:
+    """Content of a file of the shards' folder, None where there is none."""
+    try:
+        if not is_url(base):
+            return Path(base, name).read_bytes()
+        fs, path = filesystem(f"{base}/{name}")
+        content: bytes = fs.cat_file(path)
+        return content
+    except Exception:  # not there, or not to be had: it can be done without
+        return None
+
+
+def _read_headers(shard: str, place: str, num_bytes: int) -> TarIndex:
+    fs, path = filesystem(place) if is_url(place) else (io, place)
+    try:
+        opened = fs.open(path, "rb")
+    except Exception as error:  # whatever the protocol's package raises
+        raise UserError(
+            f"{place} cannot be opened ({type(error).__name__}: {error}): check data.root and your "
+            "access to it."
+        ) from error
+    with opened as file:
+        return index_tar(place, file, num_bytes)._replace(shards=[shard])
+
+
+def _labels(base: str, train: TarIndex, test: TarIndex) -> Labels:
+    """From what .cls and .json files hold: numbers, if all of them are."""
+    number = all(label.isdecimal() for part in (train, test) for label in part.labels if label)
+    names = [
+        [None if not label else int(label) if number else label for label in part.labels]
+        for part in (train, test)
+    ]
+    return encode_known(names[0], names[1], _stored_classes(base))
+
+
+def _stored_classes(base: str) -> list[str]:
+    """Names that `write_shards` left beside its shards, if it was that which wrote them."""
+    try:
+        return [*map(str, json.loads(_file_beside(base, CLASSES) or b"[]"))]
+    except (ValueError, TypeError):
+        return []

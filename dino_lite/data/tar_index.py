@@ -1,0 +1,232 @@
+"""Where the images of tar shards lie: read once from the headers, and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from itertools import groupby
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+import numpy as np
+from jaxtyping import Int64
+
+from dino_lite.contracts import UserError
+from dino_lite.data.decode import File
+from dino_lite.data.folder import SUFFIXES
+
+FORMAT = 1  # of an index file: another one is not read
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_EXTENSIONS = {suffix.decode()[1:] for suffix in SUFFIXES}
+_NO_CACHE = (OSError, RuntimeError)  # not to be written to, or a user without a home
+# WebDataset's rule: the key ends at the first dot of the file's name.
+_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
+
+
+class TarIndex(NamedTuple):
+    """The images of some shards, in order. Shard s holds images bounds[s] to bounds[s+1]."""
+
+    shards: list[str]  # file names, relative to where the index is
+    shard_bytes: Int64[np.ndarray, "S"]
+    bounds: Int64[np.ndarray, "bounds"]
+    names: list[str]  # members: key.extension
+    labels: list[str]  # "": none
+    offsets: Int64[np.ndarray, "N"]  # of the image's first byte in its shard
+    sizes: Int64[np.ndarray, "N"]  # bytes
+
+    def part(self, shards: Sequence[str]) -> TarIndex:
+        """The index of these shards alone, in this order."""
+        place_of = {shard: s for s, shard in enumerate(self.shards)}
+        places = [place_of[shard] for shard in shards]
+        spans = [(int(self.bounds[s]), int(self.bounds[s + 1])) for s in places]
+        return TarIndex(
+            list(shards),
+            self.shard_bytes[places],
+            np.cumsum([0, *(stop - start for start, stop in spans)], dtype=np.int64),
+            [name for start, stop in spans for name in self.names[start:stop]],
+            [label for start, stop in spans for label in self.labels[start:stop]],
+            _concatenated([self.offsets[start:stop] for start, stop in spans]),
+            _concatenated([self.sizes[start:stop] for start, stop in spans]),
+        )
+
+
+def join_indexes(parts: Sequence[TarIndex]) -> TarIndex:
+    """One index of the shards of all parts."""
+    return TarIndex(
+        [shard for part in parts for shard in part.shards],
+        _concatenated([part.shard_bytes for part in parts]),
+        np.cumsum([0, *np.concatenate([np.diff(part.bounds) for part in parts])], dtype=np.int64),
+        [name for part in parts for name in part.names],
+        [label for part in parts for label in part.labels],
+        _concatenated([part.offsets for part in parts]),
+        _concatenated([part.sizes for part in parts]),
+    )
+
+
+def _concatenated(arrays: Sequence[Int64[np.ndarray, "_"]]) -> Int64[np.ndarray, "_"]:
+    return np.concatenate([np.empty(0, np.int64), *arrays])
+
+
+class _Member(NamedTuple):
+    key: str
+    extension: str
+    offset: int
+    size: int
+    label: str  # what a .cls or .json holds
+
+
+def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
+    """The images of one shard, from header to header. Raises UserError where that is impossible.
+
+    A sample is members in a row with one key. Its image is the member key.jpg (or .png …); where
+    there is none, each that ends so. Its label is key.cls or "label" in key.json.
+    """
+    start = file.read(6)
+    file.seek(0)
+    if start.startswith(_COMPRESSED):
+        raise UserError(
+            f"{shard} is compressed, so that images cannot be read from its middle: unpack it "
+            "(gunzip, unxz, unzstd …) and give the .tar."
+        )
+    images: list[_Member] = []
+    labels: list[str] = []
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:") as tar:
+            for _, members in groupby(_members(tar), lambda member: member.key):
+                sample = list(members)
+                ending = [m for m in sample if _ending(m) in _EXTENSIONS]
+                found = [m for m in ending if "." not in m.extension][:1] or ending
+                images += found
+                labels += [next((m.label for m in sample if m.label), "")] * len(found)
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a torn header for the end
+                raise tarfile.ReadError("torn header")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{shard} is no whole tar file ({error}, after {len(images)} images): fetch or pack it "
+            "anew, or leave it out."
+        ) from error
+    except Exception as error:  # OSError, or what a protocol's package raises
+        raise UserError(
+            f"{shard} cannot be read ({type(error).__name__}: {error}): check it and your access."
+        ) from error
+    return TarIndex(
+        [shard],
+        np.array([num_bytes], np.int64),
+        np.array([0, len(images)], np.int64),
+        [f"{image.key}.{image.extension}" for image in images],
+        labels,
+        np.array([image.offset for image in images], np.int64),
+        np.array([image.size for image in images], np.int64),
+    )
+
+
+def _ending(member: _Member) -> str:
+    return member.extension.lower().split(".")[-1]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
+    """Files with a key, but for WebDataset's own `__notes__`."""
+    while (item := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
+        match = _MEMBER.fullmatch(item.name.removeprefix("./"))
+        if not item.isreg() or item.issparse() or match is None or match[1].startswith("__"):
+            continue
+        extension = match[2].lower()
+        label = ""
+        if extension in ("cls", "json") and (stored := tar.extractfile(item)) is not None:
+            label = _label(extension, stored.read())
+        yield _Member(match[1], match[2], item.offset_data, item.size, label)
+
+
+def _label(extension: str, content: bytes) -> str:
+    """A class as text, "" where the file names none."""
+    if extension == "cls":
+        return content.decode("utf-8", "replace").strip().replace("\0", "")
+    try:
+        label = json.loads(content).get("label")
+    except (ValueError, AttributeError):  # no JSON, or no mapping
+        return ""
+    return str(label).replace("\0", "") if isinstance(label, int | str) else ""
+
+
+# ----------------------------------------------------------------------------------- index files
+
+
+def write_index(index: TarIndex, path: Path) -> None:
+    """Write it as an .npz, whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.savez(
+            file,
+            format=np.array(FORMAT),
+            shards=_packed(index.shards),
+            names=_packed(index.names),
+            labels=_packed(index.labels),
+            shard_bytes=index.shard_bytes,
+            bounds=index.bounds,
+            offsets=index.offsets,
+            sizes=index.sizes,
+        )
+    os.replace(part, path)
+
+
+def read_index(file: File) -> TarIndex | None:
+    """What `write_index` wrote; None where that is something else."""
+    try:
+        with np.load(cast("IO[bytes]", file), allow_pickle=False) as stored:
+            if int(stored["format"]) != FORMAT:
+                return None
+            return TarIndex(
+                _unpacked(stored["shards"]),
+                stored["shard_bytes"],
+                stored["bounds"],
+                _unpacked(stored["names"]),
+                _unpacked(stored["labels"]),
+                stored["offsets"],
+                stored["sizes"],
+            )
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def _packed(texts: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(
+        "".join(f"{text}\0" for text in texts).encode("utf-8", "surrogateescape"), np.uint8
+    )
+
+
+def _unpacked(packed: np.ndarray) -> list[str]:
+    return packed.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def cached_index(shard: str, place: str, num_bytes: int, version: str) -> TarIndex | None:
+    """The index of a shard as it was read earlier, if the shard has not changed."""
+    with suppress(*_NO_CACHE), open(_cache_file(place, num_bytes, version), "rb") as file:
+        index = read_index(file)
+        return None if index is None else index._replace(shards=[shard])
+    return None
+
+
+def cache_index(index: TarIndex, place: str, num_bytes: int, version: str) -> None:
+    """Keep it for the next run, where the cache folder can be written to."""
+    if not version:  # a shard written anew could not be told from the old one
+        return
+    with suppress(*_NO_CACHE):
+        path = _cache_file(place, num_bytes, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_index(index, path)
+
+
+def _cache_file(place: str, num_bytes: int, version: str) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = blake2b(
+        f"{place}\0{num_bytes}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16
+    )
+    return folder / "dino_lite" / "shards" / f"{key.hexdigest()}.npz"
