@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.files import open_files
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.sources import prefetch
 from images import classes, sentence
 from servers import Served, http_files, png
 
@@ -128,7 +130,22 @@ def test_a_dead_network_ends_the_run(served: Served, num_workers: int) -> None:
     told = sentence(list, data.train_dataloader())
     assert "of the 200 images cannot be read" in told
     assert "503" in told
-    assert sum(served.asked.values()) <= 1 + 3 * remote.MAX_IN_A_ROW * max(1, num_workers)
+    most = remote.MAX_IN_A_ROW + remote.NUM_CONNECTIONS  # those under way are ended
+    assert sum(served.asked.values()) <= 1 + 3 * most * max(1, num_workers)
+
+
+def test_the_images_of_a_part_are_asked_for_together(served: Served) -> None:
+    """Once each, before the first is read; what cannot be had says so when it is read."""
+    source = open_auto(f"{served.url}/all.csv").train
+    prefetch(source, [0, 3, 11])
+    assert [served.asked[name] for name in ("0.png", "3.png", "gone.png")] == [1, 1, 1]
+    assert (source.read(3)[0, 0, 0], source.size(0)) == (3, (4, 6))
+    with pytest.raises(OSError, match="gone"):
+        source.read(11)
+    assert served.asked["3.png"] == 1
+    assert source.read(4)[0, 0, 0] == 4
+    assert pickle.loads(pickle.dumps(source)).read(3)[0, 0, 0] == 3
+    assert served.asked["3.png"] == 2  # what was fetched is not sent to workers
 
 
 def test_failures_that_are_not_in_a_row_count_for_nothing(served: Served) -> None:

@@ -6,6 +6,8 @@ import io
 import os
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dino_lite.contracts import UserError
@@ -13,6 +15,7 @@ from dino_lite.data.decode import File
 from dino_lite.data.sources import open_local
 
 WAITS = (1.0, 4.0)  # seconds before a second and a third try
+NUM_CONNECTIONS = 16  # of a process at once
 TIMEOUT = 60  # seconds of one try
 MAX_IN_A_ROW = 5  # files that the network fails to give, after which this process asks no more
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
@@ -70,6 +73,18 @@ class Remote:
                     raise OSError(f"{_reason(error)} ({len(WAITS) + 1} tries)") from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
+
+    def fetch_all(self, paths: Sequence[bytes]) -> list[bytes | OSError]:
+        """All bytes of each file, or why they cannot be had: the network is waited for together."""
+
+        def fetch(path: bytes) -> bytes | OSError:
+            try:
+                return self.fetch(os.fsdecode(path))
+            except OSError as error:
+                return error
+
+        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+            return list(pool.map(fetch, paths))
 
     def check(self, protocol: str) -> None:
         """UserError where `protocol` ("s3") is unknown or its package is not installed."""

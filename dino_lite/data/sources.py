@@ -4,11 +4,13 @@ memory.
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -74,10 +76,14 @@ class PathSource:
         self.labels = None if labels is None else share(labels)
         self.classes = classes
         self.channels = channels
+        self._fetched: dict[int, bytes | OSError] = {}  # what `prefetch` got
         self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fetched": {}}
 
     def path(self, index: int) -> bytes:
         """Whole path or URL of image `index`; bytes, for it need not be UTF-8."""
@@ -86,19 +92,26 @@ class PathSource:
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        with self.opener(self.path(index)) as file:
+        with self._open(index) as file:
             return decode(file, self.channels, min_pixels)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Fetch those behind URLs at once, for `read` to find; forget those before them."""
+        urls = {i: path for i in indices if b"://" in (path := self.path(i))}
+        fetch_all = getattr(self.opener, "fetch_all", None)
+        if urls and fetch_all is not None:
+            self._fetched = dict(zip(urls, fetch_all([*urls.values()]), strict=True))
 
     def raw(self, index: int) -> tuple[bytes, str]:
         """The file of image `index` as it is, and its suffix with the dot. Raises OSError."""
         path = self.path(index)
-        with self.opener(path) as file:
+        with self._open(index) as file:
             name = path.partition(b"?")[0] if b"://" in path else path
             return file.read(), text(posixpath.splitext(name)[1])
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
-        with self.opener(self.path(index)) as file:
+        with self._open(index) as file:
             return upright_size(file)
 
     def name(self, index: int) -> str:
@@ -110,6 +123,12 @@ class PathSource:
         if self._digest is None:  # seconds, where there are millions
             self._digest = digest(self.paths)
         return self._digest
+
+    def _open(self, index: int) -> File:
+        found = self._fetched.get(index)
+        if isinstance(found, OSError):
+            raise found
+        return self.opener(self.path(index)) if found is None else io.BytesIO(found)
 
 
 class ArraySource:
