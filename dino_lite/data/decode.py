@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -45,17 +45,36 @@ def decode(
         return _to_channels(_to_array(image, channels), channels)
 
 
-def upright_size(file: IO[bytes]) -> tuple[int, int]:
-    """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
+class Header(NamedTuple):
+    """What a file says of its image before a pixel is decoded."""
+
+    height: int  # upright, as `decode` gives it
+    width: int
+    format: str  # Pillow's name of it, as "JPEG"; "NPY"
+    mode: str  # as stored: Pillow's ("L", "P", "CMYK"), with ";16" for 16 bits; an .npy's dtype
+    rotated: bool  # EXIF says that it must be turned or mirrored
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """The header alone. Raises as `decode` does."""
     with _reasons():
         start = file.read(6)
         file.seek(0)
         if start == _NUMPY:
-            height, width = _npy_header(file)[0][:2]
-            return height, width
+            (height, width, *_), dtype = _npy_header(file)
+            return Header(height, width, "NPY", str(dtype), False)
         image = Image.open(file)
-        lying = image.getexif().get(ORIENTATION, 1) > 4
-        return (image.width, image.height) if lying else (image.height, image.width)
+        orientation = image.getexif().get(ORIENTATION, 1)
+        size = (image.width, image.height) if orientation > 4 else (image.height, image.width)
+        # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
+        deep = any(";16" in str(tile.args) for tile in image.tile) and ";16" not in image.mode
+        mode = image.mode + deep * ";16"
+        return Header(*size, image.format or "", mode, 1 < orientation <= 8)
+
+
+def upright_size(file: IO[bytes]) -> tuple[int, int]:
+    """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
+    return read_header(file)[:2]
 
 
 @contextmanager

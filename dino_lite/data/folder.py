@@ -85,6 +85,11 @@ class FolderSource:
         with self._open(index) as file:
             return decode(file, self.channels, min_pixels)
 
+    def raw(self, index: int) -> tuple[bytes, str]:
+        """The file of image `index` as it is, and its suffix with the dot."""
+        with self._open(index) as file:
+            return file.read(), os.path.splitext(text(self.path(index)))[1]
+
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
         with self._open(index) as file:
