@@ -255,7 +255,7 @@ def test_classes_are_counted() -> None:
     [
         (["a/1.png", "a/2.png", "b/1.png", "b/2.png"], "none", "data.labels=none"),
         (["1.png", "b/1.png"], "auto", "1 images lie in no folder"),
-        (["a/1.png", "a/2.png"], "auto", "one folder"),
+        (["a/1.png", "a/2.png"], "auto", "all images lie in one folder"),
         (["a/1.png", "a/2.png", "b/1.png"], "auto", "folder b holds one image"),
     ],
 )

@@ -256,7 +256,7 @@ def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, grou
 
 def _pack(splits: Splits, folder: Path) -> None:
     """Write the data as tar shards, and say how to train from them."""
-    from dino_lite.data.shards import write_shards  # type: ignore[import-untyped,unused-ignore]
+    from dino_lite.data.pack import write_shards  # type: ignore[import-untyped,unused-ignore]
 
     with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
         shards = write_shards(splits, folder, progress=progress)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, NamedTuple
+from io import IOBase
+from typing import IO, cast
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps
 
+File = IO[bytes] | IOBase  # open for reading, and able to seek
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that the image lies on its side
 MAX_PIXELS = 2**28  # of an image as it is decoded: 0.8 GB of RGB; more is taken for an attack
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def decode(
-    file: IO[bytes], channels: int = 3, min_pixels: int | None = None
+    file: File, channels: int = 3, min_pixels: int | None = None
 ) -> UInt8[np.ndarray, "H W C"]:
     """The first frame, turned as EXIF says, with `channels` channels.
 
@@ -36,7 +38,7 @@ def decode(
             return _to_channels(_load_npy(file), channels)
         if start[:4] in _TIFF and channels not in (1, 3):
             return _to_channels(_load_tiff(file), channels)
-        image = Image.open(file)
+        image = Image.open(cast("IO[bytes]", file))
         if min_pixels:
             _reduce(image, min_pixels)
         _check_pixels(image.width * image.height)
@@ -45,36 +47,17 @@ def decode(
         return _to_channels(_to_array(image, channels), channels)
 
 
-class Header(NamedTuple):
-    """What a file says of its image before a pixel is decoded."""
-
-    height: int  # upright, as `decode` gives it
-    width: int
-    format: str  # Pillow's name of it, as "JPEG"; "NPY"
-    mode: str  # as stored: Pillow's ("L", "P", "CMYK"), with ";16" for 16 bits; an .npy's dtype
-    rotated: bool  # EXIF says that it must be turned or mirrored
-
-
-def read_header(file: IO[bytes]) -> Header:
-    """The header alone. Raises as `decode` does."""
+def upright_size(file: File) -> tuple[int, int]:
+    """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
     with _reasons():
         start = file.read(6)
         file.seek(0)
         if start == _NUMPY:
-            (height, width, *_), dtype = _npy_header(file)
-            return Header(height, width, "NPY", str(dtype), False)
-        image = Image.open(file)
-        orientation = image.getexif().get(ORIENTATION, 1)
-        size = (image.width, image.height) if orientation > 4 else (image.height, image.width)
-        # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
-        deep = any(";16" in str(tile.args) for tile in image.tile) and ";16" not in image.mode
-        mode = image.mode + deep * ";16"
-        return Header(*size, image.format or "", mode, 1 < orientation <= 8)
-
-
-def upright_size(file: IO[bytes]) -> tuple[int, int]:
-    """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
-    return read_header(file)[:2]
+            height, width = _npy_header(file)[0][:2]
+            return height, width
+        image = Image.open(cast("IO[bytes]", file))
+        lying = image.getexif().get(ORIENTATION, 1) > 4
+        return (image.width, image.height) if lying else (image.height, image.width)
 
 
 @contextmanager
@@ -155,7 +138,7 @@ def _to_channels(pixels: UInt8[np.ndarray, "H W *C"], channels: int) -> UInt8[np
     return np.ascontiguousarray(pixels)
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file: File) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and kind of numbers of an .npy file, which is left behind its header."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -165,20 +148,20 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _load_npy(file: IO[bytes]) -> UInt8[np.ndarray, "*S"]:
+def _load_npy(file: File) -> UInt8[np.ndarray, "*S"]:
     shape, _ = _npy_header(file)
     _check_pixels(int(np.prod(shape[:2], dtype=np.int64)))
     file.seek(0)
     return _to_8_bits(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _load_tiff(file: IO[bytes]) -> UInt8[np.ndarray, "*S"]:
+def _load_tiff(file: File) -> UInt8[np.ndarray, "*S"]:
     """All samples of a TIFF, "H W C" whether they are stored by pixel, by plane or by page."""
     try:
         import tifffile
     except ImportError as error:
         raise ValueError("needs tifffile: pip install 'dino-lite[tiff]'") from error
-    with tifffile.TiffFile(file) as tiff:
+    with tifffile.TiffFile(cast("IO[bytes]", file)) as tiff:
         series = tiff.series[0]
         _check_pixels(int(np.prod(series.shape, dtype=np.int64)) // 3)
         pixels = series.asarray()

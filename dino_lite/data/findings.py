@@ -166,7 +166,7 @@ def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
         )
     yield Finding(
         "warning",
-        f"The device waits for data: {loading['num_workers']} workers feed "
-        f"{loading['images_per_second']:,.0f} images/s, it trains "
+        f"The device waits for data: {feeders(loading['num_workers'])} "
+        f"{loading['images_per_second']:,.0f} images/s, this model trains "
         f"{training['images_per_second']:,.0f}; {todo}.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
-from dino_lite.data.decode import decode, read_header
+from dino_lite.data.decode import ORIENTATION, decode, upright_size
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
 BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
@@ -137,18 +138,34 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
     content, suffix = source.raw(index)
     row["num_bytes"], row["digest"] = len(content), _digest(content)
     pixels = decode(io.BytesIO(content), getattr(source, "channels", 3), MIN_PIXELS)
-    try:
-        header = read_header(io.BytesIO(content))
-    except (OSError, ValueError):  # a TIFF that only tifffile reads
-        row["height"], row["width"] = pixels.shape[:2]
-        row["format"], row["mode"] = _FORMATS.get(suffix.lower(), ""), f"x{pixels.shape[2]}"
-        return pixels
-    # A camera's JPEG with a preview behind it is an "MPO".
-    kind = "JPEG" if header.format == "MPO" else header.format
-    row["height"], row["width"], row["rotated"] = header.height, header.width, header.rotated
-    row["format"], row["mode"] = kind, header.mode
-    row["misnamed"] = _FORMATS.get(suffix.lower(), kind) != kind
+    row["height"], row["width"] = upright_size(io.BytesIO(content))
+    row["format"], row["mode"], row["rotated"] = stored_as(content)
+    named = _FORMATS.get(suffix.lower())
+    row["misnamed"] = bool(named and row["format"]) and named != row["format"].decode()
     return pixels
+
+
+def stored_as(content: bytes) -> tuple[str, str, bool]:
+    """What the header of a readable file says: format, mode, and whether EXIF turns the image.
+
+    Format and mode are Pillow's ("JPEG"; "L", "P", "CMYK"), with ";16" for 16 bits, or an .npy's
+    dtype; empty where Pillow does not know the file, as a TIFF that only tifffile reads.
+    """
+    file = io.BytesIO(content)
+    if content.startswith(b"\x93NUMPY"):
+        return "NPY", str(np.load(file, allow_pickle=False).dtype), False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the limit on pixels is decode's
+            image = Image.open(file)
+            orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF shows as anything
+        return "", "", False
+    # A camera's JPEG with a preview behind it is an "MPO".
+    kind = "JPEG" if image.format == "MPO" else image.format or ""
+    # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
+    deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
+    return kind, image.mode + deep * ";16", 1 < orientation <= 8
 
 
 def look_at(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -69,22 +70,20 @@ def why_no_labels(source: Source, how: str | None) -> str:
     """The reason for which `data.labels=auto` went without, as far as the paths tell it."""
     if how in (None, "none"):
         return "data.labels=none asks for it"
-    path = getattr(source, "path", None)
-    if path is None:
+    if not hasattr(source, "path"):
         return "the data brings none"
-    firsts = (path(index).partition(b"/") for index in range(len(source)))
-    counts = Counter(first if slash else b"" for first, slash, _ in firsts)
-    if counts[b""]:
-        return f"{counts[b'']:,} images lie in no folder of a class"
-    del counts[b""]
-    if len(counts) < 2:
-        return "there is one folder, and one class tells nothing apart"
-    name, num = min(counts.items(), key=lambda item: item[1])
-    if num < 2:
-        return (
-            f"the folder {name.decode(errors='replace')} holds one image, so folders are no classes"
-        )
-    return "the folders are no classes"
+    names = [source.name(index) for index in range(len(source))]
+    shared = os.path.commonprefix([min(names), max(names)]).rpartition("/")[0]
+    below = (name[len(shared) + 1 :].partition("/") for name in names)
+    counts = Counter(first if slash else "" for first, slash, _ in below)
+    if len(counts) == 1:
+        return "all images lie in one folder"
+    if counts[""]:
+        return f"{counts['']:,} images lie in no folder of a class"
+    name, num = min((item for item in counts.items() if item[0]), key=lambda item: item[1])
+    if num == 1:
+        return f"the folder {name} holds one image, so folders are no classes"
+    return "one folder holds all others, and one class tells nothing apart"
 
 
 class Groups(NamedTuple):
