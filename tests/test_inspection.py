@@ -195,7 +195,7 @@ def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     opened: list[int] = []
     real = source.raw
     monkeypatch.setattr(source, "raw", lambda index: opened.append(index) or real(index))
-    monkeypatch.setattr(source, "read", None)
+    monkeypatch.setattr(source, "read", lambda *_: pytest.fail("read twice"))
     inspect(source, np.arange(2))
     assert opened == [0, 1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -41,6 +42,7 @@ ROW = np.dtype(
         ("blank", np.bool_),
     ]
 )
+_OBJECT = re.compile(r" <_io\.\w+ object at \w+>")  # how Pillow names what has no name
 # Suffixes that stand for a format; Pillow's own list would have to be loaded, with every plugin.
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
@@ -119,7 +121,7 @@ class InspectedImages(Dataset[Inspected]):
             try:
                 pixels = read_into(row, self.source, index)
             except (OSError, ValueError) as error:
-                bad.append((index, str(error)))
+                bad.append((index, _OBJECT.sub("", str(error))))
                 continue
             sums = sums + look_at(row, pixels, self.hashing)
         return Inspected(rows, bad, sums)
@@ -138,8 +140,11 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
     content, suffix = source.raw(index)
     row["num_bytes"], row["digest"] = len(content), _digest(content)
     pixels = decode(io.BytesIO(content), getattr(source, "channels", 3), MIN_PIXELS)
-    row["height"], row["width"] = upright_size(io.BytesIO(content))
     row["format"], row["mode"], row["rotated"] = stored_as(content)
+    # Only a JPEG comes back reduced; of a PNG, the header alone may cost a second decoding.
+    reduced = row["format"] == b"JPEG"
+    size = upright_size(io.BytesIO(content)) if reduced else pixels.shape[:2]
+    row["height"], row["width"] = size
     named = _FORMATS.get(suffix.lower())
     row["misnamed"] = bool(named and row["format"]) and named != row["format"].decode()
     return pixels
@@ -158,13 +163,15 @@ def stored_as(content: bytes) -> tuple[str, str, bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels is decode's
             image = Image.open(file)
-            orientation = image.getexif().get(ORIENTATION, 1)
+            # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
+            deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
+            # A PNG's may stand behind the pixels, and would be looked for there.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
     except Exception:  # damaged EXIF shows as anything
         return "", "", False
     # A camera's JPEG with a preview behind it is an "MPO".
     kind = "JPEG" if image.format == "MPO" else image.format or ""
-    # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
-    deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
     return kind, image.mode + deep * ";16", 1 < orientation <= 8
 
 

@@ -73,8 +73,10 @@ def why_no_labels(source: Source, how: str | None) -> str:
     if not hasattr(source, "path"):
         return "the data brings none"
     names = [source.name(index) for index in range(len(source))]
-    shared = os.path.commonprefix([min(names), max(names)]).rpartition("/")[0]
-    below = (name[len(shared) + 1 :].partition("/") for name in names)
+    shared = os.path.commonpath([min(names), max(names)])  # of these two, so of all
+    if shared == names[0]:  # the one image there is
+        shared = os.path.dirname(shared)
+    below = (name[len(shared) :].lstrip("/").partition("/") for name in names)
     counts = Counter(first if slash else "" for first, slash, _ in below)
     if len(counts) == 1:
         return "all images lie in one folder"
