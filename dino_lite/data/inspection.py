@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,13 +17,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
-from dino_lite.data.decode import ORIENTATION, decode, upright_size
+from dino_lite.data.decode import ORIENTATION, decode
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
 BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
 GRAY_DIFFERENCE = 2.0  # mean of neighboring channels' differences, of 255: less is no color
 _PART_SIZE = 64  # images a worker takes at once
-_NUM_SAMPLED = 128 * 128  # pixels an image's statistics are of, about
+_NUM_SAMPLED = 128 * 128  # pixels an image's statistics are of, at most
 
 # What is known of one image. "digest" is of the file's bytes, or where there is no file of shape
 # and pixels; "hash" is perceptual. 56 bytes: a million images fit anywhere.
@@ -140,25 +141,35 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
     content, suffix = source.raw(index)
     row["num_bytes"], row["digest"] = len(content), _digest(content)
     pixels = decode(io.BytesIO(content), getattr(source, "channels", 3), MIN_PIXELS)
-    row["format"], row["mode"], row["rotated"] = stored_as(content)
-    # Only a JPEG comes back reduced; of a PNG, the header alone may cost a second decoding.
-    reduced = row["format"] == b"JPEG"
-    size = upright_size(io.BytesIO(content)) if reduced else pixels.shape[:2]
+    header = read_header(content)
+    # Only a JPEG comes back reduced; the size of others is that of their pixels.
+    size = header.size if header.format == "JPEG" else pixels.shape[:2]
     row["height"], row["width"] = size
+    row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.rotated
     named = _FORMATS.get(suffix.lower())
-    row["misnamed"] = bool(named and row["format"]) and named != row["format"].decode()
+    row["misnamed"] = bool(named and header.format) and named != header.format
     return pixels
 
 
-def stored_as(content: bytes) -> tuple[str, str, bool]:
-    """What the header of a readable file says: format, mode, and whether EXIF turns the image.
+class Header(NamedTuple):
+    """What a readable file says of its image; empty where Pillow does not know the file, as a TIFF
+    that only tifffile reads.
 
     Format and mode are Pillow's ("JPEG"; "L", "P", "CMYK"), with ";16" for 16 bits, or an .npy's
-    dtype; empty where Pillow does not know the file, as a TIFF that only tifffile reads.
+    dtype. `rotated`: EXIF turns or mirrors it. `size`: height and width, upright.
     """
+
+    format: str = ""
+    mode: str = ""
+    rotated: bool = False
+    size: tuple[int, int] = (0, 0)
+
+
+def read_header(content: bytes) -> Header:
+    """Of a file's bytes; no pixel is decoded."""
     file = io.BytesIO(content)
     if content.startswith(b"\x93NUMPY"):
-        return "NPY", str(np.load(file, allow_pickle=False).dtype), False
+        return Header("NPY", str(np.load(file, allow_pickle=False).dtype))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels is decode's
@@ -169,10 +180,11 @@ def stored_as(content: bytes) -> tuple[str, str, bool]:
             has_exif = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
     except Exception:  # damaged EXIF shows as anything
-        return "", "", False
+        return Header()
     # A camera's JPEG with a preview behind it is an "MPO".
     kind = "JPEG" if image.format == "MPO" else image.format or ""
-    return kind, image.mode + deep * ";16", 1 < orientation <= 8
+    size = image.size if orientation > 4 else image.size[::-1]
+    return Header(kind, image.mode + deep * ";16", 1 < orientation <= 8, size)
 
 
 def look_at(
@@ -180,15 +192,18 @@ def look_at(
 ) -> Float64[np.ndarray, "2 C"]:
     """Mean and mean square of each channel; what the pixels tell goes into `row`."""
     height, width, num_channels = pixels.shape
-    stride = max(1, int((height * width / _NUM_SAMPLED) ** 0.5))
-    sampled = pixels[::stride, ::stride].astype(np.float32) / 255
-    steps = np.abs(np.diff(sampled, axis=2)) if num_channels == 3 else np.zeros(1)
-    row["gray"] = num_channels in (1, 3) and steps.mean() * 255 < GRAY_DIFFERENCE
-    row["blank"] = sampled.mean(2).std() * 255 < BLANK_STD
+    stride = math.ceil((height * width / _NUM_SAMPLED) ** 0.5)
+    sampled = pixels[::stride, ::stride].reshape(-1, num_channels).T.astype(np.float32, order="C")
+    sampled /= 255  # C P: reducing over neighbors in memory is ten times as fast
+    num_sampled = sampled.shape[1]
+    steps = np.abs(sampled[1:] - sampled[:-1]).sum() / (max(num_channels - 1, 1) * num_sampled)
+    row["gray"] = num_channels in (1, 3) and steps * 255 < GRAY_DIFFERENCE
+    row["blank"] = sampled.mean(0).std() * 255 < BLANK_STD
     if hashing:
         row["hash"] = perceptual_hash(pixels)
     row["readable"] = True
-    return np.stack([sampled.mean((0, 1)), np.square(sampled).mean((0, 1))]).astype(np.float64)
+    squares = np.einsum("cp,cp->c", sampled, sampled) / num_sampled
+    return np.stack([sampled.mean(1), squares]).astype(np.float64)
 
 
 def perceptual_hash(pixels: UInt8[np.ndarray, "h w C"]) -> int:
@@ -196,10 +211,12 @@ def perceptual_hash(pixels: UInt8[np.ndarray, "h w C"]) -> int:
     from imagehash import phash
 
     if pixels.shape[2] == 3:
-        image = Image.fromarray(pixels)
+        luma = Image.fromarray(pixels).convert("L")
     else:
-        image = Image.fromarray(pixels.mean(2).astype(np.uint8))
-    return int.from_bytes(np.packbits(phash(image).hash).tobytes(), "big")
+        luma = Image.fromarray(pixels.mean(2).astype(np.uint8))
+    # phash resizes to 32 pixels, slowly; means of blocks first take a fifth of the time.
+    luma = luma.reduce(max(1, min(luma.size) // 64))
+    return int.from_bytes(np.packbits(phash(luma).hash).tobytes(), "big")
 
 
 def _digest(content: bytes) -> int:

@@ -113,7 +113,7 @@ def _some(num: int) -> str:
 
 def _span(values: dict[str, Any], unit: str) -> str:
     """Least, median, most."""
-    if not values:
+    if "min" not in values:  # of nothing
         return ""
     least, middle, most = (f"{values[key]:,g}" for key in ("min", "median", "max"))
     return f"{least} to {most} {unit}, median {middle}".replace(" ,", ",")

@@ -40,11 +40,11 @@ def time_loading(datamodule: DataModule, seconds: float = 2.0) -> Loading:
     torch.set_num_threads(1)  # as in a worker
     batches: Iterator[Any] = iter(datamodule.train_dataloader())
     try:
-        batch, num_batches = next(batches), 0
-        started = time.perf_counter()
-        while (spent := time.perf_counter() - started) < seconds:
+        next(batches)
+        num_batches, spent, started = 0, 0.0, time.perf_counter()
+        while not num_batches or spent < seconds:
             batch = next(batches)
-            num_batches += 1
+            num_batches, spent = num_batches + 1, time.perf_counter() - started
     finally:
         torch.set_num_threads(threads)
     size = datamodule.batch_size
