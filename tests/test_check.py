@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from dino_lite.commands import check as command
 from dino_lite.commands.check import run_check
-from dino_lite.config import Config, compose, put
-from dino_lite.contracts import Splits, UserError
+from dino_lite.commands.pretrain import build
+from dino_lite.config import Config, compose, instantiate, put
+from dino_lite.contracts import Crops, Progress, Splits, UserError
 from dino_lite.data.findings import (
     judge_classes,
     judge_duplicates,
@@ -30,6 +32,8 @@ from dino_lite.data.findings import (
 )
 from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
+from dino_lite.plan import gather_facts, plan
+from dino_lite.runs import Run
 from tiny import TINY, photos
 
 KEYS = {
@@ -224,8 +228,6 @@ def test_without_imagehash_the_rest_is_checked(
 
 def test_random_state_and_threads_are_left_alone(tmp_path: Path) -> None:
     """Nothing of the process changes under a caller's feet."""
-    import torch
-
     torch.set_num_threads(2)
     look(tmp_path, data="shapes")
     assert torch.get_num_threads() == 2
@@ -374,6 +376,52 @@ def split(**changes: Any) -> dict[str, Any]:
         "num_small": 0, "num_blank": 0, "num_gray": 0, "unreadable": [], "classes": None,
     }  # fmt: skip
     return usual | changes
+
+
+def test_training_is_timed_up_to_the_batch_that_fits(tmp_path: Path) -> None:
+    """Where memory ends, the time of the whole batch is that of as many parts as it takes."""
+    asked = [("loader.num_workers", 0), ("loader.batch_size", 4)]
+    config = composed("shapes")
+    for key, value in [*TINY.items(), *asked]:
+        config = put(config, key, value)
+    splits = instantiate(config["data"])
+    facts = gather_facts(config, splits)
+    datamodule, module, _ = build(plan(config, facts).config, facts, splits, Run(tmp_path))
+    loaded = timing.time_loading(datamodule, seconds=0)
+    assert loaded.batch_size == 4
+    sizes: list[int] = []
+
+    def step(crops: Crops, at: Progress) -> None:
+        sizes.append(crops.num_images)
+        if crops.num_images > 8:
+            raise torch.OutOfMemoryError
+
+    module.make_step = lambda method, optimizer: step  # type: ignore[assignment,return-value]
+    device = torch.device("cpu")
+    assert timing.time_training(datamodule, module, loaded, 64, device).largest == 8
+    assert sizes == [2, 2, 2, 4, 4, 8, 8, 16]
+    assert timing.time_training(datamodule, module, loaded, 7, device).largest is None
+    assert sizes[-2:] == [7, 7]
+
+
+def test_a_slow_step_is_extrapolated() -> None:
+    """A fixed part, and one that grows with the images: from two sizes to any."""
+    line = timing._extrapolate((4, 1.4), (8, 1.8), 128)
+    assert line == pytest.approx(1.8 + 120 * 0.1125)  # no less than half the mean: times are noisy
+    assert timing._extrapolate((4, 0.5), (8, 0.9), 128) == pytest.approx(0.1 + 0.1 * 128)
+    assert timing._extrapolate((0, 0.0), (2, 12.0), 8) == pytest.approx(48)
+
+
+def test_every_key_of_check_json_is_documented(tmp_path: Path, root: Path) -> None:
+    """docs/check.md names each of them."""
+    report = look(tmp_path, data="shapes")
+    text = (root / "docs" / "check.md").read_text(encoding="utf-8")
+    nested = [
+        report, report["splits"]["train"], report["splits"]["train"]["classes"],
+        report["duplicates"]["near"], report["speed"], *report["speed"].values(),
+    ]  # fmt: skip
+    keys = {key for part in nested if isinstance(part, dict) for key in part}
+    assert {key for key in keys if f"`{key}`" not in text} == {"duplicates", "splits"}
 
 
 def test_a_good_set_leaves_nothing_to_say() -> None:

@@ -96,7 +96,7 @@ def time_training(
             return Training(_extrapolate((0, 0.0), before, batch_size), before[0])
         if size == batch_size:
             return Training(spent, None)
-        if spent > longest:
+        if spent > longest and (before[0] or spent > 10 * longest):
             return Training(_extrapolate(before, (size, spent), batch_size), None)
         size, before = min(2 * size, batch_size), (size, spent)
 
