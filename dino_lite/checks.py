@@ -53,7 +53,12 @@ NULLABLE = {
     "trainer.max_steps",
 }
 CHOICES: dict[str, tuple[object, ...]] = {
+    **{
+        f"augment.{kind}.quarter_turns": (True, False) for kind in ("global_1", "global_2", "local")
+    },
+    "augment.where": ("worker", "device"),
     "baselines": (True, False),
+    "loader.draft": (True, False),
     "method.teacher_temp.per": ("step", "epoch"),
     "optim.clip_by": ("global", "parameter"),
     "optim.decay_tokens": (True, False),
@@ -114,6 +119,10 @@ def check(config: Config, facts: Facts) -> None:
             raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")
         if size % patch:
             raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
+    if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
+        raise UserError(
+            f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
+        )
     ranks = int(get(config, "trainer.devices")) * int(get(config, "trainer.num_nodes"))
     batch_size = get(config, "loader.batch_size")
     if batch_size % ranks:

@@ -94,6 +94,14 @@ def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
     return [round(0.1 * scale, 4), round(2.0 * scale, 4)], "0.1 to 2 at 224 pixels, in proportion"
 
 
+def _where(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.channels not in (1, 3):
+        return "device", f"PIL has no images of {facts.channels} channels"
+    if facts.accelerator == "cpu":
+        return "worker", "beside the step on a core of its own, and exact"
+    return "device", f"in batches on {facts.accelerator}: a worker feeds six times as many images"
+
+
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.source == "shapes":
         return 8, "a pattern's period; 16 patches are quick"
@@ -260,6 +268,7 @@ _RULES: dict[str, Any] = {
     "backbone.patch_size": _patch_size,
     "augment.local_size": _local_size,
     "augment.num_local": _num_local,
+    "augment.where": _where,
     "backbone.name": _backbone_name,
     "backbone.embed_dim": _embed_dim,
     "backbone.depth": _depth,

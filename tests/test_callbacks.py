@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.callbacks import throughput
@@ -53,7 +52,7 @@ NUM_STEPS, BATCH_SIZE = 6, 4
 class Unreadable(ArraySource):
     """Stands for the test images: whoever reads them fails."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
         raise AssertionError("the test images were read")
 
 
@@ -224,7 +223,7 @@ def test_images_are_decoded_once_and_broken_ones_left_out() -> None:
     """The second evaluation reads nothing; both give what a fresh look at the images gives."""
     source, reads = images(40), []
 
-    def read_image(index: int) -> Image.Image:
+    def read_image(index: int, min_pixels: int | None = None) -> np.ndarray:
         reads.append(index)
         if index == 7:
             raise OSError("truncated")
@@ -333,7 +332,7 @@ def test_an_error_between_steps_is_survived_by_the_state(tmp_path: Path) -> None
     run = Training(tmp_path, Checkpoints(tmp_path))
     read_image, count = run.data.splits.train.read, iter(range(100))
 
-    def fail(index: int) -> Image.Image:
+    def fail(index: int, min_pixels: int | None = None) -> np.ndarray:
         if next(count) >= 3 * BATCH_SIZE:
             raise RuntimeError("disk gone")
         return read_image(index)

@@ -30,6 +30,9 @@ def facts(**changes: object) -> Facts:
         "num_classes": 0,
         "height": 300,
         "width": 400,
+        "channels": 3,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
         "accelerator": "cpu",
         "device_name": "cpu",
         "num_devices": 1,
@@ -93,6 +96,8 @@ def test_compat_changes_only_the_switches() -> None:
     )
     changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert changed - {"compat"} == {
+        "augment.where",
+        "loader.draft",
         "backbone.position_offset",
         "backbone.position_antialias",
         "method.momentum.end_reached",

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from torch import nn
 
 from dino_lite.contracts import Crops, Splits, UserError
 from dino_lite.data.crops import MultiCrop
-from dino_lite.data.datamodule import CropData, DataModule, append_rows, join
+from dino_lite.data.datamodule import DataModule
+from dino_lite.data.exact import make_crops
+from dino_lite.data.parts import CropData, append_rows, join
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.sources import ArraySource
 
 # Multiprocessing's, from Python 3.12 on, where libraries have started threads before.
 fork_is_fine = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -36,11 +38,11 @@ class Pictures:
     def __len__(self) -> int:
         return self.n
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
         if index in self.bad:
             raise OSError("torn in two")
         rng = np.random.default_rng(index)
-        return Image.fromarray(rng.integers(0, 256, (9 + index % 3, 12, 3), dtype=np.uint8))
+        return rng.integers(0, 256, (9 + index % 3, 12, 3), dtype=np.uint8)
 
     def name(self, index: int) -> str:
         return f"{index}.png"
@@ -49,11 +51,28 @@ class Pictures:
         return "0"
 
 
-def data_module(source: Pictures | None = None, **changed: Any) -> DataModule:
+def data_module(
+    source: Pictures | ArraySource | None = None, where: str = "worker", **changed: Any
+) -> DataModule:
     """Seven steps of 6 images of 10, unless said otherwise."""
     settings = {"batch_size": 6, "seed": 5, "num_steps": 7, **changed}
     splits = Splits(source or Pictures(), None, "pictures")
-    return DataModule(splits, MultiCrop(8, 4, 2, seed=5), Normalize(), **settings)
+    return DataModule(splits, MultiCrop(8, 4, 2, seed=5, where=where), Normalize(), **settings)
+
+
+def in_memory(n: int = 10) -> ArraySource:
+    """n images of one size."""
+    pixels = np.random.default_rng(1).integers(0, 256, (n, 11, 13, 3), dtype=np.uint8)
+    return ArraySource(torch.from_numpy(pixels), np.arange(n) % 2, ["a", "b"], "set")
+
+
+# Where crops are made: all in the worker; changed on the device; cut out there as well.
+PATHS = {
+    "worker": lambda: {"source": Pictures(), "where": "worker"},
+    "device": lambda: {"source": Pictures(), "where": "device"},
+    "whole": lambda: {"source": in_memory(), "where": "device"},
+}
+every_path = pytest.mark.parametrize("path", PATHS)
 
 
 def all_steps(data: DataModule) -> list[Crops]:
@@ -71,15 +90,89 @@ def same(a: Crops, b: Crops) -> bool:
 
 
 @fork_is_fine
-def test_workers_change_nothing() -> None:
+@every_path
+def test_workers_change_nothing(path: str) -> None:
     """Crops, order, labels and boxes of 0 and 2 workers are equal; so is a second pass."""
-    alone = all_steps(data_module())
-    helped = data_module(num_workers=2)
+    alone = all_steps(data_module(**PATHS[path]()))
+    helped = data_module(**PATHS[path](), num_workers=2)
     first, second = all_steps(helped), all_steps(helped)
     assert len(alone) == len(first) == len(second) == 7
     for a, b, c in zip(alone, first, second, strict=True):
         assert same(a, b)
         assert same(a, c)
+
+
+@every_path
+def test_ranks_together_see_the_batch_of_one(path: str) -> None:
+    """Three processes of two images each: the same crops in the same order."""
+    alone = data_module(**PATHS[path]())
+    ranks = [data_module(**PATHS[path]()) for _ in range(3)]
+    loaders = [data.train_dataloader() for data in ranks]
+    for rank, loader in enumerate(loaders):
+        loader.sampler.rank, loader.sampler.num_ranks = rank, 3
+    for whole, *parts in zip(all_steps(alone), *loaders, strict=True):
+        made = [
+            data.on_after_batch_transfer(part, 0) for data, part in zip(ranks, parts, strict=True)
+        ]
+        assert same(whole, join(made))
+
+
+@pytest.mark.parametrize("path", ["device", "whole"])
+def test_both_paths_make_the_same_crops(path: str) -> None:
+    """The draws to the bit, the pixels to a gray level or so."""
+    source = PATHS[path]()["source"]
+    levels = Normalize((0, 0, 0), (1 / 255,) * 3)  # undoes nothing: gray levels as they are
+    found, wanted = (data_module(source, where) for where in ("device", "worker"))
+    found.normalize = wanted.normalize = levels
+    for a, b in zip(all_steps(found), all_steps(wanted), strict=True):
+        assert same(a._replace(globals_=b.globals_, locals_=b.locals_), b)
+        assert a.locals_ is not None
+        assert b.locals_ is not None
+        for x, y in ((a.globals_, b.globals_), (a.locals_, b.locals_)):
+            assert x.shape == y.shape
+            assert (x - y).abs().mean() < 0.3
+            assert (x - y).abs().quantile(0.99) <= 3
+
+
+def test_small_images_in_memory_leave_the_worker_without_pixels() -> None:
+    """Only what was drawn is sent; an image that is too large for matrices goes the usual way."""
+    part = next(iter(data_module(in_memory(), "device").train_dataloader()))[0]
+    assert part.globals_.numel() == 0
+    large = ArraySource(torch.zeros(10, 65, 9, 3, dtype=torch.uint8), None, [], "large")
+    assert next(iter(data_module(large, "device").train_dataloader()))[0].globals_.numel() > 0
+
+
+def test_large_files_may_be_decoded_smaller() -> None:
+    """The source is told what the crops need, unless `draft` is off."""
+    asked: list[int | None] = []
+
+    class Asked(Pictures):
+        def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
+            asked.append(min_pixels)
+            return super().read(index)
+
+    all_steps(data_module(Asked(), num_steps=1))
+    all_steps(data_module(Asked(), num_steps=1, draft=False))
+    assert set(asked) == {MultiCrop(8, 4, 2).min_pixels, None}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_channels_goes_through_the_device(channels: int) -> None:
+    """Finite crops with as many channels; of one channel they equal the worker's."""
+
+    def images(where: str) -> list[Crops]:
+        pixels = np.random.default_rng(1).integers(0, 256, (10, 70, 66, channels), dtype=np.uint8)
+        source = ArraySource(torch.from_numpy(pixels), None, [], "set")
+        data = data_module(source, where)
+        data.normalize = Normalize([0.0] * channels, [1 / 255] * channels)
+        return all_steps(data)
+
+    for crops in images("device"):
+        assert crops.globals_.shape == (2, 6, channels, 8, 8)
+        assert torch.isfinite(crops.globals_).all()
+    if channels == 1:
+        for a, b in zip(images("device"), images("worker"), strict=True):
+            assert (a.globals_ - b.globals_).abs().mean() < 0.3
 
 
 def test_a_step_of_many_parts_is_one_batch() -> None:
@@ -101,8 +194,11 @@ def test_a_step_of_many_parts_is_one_batch() -> None:
 
 def test_join_keeps_what_is_missing_missing() -> None:
     """No local crops, no labels, and extra crops by name."""
-    part = MultiCrop(8, 4, 0)([Pictures().read(0)], np.array([0]), np.array([0]))
-    part = part._replace(extra={"large": part.globals_})
+    part = (
+        CropData(Pictures(), MultiCrop(8, 4, 0), make_crops, max_bad=1).__getitems__([(0, 0)]).crops
+    )
+    assert part is not None
+    part = part._replace(labels=None, extra={"large": part.globals_})
     joined = join([part, part, part])
     assert joined.locals_ is None
     assert joined.labels is None
@@ -154,7 +250,7 @@ def test_workers_end_with_the_pass() -> None:
 
 def test_workers_may_be_started_afresh() -> None:
     """Where processes are not forked, the data set travels as a pickle."""
-    fresh = CropData(Pictures(), MultiCrop(8, 4, 1), max_bad=1)
+    fresh = CropData(Pictures(), MultiCrop(8, 4, 1), make_crops, max_bad=1)
     part = fresh.__getitems__([(0, 3)])
     copy = pickle.loads(pickle.dumps(fresh)).__getitems__([(0, 3)])
     assert part.crops is not None
@@ -219,17 +315,20 @@ def fit(
 
 
 @fork_is_fine
+@every_path
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_resumed_in_mid_epoch_sees_the_next_images(num_workers: int, tmp_path: Path) -> None:
+def test_a_run_resumed_in_mid_epoch_sees_the_next_images(
+    num_workers: int, path: str, tmp_path: Path
+) -> None:
     """Interrupted in its sixth step, resumed from its fourth: the rest, exactly, and no more.
 
     Lightning counts batches of a resumed epoch against the loader's whole length.
     """
     whole, broken, rest = Recorder(), Recorder(stop_at=5), Recorder()
-    fit(whole, data_module(), tmp_path)
+    fit(whole, data_module(**PATHS[path]()), tmp_path)
     with pytest.raises(InterruptedError):
-        fit(broken, data_module(num_workers=num_workers), tmp_path)
-    trainer = fit(rest, data_module(num_workers=num_workers), tmp_path, start=4)
+        fit(broken, data_module(**PATHS[path](), num_workers=num_workers), tmp_path)
+    trainer = fit(rest, data_module(**PATHS[path](), num_workers=num_workers), tmp_path, start=4)
     assert trainer.global_step == 7
     seen = broken.seen[:4] + rest.seen
     assert len(seen) == len(whole.seen) == 7

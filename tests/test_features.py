@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Splits, UserError
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 class HalfBroken(ArraySource):
     """Every third image cannot be read."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
         if index % 3 == 0:
             raise OSError("truncated")
         return super().read(index)

@@ -91,7 +91,7 @@ def test_heat_is_bright_where_values_are_large() -> None:
 class Broken(ArraySource):
     """Its first image cannot be read."""
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
         if index == 0:
             raise OSError("truncated")
         return super().read(index)

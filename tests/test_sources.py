@@ -101,7 +101,7 @@ def test_array_source_is_shared_with_workers_not_copied() -> None:
     source.images[5, 4, 3, 2] ^= 1
     assert source.digest() != before
     assert isinstance(source.images, torch.Tensor)
-    assert source.size(0) == (5, 4) == source.read(0).size[::-1]
+    assert source.size(0) == (5, 4) == source.read(0).shape[:2]
 
 
 def test_facts(tmp_path: Path) -> None:
@@ -113,17 +113,30 @@ def test_facts(tmp_path: Path) -> None:
                 Image.new("RGB", size).save(tmp_path / split / name / f"{i}.png")
     (tmp_path / "train" / "a" / "bad.png").write_bytes(b"")
     facts = read_facts(open_folder(tmp_path))
-    assert facts == (7, 6, 2, 20, 30)
-    assert facts._fields == ("num_images", "num_test", "num_classes", "height", "width")
+    assert facts[:6] == (7, 6, 2, 20, 30, 3)
+    names = ("num_images", "num_test", "num_classes", "height", "width", "channels")
+    assert facts._fields == (*names, "mean", "std")
+    assert facts.mean == (0, 0, 0)
+
+
+def test_facts_know_the_mean_and_deviation_of_each_channel() -> None:
+    """In [0, 1], over all pixels looked at."""
+    pixels = torch.randint(256, (20, 9, 7, 2), dtype=torch.uint8)
+    pixels[..., 1] //= 4
+    facts = read_facts(Splits(ArraySource(pixels, None, [], "x"), None, "x"))
+    wanted = pixels.double() / 255
+    assert facts.channels == 2
+    np.testing.assert_allclose(facts.mean, wanted.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(facts.std, wanted.std((0, 1, 2), correction=0), atol=1e-4)
 
 
 def test_facts_look_at_few_of_many() -> None:
-    """64 headers and one image, however many there are."""
+    """64 headers and images, however many there are."""
 
     class Counting(ArraySource):
         opened = 0
 
-        def read(self, index: int) -> Image.Image:
+        def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
             Counting.opened += 1
             return super().read(index)
 
@@ -132,8 +145,17 @@ def test_facts_look_at_few_of_many() -> None:
             return super().size(index)
 
     many = Counting(torch.zeros(5000, 2, 3, 3, dtype=torch.uint8), None, [], "x")
-    assert read_facts(Splits(many, None, "x")) == (5000, 0, 0, 2, 3)
-    assert Counting.opened == 65
+    assert read_facts(Splits(many, None, "x")) == (
+        5000,
+        0,
+        0,
+        2,
+        3,
+        3,
+        (0, 0, 0),
+        (1e-3, 1e-3, 1e-3),
+    )
+    assert Counting.opened == 128
 
 
 def test_the_one_readable_image_is_found(tmp_path: Path) -> None:
@@ -144,4 +166,4 @@ def test_the_one_readable_image_is_found(tmp_path: Path) -> None:
     assert "None of the 200 images can be read" in told
     assert "000.jpg" in told
     fill(tmp_path, "101.png")
-    assert read_facts(open_folder(tmp_path)) == (201, 0, 0, 4, 6)
+    assert read_facts(open_folder(tmp_path))[:5] == (201, 0, 0, 4, 6)

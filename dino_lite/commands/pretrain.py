@@ -110,6 +110,7 @@ def build(
         num_workers=loader["num_workers"],
         seed=config["seed"],
         max_bad_fraction=loader["max_bad_fraction"],
+        draft=loader["draft"],
         num_steps=num_steps,
         bad_files=run.folder / "bad_files.csv",
     )

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Crops, Splits, UserError
-from dino_lite.data import exact
+from dino_lite.data import exact, resample
 from dino_lite.data.crops import MultiCrop
-from dino_lite.data.parts import BadFiles, CropData, Part, join
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, join
+from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
+from dino_lite.data.sources import ArraySource
+
+MAX_WHOLE_SIDE = (
+    64  # pixels: cutting crops out of larger images by matrices costs more than it saves
+)
 
 
 class StepLoader:
@@ -73,7 +79,9 @@ class DataModule(pl.LightningDataModule):
     """Feeds a run: order and crops are functions of seed and step, whatever reads them.
 
     `batch_size` is images per step over all ranks. `dtype` of the crops on the device: set it to
-    the precision of the run. `num_steps` None: endless (runs that end by the clock).
+    the precision of the run. `num_steps` None: endless (runs that end by the clock). `draft`: large
+    JPEGs are decoded at the scale that the smallest crop needs. Small images in memory whose crops
+    are changed on the device lie there as one tensor, and their crops are cut out there too.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class DataModule(pl.LightningDataModule):
         max_bad_fraction: float = 0.05,
         num_steps: int | None = None,
         bad_files: Path | None = None,
+        draft: bool = True,
     ) -> None:
         super().__init__()
         if num_workers < 0:
@@ -97,10 +106,15 @@ class DataModule(pl.LightningDataModule):
             )
         self.splits, self.multi_crop, self.normalize = splits, multi_crop, normalize
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.num_steps = num_steps
+        self.num_steps, self.draft = num_steps, draft
         self.dtype = torch.float32
         self.bad_files = BadFiles(splits.train, max_bad_fraction, bad_files)
         self._loader: StepLoader | None = None
+        self._whole: Tensor | None = None  # all images, "N H W C", on the device
+        source = splits.train
+        if multi_crop.where == "device" and isinstance(source, ArraySource):
+            side = max(source.images.shape[1:3])
+            self._whole = source.images if side <= MAX_WHOLE_SIDE else None
 
     @property
     def data_wait_seconds(self) -> float:
@@ -120,7 +134,7 @@ class DataModule(pl.LightningDataModule):
         )
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         loader = DataLoader(
-            CropData(self.splits.train, self.multi_crop, exact.make_crops, self.bad_files.allowed),
+            self._parts(),
             batch_sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=_as_cropped,
@@ -130,9 +144,30 @@ class DataModule(pl.LightningDataModule):
         self._loader = StepLoader(loader, sampler, self.bad_files, self._current_step)
         return self._loader
 
+    def _parts(self) -> Dataset[Part]:
+        """What the workers do."""
+        source, multi_crop = self.splits.train, self.multi_crop
+        if self._whole is not None and isinstance(source, ArraySource):
+            return DrawData(source, multi_crop)
+        make = exact.make_crops if multi_crop.where == "worker" else resample.make_crops
+        min_pixels = multi_crop.min_pixels if self.draft else None
+        return CropData(source, multi_crop, make, self.bad_files.allowed, min_pixels)
+
     def on_after_batch_transfer(self, batch: list[Crops], dataloader_idx: int) -> Crops:
-        """Join the parts and normalize them, on the device."""
-        return self.normalize.crops(join(batch), self.dtype)
+        """All parts as one batch, normalized, on the device; there as many at once as there are, on
+        the CPU one by one: they then stay in its cache.
+        """
+        parts = batch if batch[0].index.is_cpu else [join(batch)]
+        return join([self._finish(part) for part in parts])
+
+    def _finish(self, crops: Crops) -> Crops:
+        """What is left to do with the pixels after the worker."""
+        if self._whole is not None:
+            self._whole = self._whole.to(crops.index.device)
+            crops = resample.fill(crops, self._whole, self.multi_crop.groups)
+        if self.multi_crop.where == "device":
+            crops = photometric(crops)
+        return self.normalize.crops(crops, self.dtype)
 
     def _current_step(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_step

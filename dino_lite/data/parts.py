@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop
+from dino_lite.data.sources import ArraySource
 
 try:
     import fcntl
@@ -66,36 +67,15 @@ class CropData(Dataset[Part]):
             images.append(found[0])
             read.append(found[1])
         epochs, asked = np.array(pairs).T
-        shown = np.array(read)
-        labels = None if self.source.labels is None else self.source.labels[shown]
-        crops = self._crops(images, epochs, asked)._replace(
-            index=torch.from_numpy(shown),
-            labels=None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-        )
-        return Part(crops, list(self.bad.items())[known:])
-
-    def _crops(
-        self, images: Images, epochs: Int[np.ndarray, "n"], asked: Int[np.ndarray, "n"]
-    ) -> Crops:
-        """The pixels lie in memory as height, width, channel, as decoders have them; Normalize puts
-        them in order on the device.
-        """
         sides = np.array([image.shape[:2] for image in images])
         drawn = self.multi_crop.draw(epochs, asked, *sides.T)
-        by_kind = [
+        pixels = [
             np.empty((num, len(images), size, size, images[0].shape[2]), np.uint8)
             for num, size in self.multi_crop.groups
         ]
-        self.make_crops(images, drawn, [crop for kind in by_kind for crop in kind])
-        globals_, *locals_ = (torch.from_numpy(kind).permute(0, 1, 4, 2, 3) for kind in by_kind)
-        return Crops(
-            globals_=globals_,
-            locals_=locals_[0] if locals_ else None,
-            index=torch.from_numpy(asked.astype(np.int64)),
-            labels=None,
-            boxes=torch.from_numpy((drawn.boxes / np.tile(sides, 2)).astype(np.float32)),
-            draws=torch.from_numpy(drawn.params),
-        )
+        self.make_crops(images, drawn, [crop for kind in pixels for crop in kind])
+        crops = to_crops(pixels, drawn, sides, np.array(read), self.source.labels)
+        return Part(crops, list(self.bad.items())[known:])
 
     def _read(self, index: int) -> tuple[UInt8[np.ndarray, "H W C"], int] | None:
         """The first readable image from `index` on, and its index; None beyond `max_bad`."""
@@ -107,6 +87,50 @@ class CropData(Dataset[Part]):
                     self.bad[index] = str(error)
             index = (index + 1) % len(self.source)
         return None
+
+
+class DrawData(Dataset[Part]):
+    """Draws the crops of images that are on the device already, and leaves them without pixels.
+
+    They have size 0 until `resample.fill` makes them.
+    """
+
+    def __init__(self, source: ArraySource, multi_crop: MultiCrop) -> None:
+        self.labels, self.multi_crop = source.labels, multi_crop
+        self.height, self.width, self.channels = source.images.shape[1:]
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Part:
+        epochs, index = np.array(pairs).T
+        sides = np.full((len(index), 2), (self.height, self.width))
+        drawn = self.multi_crop.draw(epochs, index, *sides.T)
+        pixels = [
+            np.empty((num, len(index), 0, 0, self.channels), np.uint8)
+            for num, _ in self.multi_crop.groups
+        ]
+        return Part(to_crops(pixels, drawn, sides, index, self.labels), [])
+
+
+def to_crops(
+    pixels: Sequence[UInt8[np.ndarray, "_ n _ _ C"]],
+    drawn: Drawn,
+    sides: Int[np.ndarray, "n 2"],
+    index: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, "N"] | None,
+) -> Crops:
+    """The noun of what workers made: global crops, and local ones where there are any.
+
+    The pixels lie in memory as height, width, channel, as decoders have them; they are put in order
+    on the device.
+    """
+    globals_, *locals_ = (torch.from_numpy(kind).permute(0, 1, 4, 2, 3) for kind in pixels)
+    return Crops(
+        globals_=globals_,
+        locals_=locals_[0] if locals_ else None,
+        index=torch.from_numpy(index.astype(np.int64)),
+        labels=None if labels is None else torch.from_numpy(labels[index].astype(np.int64)),
+        boxes=torch.from_numpy((drawn.boxes / np.tile(sides, 2)).astype(np.float32)),
+        draws=torch.from_numpy(drawn.params),
+    )
 
 
 class BadFiles:

@@ -1,21 +1,203 @@
-"""What happens to pixels on the device: bytes become normalized floats."""
+"""What happens to the pixels of a batch on the device, each crop by its own parameters.
+
+PIL's 8-bit arithmetic in float32: values are whole gray levels from 0 to 255 after every operation,
+and equal to those of `data.exact` but for roundings (golden cases A10, A11 measure them). Nothing
+here waits for the device, and `change` compiles to a single graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor, nn
 
 from dino_lite.contracts import Crops, UserError
+from dino_lite.data.crops import COLUMNS, JITTER, ORDERS
+from dino_lite.data.resample import to_levels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Images = Float32[Tensor, "n C h w"]
+Operation = Callable[..., Tensor]
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of R, G, B: PIL's, exact in float32
+
+
+def photometric(crops: Crops) -> Crops:
+    """The same crops, changed as their `draws` say."""
+    num_globals = crops.globals_.shape[0]
+
+    def changed(images: Tensor, draws: Tensor) -> Tensor:
+        return change(images.flatten(0, 1), draws.flatten(0, 1)).view(images.shape)
+
+    locals_ = crops.locals_
+    return crops._replace(
+        globals_=changed(crops.globals_, crops.draws[:num_globals]),
+        locals_=None if locals_ is None else changed(locals_, crops.draws[num_globals:]),
+    )
+
+
+def change(images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"]) -> Images:
+    """n square crops, bytes or gray levels, changed as `params`, the values of COLUMNS, say.
+
+    Without three channels there is no color: saturation, hue and gray leave such crops as they are.
+    """
+    column = dict(zip(COLUMNS, params.unbind(1), strict=True))
+    x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    x = where(column["flip"] > 0, _mirror, x)
+    x = where(column["vertical"] > 0, _upside_down, x)
+    for turns in (1, 2, 3):
+        x = where(column["turns"] == turns, lambda x, k=turns: torch.rot90(x, k, (2, 3)), x)
+    x = jitter(x, column)
+    if x.shape[1] == 3:
+        x = where(column["gray"] > 0, gray, x)
+    x = where(column["blur"] > 0, blur, x, column["blur"])
+    return where(column["solarize"] > 0, solarize, x)
+
+
+def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Tensor) -> Images:
+    """`operation` of the crops in `mask`, the others as they are; may write to `x`.
+
+    On the CPU only those in the mask are computed. Elsewhere all are, for to ask how many there are
+    would wait for the device, and a compiled graph needs to know.
+    """
+    if x.is_cpu and not torch.compiler.is_compiling():
+        rows = mask.nonzero()[:, 0]
+        if len(rows) == len(x):
+            return operation(x, *params)
+        if len(rows):
+            changed = operation(x.index_select(0, rows), *(param[rows] for param in params))
+            x.index_copy_(0, rows, changed)
+        return x
+    return torch.where(mask[:, None, None, None], operation(x, *params), x)
+
+
+def jitter(x: Images, column: dict[str, Tensor]) -> Images:
+    """Brightness, contrast, saturation and hue, in the order of each crop."""
+    orders = torch.tensor(ORDERS, device=x.device)[column["order"].long()]  # n 4
+    operations = (brightness, contrast, saturation, hue)[: 4 if x.shape[1] == 3 else 2]
+    for place in range(4):
+        for i, operation in enumerate(operations):
+            value = column[JITTER[i]]
+            mask = (orders[:, place] == i) & (value != COLUMNS[JITTER[i]])
+            x = where(mask, operation, x, value)
+    return x
+
+
+def brightness(x: Images, factor: Float32[Tensor, "n"]) -> Images:
+    """factor·x."""
+    return (x * factor[:, None, None, None]).clamp_(max=255).floor_()
+
+
+def contrast(x: Images, factor: Float32[Tensor, "n"]) -> Images:
+    """factor·x + (1−factor)·m, m the rounded mean luma of the crop."""
+    mean = (luma(x).mean((1, 2, 3), keepdim=True) + 0.5).floor_()
+    return _blend(mean, x, factor)
+
+
+def saturation(x: Images, factor: Float32[Tensor, "n"]) -> Images:
+    """factor·x + (1−factor)·luma."""
+    return _blend(luma(x), x, factor)
+
+
+def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
+    """Turn the color circle by trunc(255·shift) of 256 levels; hue and saturation have 8 bits."""
+    value, least = x.amax(1), x.amin(1)  # n h w
+    spread = value - least
+    red, green, blue = x.unbind(1)
+    # Where each pixel is on the circle, in sixths: red at 0, green at 2, blue at 4.
+    from_red, from_green, from_blue = (
+        green - blue,
+        torch.add(blue - red, spread, alpha=2),
+        torch.add(red - green, spread, alpha=4),
+    )
+    sixths = torch.where(green == value, from_green, from_blue)
+    turn = torch.where(red == value, from_red, sixths).div_(spread.clamp(min=1)).div_(6)
+    levels = turn.add_(turn < 0).mul_(255).floor_()
+    levels += (255 * shift).trunc()[:, None, None]
+    levels -= 256 * (levels / 256).floor_()
+    strength = (255 * spread).div_(value.clamp(min=1)).floor_().mul_(1 / 255)
+    sixths = levels.mul_(6 / 255)
+    # What each channel lacks of the value: along the circle it rises, stays and falls.
+    lacks = torch.stack(
+        [2 - (sixths - 3).abs_(), (sixths - 2).abs_() - 1, (sixths - 4).abs_() - 1], 1
+    ).clamp_(0, 1)
+    value = value[:, None]
+    return torch.addcmul(value, value * strength[:, None], lacks, value=-1).add_(0.5).floor_()
+
+
+def gray(x: Images) -> Images:
+    """Luma in all channels."""
+    return luma(x).expand_as(x)
+
+
+def blur(x: Images, radius: Float32[Tensor, "n"]) -> Images:
+    """PIL's Gaussian blur of standard deviation `radius` pixels: three box blurs either way.
+
+    Each rounds to whole levels, which is why a small radius changes nothing at all. Source of the
+    box's width: Gwosdek et al. 2011, section 2.
+    """
+    size = x.shape[-1]
+    if size == 1:
+        return x
+    box = box_blur(radius, size)  # n w w
+    across, down = box.transpose(-1, -2), box[:, None]
+    for _ in range(3):
+        x = to_levels(torch.bmm(x.flatten(1, 2), across)).view(x.shape)
+    for _ in range(3):
+        x = to_levels(torch.matmul(down, x))
+    return x
+
+
+def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size size"]:
+    """One of three boxes that make a Gaussian of `radius`, as a matrix; edge pixels are repeated.
+
+    A box of half-width R: weight 1 up to floor(R), the rest on the pixel next to it, all / (2R+1).
+    """
+    variance = radius.square()[:, None, None] / 3
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    half = whole + rest / (6 * (variance - (whole + 1).square()))  # R
+    pixels = torch.arange(size, device=radius.device, dtype=torch.float32)
+    box = (half + 1 - (pixels[:, None] - pixels).abs()).clamp(0, 1)
+    # Beyond the edge lies the edge's pixel again: the tail of the sum 1 + … + 1 + rest.
+    first = (half[..., 0] + 1 - pixels).clamp(min=0)  # n size
+    box[..., 0], box[..., -1] = first, first.flip(-1)
+    # PIL's whole numbers of 2^-24 add up to a little less than 1, so that halves are rounded down.
+    return box * ((1 - 2.0**-21) / (2 * half + 1))
+
+
+def solarize(x: Images) -> Images:
+    """Invert the values from 128 up."""
+    return torch.where(x >= 128, 255 - x, x)
+
+
+def luma(x: Images) -> Float32[Tensor, "n 1 h w"]:
+    """0.299 R + 0.587 G + 0.114 B in whole levels; without color, the mean of the channels."""
+    if x.shape[1] == 1:
+        return x
+    if x.shape[1] != 3:
+        return to_levels(x.mean(1, keepdim=True))
+    r, g, b = (x[:, i : i + 1] * _LUMA[i] for i in range(3))
+    return (r + g + b).add_(0.5).floor_()
+
+
+def _blend(base: Tensor, x: Images, factor: Float32[Tensor, "n"]) -> Images:
+    """base + factor·(x − base), in whole levels; product and sum each rounded, as PIL has them."""
+    return (x - base).mul_(factor[:, None, None, None]).add_(base).clamp_(0, 255).floor_()
+
+
+def _mirror(x: Images) -> Images:
+    return x.flip(3)
+
+
+def _upside_down(x: Images) -> Images:
+    return x.flip(2)
 
 
 class Normalize(nn.Module):
-    """(x/255 - mean)/std per channel, x bytes: what every network of the project sees.
+    """(x/255 - mean)/std per channel, x from 0 to 255: what every network of the project sees.
 
     `mean` and `std` are float64 on the host and no buffers: checkpoints do not repeat them.
     """
@@ -34,9 +216,11 @@ class Normalize(nn.Module):
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(
-        self, images: UInt8[Tensor, "*lead C H W"], dtype: torch.dtype = torch.float32
+        self, images: Shaped[Tensor, "*lead C H W"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "*lead C H W"]:
-        """Normalize in at least float32, then round to `dtype`. The result is contiguous."""
+        """Normalize bytes, or gray levels in floats (which are written over), in at least float32;
+        then round to `dtype`. The result is contiguous.
+        """
         exact = torch.promote_types(dtype, torch.float32)
         scale, shift = self._scale_and_shift(images.device, exact)
         floats = images.to(exact, memory_format=torch.contiguous_format)

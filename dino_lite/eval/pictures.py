@@ -75,7 +75,7 @@ def crops_picture(
         for i, row in enumerate(rows):
             row.append([Cell(crop[i], width * small_side // side) for crop in small])
         headings.append(Heading("Student alone", f"{len(small)} local crops of {small_side} px"))
-    _sheet(rows, path, "What student and teacher see", headings)
+    draw_sheet(rows, path, "What student and teacher see", headings)
 
 
 def attention_picture(
@@ -107,7 +107,7 @@ def attention_picture(
         Heading("Attention", f"mean of {maps.shape[1]} heads"),
         Heading("Single heads", f"the first {shown}" if shown < maps.shape[1] else f"all {shown}"),
     ]
-    _sheet(rows, path, "Where the class token looks, last block", headings)
+    draw_sheet(rows, path, "Where the class token looks, last block", headings)
 
 
 def neighbors_picture(
@@ -149,7 +149,7 @@ def neighbors_picture(
     whence = "train" if asked is bank else "test"
     headings = [Heading("Query", whence), Heading("Nearest in train", "cosine similarity")]
     legend = [(_BLUE, "same class"), (_ORANGE, "another class")] if known else []
-    _sheet(sheet, path, "Nearest neighbors in the features", headings, legend, stack=False)
+    draw_sheet(sheet, path, "Nearest neighbors in the features", headings, legend, stack=False)
 
 
 class _Readable:
@@ -210,7 +210,7 @@ def _method(size: int, width: int) -> Image.Resampling:
     return Image.Resampling.NEAREST if width >= 2 * size else Image.Resampling.LANCZOS
 
 
-def _sheet(
+def draw_sheet(
     rows: Sequence[Row],
     path: str | Path,
     title: str,

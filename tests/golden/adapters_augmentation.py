@@ -1,19 +1,24 @@
-"""Golden cases of the multi-crop: single operations and whole chains, and statistics of draws."""
+"""Golden cases of the multi-crop: single operations and whole chains, and statistics of draws.
+
+Pixels are checked twice: as a worker makes them with PIL ("worker"), and cut out and changed by
+tensor operations ("device"; a box also by matrices, as small images in memory are cut).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_lite.data import crops
+from dino_lite.data import exact, resample
 from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, MultiCrop, Photometric
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.photometric import Normalize, change
 from golden.check import Check
 
 NUM_RUNS = 5  # of as many draws as the reference made; a distance is the median over them
@@ -32,9 +37,12 @@ def a11(case: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Itera
     p99_factor = number(case["tolerance"]["levels"], r"([\d.]+) x the measured")
     for name, op in case["data"]["ops"].items():
         wanted = tensors[f"{name}/out.u8_hwc"].numpy()
-        found = operate(op, source_image(op["input"], tensors, folder))
         measured = op["float_torchvision_vs_pil_levels"]["p99"]
-        yield from levels(name, found, wanted, mean_limit, max(p99_limit, p99_factor * measured))
+        limits = mean_limit, max(p99_limit, p99_factor * measured)
+        image = source_image(op["input"], tensors, folder)
+        yield from levels(f"worker {name}", operate(op, image), wanted, *limits)
+        for found in operate_on_device(op, np.asarray(image)):
+            yield from levels(f"device {name}", found, wanted, *limits)
     normalize = Normalize(**case["hyper"]["normalize"])
     wanted = tensors["normalize/out.chw"]
     inputs = [tensors[name] for name in sorted(tensors) if name.startswith("in.")]
@@ -47,21 +55,49 @@ def operate(op: dict[str, Any], image: Image.Image) -> np.ndarray:
     """The project's answer to one entry of the case's `ops`."""
     kind = op["op"]
     if kind == "resized_crop":
-        return np.asarray(crops.resized_crop(image, op["box"], op["size"]))
+        return np.asarray(exact.resized_crop(image, op["box"], op["size"]))
     if kind == "solarize" and op["threshold"] != 128:  # which is the only one a crop asks for
-        return crops.solarize(np.asarray(image), op["threshold"])
-    if kind == "sequence":
-        return crops.augment(image, parameters(op["steps"]))
+        return exact.solarize(np.asarray(image), op["threshold"])
+    return exact.augment(image, parameters_of(op))
+
+
+def operate_on_device(op: dict[str, Any], pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """The same by tensor operations, in each way there is."""
+    if op["op"] == "resized_crop":
+        yield cut(pixels, op["box"], op["size"])
+        whole = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+        boxes = torch.tensor(op["box"], dtype=torch.float32).view(1, 1, 4)
+        yield resample.resized_crops(whole, boxes, op["size"])[0, 0].permute(1, 2, 0).numpy()
+    elif op["op"] != "solarize" or op["threshold"] == 128:
+        yield change_one(pixels, parameters_of(op))
+
+
+def cut(pixels: np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+    """A box as a worker cuts it out for the device."""
+    return resample.resized_crop(torch.from_numpy(pixels.copy()), box, size).numpy()
+
+
+def change_one(pixels: np.ndarray, params: Sequence[float]) -> np.ndarray:
+    """One crop, changed as on the device."""
+    batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    return change(batch, torch.tensor([params]))[0].permute(1, 2, 0).numpy()
+
+
+def parameters_of(op: dict[str, Any]) -> list[float]:
+    """COLUMNS that ask for one entry of the case's `ops`."""
+    if op["op"] == "sequence":
+        return parameters(op["steps"])
     names = {"grayscale": "gray", "hflip": "flip", "pil_gaussian_blur": "blur"}
     value = op.get("factor", op.get("radius", op.get("sigma", 1.0)))
-    return crops.augment(image, list((COLUMNS | {names.get(kind, kind): value}).values()))
+    return [float(v) for v in (COLUMNS | {names.get(op["op"], op["op"]): value}).values()]
 
 
 def parameters(jitter: Sequence[tuple[str, float]], **others: float) -> list[float]:
     """COLUMNS of an ordered list of (operation, factor); operations not listed stay neutral."""
     listed = [JITTER.index(name) for name, _ in jitter]
     order = ORDERS.index((*listed, *(i for i in range(len(JITTER)) if i not in listed)))
-    return list((COLUMNS | dict(jitter) | {"order": order} | others).values())
+    columns = COLUMNS | dict(jitter) | {"order": order} | others
+    return [float(value) for value in columns.values()]
 
 
 def source_image(name: str, tensors: dict[str, Tensor], folder: Path) -> Image.Image:
@@ -122,8 +158,10 @@ def a10(case: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Itera
         yield from counts(kind, quantities, reference, sigmas)
         yield from distributions(kind, quantities, reference, of_kind, ks_limit)
         size = hyper["local_size" if kind == "local" else "global_size"]
-        made = pictures(quantities, image, size, **hyper["normalize"])
-        yield from pixels(kind, made, reference["draws"], of_kind, sigmas)
+        for where in (exact.apply, apply_on_device):
+            made = pictures(quantities, image, size, where, **hyper["normalize"])
+            for check in pixels(kind, made, reference["draws"], of_kind, sigmas):
+                yield check._replace(name=f"{where.__name__} {check.name}")
 
 
 def chains(
@@ -145,12 +183,21 @@ def chains(
             blur=chain["blur"] or 0.0,
             solarize=float(chain["solarize"]),
         )
-        found = crops.apply(image, chain["box"], params, chain["size"])
-        yield from levels(name, found, wanted.numpy(), mean_limit, p99_limit)
+        for where in (exact.apply, apply_on_device):
+            found = where(image, chain["box"], params, chain["size"])
+            title = f"{name} {where.__name__}"
+            yield from levels(title, found, wanted.numpy(), mean_limit, p99_limit)
         if f"{name}/out.normalized_chw" in tensors:
             floats = normalize(wanted.permute(2, 0, 1))
             error = (floats - tensors[f"{name}/out.normalized_chw"]).abs().max()
             yield Check(f"{name} normalized", float(error), ONE_FLOAT)
+
+
+def apply_on_device(
+    image: Image.Image, box: Sequence[int], params: Sequence[float], size: int
+) -> np.ndarray:
+    """What `exact.apply` does, by tensor operations."""
+    return change_one(cut(np.asarray(image), box, size), params)
 
 
 class Quantities:
@@ -246,13 +293,18 @@ def ks_distance(sample: np.ndarray, quantiles: np.ndarray) -> float:
 
 
 def pictures(
-    ours: Quantities, image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]
+    ours: Quantities,
+    image: Image.Image,
+    size: int,
+    apply: Callable[[Image.Image, Sequence[int], Sequence[float], int], np.ndarray],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> np.ndarray:
     """Mean and mean square of each channel of NUM_PICTURES normalized crops: (2, n, 3)."""
     boxes, params = ours.boxes[:NUM_PICTURES].tolist(), ours.params[:NUM_PICTURES].tolist()
     moments = []
     for box, row in zip(boxes, params, strict=True):
-        made = crops.apply(image, box, row, size).reshape(-1, 3)
+        made = apply(image, box, row, size).reshape(-1, 3)
         floats = (made / 255 - np.array(mean)) / np.array(std)
         moments.append([floats.mean(0), np.square(floats).mean(0)])
     return np.array(moments).transpose(1, 0, 2)
