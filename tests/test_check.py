@@ -123,6 +123,17 @@ def test_folder_without_labels_with_bad_files_and_copies(
     assert "bad.jpg: cannot identify image file" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of what Pillow gives
+def test_crops_that_the_device_makes_are_timed_and_drawn(tmp_path: Path) -> None:
+    """Cut out by the worker, or with small images in memory on the device as well."""
+    data = photos(tmp_path / "data", [f"{i}.png" for i in range(9)])
+    for of, root in (("auto", [f"data.root={data}"]), ("shapes", [])):
+        report = look(tmp_path, "augment.where=device", *root, data=of)
+        assert report["speed"]["loading"]["images_per_second"] > 0
+        with Image.open(tmp_path / "out" / "crops.png") as drawn:
+            assert np.asarray(drawn.convert("RGB")).std() > 10
+
+
 def test_leak_between_splits_is_a_warning_of_its_own(tmp_path: Path) -> None:
     """An image of test that is in train too."""
     data = photos(tmp_path / "data", [f"train/{i}.png" for i in range(200)])
