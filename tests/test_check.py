@@ -30,6 +30,7 @@ from dino_lite.data.findings import (
     judge_pixels,
     judge_speed,
 )
+from dino_lite.data.tables import split_table
 from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
 from dino_lite.plan import gather_facts, plan
@@ -433,6 +434,24 @@ def test_every_key_of_check_json_is_documented(tmp_path: Path, root: Path) -> No
     ]  # fmt: skip
     keys = {key for part in nested if isinstance(part, dict) for key in part}
     assert {key for key in keys if f"`{key}`" not in text} == {"duplicates", "splits"}
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "words"),
+    [
+        (32, 32, "shorter side       32 px"),
+        (1, 12_345_678, "1 to 12,345,678 px, median 2"),
+        (0.5, 2.5, "0.5 to 2.5 px, median 2"),
+    ],
+)
+def test_spans_are_written_for_people(least: float, most: float, words: str) -> None:
+    """One number where all are equal; thousands apart, and few digits."""
+    side = {"min": least, "median": 2, "max": most, "histogram": []}
+    sizes = dict.fromkeys(("shorter_side", "longer_side", "aspect", "megapixels"), side)
+    rest = {"num_bytes": 10**9, "formats": {}, "modes": {}, "num_rotated": 0, "mean": []}
+    text = split_table("train", split(**sizes, **rest))
+    assert words in text
+    assert text.startswith("train: 5,000 images, 1.0 GB")
 
 
 def test_a_good_set_leaves_nothing_to_say() -> None:

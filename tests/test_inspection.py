@@ -200,6 +200,15 @@ def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert opened == [0, 1]
 
 
+def test_images_over_a_network_are_asked_for_together(tmp_path: Path) -> None:
+    """A source that can fetch ahead is told what comes next, a part at a time."""
+    source: Any = open_folder(photos(tmp_path, [f"{i:03}.png" for i in range(70)])).train
+    asked: list[int] = []
+    source.prefetch = lambda indices: asked.append(len(indices))
+    inspect(source, np.arange(70))
+    assert asked == [64, 6]
+
+
 def arrays(*images: np.ndarray, labels: np.ndarray | None = None) -> ArraySource:
     """Images in memory."""
     return ArraySource(torch.from_numpy(np.stack(images)), labels, ["a", "b", "c"], "set")

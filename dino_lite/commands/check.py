@@ -221,7 +221,7 @@ def _say(report: dict[str, Any], planned: Plan | None) -> None:
     print(class_table(train, report["labels"]))
     print(duplicate_table(report["duplicates"]))
     if planned is not None:
-        chosen = [decision for decision in planned.decisions if decision.key in _BY_DATA]
+        chosen = [d for d in planned.decisions if d.key in _BY_DATA and d.value is not None]
         print("what a run of this data would settle (dino-lite pretrain, same keys):")
         print(Plan(planned.config, chosen).table())
     if report["speed"] is not None:

@@ -117,6 +117,8 @@ class InspectedImages(Dataset[Inspected]):
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> Inspected:
+        if hasattr(self.source, "prefetch"):  # over a network, images are waited for together
+            self.source.prefetch(indices)
         rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
         for row, index in zip(rows, indices, strict=True):
             try:

@@ -115,13 +115,21 @@ def _span(values: dict[str, Any], unit: str) -> str:
     """Least, median, most."""
     if "min" not in values:  # of nothing
         return ""
-    least, middle, most = (f"{values[key]:,g}" for key in ("min", "median", "max"))
+    least, middle, most = (_number(values[key]) for key in ("min", "median", "max"))
+    if least == most:
+        return f"{most} {unit}"
     return f"{least} to {most} {unit}, median {middle}".replace(" ,", ",")
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"
+
+
 def _bars(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line for each bin of a histogram."""
+    """A line for each bin of a histogram that has several."""
     most = max((count for *_, count in values["histogram"]), default=1)
+    if len(values["histogram"]) < 2:
+        return []
     return [
         (
             "",
