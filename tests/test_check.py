@@ -121,7 +121,7 @@ def test_folder_without_labels_with_bad_files_and_copies(
         ("first", "train", "03.png"),
         ("exact", "train", "20.png"),
     ]
-    assert "bad.jpg: cannot identify image file" in capsys.readouterr().out
+    assert "bad.jpg: " in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of what Pillow gives
