@@ -163,7 +163,7 @@ def test_no_readable_image_fails_with_all_reasons(tmp_path: Path) -> None:
         (tmp_path / "data" / f"{i}.jpg").write_bytes(b"no image")
     report = look(tmp_path, f"data.root={tmp_path / 'data'}")
     assert not report["ok"]
-    assert "error: dino-lite pretrain would refuse: None of the 3 images" in told(report)
+    assert "error: dino-lite pretrain would end so: None of the 3 images" in told(report)
     assert report["plan"] is report["speed"] is None
     assert len(table(tmp_path / "out" / "bad_files.csv")) == 3
 
@@ -173,7 +173,16 @@ def test_what_the_plan_refuses_fails(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", ["a.png", "b.png"])
     report = look(tmp_path, f"data.root={data}", "augment.global_size=17")
     assert not report["ok"]
-    assert "error: dino-lite pretrain would refuse: augment.global_size=17" in told(report)
+    assert "error: dino-lite pretrain would end so: augment.global_size=17" in told(report)
+
+
+def test_what_the_build_refuses_fails(tmp_path: Path) -> None:
+    """A backbone that there is not is found out before a run is, and the data is described."""
+    report = look(tmp_path, "backbone.name=vit_nowhere", data="shapes")
+    assert not report["ok"]
+    assert "error: dino-lite pretrain would end so: " in told(report)
+    assert "vit_nowhere" in told(report)
+    assert report["speed"] is None
 
 
 def test_one_image_is_enough_to_check(tmp_path: Path) -> None:
@@ -238,8 +247,8 @@ def test_without_imagehash_the_rest_is_checked(
     assert "pip install 'dino-lite[check]'" in told(report)
 
 
-def test_random_state_and_threads_are_left_alone(tmp_path: Path) -> None:
-    """Nothing of the process changes under a caller's feet."""
+def test_threads_are_left_alone(tmp_path: Path) -> None:
+    """A caller's number of torch threads is the same afterwards."""
     torch.set_num_threads(2)
     look(tmp_path, data="shapes")
     assert torch.get_num_threads() == 2

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,11 +86,13 @@ def run_check(config: Config) -> dict[str, Any]:
     report = _describe(config, splits, found)
     report["duplicates"] = describe_duplicates(groups, len(found["train"][0]), hashing)
     report["plan"] = None if planned is None else [d._asdict() for d in planned.decisions]
-    report["speed"], unmade = None, ""
+    report["speed"] = None
     if facts is not None:
-        report["speed"], unmade = _measure(config, facts, splits, out / "crops.png")
+        try:
+            report["speed"] = _measure(config, facts, splits, out)
+        except UserError as error:
+            refusal = str(error)
     findings = [*_judge(report, config, refusal)]
-    findings += [Finding("warning", unmade)] if unmade else []
     report["findings"] = [finding._asdict() for finding in findings]
     report["ok"] = all(finding.level != "error" for finding in findings)
     report["seconds"] = round(time.monotonic() - started, 1)
@@ -155,10 +156,8 @@ def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     return {"data": splits.name, "splits": described, "labels": labels}
 
 
-def _measure(
-    config: Config, facts: Facts, splits: Splits, picture: Path
-) -> tuple[dict[str, Any] | None, str]:
-    """How fast the planned run would be fed and train, and crops.png; or why that is not known."""
+def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[str, Any]:
+    """How fast the planned run would be fed and train; crops.png. Raises what pretrain raises."""
     trainer, loader = config["trainer"], config["loader"]
     num_devices = trainer["devices"] * trainer["num_nodes"]
     batch_size = loader["batch_size"] // num_devices
@@ -166,18 +165,16 @@ def _measure(
     timed = put(put(config, "loader.num_workers", 0), "loader.batch_size", small)
     length = {"max_steps": 10**9, "max_epochs": None, "max_time": None}
     timed |= {"trainer": trainer | length, "callbacks": None}
+    datamodule, module, _ = build(timed, facts, splits, Run(out))
+    datamodule.bad_files.path = None  # all of them are listed already
+    loaded = time_loading(datamodule)
+    crops = datamodule.on_after_batch_transfer(loaded.batch, 0)
+    crops_picture(crops, datamodule.normalize, out / "crops.png")
     threads = torch.get_num_threads()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            datamodule, module, _ = build(timed, facts, splits, Run(Path(folder)))
-            loaded = time_loading(datamodule)
-            crops = datamodule.on_after_batch_transfer(loaded.batch, 0)
-            crops_picture(crops, datamodule.normalize, picture)
-            torch.set_num_threads(trainer["num_threads"])
-            device = torch.device(facts.accelerator)
-            training = time_training(datamodule, module, loaded, batch_size, device)
-    except (UserError, OSError, ValueError) as error:
-        return None, f"Speed was not measured, and crops.png may be missing: {error}"
+        torch.set_num_threads(trainer["num_threads"])
+        device = torch.device(facts.accelerator)
+        training = time_training(datamodule, module, loaded, batch_size, device)
     finally:
         torch.set_num_threads(threads)
     num_epochs = trainer["max_epochs"]
@@ -193,17 +190,17 @@ def _measure(
         num_images=facts.num_images,
         num_epochs=num_epochs,
     )
-    return speed | {"device": facts.device_name}, ""
+    return speed | {"device": facts.device_name}
 
 
 def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:
     """Everything that is worth a sentence, errors first."""
     if refusal:
-        yield Finding("error", f"dino-lite pretrain would refuse: {refusal}")
+        yield Finding("error", f"dino-lite pretrain would end so: {refusal}")
     train, test = report["splits"]["train"], report["splits"].get("test")
     for name, split in report["splits"].items():
         yield from judge_files(name, split, config["loader"]["max_bad_fraction"])
-    if not refusal:
+    if report["plan"] is not None:
         size, batch_size = config["augment"]["global_size"], config["loader"]["batch_size"]
         yield from judge_pixels(train, batch_size, size)
     yield from judge_classes(train, test)
