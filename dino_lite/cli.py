@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 COMMANDS = {
+    "check": "look at the data before a run is paid for",
     "pretrain": "learn a backbone from a folder of images",
     "evaluate": "measure a frozen backbone",
     "export": "write the backbone in a format other programs read",

@@ -19,8 +19,9 @@ from dino_lite.data import draws
 from dino_lite.data.auto import open_auto
 from dino_lite.data.clean import CleanImages
 from dino_lite.data.huggingface import open_huggingface
+from dino_lite.data.pack import write_shards
 from dino_lite.data.sampler import PositionSampler
-from dino_lite.data.shards import open_shards, write_shards
+from dino_lite.data.shards import open_shards
 from images import classes, sentence
 
 datasets = pytest.importorskip("datasets")

@@ -20,7 +20,8 @@ from dino_lite.data import shards
 from dino_lite.data.clean import CleanImages
 from dino_lite.data.folder import open_folder
 from dino_lite.data.huggingface import open_huggingface
-from dino_lite.data.shards import open_shards, write_shards
+from dino_lite.data.pack import write_shards
+from dino_lite.data.shards import open_shards
 from dino_lite.data.subset import Subset
 from images import sentence
 from tiny import photos

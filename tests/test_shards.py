@@ -23,8 +23,9 @@ from dino_lite.data.byte_ranges import expand_braces
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.folder import open_folder
+from dino_lite.data.pack import write_shards
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.shards import open_shards, split_names, write_shards
+from dino_lite.data.shards import open_shards, split_names
 from dino_lite.data.sources import ArraySource
 from images import classes, sentence
 

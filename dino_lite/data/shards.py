@@ -34,7 +34,7 @@ from dino_lite.data.byte_ranges import (
 )
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Labels, encode_known
-from dino_lite.data.pack import CLASSES, INDEX, write_shards
+from dino_lite.data.pack import CLASSES, INDEX
 from dino_lite.data.paths import PathList
 from dino_lite.data.roots import is_url
 from dino_lite.data.shared import share
@@ -47,8 +47,6 @@ from dino_lite.data.tar_index import (
     join_indexes,
     read_index,
 )
-
-__all__ = ["ShardSource", "find_shards", "open_shards", "split_names", "write_shards"]
 
 _NUM_CONNECTIONS = 8  # shards indexed at once over a network
 _SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")

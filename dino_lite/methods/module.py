@@ -38,7 +38,7 @@ class PretrainModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.method, self.clock = method, clock
-        self._make_step, self._make_optimizer, self._decay_tokens = step, optimizer, decay_tokens
+        self.make_step, self._make_optimizer, self._decay_tokens = step, optimizer, decay_tokens
         self._step: Step | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -52,7 +52,7 @@ class PretrainModule(pl.LightningModule):
         """
         # A plain backward lets ranks drift apart without an error; a raw optimizer leaves
         # global_step at 0.
-        self._step = self._make_step(
+        self._step = self.make_step(
             self.method,
             optimizer=self.optimizers(),
             backward=self.manual_backward,

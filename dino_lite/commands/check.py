@@ -1,0 +1,294 @@
+"""`dino-lite check`: open the data → plan → look at every image → time loading and training →
+report, before a run is paid for.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dino_lite.checks import check_values
+from dino_lite.commands.pretrain import build
+from dino_lite.config import Config, command, compose, get, instantiate, put
+from dino_lite.contracts import Facts, Source, Splits, UserError
+from dino_lite.data.findings import (
+    Finding,
+    judge_classes,
+    judge_duplicates,
+    judge_files,
+    judge_pixels,
+    judge_speed,
+)
+from dino_lite.data.inspection import Inspected, inspect
+from dino_lite.data.parts import append_rows
+from dino_lite.data.statistics import (
+    Groups,
+    describe,
+    describe_duplicates,
+    find_groups,
+    repeated,
+    why_no_labels,
+)
+from dino_lite.data.subset import spread
+from dino_lite.data.tables import class_table, duplicate_table, speed_table, split_table
+from dino_lite.eval.pictures import crops_picture
+from dino_lite.machine import num_cores
+from dino_lite.methods.timing import compare, time_loading, time_training
+from dino_lite.plan import Plan, gather_facts, plan
+from dino_lite.runs import Run, absolute_paths, write_json
+
+_TIMED_BATCH = 16  # images that are loaded at once for timing
+_WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")
+_LINE_SECONDS = 30  # between lines of progress where output is no terminal
+# Decisions that follow from number and size of the images.
+_BY_DATA = (
+    *("backbone.name", "augment.global_size", "augment.local_size", "backbone.patch_size"),
+    *("method.head.num_prototypes", "method.momentum.base", "loader.batch_size"),
+    *("trainer.max_epochs", "trainer.max_time"),
+)
+
+
+Found = dict[str, tuple[Int[np.ndarray, "n"], Inspected]]  # by split: which images, what was found
+
+
+def check(*overrides: str) -> dict[str, Any]:
+    """Look at the data as `dino-lite check OVERRIDES` does; returns what check.json holds."""
+    return run_check(compose("check", overrides))
+
+
+def run_check(config: Config) -> dict[str, Any]:
+    """Print what was found and write it to `out`; "ok" is False where a run would fail."""
+    started = time.monotonic()
+    config = absolute_paths(config)
+    _check_own(config)
+    splits: Splits = instantiate(config["data"])
+    title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
+    out = Path(config["out"] or Path("checks") / title)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
+    planned, facts, refusal = _plan(config, splits)
+    hashing = find_spec("imagehash") is not None
+    found = _inspect(config, splits, hashing)
+    config = config if planned is None else planned.config
+    groups = find_groups(np.concatenate([part.rows for _, part in found.values()]), hashing)
+    report = _describe(config, splits, found)
+    report["duplicates"] = describe_duplicates(groups, len(found["train"][0]), hashing)
+    report["plan"] = None if planned is None else [d._asdict() for d in planned.decisions]
+    report["speed"] = None
+    if facts is not None:
+        try:
+            report["speed"] = _measure(config, facts, splits, out)
+        except UserError as error:
+            refusal = str(error)
+    findings = [*_judge(report, config, refusal)]
+    report["findings"] = [finding._asdict() for finding in findings]
+    report["ok"] = all(finding.level != "error" for finding in findings)
+    report["seconds"] = round(time.monotonic() - started, 1)
+    _say(report, planned)
+    _write(report, out, splits, found, groups)
+    if config["pack"]:
+        _pack(splits, Path(config["pack"]))
+    return report
+
+
+def _check_own(config: Config) -> None:
+    """Refuse at once what no look at the data can mend."""
+    check_values(config)
+    most = config["max_images"]
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise UserError(f"max_images={most}: a whole number from 1 on is needed, or null for all.")
+
+
+def _sources(splits: Splits) -> list[tuple[str, Source]]:
+    """The splits there are, by name."""
+    named = [("train", splits.train), ("test", splits.test)]
+    return [(name, source) for name, source in named if source is not None]
+
+
+def _plan(config: Config, splits: Splits) -> tuple[Plan | None, Facts | None, str]:
+    """What pretrain would settle, or the sentence with which it would refuse."""
+    try:
+        facts = gather_facts(config, splits)
+        return plan(config, facts), facts, ""
+    except UserError as error:
+        return None, None, str(error)
+
+
+def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
+    """Every image of every split, or as many of each as `max_images` says."""
+    most, workers = config["max_images"], config["loader"]["num_workers"]
+    asked = {name: spread(len(source), most or len(source)) for name, source in _sources(splits)}
+    if workers == "auto":  # unlike a run's, a check's workers have all cores to themselves
+        workers = num_cores()
+    total = sum(map(len, asked.values()))
+    with _progress(total) as progress:
+        return {
+            name: (
+                asked[name],
+                inspect(source, asked[name], min(workers, total // 256), hashing, progress),
+            )
+            for name, source in _sources(splits)
+        }
+
+
+def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
+    """The part of the report that is about single images and labels."""
+    how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
+    labels = f"data.labels={how}"
+    if splits.train.labels is None:
+        labels = why_no_labels(splits.train, how)
+    described = {
+        name: describe(source, found[name][1], 0 if size == "auto" else size)
+        for name, source in _sources(splits)
+    }
+    return {"data": splits.name, "splits": described, "labels": labels}
+
+
+def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[str, Any]:
+    """How fast the planned run would be fed and train; crops.png. Raises what pretrain raises."""
+    trainer, loader = config["trainer"], config["loader"]
+    num_devices = trainer["devices"] * trainer["num_nodes"]
+    batch_size = loader["batch_size"] // num_devices
+    small = min(_TIMED_BATCH, batch_size)
+    timed = put(put(config, "loader.num_workers", 0), "loader.batch_size", small)
+    length = {"max_steps": 10**9, "max_epochs": None, "max_time": None}
+    timed |= {"trainer": trainer | length, "callbacks": None}
+    datamodule, module, _ = build(timed, facts, splits, Run(out))
+    datamodule.bad_files.path = None  # all of them are listed already
+    loaded = time_loading(datamodule)
+    crops = datamodule.on_after_batch_transfer(loaded.batch, 0)
+    crops_picture(crops, datamodule.normalize, out / "crops.png")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(trainer["num_threads"])
+        device = torch.device(facts.accelerator)
+        training = time_training(datamodule, module, loaded, batch_size, device)
+    finally:
+        torch.set_num_threads(threads)
+    num_epochs = trainer["max_epochs"]
+    if trainer["max_steps"]:
+        num_epochs = trainer["max_steps"] * loader["batch_size"] / facts.num_images
+    speed = compare(
+        loaded,
+        training,
+        batch_size=batch_size,
+        num_devices=num_devices,
+        num_workers=loader["num_workers"] * num_devices,
+        num_cores=facts.num_cores * trainer["num_nodes"],
+        num_images=facts.num_images,
+        num_epochs=num_epochs,
+    )
+    return speed | {"device": facts.device_name}
+
+
+def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:
+    """Everything that is worth a sentence, errors first."""
+    if refusal:
+        yield Finding("error", f"dino-lite pretrain would end so: {refusal}")
+    train, test = report["splits"]["train"], report["splits"].get("test")
+    for name, split in report["splits"].items():
+        yield from judge_files(name, split, config["loader"]["max_bad_fraction"])
+    if report["plan"] is not None:
+        size, batch_size = config["augment"]["global_size"], config["loader"]["batch_size"]
+        yield from judge_pixels(train, batch_size, size)
+    yield from judge_classes(train, test)
+    num = sum(split["num_readable"] for split in report["splits"].values())
+    yield from judge_duplicates(report["duplicates"], num)
+    if report["speed"] is not None:
+        yield from judge_speed(report["speed"])
+
+
+def _say(report: dict[str, Any], planned: Plan | None) -> None:
+    """The report, for people."""
+    train = report["splits"]["train"]
+    for name, split in report["splits"].items():
+        print(split_table(name, split))
+    print(class_table(train, report["labels"]))
+    print(duplicate_table(report["duplicates"]))
+    if planned is not None:
+        chosen = [d for d in planned.decisions if d.key in _BY_DATA and d.value is not None]
+        print("what a run of this data would settle (dino-lite pretrain, same keys):")
+        print(Plan(planned.config, chosen).table())
+    if report["speed"] is not None:
+        print(speed_table(report["speed"]))
+    for finding in report["findings"]:
+        print(f"{finding['level']}: {finding['text']}")
+    print("a run would fail" if not report["ok"] else "a run can start")
+
+
+def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, groups: Groups) -> None:
+    """check.json, bad_files.csv and duplicates.csv; the latter two only if they list something."""
+    write_json(out / "check.json", report)
+    bad = [part["unreadable"] for part in report["splits"].values()]
+    rows = [(image["path"], image["reason"]) for images in bad for image in images]
+    if rows:
+        append_rows(out / "bad_files.csv", ("path", "reason"), rows)
+    names = [
+        (name, source, index)
+        for name, source in _sources(splits)
+        for index in found[name][0].tolist()
+    ]
+    listed = repeated(groups)
+    if listed:
+        with open(out / "duplicates.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("group", "kind", "split", "path"))
+            for group, kind, row in listed:
+                name, source, index = names[row]
+                writer.writerow((group, kind, name, source.name(index)))
+    print(f"written to {out} in {report['seconds']:.0f} s")
+
+
+def _pack(splits: Splits, folder: Path) -> None:
+    """Write the data as tar shards, and say how to train from them."""
+    from dino_lite.data.pack import write_shards
+
+    with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
+        shards = write_shards(splits, folder, progress=progress)
+    print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` images are done: a bar in a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="img", dynamic_ncols=True, leave=False) as bar:
+            yield lambda num: bar.update(num) and None
+        return
+    done, started = 0, time.monotonic()
+    shown = started
+
+    def line(num: int) -> None:
+        nonlocal done, shown
+        done, now = done + num, time.monotonic()
+        if now - shown >= _LINE_SECONDS:
+            shown = now
+            rate = done / (now - started)
+            print(
+                f"{100 * done / total:3.0f} %  {done:,} images · {rate:,.0f} images/s", flush=True
+            )
+
+    yield line
+
+
+@command("check")
+def main(config: Config) -> None:
+    """Command line."""
+    if not run_check(config)["ok"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

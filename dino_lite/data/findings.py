@@ -1,0 +1,172 @@
+"""What the numbers of `data.statistics` mean for a run: errors, warnings and hints in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from dino_lite.data.tables import feeders
+
+_MANY = 0.01  # of the images: from here on it is worth a warning
+_NEARLY_ALL = 0.95
+_UNEQUAL = 20  # times as many images in the largest class as in the smallest
+_FEW_IMAGES = 1000
+
+Level = Literal["error", "warning", "hint"]
+
+
+class Finding(NamedTuple):
+    """One sentence. An error would fail the run, a warning spoil it, a hint better it."""
+
+    level: Level
+    text: str
+
+
+def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> Iterator[Finding]:
+    """What cannot be read, of split `name`; train may have no more of it than a run allows."""
+    num, num_bad = split["num_looked_at"], len(split["unreadable"])
+    if name == "train" and num_bad > min(int(max_bad_fraction * num), num - 1):
+        yield Finding(
+            "error",
+            f"{num_bad:,} of {num:,} images of train cannot be read, more than "
+            f"loader.max_bad_fraction={max_bad_fraction:g} allows: mend or remove them "
+            "(bad_files.csv).",
+        )
+    elif num_bad:
+        instead = "others take their place" if name == "train" else "evaluations leave them out"
+        yield Finding(
+            "warning",
+            f"{num_bad:,} of {num:,} images of {name} cannot be read (bad_files.csv): {instead}.",
+        )
+    if num < split["num_images"]:
+        yield Finding(
+            "hint",
+            f"Of the {split['num_images']:,} images of {name}, {num:,} were looked at "
+            "(max_images): duplicates beyond them are not known, and fractions are estimates.",
+        )
+    if split["num_misnamed"]:
+        yield Finding(
+            "hint",
+            f"{split['num_misnamed']:,} files of {name} are of another format than their suffix "
+            "says: they are read all the same.",
+        )
+
+
+def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> Iterator[Finding]:
+    """Whether train's images suit the planned crops and batch."""
+    num = max(train["num_readable"], 1)
+    if train["num_small"] > 0.1 * num:
+        yield Finding(
+            "warning",
+            f"{train['num_small']:,} images ({train['num_small'] / num:.0%}) have a side below "
+            f"augment.global_size={global_size}: their crops are enlarged; a smaller "
+            "augment.global_size trains faster and loses little.",
+        )
+    if train["num_blank"] > _MANY * num:
+        yield Finding(
+            "warning",
+            f"{train['num_blank']:,} images ({train['num_blank'] / num:.0%}) show one color: there "
+            "is nothing to learn from them; remove them.",
+        )
+    if train["num_gray"] >= _NEARLY_ALL * num:
+        yield Finding(
+            "hint",
+            f"{train['num_gray'] / num:.0%} of the images are gray: augment=grayscale leaves out "
+            "what changes colors only.",
+        )
+    if batch_size > train["num_images"]:
+        yield Finding(
+            "warning",
+            f"loader.batch_size={batch_size} is more than the {train['num_images']:,} images: a "
+            "step sees some twice; choose a smaller one.",
+        )
+    if train["num_images"] < _FEW_IMAGES:
+        yield Finding(
+            "hint",
+            f"{train['num_images']:,} images are few to learn from alone: trained weights to start "
+            "from (backbone.pretrained) help most.",
+        )
+
+
+def judge_classes(train: dict[str, Any], test: dict[str, Any] | None) -> Iterator[Finding]:
+    """Whether accuracies will mean what they seem to; training itself uses no labels."""
+    classes = train["classes"]
+    if classes is None:
+        return
+    if classes["num_with_one_image"]:
+        yield Finding(
+            "warning",
+            f"{classes['num_with_one_image']:,} classes of train have one image: no neighbor can "
+            "be right, so k-NN within train counts them as wrong.",
+        )
+    if classes["num_without_image"]:
+        yield Finding(
+            "warning",
+            f"{classes['num_without_image']:,} classes are in test alone: they cannot be "
+            "recognized.",
+        )
+    if classes["max"] >= _UNEQUAL * max(classes["min"], 1):
+        yield Finding(
+            "hint",
+            f"The largest class has {classes['max']:,.0f} images, the smallest "
+            f"{classes['min']:,.0f}: accuracy over all images says little of small classes.",
+        )
+    if test is not None and test["classes"] is None:
+        yield Finding("hint", "train has labels and test has none: accuracies are of train alone.")
+
+
+def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
+    """Leaks between the splits, and images that are there more than once among `num` of both."""
+    exact, near = duplicates["exact"], duplicates["near"]
+    of_near = near or dict.fromkeys(exact, 0)
+    key = "num_test_images_in_train"
+    if leaked := exact[key] + of_near[key]:
+        yield Finding(
+            "warning",
+            f"{leaked:,} images of test are also in train ({exact[key]:,} exactly, "
+            f"{of_near[key]:,} nearly): accuracies on test come out too high; remove them from "
+            "train (duplicates.csv).",
+        )
+    surplus = exact["num_surplus"] + of_near["num_surplus"]
+    if surplus > _MANY * num:
+        yield Finding(
+            "warning",
+            f"{surplus:,} images ({surplus / num:.0%}) repeat another ({exact['num_surplus']:,} "
+            f"exactly, {of_near['num_surplus']:,} nearly): they count more than the others; "
+            "remove them (duplicates.csv).",
+        )
+    if near is None:
+        yield Finding(
+            "hint",
+            "Near duplicates were not looked for, as imagehash is not installed: "
+            "pip install 'dino-lite[check]'.",
+        )
+
+
+def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
+    """What holds a run up, and what to do about it; of `methods.timing.compare`."""
+    loading, training = speed["loading"], speed["training"]
+    batch = speed["batch_size_per_device"]
+    if training["largest_batch"] is not None:
+        yield Finding(
+            "warning",
+            f"A step on {batch} images does not fit the memory of {speed['device']}, on "
+            f"{training['largest_batch']} it does: choose trainer.micro_batch_size="
+            f"{max(training['largest_batch'], 1)}, or a smaller loader.batch_size.",
+        )
+    if speed["bottleneck"] != "loading":
+        return
+    wanted, cores = loading["num_workers_wanted"], loading["num_cores"]
+    if loading["num_workers"] < min(wanted, cores):
+        todo = f"try loader.num_workers={min(wanted, cores)}"
+    else:
+        todo = (
+            f"{wanted} cores would keep up; else store the images smaller (twice "
+            "augment.global_size is enough), or lower augment.num_local"
+        )
+    yield Finding(
+        "warning",
+        f"The device waits for data: {feeders(loading['num_workers'])} "
+        f"{loading['images_per_second']:,.0f} images/s, this model trains "
+        f"{training['images_per_second']:,.0f}; {todo}.",
+    )

@@ -1,0 +1,230 @@
+"""Every image of a source, looked at once: its file, its header, its pixels."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int, Shaped, UInt8
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lite.contracts import Source
+from dino_lite.data.decode import ORIENTATION, decode
+
+MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
+BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
+GRAY_DIFFERENCE = 2.0  # mean of neighboring channels' differences, of 255: less is no color
+_PART_SIZE = 64  # images a worker takes at once
+_NUM_SAMPLED = 128 * 128  # pixels an image's statistics are of, at most
+
+# What is known of one image. "digest" is of the file's bytes, or where there is no file of shape
+# and pixels; "hash" is perceptual. 56 bytes: a million images fit anywhere.
+ROW = np.dtype(
+    [
+        ("digest", np.uint64),
+        ("hash", np.uint64),
+        ("num_bytes", np.int64),
+        ("height", np.int32),
+        ("width", np.int32),
+        ("format", "S9"),
+        ("mode", "S9"),
+        ("readable", np.bool_),
+        ("rotated", np.bool_),
+        ("misnamed", np.bool_),  # the suffix stands for another format
+        ("gray", np.bool_),
+        ("blank", np.bool_),
+    ]
+)
+_OBJECT = re.compile(r" <_io\.\w+ object at \w+>")  # how Pillow names what has no name
+# Suffixes that stand for a format; Pillow's own list would have to be loaded, with every plugin.
+_FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
+    **{".jp2": "JPEG2000", ".npy": "NPY", ".png": "PNG", ".gif": "GIF", ".bmp": "BMP"},
+    **{".webp": "WEBP", ".avif": "AVIF", ".tga": "TGA"},
+}
+
+
+class Inspected(NamedTuple):
+    """What was found: a ROW each, why some cannot be read, sums over the readable ones."""
+
+    rows: Shaped[np.ndarray, "n"]
+    bad: list[tuple[int, str]]  # index in the source, reason
+    sums: Float64[np.ndarray, "2 C"]  # of each image's mean and mean square, values in [0, 1]
+
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over all pixels, each image counting alike;
+        empty where none was read.
+        """
+        num = int(self.rows["readable"].sum())
+        if not num:
+            return [], []
+        mean, square = self.sums / num
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        return mean.round(4).tolist(), std.round(4).tolist()
+
+
+def inspect(
+    source: Source,
+    indices: Int[np.ndarray, "n"],
+    num_workers: int = 0,
+    hashing: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> Inspected:
+    """Look at the images at `indices`, each read and decoded once, in this process or in workers.
+
+    `hashing`: also make perceptual hashes (needs `imagehash`). `progress` is told how many more
+    were seen.
+    """
+    if hashing:
+        import imagehash  # noqa: F401 - once here, not in every worker
+    loader = DataLoader(
+        InspectedImages(source, hashing),
+        batch_size=_PART_SIZE,
+        sampler=indices.tolist(),
+        num_workers=num_workers,
+        collate_fn=_as_found,
+        generator=torch.Generator(),  # the global one stays as it is
+    )
+    rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
+    seen = 0
+    for part in loader:
+        rows[seen : seen + len(part.rows)] = part.rows
+        seen += len(part.rows)
+        bad += part.bad
+        sums = sums + part.sums
+        if progress is not None:
+            progress(len(part.rows))
+    return Inspected(rows, bad, sums)
+
+
+class InspectedImages(Dataset[Inspected]):
+    """Looks at a list of images at a time."""
+
+    def __init__(self, source: Source, hashing: bool = True) -> None:
+        self.source, self.hashing = source, hashing
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> Inspected:
+        if hasattr(self.source, "prefetch"):  # over a network, images are waited for together
+            self.source.prefetch(indices)
+        rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
+        for row, index in zip(rows, indices, strict=True):
+            try:
+                pixels = read_into(row, self.source, index)
+            except (OSError, ValueError) as error:
+                bad.append((index, _OBJECT.sub("", str(error))))
+                continue
+            sums = sums + look_at(row, pixels, self.hashing)
+        return Inspected(rows, bad, sums)
+
+
+def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"]:
+    """The pixels of an image, perhaps fewer than it has; what its file tells goes into `row`.
+
+    A source that has files offers `raw`, so that each is read once; of others pixels are all.
+    """
+    if not hasattr(source, "raw"):
+        pixels = source.read(index)
+        row["height"], row["width"] = pixels.shape[:2]
+        row["digest"] = _digest(repr(pixels.shape).encode() + pixels.tobytes())
+        return pixels
+    content, suffix = source.raw(index)
+    row["num_bytes"], row["digest"] = len(content), _digest(content)
+    pixels = decode(io.BytesIO(content), getattr(source, "channels", 3), MIN_PIXELS)
+    header = read_header(content)
+    # Only a JPEG comes back reduced; the size of others is that of their pixels.
+    size = header.size if header.format == "JPEG" else pixels.shape[:2]
+    row["height"], row["width"] = size
+    row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.rotated
+    named = _FORMATS.get(suffix.lower())
+    row["misnamed"] = bool(named and header.format) and named != header.format
+    return pixels
+
+
+class Header(NamedTuple):
+    """What a readable file says of its image; empty where Pillow does not know the file, as a TIFF
+    that only tifffile reads.
+
+    Format and mode are Pillow's ("JPEG"; "L", "P", "CMYK"), with ";16" for 16 bits, or an .npy's
+    dtype. `rotated`: EXIF turns or mirrors it. `size`: height and width, upright.
+    """
+
+    format: str = ""
+    mode: str = ""
+    rotated: bool = False
+    size: tuple[int, int] = (0, 0)
+
+
+def read_header(content: bytes) -> Header:
+    """Of a file's bytes; no pixel is decoded."""
+    file = io.BytesIO(content)
+    if content.startswith(b"\x93NUMPY"):
+        return Header("NPY", str(np.load(file, allow_pickle=False).dtype))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the limit on pixels is decode's
+            image = Image.open(file)
+            # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
+            deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
+            # A PNG's may stand behind the pixels, and would be looked for there.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
+    except Exception:  # damaged EXIF shows as anything
+        return Header()
+    # A camera's JPEG with a preview behind it is an "MPO".
+    kind = "JPEG" if image.format == "MPO" else image.format or ""
+    size = image.size if orientation > 4 else image.size[::-1]
+    return Header(kind, image.mode + deep * ";16", 1 < orientation <= 8, size)
+
+
+def look_at(
+    row: Any, pixels: UInt8[np.ndarray, "h w C"], hashing: bool
+) -> Float64[np.ndarray, "2 C"]:
+    """Mean and mean square of each channel; what the pixels tell goes into `row`."""
+    height, width, num_channels = pixels.shape
+    stride = math.ceil((height * width / _NUM_SAMPLED) ** 0.5)
+    sampled = pixels[::stride, ::stride].reshape(-1, num_channels).T.astype(np.float32, order="C")
+    sampled /= 255  # C P: reducing over neighbors in memory is ten times as fast
+    num_sampled = sampled.shape[1]
+    steps = np.abs(sampled[1:] - sampled[:-1]).sum() / (max(num_channels - 1, 1) * num_sampled)
+    row["gray"] = num_channels in (1, 3) and steps * 255 < GRAY_DIFFERENCE
+    row["blank"] = sampled.mean(0).std() * 255 < BLANK_STD
+    if hashing:
+        row["hash"] = perceptual_hash(pixels)
+    row["readable"] = True
+    squares = np.einsum("cp,cp->c", sampled, sampled) / num_sampled
+    return np.stack([sampled.mean(1), squares]).astype(np.float64)
+
+
+def perceptual_hash(pixels: UInt8[np.ndarray, "h w C"]) -> int:
+    """64 bits that change little where the image does: `imagehash.phash` of its luma."""
+    from imagehash import phash
+
+    if pixels.shape[2] == 3:
+        luma = Image.fromarray(pixels).convert("L")
+    else:
+        luma = Image.fromarray(pixels.mean(2).astype(np.uint8))
+    # phash resizes to 32 pixels, slowly; means of blocks first take a fifth of the time.
+    luma = luma.reduce(max(1, min(luma.size) // 64))
+    return int.from_bytes(np.packbits(phash(luma).hash).tobytes(), "big")
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def _as_found(part: Any) -> Any:
+    """Keep the DataLoader from stacking what `__getitems__` has put together."""
+    return part

@@ -1,0 +1,174 @@
+"""What a whole data set is like, in plain numbers, from what was found in each image."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Int64, Shaped
+
+from dino_lite.contracts import Source
+from dino_lite.data.duplicates import NEAR, equal_groups, near_groups
+from dino_lite.data.inspection import Inspected
+
+SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, from … on
+ASPECTS = (0, 0.25, 0.5, 0.75, 1.34, 2, 4)  # width / height, from … on; 3:4 and 4:3 are ordinary
+
+
+def describe(source: Source, found: Inspected, global_size: int) -> dict[str, Any]:
+    """One split: counts, formats, sizes, colors, and what cannot be read. Plain JSON.
+
+    `global_size`: an image whose shorter side has fewer pixels counts as small.
+    """
+    good = found.rows[found.rows["readable"]]
+    height, width = good["height"].astype(np.int64), good["width"].astype(np.int64)
+    shorter = np.minimum(height, width)
+    mean, std = found.moments()
+    return {
+        "num_images": len(source),
+        "num_looked_at": len(found.rows),
+        "num_readable": len(good),
+        "num_bytes": int(found.rows["num_bytes"].sum()),
+        "formats": _by_name(good["format"]),
+        "modes": _by_name(good["mode"]),
+        "num_rotated": int(good["rotated"].sum()),
+        "num_misnamed": int(good["misnamed"].sum()),
+        "num_gray": int(good["gray"].sum()),
+        "num_blank": int(good["blank"].sum()),
+        "num_small": int((shorter < global_size).sum()),
+        "shorter_side": _spread(shorter) | {"histogram": _histogram(shorter, SIDES)},
+        "longer_side": _spread(np.maximum(height, width)),
+        "aspect": _spread(width / np.maximum(height, 1))
+        | {"histogram": _histogram(width / np.maximum(height, 1), ASPECTS)},
+        "megapixels": _spread(height * width / 1e6),
+        "mean": mean,
+        "std": std,
+        "classes": describe_classes(source),
+        "unreadable": [{"path": source.name(i), "reason": reason} for i, reason in found.bad],
+    }
+
+
+def describe_classes(source: Source) -> dict[str, Any] | None:
+    """How many images the classes of a split have; None without labels."""
+    if source.labels is None:
+        return None
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    order = np.argsort(counts, kind="stable")
+    return {
+        "num_classes": len(counts),
+        **_spread(counts),
+        "smallest": [[source.classes[i], int(counts[i])] for i in order[:3]],
+        "largest": [[source.classes[i], int(counts[i])] for i in order[::-1][:3]],
+        "num_with_one_image": int((counts == 1).sum()),
+        "num_without_image": int((counts == 0).sum()),
+    }
+
+
+def why_no_labels(source: Source, how: str | None) -> str:
+    """The reason for which `data.labels=auto` went without, as far as the paths tell it."""
+    if how in (None, "none"):
+        return "data.labels=none asks for it"
+    if not hasattr(source, "path"):
+        return "the data brings none"
+    names = [source.name(index) for index in range(len(source))]
+    shared = os.path.commonpath([min(names), max(names)])  # of these two, so of all
+    if shared == names[0]:  # the one image there is
+        shared = os.path.dirname(shared)
+    below = (name[len(shared) :].lstrip("/").partition("/") for name in names)
+    counts = Counter(first if slash else "" for first, slash, _ in below)
+    if len(counts) == 1:
+        return "all images lie in one folder"
+    if counts[""]:
+        return f"{counts['']:,} images lie in no folder of a class"
+    name, num = min((item for item in counts.items() if item[0]), key=lambda item: item[1])
+    if num == 1:
+        return f"the folder {name} holds one image, so folders are no classes"
+    return "one folder holds all others, and one class tells nothing apart"
+
+
+class Groups(NamedTuple):
+    """For each row the position of the first it equals, and of the first it is like (exactly, or
+    by its hash, through any number of steps); -1 for images that cannot be read.
+    """
+
+    equal: Int64[np.ndarray, "n"]
+    alike: Int64[np.ndarray, "n"]
+
+
+def find_groups(rows: Shaped[np.ndarray, "n"], hashing: bool) -> Groups:
+    """Exact and near duplicates. Images of one color are like each other only where they are
+    equal: their hashes say nothing.
+    """
+    usable = np.flatnonzero(rows["readable"])
+    equal = np.full(len(rows), -1)
+    equal[usable] = usable[equal_groups(rows["digest"][usable])]
+    alike = equal.copy()
+    if hashing:
+        shown = usable[~rows["blank"][usable]]
+        alike[shown] = shown[near_groups(rows["hash"][shown])]
+    return Groups(equal, alike)
+
+
+def describe_duplicates(groups: Groups, num_train: int, hashing: bool) -> dict[str, Any]:
+    """How many images repeat another, and how many of test one of train; the first `num_train` rows
+    are train's. Plain JSON; "near" does not count what is exact, and is None without hashes.
+    """
+    in_test = np.arange(len(groups.equal)) >= num_train
+    exact, both = _count(groups.equal, in_test), _count(groups.alike, in_test)
+    if not hashing:
+        return {"exact": exact, "near": None}
+    firsts = np.flatnonzero((groups.equal == np.arange(len(in_test))) & (groups.equal >= 0))
+    near = {key: both[key] - exact[key] for key in exact}
+    near["num_groups"] = int((np.bincount(groups.alike[firsts]) > 1).sum())
+    return {"exact": exact, "near": near | {"distance": NEAR}}
+
+
+def repeated(groups: Groups) -> list[tuple[int, str, int]]:
+    """Group, kind and row of every image that has a duplicate, group by group. The kinds: the first
+    of its group, exact (equals an earlier one) and near.
+    """
+    known = groups.alike >= 0
+    sizes = np.bincount(groups.alike[known], minlength=1)
+    rows = np.flatnonzero(known & (sizes[groups.alike] > 1))
+    found = []
+    for row in rows[np.argsort(groups.alike[rows], kind="stable")].tolist():
+        group = int(groups.alike[row])
+        kind = "first" if group == row else "exact" if groups.equal[row] != row else "near"
+        found.append((group, kind, row))
+    return found
+
+
+def _count(groups: Int64[np.ndarray, "n"], in_test: Shaped[np.ndarray, "n"]) -> dict[str, int]:
+    """Of rows that name their group (-1: none)."""
+    known = groups >= 0
+    sizes = np.bincount(groups[known], minlength=1)
+    from_train = np.bincount(groups[known & ~in_test], minlength=len(sizes))
+    return {
+        "num_groups": int((sizes > 1).sum()),
+        "num_surplus": int(np.maximum(sizes - 1, 0).sum()),  # images that could go
+        "num_test_images_in_train": int((from_train[groups[known & in_test]] > 0).sum()),
+    }
+
+
+def _spread(values: Int[np.ndarray, "n"] | Float[np.ndarray, "n"]) -> dict[str, float]:
+    """Least, median and most; empty of nothing."""
+    if not len(values):
+        return {}
+    points = {"min": values.min(), "median": np.median(values), "max": values.max()}
+    return {name: round(float(value), 4) for name, value in points.items()}
+
+
+def _histogram(values: Shaped[np.ndarray, "n"], starts: tuple[float, ...]) -> list[list[Any]]:
+    """[from, to, count] of each bin that counts any; to is None of the last."""
+    counts = np.bincount(np.searchsorted(starts, values, side="right") - 1, minlength=len(starts))
+    ends = [*starts[1:], None]
+    return [[a, b, int(n)] for a, b, n in zip(starts, ends, counts, strict=True) if n]
+
+
+def _by_name(names: Shaped[np.ndarray, "n"]) -> dict[str, int]:
+    """How often each name occurs, the most frequent first; images without a file have none."""
+    values, counts = np.unique(names[names != b""], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {values[i].decode(): int(counts[i]) for i in order}
