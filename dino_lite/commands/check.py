@@ -31,6 +31,7 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.inspection import Inspected, inspect
+from dino_lite.data.pack import write_shards
 from dino_lite.data.parts import append_rows
 from dino_lite.data.statistics import (
     Groups,
@@ -253,8 +254,6 @@ def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, grou
 
 def _pack(splits: Splits, folder: Path) -> None:
     """Write the data as tar shards, and say how to train from them."""
-    from dino_lite.data.pack import write_shards
-
     with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
         shards = write_shards(splits, folder, progress=progress)
     print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")

@@ -28,21 +28,22 @@ def make_crops(
     What else was drawn is done on the device, see `data.photometric`.
     """
     for i, pixels in enumerate(images):
-        image = torch.from_numpy(pixels)
         for crops, boxes in zip(out, drawn.boxes, strict=True):
-            torch.from_numpy(crops[i]).copy_(resized_crop(image, boxes[i].tolist(), crops.shape[1]))
+            crops[i] = resized_crop(pixels, boxes[i].tolist(), crops.shape[1])
 
 
 def resized_crop(
-    image: UInt8[Tensor, "H W C"], box: Sequence[int], size: int
-) -> UInt8[Tensor, "size size C"]:
+    image: UInt8[np.ndarray, "H W C"], box: Sequence[int], size: int
+) -> UInt8[np.ndarray, "size size C"]:
     """`box` (top, left, height, width in pixels) as size x size pixels."""
     top, left, height, width = box
     # A copy of the box is quicker to read than its rows within the image.
-    crop = image[top : top + height, left : left + width].contiguous().permute(2, 0, 1)[None]
-    if (height, width) != (size, size):
-        crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
-    return crop[0].permute(1, 2, 0)
+    pixels = np.array(image[top : top + height, left : left + width], order="C")
+    if (height, width) == (size, size):
+        return pixels
+    crop = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)
+    return crop[0].permute(1, 2, 0).numpy()
 
 
 def fill(
