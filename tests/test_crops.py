@@ -182,7 +182,7 @@ def test_impossible_values_are_refused_by_name(values: dict[str, object], key: s
 def test_the_config_is_the_published_recipe(root: Path) -> None:
     """conf/augment/dino.yaml builds the defaults of the code, which golden cases are held to."""
     text = (root / "conf/augment/dino.yaml").read_text(encoding="utf-8")
-    sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "seed": 0}
+    sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "where": "worker", "seed": 0}
     node = {**yaml.safe_load(text), **sizes}
     for kind in ("global_1", "global_2", "local"):  # settled by the plan, in proportion to the size
         assert node[kind]["blur_radius"] == "auto"
