@@ -31,6 +31,7 @@ WHOLE = {
     "backbone.in_chans": 1,
     "backbone.num_heads": 1,
     "backbone.patch_size": 1,
+    "data.channels": 1,
     "loader.batch_size": 1,
     "loader.num_workers": 0,
     "method.head.bottleneck_dim": 1,

@@ -90,9 +90,9 @@ def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
 def _where(config: Config, facts: Facts) -> tuple[str, str]:
     if facts.channels not in (1, 3):
         return "device", f"PIL has no images of {facts.channels} channels"
-    if facts.accelerator == "cpu":
+    if facts.accelerator == "cpu" and facts.num_cores > 1:
         return "worker", "beside the step on a core of its own, and exact"
-    return "device", f"in batches on {facts.accelerator}: a worker feeds six times as many images"
+    return "device", f"in batches on {facts.accelerator}: images cost a worker a fifth"
 
 
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:

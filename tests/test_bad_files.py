@@ -192,3 +192,10 @@ def test_files_that_vanish_during_the_run(num_workers: int, tmp_path: Path) -> N
     told = sentence(list, steps)
     assert "2 of the 7 images cannot be read" in told
     assert "0.jpg" in told
+
+
+def test_a_pipe_in_a_list_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="no regular file"):
+        open_local(os.fsencode(tmp_path / "pipe.png"))

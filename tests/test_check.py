@@ -35,6 +35,7 @@ from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
 from dino_lite.plan import gather_facts, plan
 from dino_lite.runs import Run
+from images import sentence
 from tiny import TINY, photos
 
 KEYS = {
@@ -264,6 +265,14 @@ def test_pack_writes_shards_and_says_how_to_use_them(
     assert packed.test is not None
     assert (len(packed.train), len(packed.test)) == (44, 20)
     assert packed.train.labels is not None
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_looked_at(tmp_path: Path) -> None:
+    """A file in the way of `out`, a folder that `pack` would have to mix with."""
+    (tmp_path / "file").write_text("")
+    config = composed("shapes")
+    assert "name another" in sentence(run_check, put(config, "out", str(tmp_path / "file")))
+    assert "not empty" in sentence(run_check, put(config, "pack", str(tmp_path)))
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:

@@ -103,6 +103,18 @@ def test_drawn_crops_equal_pil(seed: int) -> None:
     assert np.percentile(distance, 99) <= 3
 
 
+@pytest.mark.parametrize("num", [1, 3])
+def test_each_operation_leaves_memory_that_the_next_can_write_to(num: int) -> None:
+    """All crops gray (or flipped, blurred …), some changed further, then normalized in place."""
+    images = batch([picture(16, seed) for seed in range(num)])
+    for name in COLUMNS:
+        rows = torch.tensor([params(**{name: 1.0, "gray": 1.0})] * num)
+        rows[0, list(COLUMNS).index("blur")] = 1.0
+        rows[-1, list(COLUMNS).index("solarize")] = 1.0
+        found = change(images, rows)
+        assert torch.isfinite(Normalize()(found)).all()
+
+
 def test_crops_do_not_depend_on_their_neighbors() -> None:
     """Each crop of a batch is what it would be alone."""
     multi_crop = MultiCrop(16, 8, 0)

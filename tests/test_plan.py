@@ -149,6 +149,8 @@ REFUSED = {
     "trainer.max_epochs=5 trainer.max_steps=5": "exactly one",
     "trainer.max_epochs=0": "positive",
     "loader.batch_size=abc": "a whole number",
+    "data.channels=n": "a whole number",
+    "data.channels=0": "a whole number",
     "loader.num_workers=1.5": "a whole number",
     "trainer.devices=two": "a whole number",
     "seed=abc": "a whole number",

@@ -130,8 +130,21 @@ def test_a_dead_network_ends_the_run(served: Served, num_workers: int) -> None:
     told = sentence(list, data.train_dataloader())
     assert "of the 200 images cannot be read" in told
     assert "503" in told
-    most = remote.MAX_IN_A_ROW + remote.NUM_CONNECTIONS  # those under way are ended
-    assert sum(served.asked.values()) <= 1 + 3 * most * max(1, num_workers)
+    most = 3 * (4 + remote.MAX_IN_A_ROW)  # a part asked for together, then its replacements
+    assert sum(served.asked.values()) <= 1 + most * max(1, num_workers)
+
+
+def test_a_short_outage_costs_one_failure_not_the_run(served: Served) -> None:
+    """Files that are asked for together and fail together count once; then all is well again."""
+    opener = remote.Remote()
+    down = [f"{served.url}/down{i}.png".encode() for i in range(20)]
+    for _ in range(remote.MAX_IN_A_ROW - 1):
+        assert all(isinstance(found, OSError) for found in opener.fetch_all(down))
+    assert opener.fetch(f"{served.url}/3.png") == png((3, 3, 3))
+    for _ in range(remote.MAX_IN_A_ROW):
+        opener.fetch_all(down)
+    with pytest.raises(OSError, match=r"not asked for, after 5 failures.*the last: .*503"):
+        opener.fetch(f"{served.url}/3.png")
 
 
 def test_the_images_of_a_part_are_asked_for_together(served: Served) -> None:

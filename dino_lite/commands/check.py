@@ -31,7 +31,7 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.inspection import Inspected, inspect
-from dino_lite.data.pack import write_shards
+from dino_lite.data.pack import check_target, write_shards
 from dino_lite.data.parts import append_rows
 from dino_lite.data.statistics import (
     Groups,
@@ -76,13 +76,18 @@ def run_check(config: Config) -> dict[str, Any]:
     splits: Splits = instantiate(config["data"])
     title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
     out = Path(config["out"] or Path("checks") / title)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in _WRITTEN:
-        (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out={out} cannot be a folder ({error.strerror}): name another."
+        ) from error
     planned, facts, refusal = _plan(config, splits)
     hashing = find_spec("imagehash") is not None
     found = _inspect(config, splits, hashing)
     config = config if planned is None else planned.config
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
     groups = find_groups(np.concatenate([part.rows for _, part in found.values()]), hashing)
     report = _describe(config, splits, found)
     report["duplicates"] = describe_duplicates(groups, len(found["train"][0]), hashing)
@@ -110,6 +115,8 @@ def _check_own(config: Config) -> None:
     most = config["max_images"]
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
         raise UserError(f"max_images={most}: a whole number from 1 on is needed, or null for all.")
+    if config["pack"]:
+        check_target(Path(config["pack"]))
 
 
 def _sources(splits: Splits) -> list[tuple[str, Source]]:

@@ -19,7 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from dino_lite import config as cfg
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import build_method, read_checkpoint
-from dino_lite.checks import seconds
+from dino_lite.checks import check_values, seconds
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -56,6 +56,7 @@ def pretrain(*overrides: str) -> dict[str, Any]:
 def run_pretrain(config: Config) -> dict[str, Any]:
     """Train, or go on where the same request stopped."""
     config = absolute_paths(config)
+    check_values(config)
     request = requested(config)
     splits: Splits = instantiate(config["data"])
     facts = gather_facts(config, splits)

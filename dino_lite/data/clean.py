@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.sources import prefetch
+from dino_lite.data.sources import prefetch, reason
 
 
 def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
@@ -72,7 +72,7 @@ class CleanImages(Dataset[Batch]):
             try:
                 images.append(clean(self.source.read(index), self.size))
             except (OSError, ValueError) as error:
-                bad.append((index, str(error)))
+                bad.append((index, reason(error)))
                 continue
             labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
         pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 1), np.uint8)

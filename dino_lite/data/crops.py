@@ -172,11 +172,11 @@ class MultiCrop:
         u = u.reshape(-1, num_crops, NUM_DRAWS).transpose(2, 1, 0)  # U S n
         split = 2 * NUM_TRIES + 2
         boxes = self._boxes(u[:split].astype(np.float64), heights, widths)
-        params = self._params(u[split:])
+        v = None
         if self.turns:  # of a stream of their own: crops that are never turned stay as they were
             v = draws.uniforms(self.seed, epochs, indices, num_crops * 2, draws.TURNS)
-            self._turn(params, v.reshape(-1, num_crops, 2).transpose(2, 1, 0))
-        return Drawn(boxes, params)
+            v = v.reshape(-1, num_crops, 2).transpose(2, 1, 0)  # 2 S n
+        return Drawn(boxes, self._params(u[split:], v))
 
     def _boxes(
         self, u: np.ndarray, heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"]
@@ -200,18 +200,14 @@ class MultiCrop:
         left = np.where(found, u[-1] * (spare_width + 1), spare_width / 2) // 1
         return np.stack([top, left, height, width], -1).astype(np.int64)
 
-    def _each(self, field: str) -> Float32[np.ndarray, "S 1"]:
-        """A field of every crop's Photometric."""
-        return np.array([[getattr(kind, field)] for kind in self.kinds], np.float32)
+    def _params(
+        self, u: Float32[np.ndarray, "11 S n"], v: Float32[np.ndarray, "2 S n"] | None
+    ) -> Float32[np.ndarray, "S n 11"]:
+        """Uniforms to COLUMNS; without `v` nothing is upside down or turned."""
 
-    def _turn(self, params: Float32[np.ndarray, "S n 11"], u: Float32[np.ndarray, "2 S n"]) -> None:
-        """Fill the last two COLUMNS."""
-        params[..., -2] = u[0] < self._each("vertical_prob")
-        params[..., -1] = (u[1] * 4 // 1) * self._each("quarter_turns")
+        def each(field: str) -> Float32[np.ndarray, "S 1"]:
+            return np.array([[getattr(kind, field)] for kind in self.kinds], np.float32)
 
-    def _params(self, u: Float32[np.ndarray, "11 S n"]) -> Float32[np.ndarray, "S n 11"]:
-        """Eleven uniforms to COLUMNS, of which the last two stay neutral."""
-        each = self._each
         jittered = u[1] < each("jitter_prob")
 
         def factor(strength: str, neutral: float, uniform: np.ndarray) -> np.ndarray:
@@ -219,17 +215,17 @@ class MultiCrop:
 
         radii = np.array([kind.blur_radius for kind in self.kinds], np.float32)  # S 2
         radius = radii[:, :1] + (radii[:, 1:] - radii[:, :1]) * u[9]
-        columns = [
-            u[0] < each("flip_prob"),
-            factor("brightness", 1.0, u[2]),
-            factor("contrast", 1.0, u[3]),
-            factor("saturation", 1.0, u[4]),
-            factor("hue", 0.0, u[5]),
-            np.where(jittered, u[6] * len(ORDERS) // 1, 0),
-            u[7] < each("gray_prob"),
-            np.where(u[8] < each("blur_prob"), radius, 0),
-            u[10] < each("solarize_prob"),
-            np.zeros_like(jittered),
-            np.zeros_like(jittered),
-        ]
-        return np.stack([column.astype(np.float32) for column in columns], -1)
+        columns = {
+            "flip": u[0] < each("flip_prob"),
+            "brightness": factor("brightness", 1.0, u[2]),
+            "contrast": factor("contrast", 1.0, u[3]),
+            "saturation": factor("saturation", 1.0, u[4]),
+            "hue": factor("hue", 0.0, u[5]),
+            "order": np.where(jittered, u[6] * len(ORDERS) // 1, 0),
+            "gray": u[7] < each("gray_prob"),
+            "blur": np.where(u[8] < each("blur_prob"), radius, 0),
+            "solarize": u[10] < each("solarize_prob"),
+            "vertical": 0 * u[0] if v is None else v[0] < each("vertical_prob"),
+            "turns": 0 * u[0] if v is None else (v[1] * 4 // 1) * each("quarter_turns"),
+        }
+        return np.stack([columns[name].astype(np.float32) for name in COLUMNS], -1)

@@ -20,9 +20,8 @@ from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
 from dino_lite.data.sources import ArraySource
 
-MAX_WHOLE_SIDE = (
-    64  # pixels: cutting crops out of larger images by matrices costs more than it saves
-)
+# Pixels. Cutting crops out of larger images by matrices costs more than it saves.
+MAX_WHOLE_SIDE = 64
 
 
 class StepLoader:

@@ -14,13 +14,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from dino_lite.data.crops import NO_JITTER, ORDERS, Drawn
 
-_MIRROR, _UPSIDE_DOWN = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM
-_TURNS = (
-    _MIRROR,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_270,
-)
+_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
 @cache
@@ -78,9 +72,12 @@ def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Ima
 def augment(image: Image.Image, params: Sequence[float]) -> UInt8[np.ndarray, "h w 3"]:
     """An RGB image changed as `params`, the values of COLUMNS, say."""
     flip, *factors, order, gray, blur, invert, vertical, turns = params
-    for method, wanted in ((_MIRROR, flip), (_UPSIDE_DOWN, vertical), (_TURNS[int(turns)], turns)):
-        if wanted:
-            image = image.transpose(method)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if vertical:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    if turns:
+        image = image.transpose(_TURNS[int(turns) - 1])
     for i in ORDERS[int(order)]:
         if factors[i] != NO_JITTER[i]:
             image = OPERATIONS[i](image, factors[i])

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.sources import prefetch, reason
 
 NUM_LOOKED_AT = 64
 _MIN_PIXELS = 256 * 256  # for the mean color: large files may be decoded smaller
@@ -37,6 +38,7 @@ def read_facts(splits: Splits) -> DataFacts:
     """
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
+    prefetch(source, spread)
     seen = [_look(image) for index in spread if not isinstance(image := _read(source, index), str)]
     seen = seen or [_look(first_readable(source))]
     sizes = [size for index in spread if (size := _header_size(source, index))]
@@ -79,7 +81,7 @@ def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
     try:
         return source.read(index, _MIN_PIXELS if hasattr(source, "size") else None)
     except (OSError, ValueError) as error:
-        return f"{source.name(index)}: {error}"
+        return f"{source.name(index)}: {reason(error)}"
 
 
 def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:

@@ -27,6 +27,14 @@ _BLOCK = tarfile.BLOCKSIZE
 _NUM_FETCHED = 64  # images at once, from sources behind URLs
 
 
+def check_target(folder: Path) -> Path:
+    """The whole path of a folder to pack into. A UserError where it holds something already."""
+    folder = Path(os.path.abspath(folder.expanduser()))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty: name a new folder to pack into.")
+    return folder
+
+
 def write_shards(
     splits: Splits,
     folder: Path,
@@ -44,9 +52,7 @@ def write_shards(
 
     The folder must not be there, or be empty; it appears when all is written. Raises UserError.
     """
-    folder = Path(os.path.abspath(folder.expanduser()))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty: name a new folder to pack into.")
+    folder = check_target(folder)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop
-from dino_lite.data.sources import ArraySource, prefetch
+from dino_lite.data.sources import ArraySource, prefetch, reason
 
 try:
     import fcntl
@@ -85,7 +85,7 @@ class CropData(Dataset[Part]):
                 try:
                     return self.source.read(index, self.min_pixels), index
                 except (OSError, ValueError) as error:
-                    self.bad[index] = str(error)
+                    self.bad[index] = reason(error)
             index = (index + 1) % len(self.source)
         return None
 

@@ -8,6 +8,7 @@ here waits for the device, and `change` compiles to a single graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Shaped
@@ -54,7 +55,7 @@ def change(
     if turned:
         x = where(column["vertical"] > 0, _upside_down, x)
         for turns in (1, 2, 3):
-            x = where(column["turns"] == turns, lambda x, k=turns: torch.rot90(x, k, (2, 3)), x)
+            x = where(column["turns"] == turns, partial(torch.rot90, k=turns, dims=(2, 3)), x)
     first = list(COLUMNS).index(JITTER[0])
     x = jitter(x, params[:, first : first + len(JITTER)], column["order"])
     if x.shape[1] == 3:
@@ -64,10 +65,11 @@ def change(
 
 
 def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Tensor) -> Images:
-    """`operation` of the crops in `mask`, the others as they are; may write to `x`.
+    """`operation` of the crops in `mask`, the others as they are; may write to `x`. What operations
+    return is written to by the next one: memory of its own.
 
-    On the CPU only those in the mask are computed. Elsewhere all are, for to ask how many there are
-    would wait for the device, and a compiled graph needs to know.
+    On the CPU only those in the mask are computed. Elsewhere all are: asking how many there are
+    would wait for the device, and a compiled graph has to know.
     """
     if x.is_cpu and not torch.compiler.is_compiling():
         rows = mask.nonzero()[:, 0]
@@ -133,7 +135,7 @@ def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
 
 def gray(x: Images) -> Images:
     """Luma in all channels."""
-    return luma(x).expand_as(x)
+    return luma(x).repeat(1, 3, 1, 1)
 
 
 def blur(x: Images, radius: Float32[Tensor, "n"]) -> Images:

@@ -14,10 +14,10 @@ from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
 from dino_lite.data.sources import open_local
 
-WAITS = (1.0, 4.0)  # seconds before a second and a third try
+WAITS = (1.0, 20.0)  # seconds before a second and a third try
 NUM_CONNECTIONS = 16  # of a process at once
 TIMEOUT = 60  # seconds of one try
-MAX_IN_A_ROW = 5  # files that the network fails to give, after which this process asks no more
+MAX_IN_A_ROW = 5  # times that the network gives nothing, after which this process asks no more
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 # An image is one request: without this, s3fs asks for its size first.
 _DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
@@ -40,7 +40,7 @@ class Remote:
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.options = options or {}
         _refuse_secrets(self.options)
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._last = 0, ""
         # By process, for connections do not outlive a fork. Those of the parent stay referred to:
         # their end would wait for a thread that the child has not.
         self._systems: dict[tuple[int, str], Any] = {}
@@ -56,35 +56,28 @@ class Remote:
 
     def fetch(self, url: str) -> bytes:
         """All bytes of the file at `url`."""
-        if self._failed_in_a_row >= MAX_IN_A_ROW:
-            raise OSError(f"not asked for, as {MAX_IN_A_ROW} files before it could not be had")
-        system = self._system(url.partition("://")[0])
-        for wait in (*WAITS, None):
-            try:
-                content = _read(system, url)
-                self._failed_in_a_row = 0
-                return content
-            except Exception as error:  # each file system and each of its libraries has its own
-                if _is_final(error):
-                    self._failed_in_a_row = 0
-                    raise OSError(_reason(error)) from error
-                if wait is None:
-                    self._failed_in_a_row += 1
-                    raise OSError(f"{_reason(error)} ({len(WAITS) + 1} tries)") from error
-                time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
+        (found,) = self.fetch_all([os.fsencode(url)])
+        if isinstance(found, OSError):
+            raise found
+        return found
 
     def fetch_all(self, paths: Sequence[bytes]) -> list[bytes | OSError]:
         """All bytes of each file, or why they cannot be had: the network is waited for together."""
-
-        def fetch(path: bytes) -> bytes | OSError:
-            try:
-                return self.fetch(os.fsdecode(path))
-            except OSError as error:
-                return error
-
-        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-            return list(pool.map(fetch, paths))
+        urls = [os.fsdecode(path) for path in paths]
+        if self._failed_in_a_row >= MAX_IN_A_ROW:
+            told = f"not asked for, after {MAX_IN_A_ROW} failures in a row, the last: {self._last}"
+            return [OSError(told) for _ in urls]
+        systems = [self._system(url.partition("://")[0]) for url in urls]
+        if len(urls) == 1:
+            found = [_fetch(systems[0], urls[0])]
+        else:
+            with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+                found = list(pool.map(_fetch, systems, urls))
+        # Files that are asked for together fail together: they count as one failure.
+        dead = all(isinstance(answer, _UnreachableError) for answer in found)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if dead else 0
+        self._last = str(found[-1]) if dead else ""
+        return found
 
     def check(self, protocol: str) -> None:
         """UserError where `protocol` ("s3") is unknown or its package is not installed."""
@@ -111,6 +104,24 @@ class Remote:
             options = _DEFAULTS.get(protocol, {}) | _from_environment(self.options)
             self._systems[key] = filesystem(protocol, **options)
         return self._systems[key]
+
+
+class _UnreachableError(OSError):
+    """What might be had at another time."""
+
+
+def _fetch(system: Any, url: str) -> bytes | OSError:
+    """All bytes of a file, in as many tries as there are; or why they cannot be had."""
+    for wait in (*WAITS, None):
+        try:
+            return _read(system, url)
+        except Exception as error:  # each file system and each of its libraries has its own
+            if _is_final(error):
+                return OSError(_reason(error))
+            if wait is None:
+                return _UnreachableError(f"{_reason(error)} ({len(WAITS) + 1} tries)")
+            time.sleep(wait)
+    raise AssertionError("the last try returns")
 
 
 def _read(system: Any, url: str) -> bytes:

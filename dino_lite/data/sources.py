@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +26,9 @@ Opener = Callable[[bytes], File]  # of a path or URL; raises OSError or ValueErr
 
 
 def open_local(path: bytes) -> File:
-    """A file of this machine."""
+    """A file of this machine. Raises OSError; what is no file (a pipe) would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("is no regular file")
     return open(path, "rb")
 
 
@@ -48,6 +51,12 @@ def digest(chunks: Iterable[bytes]) -> str:
     for chunk in chunks:
         total.update(len(chunk).to_bytes(8, "little") + chunk)
     return total.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, for a sentence: without its path, which is named beside it."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return told.rstrip(". ")
 
 
 def prefetch(source: Source, indices: Sequence[int]) -> None:
