@@ -125,6 +125,13 @@ def test_folder_without_labels_with_bad_files_and_copies(
     assert "bad.jpg: " in capsys.readouterr().out
 
 
+def test_strips_a_few_pixels_wide_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Noise, each image its own, of which a hash of low frequencies sees next to nothing."""
+    data = photos(tmp_path / "data", [f"{i}.png" for i in range(12)], size=(400, 1))
+    report = look(tmp_path, f"data.root={data}")
+    assert report["duplicates"]["near"]["num_surplus"] == 0
+
+
 def test_crops_that_the_device_makes_are_timed_and_drawn(tmp_path: Path) -> None:
     """Cut out by the worker, or with small images in memory on the device as well."""
     data = photos(tmp_path / "data", [f"{i}.png" for i in range(9)])

@@ -173,7 +173,7 @@ def _csv_rows(file: File, where: str) -> Iterator[Row]:
                 if "path" in map(str.lower, cells):
                     continue
             if len(cells) < num_needed:
-                raise UserError(f"Row {number} of {where} has only {len(cells)} columns: mend it.")
+                raise UserError(f"Row {number} of {where} ends after column {len(cells)}: mend it.")
             path, label, split = (None if column is None else cells[column] for column in columns)
             if not path:
                 raise UserError(f"Row {number} of {where} has no path: mend it.")

@@ -15,6 +15,7 @@ from dino_lite.data.inspection import Inspected
 
 SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, from … on
 ASPECTS = (0, 0.25, 0.5, 0.75, 1.34, 2, 4)  # width / height, from … on; 3:4 and 4:3 are ordinary
+MIN_SIDE = 8  # pixels: what is hashed for near duplicates are the 8x8 lowest frequencies
 
 
 def describe(source: Source, found: Inspected, global_size: int) -> dict[str, Any]:
@@ -98,15 +99,16 @@ class Groups(NamedTuple):
 
 
 def find_groups(rows: Shaped[np.ndarray, "n"], hashing: bool) -> Groups:
-    """Exact and near duplicates. Images of one color are like each other only where they are
-    equal: their hashes say nothing.
+    """Exact and near duplicates. Images of one color, and strips a few pixels wide, are like each
+    other only where they are equal: their hashes say nothing.
     """
     usable = np.flatnonzero(rows["readable"])
     equal = np.full(len(rows), -1)
     equal[usable] = usable[equal_groups(rows["digest"][usable])]
     alike = equal.copy()
     if hashing:
-        shown = usable[~rows["blank"][usable]]
+        narrow = np.minimum(rows["height"], rows["width"]) < MIN_SIDE
+        shown = usable[~(rows["blank"] | narrow)[usable]]
         alike[shown] = shown[near_groups(rows["hash"][shown])]
     return Groups(equal, alike)
 
