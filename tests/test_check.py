@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from dino_lite.commands import check as command
@@ -36,7 +35,7 @@ from dino_lite.methods.timing import Loading, Training, compare
 from dino_lite.plan import gather_facts, plan
 from dino_lite.runs import Run
 from images import sentence
-from tiny import TINY, photos
+from tiny import TINY, photos, tiny
 
 KEYS = {
     *("data", "splits", "labels", "duplicates", "plan", "speed", "findings", "ok", "seconds"),
@@ -58,13 +57,7 @@ def composed(data: str) -> Config:
 
 def look(tmp_path: Path, *overrides: str, data: str = "auto") -> dict[str, Any]:
     """A check of a tiny run in this process; its check.json."""
-    config = composed(data)
-    for key, value in TINY.items():
-        if data == "shapes" or not key.startswith("data."):
-            config = put(config, key, value)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        config = put(config, key, yaml.safe_load(value))
+    config = tiny(tmp_path / "runs", *overrides, data=data, primary="check")
     out = tmp_path / "out"
     report = run_check(put(config, "out", str(out)))
     assert json.loads((out / "check.json").read_text()) == report

@@ -40,13 +40,15 @@ TINY = {
 
 
 @functools.cache
-def _composed(data: str) -> Config:
-    return compose("pretrain", [f"data={data}"])
+def _composed(primary: str, data: str) -> Config:
+    return compose(primary, [f"data={data}"])
 
 
-def tiny(runs_dir: Path, *overrides: str, data: str = "shapes") -> Config:
-    """The configuration of a tiny run, "key=value" on top."""
-    config = _composed(data)
+def tiny(
+    runs_dir: Path, *overrides: str, data: str = "shapes", primary: str = "pretrain"
+) -> Config:
+    """The configuration of a tiny run, or of its check, "key=value" on top."""
+    config = _composed(primary, data)
     for key, value in TINY.items():
         if data == "shapes" or not key.startswith("data."):
             config = put(config, key, value)

@@ -99,7 +99,7 @@ class MultiCrop:
 
     Sizes in pixels, scales as fractions of the image's area, `ratio` is width over height. `where`
     they are changed: in the "worker", by PIL's arithmetic to the last bit, or cut out there and
-    changed on the "device", many times faster and equal to within a gray level or two.
+    changed on the "device", many times faster and equal but for roundings.
     Errors: UserError for values outside their range.
     """
 

@@ -39,9 +39,14 @@ def read_facts(splits: Splits) -> DataFacts:
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
     prefetch(source, spread)
-    seen = [_look(image) for index in spread if not isinstance(image := _read(source, index), str)]
+    seen, sizes = [], []
+    for index in spread:  # both at once: a row group of a table is then read but once
+        image, size = _read(source, index), _header_size(source, index)
+        if not isinstance(image, str):
+            seen.append(_look(image))
+        if size is not None:
+            sizes.append(size)
     seen = seen or [_look(first_readable(source))]
-    sizes = [size for index in spread if (size := _header_size(source, index))]
     height, width = np.median(sizes or [look.size for look in seen], axis=0)
     mean = np.mean([look.mean for look in seen], axis=0)  # C
     square = np.mean([look.square for look in seen], axis=0)
@@ -86,14 +91,14 @@ def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
 
 def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
     """The first image of all that decodes; a UserError where none does."""
-    reason = ""
+    first = ""
     for index in range(len(source)):
         image = _read(source, index)
         if not isinstance(image, str):
             return image
-        reason = reason or image
+        first = first or image
     raise UserError(
-        f"None of the {len(source)} images can be read, the first being {reason}; mend them, or "
+        f"None of the {len(source)} images can be read, the first being {first}; mend them, or "
         "check data.root."
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
 from dino_lite.data.decode import ORIENTATION, decode
+from dino_lite.data.sources import prefetch, reason
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
 BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
@@ -43,7 +43,6 @@ ROW = np.dtype(
         ("blank", np.bool_),
     ]
 )
-_OBJECT = re.compile(r" <_io\.\w+ object at \w+>")  # how Pillow names what has no name
 # Suffixes that stand for a format; Pillow's own list would have to be loaded, with every plugin.
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
@@ -117,14 +116,13 @@ class InspectedImages(Dataset[Inspected]):
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> Inspected:
-        if hasattr(self.source, "prefetch"):  # over a network, images are waited for together
-            self.source.prefetch(indices)
+        prefetch(self.source, indices)
         rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
         for row, index in zip(rows, indices, strict=True):
             try:
                 pixels = read_into(row, self.source, index)
             except (OSError, ValueError) as error:
-                bad.append((index, _OBJECT.sub("", str(error))))
+                bad.append((index, reason(error)))
                 continue
             sums = sums + look_at(row, pixels, self.hashing)
         return Inspected(rows, bad, sums)

@@ -17,7 +17,7 @@ from PIL import Image
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data import draws
 from dino_lite.data.parts import append_rows
-from dino_lite.data.sources import prefetch
+from dino_lite.data.sources import prefetch, reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
@@ -134,7 +134,9 @@ def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> I
         try:
             content, suffix = _file(source, index)
         except (OSError, ValueError) as error:
-            append_rows(folder / LEFT_OUT, ("path", "reason"), [(source.name(index), str(error))])
+            append_rows(
+                folder / LEFT_OUT, ("path", "reason"), [(source.name(index), reason(error))]
+            )
         else:
             key = f"{index:09d}"
             members = [(f"{key}{suffix}", content)]
