@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "eval", "formats"),
     ("callbacks",),
     ("config",),
-    ("checks", "machine"),
+    ("checks", "machine", "rules"),
     ("plan",),
     ("runs",),
     ("checkpoints",),

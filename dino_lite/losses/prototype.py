@@ -4,11 +4,16 @@ that resemble it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dino_lite.contracts import Match, Schedule, Scores, Targets, UserError
+
+_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
 def prototype_cross_entropy(
@@ -18,48 +23,105 @@ def prototype_cross_entropy(
     eq. 1 to 3).
 
     Equals the sum over all pairs (t, s) of pairs_ts·H(q_t, softmax(s)), because every q_t sums to
-    one: one logsumexp a student crop instead of one log-softmax a pair, and a teacher distribution
-    is made once a chunk of `chunk` images (0: all at once). Computed in at least float32.
+    one: one logsumexp a student crop instead of one log-softmax a pair. Logits are made for `chunk`
+    images at once (0: as many as 64 MB hold, on a GPU 512), used for value and gradient, and
+    dropped. Computed in at least float32. Gradients of z and of the student's prototypes.
     """
-    num_images = scores.z.shape[1]
-    chunk = chunk or num_images
-    parts = [
-        _cross_entropy(
-            Scores(scores.z[:, i : i + chunk], scores.prototypes), targets.part(i, i + chunk), temp
+    value: Tensor = _CrossEntropy.apply(scores.z, scores.prototypes, targets, temp, chunk)
+    return value
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient is made beside the value, while a chunk's logits are at hand: kept are two
+    tensors of the inputs' sizes, and no "S n K".
+
+    With p = softmax(s) and a_s = Σ_t pairs_ts: ∂/∂z_s = weight·(a_s·p_s − Σ_t pairs_ts·q_t)·P/temp,
+    and ⟨q_t, s⟩ = z_s·(q_t·P)/temp. So q_t·P "T n E" serves value and gradient, and distributions
+    of teacher and student are mixed as rows of E numbers instead of K.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Float[Tensor, "S n E"],
+        prototypes: Float[Tensor, "K E"],
+        targets: Targets,
+        temp: float,
+        chunk: int,
+    ) -> Float[Tensor, ""]:
+        wide = torch.promote_types(z.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=z.device)
+        slope_z = torch.empty_like(z, dtype=wide)
+        slope_p = torch.empty_like(prototypes, dtype=wide) if ctx.needs_input_grad[1] else None
+        # Logits are divided by temperatures of 0.04: no bfloat16.
+        with torch.autocast(z.device.type, enabled=False):
+            for start, stop in _chunks(z, targets, chunk):
+                value, part_z, rows, weights = _part(
+                    z[:, start:stop].to(wide), prototypes.to(wide), targets.part(start, stop), temp
+                )
+                total += value
+                slope_z[:, start:stop] = part_z
+                if slope_p is not None:
+                    torch.addmm(slope_p, weights, rows, beta=float(start > 0), out=slope_p)
+        ctx.save_for_backward(slope_z, slope_p)
+        ctx.dtypes = z.dtype, prototypes.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        # On the host the usual slope of 1 saves a pass over the prototypes; elsewhere asking waits.
+        plain = slope.device.type == "cpu" and float(slope) == 1.0
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        z, prototypes = (
+            None if s is None else (s if plain else s * slope).to(dtype) for s, dtype in saved
         )
-        for i in range(0, num_images, chunk)
-    ]
-    return torch.stack(parts).sum()
+        return z, prototypes, None, None, None
 
 
-def _cross_entropy(scores: Scores, targets: Targets, temp: float) -> Float[Tensor, ""]:
-    wide = torch.promote_types(scores.z.dtype, torch.float32)
-    with torch.no_grad():
-        logits = (_logits(crop, targets.prototypes) / targets.temp for crop in targets.z)
-        q = torch.stack(
-            [
-                (s + row[:, None] + targets.col).exp()
-                for s, row in zip(logits, targets.row, strict=True)
-            ]
-        )
-    weight = targets.weight.to(wide)
-    total = weight.new_zeros(())
-    for s, z in enumerate(scores.z):
-        pairs = targets.pairs[:, s].tolist()
-        mixed = torch.zeros_like(q[0])
-        for t, pair in enumerate(pairs):
-            if pair:
-                mixed.add_(q[t], alpha=pair)
-        logits_s = _logits(z, scores.prototypes) / temp
-        cross = sum(pairs) * logits_s.logsumexp(-1) - (mixed * logits_s).sum(-1)
-        total = total + (weight * cross).sum()  # no product of matrices: autocast would halve it
-    return total
+def _part(
+    z: Float[Tensor, "S n E"], prototypes: Float[Tensor, "K E"], targets: Targets, temp: float
+) -> tuple[
+    Float[Tensor, ""],
+    Float[Tensor, "S n E"],
+    Float[Tensor, "_ E"],
+    Float[Tensor, "K _"],
+]:
+    """Value and slope of z for some images; and the two factors of the slope of the prototypes.
+
+    Logits lie prototype-major, "K (S+T)*n": all three products of matrices are quickest so.
+    """
+    num_student, num_images, width = z.shape
+    pairs, weight = targets.pairs.to(z), targets.weight.to(z)
+    pull = pairs.sum(0)  # S: how much each student crop is held to sum to one
+    columns = num_student * num_images
+    logits = z.new_empty(len(prototypes), columns + len(targets.z) * num_images)
+    p, q = logits[:, :columns], logits[:, columns:]
+    torch.mm(prototypes, (z / temp).flatten(0, 1).T, out=p)
+    torch.mm(targets.prototypes.to(z), (targets.z.to(z) / targets.temp).flatten(0, 1).T, out=q)
+    q.add_(targets.row.to(z).flatten()).add_(targets.col.to(z)[:, None]).exp_()
+    peak = p.amax(0)
+    mass = p.sub_(peak).exp_().sum(0)
+    lse = (peak + mass.log()).view(num_student, num_images)
+    drawn = (logits.T @ prototypes).view(
+        -1, num_images, width
+    )  # p·P and q·P, not yet divided by mass
+    drawn, taught = drawn[:num_student], torch.einsum("ts,tne->sne", pairs, drawn[num_student:])
+    value = (weight * (pull[:, None] * lse - (z * taught).sum(-1) / temp)).sum()
+    scale = (weight / temp)[:, None]  # n 1
+    share = pull[:, None, None] * scale / mass.view(num_student, num_images, 1)  # S n 1
+    given = torch.einsum("ts,sne->tne", pairs, z * scale)
+    rows = torch.cat([z * share, -given]).flatten(0, 1)
+    return value, drawn * share - taught * scale, rows, logits
 
 
-def _logits(z: Float[Tensor, "n E"], prototypes: Float[Tensor, "K E"]) -> Float[Tensor, "n K"]:
-    """z·Pᵀ without autocast: bfloat16's 2⁻⁹ of a cosine is 0.05 after a temperature of 0.04."""
-    with torch.autocast(z.device.type, enabled=False):
-        return z @ prototypes.T
+def _chunks(z: Tensor, targets: Targets, chunk: int) -> list[tuple[int, int]]:
+    """Bounds of the images whose logits are held at once."""
+    num_images = z.shape[1]
+    if not chunk:
+        row = (len(z) + len(targets.z)) * len(targets.prototypes) * max(z.element_size(), 4)
+        chunk = max(1, _LOGITS_BYTES.get(z.device.type, _LOGITS_BYTES["cuda"]) // row)
+    return [(i, min(i + chunk, num_images)) for i in range(0, num_images, chunk)]
 
 
 def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]:

@@ -1,0 +1,239 @@
+"""A rule for every key that may say "auto": what it becomes, and why, from the facts of data and
+machine.
+
+A rule reads the configuration as the rules before it have left it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dino_lite.config import Config, get
+from dino_lite.contracts import Facts
+from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from dino_lite.optim.schedules import scale_rate
+
+_SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
+_PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}
+
+
+def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
+    side = min(facts.height, facts.width)
+    sizes = _SIDES["cpu" if facts.accelerator == "cpu" else "gpu"]
+    size = next(size for limit, size in sizes if side <= limit)
+    return size, f"images are about {facts.width}x{facts.height} and train on {facts.accelerator}"
+
+
+def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
+    scale = get(config, "augment.global_size") / 224
+    return [round(0.1 * scale, 4), round(2.0 * scale, 4)], "0.1 to 2 at 224 pixels, in proportion"
+
+
+def _where(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.channels not in (1, 3):
+        return "device", f"PIL has no images of {facts.channels} channels"
+    if facts.accelerator == "cpu" and facts.num_cores > 1:
+        return "worker", "beside the step on a core of its own, and exact"
+    return "device", "in batches there, many times faster than image by image"
+
+
+def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.source == "shapes":
+        return 8, "a pattern's period; 16 patches are quick"
+    size = get(config, "augment.global_size")
+    patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
+    patch = patch if size % patch == 0 else math.gcd(size, 16)
+    return patch, f"{(size // patch) ** 2} patches a global crop"
+
+
+def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
+    size, patch = get(config, "augment.global_size"), get(config, "backbone.patch_size")
+    return max(
+        patch, round(size * 96 / 224 / patch) * patch
+    ), "3/7 of the global crop, as in the paper"
+
+
+def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.accelerator == "cpu":
+        return 4, "half the paper's 8, for a CPU"
+    return 8, "the paper's"
+
+
+def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.accelerator == "cpu":
+        return "vit", "a small ViT that a CPU trains in minutes"
+    return "vit_small_patch16_224", "the paper's smallest"
+
+
+def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
+    if facts.channels == 3:
+        return list(usual), "ImageNet's, which weights of others expect"
+    return list(measured), "measured on some of the images"
+
+
+def _is_small(config: Config) -> bool:
+    """Whether the backbone is the small ViT of a CPU run."""
+    return bool(get(config, "backbone.name") == "vit")
+
+
+def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
+    if not _is_small(config):
+        return None, "the model's own"
+    return (64, "for patterns") if facts.source == "shapes" else (128, "for a CPU")
+
+
+def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
+    if not _is_small(config):
+        return None, "the model's own"
+    return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
+
+
+def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
+    return (0.0, "a small network underfits") if _is_small(config) else (0.1, "the paper's")
+
+
+def _rate(config: Config, facts: Facts) -> tuple[float, str]:
+    if _is_small(config):
+        width = get(config, "backbone.embed_dim")
+        return round(
+            0.512 / width, 6
+        ), "a short run of a narrow network takes more than the paper's"
+    return 5e-4, "the paper's"
+
+
+def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
+    width = get(config, "backbone.embed_dim")
+    return (None, "the model's own") if width is None else (max(1, width // 32), "32 wide each")
+
+
+def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
+    steps = [(5_000, 512), (20_000, 1024), (100_000, 4096), (500_000, 16_384)]
+    value = next((k for limit, k in steps if facts.num_images <= limit), 65_536)
+    return value, f"for {facts.num_images:,} images"
+
+
+def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
+    return (256, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "the paper's")
+
+
+def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
+    return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
+
+
+def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
+    # .99 up to 20,000 images, .996 (the paper's) from a million on, on a log scale between.
+    low, high = math.log(20_000), math.log(1_280_000)
+    part = min(1.0, max(0.0, (math.log(max(facts.num_images, 1)) - low) / (high - low)))
+    return round(
+        0.99 + 0.006 * part, 4
+    ), "a short run's teacher must follow faster than the paper's .996"
+
+
+def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
+    return 0.04, "the paper's default; 0.07 pays in runs of 300 epochs"
+
+
+def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
+    if facts.accelerator == "cpu":
+        size, why = 64, "many steps count more than large ones on a CPU"
+    else:
+        size, why = min(1024, 256 * devices), "256 a device, 1024 at most"
+    return max(devices, size // devices * devices), why
+
+
+def _num_workers(config: Config, facts: Facts) -> tuple[int, str]:
+    devices = get(config, "trainer.devices")
+    if facts.accelerator == "cpu":
+        spare = 1 if facts.num_cores > 1 else 0
+        return max(
+            spare, facts.num_cores // (4 * devices)
+        ), f"{facts.num_cores} cores, most of them for the model"
+    return max(1, facts.num_cores // devices - 1), f"{facts.num_cores} cores"
+
+
+def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
+    # Two threads that share two cores with a loader took up to seven times as long a step as one.
+    # No function of the workers: other sums round differently, and resume is exact to the bit.
+    own = facts.num_cores // get(config, "trainer.devices")
+    return max(1, own - 1), f"{facts.num_cores} cores, one left to the loader"
+
+
+def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
+    lengths_given = (
+        get(config, "trainer.max_epochs") != "auto" or get(config, "trainer.max_steps") is not None
+    )
+    if lengths_given or facts.accelerator != "cpu":
+        return None, "the run is measured in epochs or steps"
+    return ("4m" if facts.source == "shapes" else "30m"), "a CPU run is measured by the clock"
+
+
+def _max_epochs(config: Config, facts: Facts) -> tuple[int | None, str]:
+    if get(config, "trainer.max_time") is not None or get(config, "trainer.max_steps") is not None:
+        return None, "the run is measured otherwise"
+    steps = [(20_000, 800), (200_000, 400), (1_000_000, 200)]
+    epochs = next((e for limit, e in steps if facts.num_images <= limit), 100)
+    return epochs, f"for {facts.num_images:,} images"
+
+
+def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
+    rate, size, rule = (
+        get(config, k) for k in ("optim.rate", "loader.batch_size", "optim.rate_rule")
+    )
+    return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images a step, {rule}"
+
+
+def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
+    return 0.1, "a tenth of the run, the paper's 10 of 100 epochs"
+
+
+def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
+    return 0.01, "a hundredth of the run, the paper's 1 of 100 epochs"
+
+
+def _precision(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.bf16:
+        return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
+    return "32", f"no native bfloat16 on {facts.device_name}"
+
+
+def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
+    few = facts.num_images <= 100_000
+    return few, "minutes at most" if few else "hours for so many images: dino-lite evaluate does it"
+
+
+RULES: dict[str, Any] = {
+    "normalize.mean": lambda c, f: _by_channel(f, IMAGENET_MEAN, f.mean),
+    "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
+    "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
+    "baselines": _baselines,
+    "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
+    "augment.global_size": _global_size,
+    "backbone.patch_size": _patch_size,
+    "augment.local_size": _local_size,
+    "augment.num_local": _num_local,
+    "augment.where": _where,
+    "backbone.name": _backbone_name,
+    "backbone.embed_dim": _embed_dim,
+    "backbone.depth": _depth,
+    "backbone.num_heads": _num_heads,
+    "backbone.drop_path": _drop_path,
+    "optim.rate": _rate,
+    **{f"augment.{kind}.blur_radius": _blur_radius for kind in ("global_1", "global_2", "local")},
+    "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
+    "method.head.num_prototypes": _num_prototypes,
+    "method.head.hidden_dim": _hidden_dim,
+    "method.head.bottleneck_dim": _bottleneck_dim,
+    "method.momentum.base": _momentum,
+    "method.teacher_temp.end": _teacher_temp,
+    "loader.batch_size": _batch_size,
+    "loader.num_workers": _num_workers,
+    "trainer.num_threads": _num_threads,
+    "trainer.max_time": _max_time,
+    "trainer.max_epochs": _max_epochs,
+    "trainer.precision": _precision,
+    "optim.learning_rate.base": _learning_rate,
+    "optim.learning_rate.warmup": _warmup,
+    "optim.freeze_last_layer": _freeze,
+}
