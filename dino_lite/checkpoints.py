@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from dino_lite.config import Config, instantiate, load, put
-from dino_lite.contracts import Method, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import first_readable
 from dino_lite.formats.safetensors import load_backbone, read_config
+from dino_lite.methods.method import Method
 from dino_lite.runs import Run
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
@@ -155,6 +156,8 @@ class Tokens(NamedTuple):
 class Backbone(Protocol):
     """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's
     keywords}, plain JSON.
+
+    With `cls_only` a backbone may leave out what only patches need: they come back empty, P = 0.
     """
 
     spec: dict[str, Any]
@@ -163,7 +166,10 @@ class Backbone(Protocol):
     in_chans: int
 
     def __call__(
-        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
+        self,
+        images: Float[Tensor, "n C H W"],
+        mask: Bool[Tensor, "n P"] | None = None,
+        cls_only: bool = False,
     ) -> Tokens: ...
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
@@ -181,15 +187,36 @@ class Backbone(Protocol):
         ...
 
 
+class Prototypes(NamedTuple):
+    """K vectors of `length` along `direction`, not multiplied out: that would be two passes over
+    the largest matrix of a head. `length` None: `direction` as it is.
+    """
+
+    direction: Float[Tensor, "K E"]
+    length: Float[Tensor, "K 1"] | None = None
+
+    def scale(self) -> Float[Tensor, "K 1"] | None:
+        """What `direction` is to be multiplied by; None: nothing."""
+        if self.length is None:
+            return None
+        norms: Tensor = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)
+        return self.length / norms
+
+    def rows(self) -> Float[Tensor, "K E"]:
+        """P, multiplied out: for tests and probes only."""
+        scale = self.scale()
+        return self.direction if scale is None else self.direction * scale
+
+
 class Scores(NamedTuple):
     """Student crops before the prototypes: row norms of `z` are 1."""
 
     z: Float[Tensor, "S n E"]
-    prototypes: Float[Tensor, "K E"]
+    prototypes: Prototypes
 
     def logits(self) -> Float[Tensor, "S n K"]:
         """z·Pᵀ, all of it at once: for tests and probes only."""
-        return self.z @ self.prototypes.T
+        return self.z @ self.prototypes.rows().T
 
 
 class Targets(NamedTuple):
@@ -201,7 +228,7 @@ class Targets(NamedTuple):
     """
 
     z: Float[Tensor, "T n E"]
-    prototypes: Float[Tensor, "K E"]
+    prototypes: Prototypes
     row: Float[Tensor, "T n"]
     col: Float[Tensor, "K"]
     temp: float
@@ -210,7 +237,8 @@ class Targets(NamedTuple):
 
     def probs(self) -> Float[Tensor, "T n K"]:
         """q, all of it at once: for tests and probes only."""
-        return (self.z @ self.prototypes.T / self.temp + self.row[..., None] + self.col).exp()
+        logits = self.z @ self.prototypes.rows().T
+        return (logits / self.temp + self.row[..., None] + self.col).exp()
 
     def part(self, start: int, stop: int) -> Targets:
         """Images start to stop (exclusive), their weights as in the whole batch."""
@@ -254,39 +282,6 @@ class Teacher(Protocol):
         was skipped).
         """
         ...
-
-
-class Method(nn.Module):
-    """A way to learn: who the student is, what it is held against, and what follows a step. No
-    Lightning, no loop.
-
-    Abstract. `teachers` maps roles ("ema") to Teachers; `step` counts optimizer steps.
-    """
-
-    provides: tuple[str, ...]
-    student: nn.Module
-    teachers: nn.ModuleDict
-    step: Tensor
-
-    def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """What the student shall match, for the whole batch and without gradient."""
-        raise NotImplementedError
-
-    def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
-        """The student's answer to a micro-batch beside the targets of the same images."""
-        raise NotImplementedError
-
-    def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Move teachers and centers; where `ok` is false (a skipped step) nothing may change."""
-        raise NotImplementedError
-
-    def schedules(self) -> dict[str, Schedule]:
-        """What moves with the run, by the name it is logged under."""
-        raise NotImplementedError
-
-    def export_backbone(self) -> Any:
-        """The backbone that is evaluated and exported: the teacher's."""
-        raise NotImplementedError
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import oracle
 from dino_lite import distributed
-from dino_lite.contracts import Crops, Progress, Targets, Tokens
+from dino_lite.contracts import Crops, Progress, Prototypes, Targets, Tokens
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
@@ -35,8 +35,9 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
 
 
-def probs(centering: EMACentering, z: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+def probs(centering: EMACentering, z: Tensor, rows: Tensor, temp: float) -> Tensor:
     """The distributions that a forward pass stands for."""
+    prototypes = Prototypes(rows)
     row, col = centering(z, prototypes, temp)
     pairs, weight = cross_view_pairs(len(z), len(z)), torch.ones(z.shape[1], dtype=z.dtype)
     return Targets(z, prototypes, row, col, temp, pairs, weight).probs()
@@ -72,7 +73,8 @@ def test_steps_equal_equation_4_written_out(
 def test_a_skipped_step_leaves_the_center() -> None:
     """Its mean, NaN and all, is dropped; the next good step starts from where the center was."""
     centering = EMACentering(10).double()
-    prototypes = unit(10, 6)
+    rows = unit(10, 6)
+    prototypes = Prototypes(rows)
     centering(unit(2, 3, 6), prototypes, 0.04)
     centering.after_step(YES)
     before = centering.center.clone()
@@ -83,7 +85,7 @@ def test_a_skipped_step_leaves_the_center() -> None:
     z = unit(2, 3, 6)
     centering(z, prototypes, 0.04)
     centering.after_step(YES)
-    torch.testing.assert_close(centering.center, oracle.center_ema(before, z @ prototypes.T, 0.9))
+    torch.testing.assert_close(centering.center, oracle.center_ema(before, z @ rows.T, 0.9))
 
 
 def test_only_the_center_is_stored() -> None:
@@ -95,7 +97,9 @@ def test_only_the_center_is_stored() -> None:
 def test_no_gradient_is_kept() -> None:
     """Row, column and mean are constants even where the inputs are not."""
     centering = EMACentering(10).double()
-    row, col = centering(unit(2, 3, 6).requires_grad_(), unit(10, 6).requires_grad_(), 0.04)
+    row, col = centering(
+        unit(2, 3, 6).requires_grad_(), Prototypes(unit(10, 6).requires_grad_()), 0.04
+    )
     for value in (row, col, centering.batch_center):
         assert not value.requires_grad
 
@@ -103,7 +107,8 @@ def test_no_gradient_is_kept() -> None:
 def test_under_bfloat16_autocast_the_results_are_float32() -> None:
     """Row, column and mean, near those without autocast."""
     exact, half = EMACentering(32), EMACentering(32)
-    z, prototypes = unit(2, 64, 16, dtype=torch.float32), unit(32, 16, dtype=torch.float32)
+    z = unit(2, 64, 16, dtype=torch.float32)
+    prototypes = Prototypes(unit(32, 16, dtype=torch.float32))
     exact(z, prototypes, 0.04)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         row, col = half(z, prototypes, 0.04)
@@ -167,7 +172,7 @@ class Colors(nn.Module):
         super().__init__()
         self.map = nn.Linear(3, self.embed_dim)
 
-    def forward(self, images: Tensor) -> Tokens:
+    def forward(self, images: Tensor, cls_only: bool = False) -> Tokens:
         cls = self.map(images.mean(dim=(2, 3)))
         return Tokens(cls=cls, patches=cls[:, None], registers=None, grid=(1, 1))
 
@@ -273,7 +278,8 @@ def test_two_processes_train_as_one_with_the_joint_batch(
 def test_under_bfloat16_autocast_the_center_keeps_float32s_digits() -> None:
     """A mean is moved a thousand times: rounding it to 8 bits would move the center itself."""
     exact, half = EMACentering(32), EMACentering(32)
-    z, prototypes = unit(2, 64, 16, dtype=torch.float32), unit(32, 16, dtype=torch.float32)
+    z = unit(2, 64, 16, dtype=torch.float32)
+    prototypes = Prototypes(unit(32, 16, dtype=torch.float32))
     exact(z, prototypes, 0.04)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         row, col = half(z, prototypes, 0.04)

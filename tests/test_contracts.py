@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import Backbone, Crops, Method, Progress, Scores, Targets, UserError
+from dino_lite.contracts import (
+    Backbone,
+    Crops,
+    Progress,
+    Prototypes,
+    Scores,
+    Targets,
+    UserError,
+)
+from dino_lite.methods.method import Method
 
 
 def test_progress_knows_fraction_and_epoch() -> None:
@@ -78,7 +87,7 @@ def test_a_part_of_targets_keeps_the_weights_of_the_batch() -> None:
     """Rows, images and weights are cut; prototypes, columns and pairs are all of them."""
     z, row = torch.randn(2, 5, 3), torch.randn(2, 5)
     weight, col = torch.rand(5), torch.randn(7)
-    targets = Targets(z, torch.randn(7, 3), row, col, 0.1, torch.rand(2, 4), weight)
+    targets = Targets(z, Prototypes(torch.randn(7, 3)), row, col, 0.1, torch.rand(2, 4), weight)
     part = targets.part(1, 4)
     assert torch.equal(part.z, z[:, 1:4])
     assert torch.equal(part.row, row[:, 1:4])
@@ -90,10 +99,12 @@ def test_a_part_of_targets_keeps_the_weights_of_the_batch() -> None:
 
 def test_scores_know_their_logits() -> None:
     """z·Pᵀ for every crop and image."""
-    scores = Scores(torch.randn(3, 2, 4), torch.randn(6, 4))
+    scores = Scores(torch.randn(3, 2, 4), Prototypes(torch.randn(6, 4)))
     logits = scores.logits()
     assert logits.shape == (3, 2, 6)
-    assert float(logits[2, 1, 5]) == pytest.approx(float(scores.z[2, 1] @ scores.prototypes[5]))
+    assert float(logits[2, 1, 5]) == pytest.approx(
+        float(scores.z[2, 1] @ scores.prototypes.direction[5])
+    )
 
 
 def test_a_vision_transformer_is_a_backbone() -> None:

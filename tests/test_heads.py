@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dino_lite.nn.heads import DINOHead, Prototypes
+from dino_lite.nn.heads import DINOHead, LastLayer
 
 KEYS = {
     (1, False): ["mlp"],
@@ -55,7 +55,7 @@ def test_the_head_is_linear_gelu_linear_and_a_weight_normalized_layer() -> None:
     bottleneck = hidden @ last.weight.T + last.bias
     bottleneck = bottleneck / bottleneck.square().sum(1, keepdim=True).sqrt()
     wanted = bottleneck @ torch._weight_norm(outer.weight_v, outer.weight_g, 0).T
-    torch.testing.assert_close(head(x) @ head.prototypes().T, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(head(x) @ head.prototypes().rows().T, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_initial_values_are_the_references() -> None:
@@ -70,14 +70,14 @@ def test_initial_values_are_the_references() -> None:
     assert torch.equal(head.last_layer.weight_g, torch.ones(300, 1))
 
 
-def train_prototypes(learn_norm: bool) -> Prototypes:
+def train_prototypes(learn_norm: bool) -> LastLayer:
     """Five steps of a descent that also pulls on the lengths."""
-    layer = Prototypes(4, 10, learn_norm)
+    layer = LastLayer(4, 10, learn_norm)
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)
     wanted = 3 * torch.randn(10, 4)
     for _ in range(5):
         optimizer.zero_grad()
-        (layer() - wanted).square().sum().backward()
+        (layer().rows() - wanted).square().sum().backward()
         optimizer.step()
     return layer
 
@@ -85,7 +85,7 @@ def train_prototypes(learn_norm: bool) -> Prototypes:
 @pytest.mark.parametrize("learn_norm", [False, True])
 def test_prototypes_start_with_unit_rows(learn_norm: bool) -> None:
     """Whether or not their lengths will be trained."""
-    torch.testing.assert_close(Prototypes(4, 10, learn_norm)().norm(dim=1), torch.ones(10))
+    torch.testing.assert_close(LastLayer(4, 10, learn_norm)().rows().norm(dim=1), torch.ones(10))
 
 
 def test_held_lengths_stay_one_while_directions_learn() -> None:
@@ -93,16 +93,16 @@ def test_held_lengths_stay_one_while_directions_learn() -> None:
     layer = train_prototypes(learn_norm=False)
     assert layer.weight_g.grad is None
     assert float((layer.weight_v.detach().norm(dim=1) - 1).abs().max()) > 0.1
-    torch.testing.assert_close(layer().norm(dim=1), torch.ones(10))
+    torch.testing.assert_close(layer().rows().norm(dim=1), torch.ones(10))
 
 
 def test_learned_lengths_are_those_of_weight_g_alone() -> None:
     """learn_norm=True: rows are as long as |g|, and the gradient of v is at right angles to v."""
     layer = train_prototypes(learn_norm=True)
     assert float((layer.weight_g.detach() - 1).abs().max()) > 0.1
-    torch.testing.assert_close(layer().norm(dim=1), layer.weight_g.detach().abs().squeeze(1))
+    torch.testing.assert_close(layer().rows().norm(dim=1), layer.weight_g.detach().abs().squeeze(1))
     layer.zero_grad()
-    (layer() * torch.randn(10, 4)).sum().backward()
+    (layer().rows() * torch.randn(10, 4)).sum().backward()
     across = (layer.weight_v.grad * layer.weight_v.detach()).sum(dim=1)
     torch.testing.assert_close(across, torch.zeros(10), rtol=0.0, atol=1e-5)
 
@@ -114,11 +114,11 @@ def test_a_deep_copy_is_equal_and_apart() -> None:
     head(x).sum().backward()
     twin = copy.deepcopy(head)
     assert torch.equal(twin(x), head(x))
-    assert torch.equal(twin.prototypes(), head.prototypes())
+    assert torch.equal(twin.prototypes().rows(), head.prototypes().rows())
     with torch.no_grad():
         twin.last_layer.weight_v.add_(1.0)
         twin.mlp[0].weight.zero_()
-    assert not torch.equal(twin.prototypes(), head.prototypes())
+    assert not torch.equal(twin.prototypes().rows(), head.prototypes().rows())
     assert head.mlp[0].weight.any()
 
 
@@ -126,7 +126,7 @@ def test_double_precision_goes_through() -> None:
     """float64 in, float64 out, and unit norms to float64's own rounding."""
     head = DINOHead(6, 10, 8, 4).double()
     z = head(torch.randn(3, 6, dtype=torch.float64)).detach()
-    assert z.dtype == head.prototypes().dtype == torch.float64
+    assert z.dtype == head.prototypes().rows().dtype == torch.float64
     assert float((z.norm(dim=1) - 1).abs().max()) < 1e-14
 
 
@@ -162,7 +162,7 @@ def test_logits_of_a_held_head_are_cosines() -> None:
     """z·Pᵀ lies in [−1, 1] and equals the cosine of bottleneck and direction."""
     head = DINOHead(6, 10, 8, 4)
     x = torch.randn(5, 6)
-    logits = head(x) @ head.prototypes().T
+    logits = head(x) @ head.prototypes().rows().T
     bottleneck = head.mlp(x)
     cosines = F.cosine_similarity(bottleneck[:, None], head.last_layer.weight_v[None], dim=-1)
     torch.testing.assert_close(logits, cosines)

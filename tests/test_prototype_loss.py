@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from dino_lite.contracts import Match, Progress, Scores, Targets, Tokens, UserError
+from dino_lite.contracts import Match, Progress, Prototypes, Scores, Targets, Tokens, UserError
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering
 from dino_lite.optim.schedules import Constant, Warmup
@@ -25,12 +25,12 @@ def make_targets(
     col = -center / temp
     row = -(teacher / temp + col).logsumexp(-1)
     eye = torch.eye(num_prototypes, dtype=teacher.dtype)
-    return Targets(teacher, eye, row, col, temp, pairs, weight)
+    return Targets(teacher, Prototypes(eye), row, col, temp, pairs, weight)
 
 
 def make_scores(student: Tensor) -> Scores:
     """Scores whose logits are `student`, S n K."""
-    return Scores(student, torch.eye(student.shape[-1], dtype=student.dtype))
+    return Scores(student, Prototypes(torch.eye(student.shape[-1], dtype=student.dtype)))
 
 
 def dino_targets(teacher: Tensor, center: Tensor, temp: float, num_student: int) -> Targets:
@@ -55,6 +55,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     student_temp=st.floats(0.05, 1.0),
     teacher_temp=st.floats(0.02, 1.0),
     chunk=st.integers(0, 5),
+    normalized=st.booleans(),
 )
 def test_value_and_gradients_are_the_double_loops(
     seed: int,
@@ -66,27 +67,31 @@ def test_value_and_gradients_are_the_double_loops(
     student_temp: float,
     teacher_temp: float,
     chunk: int,
+    normalized: bool,
 ) -> None:
-    """Any sizes, temperatures and weights, zeros among them; z and prototypes both learn."""
+    """Any sizes, temperatures and weights, zeros among them; z, directions and lengths learn."""
     torch.manual_seed(seed)
     z = randn(num_student, num_images, width).requires_grad_()
     prototypes = randn(num_prototypes, width).requires_grad_()
     teacher_z, theirs = randn(num_teacher, num_images, width), randn(num_prototypes, width)
+    length = randn(num_prototypes, 1).requires_grad_() if normalized else None
+    unit = torch.nn.functional.normalize(prototypes, dim=-1)
+    rows = prototypes if length is None else length * unit
     center = randn(num_prototypes)
     pairs = torch.rand(num_teacher, num_student, dtype=torch.float64)
     pairs = pairs * (pairs > 0.3)
     weight = torch.rand(num_images, dtype=torch.float64)
     t = make_targets(teacher_z @ theirs.T, center, teacher_temp, pairs, weight)
-    targets = t._replace(z=teacher_z, prototypes=theirs)
+    targets = t._replace(z=teacher_z, prototypes=Prototypes(theirs))
 
     q = torch.softmax((teacher_z @ theirs.T - center) / teacher_temp, dim=-1)
-    wanted = oracle.pair_loss(z @ prototypes.T, q, student_temp, pairs, weight)
-    found = prototype_cross_entropy(Scores(z, prototypes), targets, student_temp, chunk)
+    wanted = oracle.pair_loss(z @ rows.T, q, student_temp, pairs, weight)
+    scores = Scores(z, Prototypes(prototypes, length))
+    found = prototype_cross_entropy(scores, targets, student_temp, chunk)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
-    if not wanted.requires_grad or not found.requires_grad:
-        return  # every pair has weight zero
-    slopes = torch.autograd.grad(wanted, (z, prototypes))
-    for a, b in zip(torch.autograd.grad(found, (z, prototypes)), slopes, strict=True):
+    learning = [z, prototypes] + ([] if length is None else [length])
+    slopes = torch.autograd.grad(wanted, learning)
+    for a, b in zip(torch.autograd.grad(found, learning), slopes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -123,7 +128,7 @@ def test_the_references_two_calls_come_out() -> None:
     student = torch.cos(0.7 * torch.arange(4 * 3 * 8).float()).reshape(4, 3, 8)
     temperature = Warmup(0.04, 0.07, "30 epochs", per="epoch")
     centering, loss = EMACentering(8, momentum=0.9), PrototypeLoss("cls", Constant(1.0))
-    eye = torch.eye(8)
+    eye = Prototypes(torch.eye(8))
     wanted = [
         (0, 11.159687, [0.018207, 0.016685, -0.000177, -0.016876]),
         (50, 11.115505, [0.034593, 0.031702, -0.000335, -0.032065]),
@@ -189,8 +194,10 @@ def test_targets_carry_no_gradient() -> None:
     logits = teacher @ theirs.T
     row = -(logits / 0.05).logsumexp(-1)
     weight, pairs = torch.full((3,), 1 / 3).double(), cross_view_pairs(2, 4)
-    targets = Targets(teacher, theirs, row, torch.zeros(8).double(), 0.05, pairs, weight)
-    prototype_cross_entropy(Scores(student, randn(8, 5)), targets, 0.1).backward()
+    targets = Targets(
+        teacher, Prototypes(theirs), row, torch.zeros(8).double(), 0.05, pairs, weight
+    )
+    prototype_cross_entropy(Scores(student, Prototypes(randn(8, 5))), targets, 0.1).backward()
     assert student.grad is not None
     assert teacher.grad is None
     assert theirs.grad is None
@@ -241,7 +248,7 @@ def test_the_targets_distributions_sum_to_one() -> None:
 def test_under_bfloat16_autocast_value_and_gradient_are_float32() -> None:
     """Only the product z·Pᵀ is half precision, so the value is near float32's."""
     z = torch.nn.functional.normalize(torch.randn(4, 5, 16), dim=-1).requires_grad_()
-    prototypes = torch.nn.functional.normalize(torch.randn(32, 16), dim=-1)
+    prototypes = Prototypes(torch.nn.functional.normalize(torch.randn(32, 16), dim=-1))
     weight, pairs = torch.full((5,), 0.2), cross_view_pairs(2, 4)
     values = []
     for enabled in (False, True):
@@ -281,7 +288,7 @@ def test_tokens_are_no_scores() -> None:
 def test_bfloat16_autocast_loses_no_digits_after_the_product() -> None:
     """From the bottleneck on all is float32, the logits and the result included."""
     z = torch.nn.functional.normalize(torch.randn(4, 5, 16), dim=-1).requires_grad_()
-    prototypes = torch.nn.functional.normalize(torch.randn(32, 16), dim=-1)
+    prototypes = Prototypes(torch.nn.functional.normalize(torch.randn(32, 16), dim=-1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         row, col = EMACentering(32)(z[:2].detach(), prototypes, 0.05)
         weight = torch.full((5,), 0.2)
@@ -289,7 +296,7 @@ def test_bfloat16_autocast_loses_no_digits_after_the_product() -> None:
             z[:2].detach(), prototypes, row, col, 0.05, cross_view_pairs(2, 4), weight
         )
         found = prototype_cross_entropy(Scores(z, prototypes), targets, 0.1)
-    exact = torch.stack([crop @ prototypes.T for crop in z.detach()])
+    exact = torch.stack([crop @ prototypes.rows().T for crop in z.detach()])
     assert found.dtype == torch.float32
     found.backward()
     assert z.grad.dtype == torch.float32

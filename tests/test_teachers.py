@@ -138,8 +138,7 @@ def test_averages_keep_their_precision() -> None:
 
 
 def test_teacher_drops_no_activations_either() -> None:
-    """Dropout of a timm model is silent in the teacher as drop path is."""
-    settings = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
-    teacher = frozen_copy(ViT(proj_drop_rate=0.5, **settings))
-    images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(teacher(images).cls, teacher(images).cls)
+    """Dropout anywhere in a network is silent in the teacher as drop path is."""
+    teacher = frozen_copy(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
+    features = torch.randn(2, 8)
+    assert torch.equal(teacher(features), teacher(features))

@@ -10,9 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from dino_lite.backbones.blocks import Memory, run_blocks
 from dino_lite.contracts import Tokens, UserError
 
 
@@ -61,17 +64,20 @@ class ViT(nn.Module):
         self.cls_token: nn.Parameter = model.cls_token
         self.pos_embed: nn.Parameter = model.pos_embed
         self.grid = (image_size // patch_size, image_size // patch_size)
+        self.memory: Memory = "normal"  # see run_blocks; it and `compiled` change no result
+        self.compiled = False
 
     def forward(
-        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
+        self,
+        images: Float[Tensor, "n C H W"],
+        mask: Bool[Tensor, "n P"] | None = None,
+        cls_only: bool = False,
     ) -> Tokens:
         """Tokens after the last norm. `mask` belongs to masked image modeling and is refused until
-        it is built.
+        it is built. With `cls_only` the last block does nothing that only patches need.
         """
         tokens, grid = self.embed(images, mask)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self._tokens(tokens, grid)
+        return self._tokens(self._run(tokens, last_queries=1 if cls_only else None), grid)
 
     def embed(
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
@@ -128,7 +134,7 @@ class ViT(nn.Module):
         tokens, grid = self.embed(images)
         found: dict[int, Tokens] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            tokens = block(tokens)
+            tokens = self._run(tokens, [block])
             if i in wanted:
                 found[i] = self._tokens(tokens, grid)
         return [found[i] for i in wanted]
@@ -136,8 +142,7 @@ class ViT(nn.Module):
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
         """Softmax attention of the last block, rows sum to one; token 0 is the class token."""
         tokens, _ = self.embed(images)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
+        tokens = self._run(tokens, self.blocks[:-1])
         last: Any = self.blocks[-1]
         qkv = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, last.attn.num_heads, -1))
         query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # n heads N D/heads
@@ -151,6 +156,10 @@ class ViT(nn.Module):
         if first == "blocks":
             return int(rest[0]) + 1
         return len(self.blocks) + 1 if first == "norm" else 0
+
+    def _run(self, tokens: Tensor, blocks: Any = None, last_queries: int | None = None) -> Tensor:
+        blocks = list(self.blocks if blocks is None else blocks)
+        return run_blocks(blocks, tokens, last_queries, self.memory, self.compiled)
 
     def _tokens(self, tokens: Float[Tensor, "n N D"], grid: tuple[int, int]) -> Tokens:
         tokens = self.norm(tokens)
@@ -201,9 +210,24 @@ def _is_plain(model: Any, cells: int) -> bool:
         and model.pos_embed is not None
         and model.pos_embed.shape[1] == 1 + cells
         and len(model.blocks) > 0
-        and all(hasattr(block, "attn") for block in model.blocks)
+        and all(_is_plain_block(block) for block in model.blocks)
         and isinstance(model.norm_pre, nn.Identity)
         and not isinstance(model.norm, nn.Identity)
         and isinstance(model.patch_drop, nn.Identity)
         and not getattr(model.pos_drop, "p", 0.0)
+    )
+
+
+def _is_plain_block(block: Any) -> bool:
+    """True where backbones/blocks.py does what the block's own forward does."""
+    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    return (
+        type(block) is Block
+        and type(attn) is Attention
+        and type(mlp) is Mlp
+        and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+        and getattr(attn, "gate", None) is None
+        and isinstance(mlp.norm, nn.Identity)
+        and isinstance(mlp.fc1, nn.Linear)
+        and not any(part.p for part in block.modules() if isinstance(part, nn.Dropout))
     )

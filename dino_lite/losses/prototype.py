@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino_lite.contracts import Match, Schedule, Scores, Targets, UserError
+from dino_lite.contracts import Match, Prototypes, Schedule, Scores, Targets, UserError
 
 _LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
@@ -27,13 +27,16 @@ def prototype_cross_entropy(
     images at once (0: as many as 64 MB hold, on a GPU 512), used for value and gradient, and
     dropped. Computed in at least float32. Gradients of z and of the student's prototypes.
     """
-    value: Tensor = _CrossEntropy.apply(scores.z, scores.prototypes, targets, temp, chunk)
+    prototypes = scores.prototypes
+    value: Tensor = _CrossEntropy.apply(
+        scores.z, prototypes.direction, prototypes.length, targets, temp, chunk
+    )
     return value
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made beside the value, while a chunk's logits are at hand: kept are two
-    tensors of the inputs' sizes, and no "S n K".
+    """The gradient is made beside the value, while a chunk's logits are at hand: kept are tensors
+    of the inputs' sizes, and no "S n K".
 
     With p = softmax(s) and a_s = Σ_t pairs_ts: ∂/∂z_s = weight·(a_s·p_s − Σ_t pairs_ts·q_t)·P/temp,
     and ⟨q_t, s⟩ = z_s·(q_t·P)/temp. So q_t·P "T n E" serves value and gradient, and distributions
@@ -44,27 +47,34 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: Float[Tensor, "S n E"],
-        prototypes: Float[Tensor, "K E"],
+        direction: Float[Tensor, "K E"],
+        length: Float[Tensor, "K 1"] | None,
         targets: Targets,
         temp: float,
         chunk: int,
     ) -> Float[Tensor, ""]:
         wide = torch.promote_types(z.dtype, torch.float32)
+        v = direction.to(wide)
+        ours = Prototypes(v, None if length is None else length.to(wide))
+        theirs = targets.prototypes
+        scales = ours.scale(), theirs.scale()
         total = torch.zeros((), dtype=wide, device=z.device)
-        slope_z = torch.empty_like(z, dtype=wide)
-        slope_p = torch.empty_like(prototypes, dtype=wide) if ctx.needs_input_grad[1] else None
+        slope_z, slope_v = torch.empty_like(z, dtype=wide), None
         # Logits are divided by temperatures of 0.04: no bfloat16.
         with torch.autocast(z.device.type, enabled=False):
             for start, stop in _chunks(z, targets, chunk):
-                value, part_z, rows, weights = _part(
-                    z[:, start:stop].to(wide), prototypes.to(wide), targets.part(start, stop), temp
-                )
+                part = targets.part(start, stop)
+                z_part = z[:, start:stop].to(wide)
+                value, given, rows, weights = _part(z_part, v, scales, part, temp)
                 total += value
-                slope_z[:, start:stop] = part_z
-                if slope_p is not None:
-                    torch.addmm(slope_p, weights, rows, beta=float(start > 0), out=slope_p)
-        ctx.save_for_backward(slope_z, slope_p)
-        ctx.dtypes = z.dtype, prototypes.dtype
+                slope_z[:, start:stop] = given
+                if ctx.needs_input_grad[1]:
+                    slope_v = weights @ rows if slope_v is None else slope_v.addmm_(weights, rows)
+        slope_g = None
+        if slope_v is not None and ours.length is not None:
+            slope_g = _through_norm_(slope_v, ours.direction, ours.length)
+        ctx.save_for_backward(slope_z, slope_v, slope_g if ctx.needs_input_grad[2] else None)
+        ctx.dtypes = z.dtype, direction.dtype, None if length is None else length.dtype
         return total
 
     @staticmethod
@@ -73,21 +83,18 @@ class _CrossEntropy(torch.autograd.Function):
         # On the host the usual slope of 1 saves a pass over the prototypes; elsewhere asking waits.
         plain = slope.device.type == "cpu" and float(slope) == 1.0
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        z, prototypes = (
-            None if s is None else (s if plain else s * slope).to(dtype) for s, dtype in saved
-        )
-        return z, prototypes, None, None, None
+        slopes = [None if s is None else (s if plain else s * slope).to(dt) for s, dt in saved]
+        return (*slopes, None, None, None)
 
 
 def _part(
-    z: Float[Tensor, "S n E"], prototypes: Float[Tensor, "K E"], targets: Targets, temp: float
-) -> tuple[
-    Float[Tensor, ""],
-    Float[Tensor, "S n E"],
-    Float[Tensor, "_ E"],
-    Float[Tensor, "K _"],
-]:
-    """Value and slope of z for some images; and the two factors of the slope of the prototypes.
+    z: Float[Tensor, "S n E"],
+    v: Float[Tensor, "K E"],
+    scales: tuple[Float[Tensor, "K 1"] | None, Float[Tensor, "K 1"] | None],
+    targets: Targets,
+    temp: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "S n E"], Float[Tensor, "_ E"], Float[Tensor, "K _"]]:
+    """Value and slope of z for some images; and the two factors of scale·∂/∂P.
 
     Logits lie prototype-major, "K (S+T)*n": all three products of matrices are quickest so.
     """
@@ -95,31 +102,53 @@ def _part(
     pairs, weight = targets.pairs.to(z), targets.weight.to(z)
     pull = pairs.sum(0)  # S: how much each student crop is held to sum to one
     columns = num_student * num_images
-    logits = z.new_empty(len(prototypes), columns + len(targets.z) * num_images)
+    logits = z.new_empty(len(v), columns + len(targets.z) * num_images)
     p, q = logits[:, :columns], logits[:, columns:]
-    torch.mm(prototypes, (z / temp).flatten(0, 1).T, out=p)
-    torch.mm(targets.prototypes.to(z), (targets.z.to(z) / targets.temp).flatten(0, 1).T, out=q)
+    torch.mm(v, (z / temp).flatten(0, 1).T, out=p)
+    theirs = targets.prototypes.direction.to(z)
+    torch.mm(theirs, (targets.z.to(z) / targets.temp).flatten(0, 1).T, out=q)
+    for part, scale in ((p, scales[0]), (q, scales[1])):
+        if scale is not None:
+            part.mul_(scale)
     q.add_(targets.row.to(z).flatten()).add_(targets.col.to(z)[:, None]).exp_()
     peak = p.amax(0)
     mass = p.sub_(peak).exp_().sum(0)
     lse = (peak + mass.log()).view(num_student, num_images)
-    drawn = (logits.T @ prototypes).view(
-        -1, num_images, width
-    )  # p·P and q·P, not yet divided by mass
+    if scales[0] is not None:
+        logits.mul_(scales[0])
+    drawn = (logits.T @ v).view(-1, num_images, width)  # p·P, to be divided by mass, and q·P
     drawn, taught = drawn[:num_student], torch.einsum("ts,tne->sne", pairs, drawn[num_student:])
     value = (weight * (pull[:, None] * lse - (z * taught).sum(-1) / temp)).sum()
-    scale = (weight / temp)[:, None]  # n 1
-    share = pull[:, None, None] * scale / mass.view(num_student, num_images, 1)  # S n 1
-    given = torch.einsum("ts,sne->tne", pairs, z * scale)
+    sharp = (weight / temp)[:, None]  # n 1
+    share = pull[:, None, None] * sharp / mass.view(num_student, num_images, 1)  # S n 1
+    given = torch.einsum("ts,sne->tne", pairs, z * sharp)
     rows = torch.cat([z * share, -given]).flatten(0, 1)
-    return value, drawn * share - taught * scale, rows, logits
+    return value, drawn * share - taught * sharp, rows, logits
+
+
+def _through_norm_(
+    slope: Float[Tensor, "K E"], direction: Float[Tensor, "K E"], length: Float[Tensor, "K 1"]
+) -> Float[Tensor, "K 1"]:
+    """scale·∂/∂P becomes ∂/∂direction in place, for P = length·direction/|direction|; ∂/∂length
+    comes back (Salimans and Kingma 2016, eq. 3).
+    """
+    lengths = []
+    step = len(slope) if slope.device.type != "cpu" else 4096  # rows that a cache holds
+    for i in range(0, len(slope), step):
+        part, v = slope[i : i + step], direction[i : i + step]
+        along = (part * v).sum(1, keepdim=True)
+        squares = v.square().sum(1, keepdim=True)
+        lengths.append(along / length[i : i + step])
+        part.addcmul_(v, along / squares, value=-1)
+    return torch.cat(lengths)
 
 
 def _chunks(z: Tensor, targets: Targets, chunk: int) -> list[tuple[int, int]]:
     """Bounds of the images whose logits are held at once."""
     num_images = z.shape[1]
     if not chunk:
-        row = (len(z) + len(targets.z)) * len(targets.prototypes) * max(z.element_size(), 4)
+        columns, num_prototypes = len(z) + len(targets.z), len(targets.prototypes.direction)
+        row = columns * num_prototypes * max(z.element_size(), 4)
         chunk = max(1, _LOGITS_BYTES.get(z.device.type, _LOGITS_BYTES["cuda"]) // row)
     return [(i, min(i + chunk, num_images)) for i in range(0, num_images, chunk)]
 

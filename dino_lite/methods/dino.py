@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dino_lite.contracts import (
     Crops,
     Match,
-    Method,
     Progress,
     Schedule,
     Scores,
@@ -21,6 +20,7 @@ from dino_lite.contracts import (
     Targets,
 )
 from dino_lite.losses.prototype import cross_view_pairs
+from dino_lite.methods.method import Method
 from dino_lite.nn.centering import EMACentering
 from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.teachers import EMATeacher
@@ -35,7 +35,7 @@ class Student(nn.Module):
 
     def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
         """Class features through the head: one backbone call a crop size, one head call in all."""
-        cls = [self.backbone(crops.flatten(0, 1)).cls for crops in groups]
+        cls = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups]
         z: Tensor = self.head(torch.cat(cls))  # S*n E
         return z.reshape(-1, groups[0].shape[1], z.shape[-1])
 

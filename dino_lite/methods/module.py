@@ -9,8 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from dino_lite.contracts import Crops, Method
+from dino_lite.contracts import Crops
 from dino_lite.methods.clock import Clock
+from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 

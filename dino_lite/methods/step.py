@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lite.contracts import Crops, Loss, Method, Progress, Schedule, StepTargets, UserError
+from dino_lite.contracts import Crops, Loss, Progress, Schedule, StepTargets, UserError
 from dino_lite.distributed import rank
+from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_
 from dino_lite.optim.schedules import Span, span_steps
 

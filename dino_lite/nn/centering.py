@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dino_lite.contracts import Prototypes
 from dino_lite.distributed import all_reduce_mean_
 
 
@@ -28,21 +29,26 @@ class EMACentering(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, z: Float[Tensor, "T n E"], prototypes: Float[Tensor, "K E"], temp: float
+        self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float
     ) -> tuple[Float[Tensor, "T n"], Float[Tensor, "K"]]:
         """Row and column terms of log softmax((z·Pᵀ − c) / temp), for `contracts.Targets`."""
         wide = torch.promote_types(z.dtype, torch.float32)
         col = -self.center.to(wide) / temp
-        # cosines are divided by temp: no bfloat16
+        # Cosines are divided by temp: no bfloat16.
         with torch.autocast(z.device.type, enabled=False):
             # Prototype-major, "K T*n": the product is quickest so.
-            logits = (prototypes.to(wide) @ (z.to(wide) / temp).flatten(0, 1).T).add_(col[:, None])
-            row = -logits.logsumexp(0).view(z.shape[:2])
-        # The mean of logits is the logits of the mean: E numbers travel between the ranks instead
-        # of K.
-        mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
-        # A sum of products, since autocast would make a matrix product of it half precision.
-        self.batch_center = (prototypes.to(wide) * mean).sum(-1).to(self.center.dtype)
+            logits = prototypes.direction.to(wide) @ (z.to(wide) / temp).flatten(0, 1).T
+            scale = prototypes.scale()
+            if scale is not None:
+                logits.mul_(scale)
+            row = -logits.add_(col[:, None]).logsumexp(0).view(z.shape[:2])
+            # The mean of logits is the logits of the mean: E numbers travel between the ranks
+            # instead of K.
+            mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
+            mean = prototypes.direction.to(wide) @ mean
+            self.batch_center = (mean if scale is None else scale[:, 0] * mean).to(
+                self.center.dtype
+            )
         return row, col
 
     @torch.no_grad()

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dino_lite.contracts import Prototypes
 
-class Prototypes(nn.Module):
+
+class LastLayer(nn.Module):
     """K rows of length `weight_g`, direction `weight_v`: weight normalization written out, so that
     it can be copied.
 
@@ -25,9 +27,8 @@ class Prototypes(nn.Module):
         )
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_norm)
 
-    def forward(self) -> Float[Tensor, "K E"]:
-        lengths: Tensor = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return self.weight_v * (self.weight_g / lengths)
+    def forward(self) -> Prototypes:
+        return Prototypes(self.weight_v, self.weight_g)
 
 
 class DINOHead(nn.Module):
@@ -59,7 +60,7 @@ class DINOHead(nn.Module):
                 layers.append(nn.GELU())
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
         self.num_prototypes = num_prototypes
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes, learn_norm)
+        self.last_layer = LastLayer(bottleneck_dim, num_prototypes, learn_norm)
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
         # Unit norm in at least float32: half precision would leave norms off by 1e-3.
@@ -67,7 +68,7 @@ class DINOHead(nn.Module):
         wide = bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32))
         return F.normalize(wide, dim=-1, eps=1e-12)
 
-    def prototypes(self) -> Float[Tensor, "K E"]:
-        """The K prototypes, normalized."""
-        rows: Tensor = self.last_layer()
-        return rows
+    def prototypes(self) -> Prototypes:
+        """The K prototypes."""
+        prototypes: Prototypes = self.last_layer()
+        return prototypes

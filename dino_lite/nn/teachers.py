@@ -36,6 +36,10 @@ def ema_(
     device.
     """
     targets = list(averages)
+    if targets[0].device.type == "cpu":  # asking costs nothing here, a pass over the weights does
+        if ok:
+            torch._foreach_lerp_(targets, list(values), 1.0 - momentum)
+        return
     moves = torch._foreach_sub(list(values), targets)
     weight: Float[Tensor, ""] = (1.0 - momentum) * ok.to(targets[0].dtype)
     torch._foreach_mul_(moves, weight)

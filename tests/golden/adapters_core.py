@@ -96,7 +96,7 @@ def a01(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
             head.load_state_dict(below(own, "w."))
             head = head.to(dtype).train()
             x = own["in.x"].to(dtype).requires_grad_()
-            train = head(x) @ head.prototypes().T
+            train = head(x) @ head.prototypes().rows().T
             train.backward(own["in.grad_out"].to(dtype))
             label = f"{variant}.{precision}"
             yield compare(f"{label}.train", train, own[f"out{suffix}.train"], values)
@@ -109,7 +109,7 @@ def a01(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
                 yield compare(f"{label}.grad.{name}", gradients[name], wanted[name], slopes)
             for name, after in below(own, f"out{suffix}.after.").items():
                 yield compare(f"{label}.after.{name}", head.state_dict()[name], after, values)
-            scored = head.eval()(x) @ head.prototypes().T
+            scored = head.eval()(x) @ head.prototypes().rows().T
             yield compare(f"{label}.eval", scored, own[f"out{suffix}.eval"], values)
 
 
@@ -282,7 +282,7 @@ def a07(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
                 torch.stack(list(run))
                 for _, run in itertools.groupby(crops, key=lambda crop: crop.shape)
             ]
-            logits = (network(groups) @ head.prototypes().T).flatten(0, 1)
+            logits = (network(groups) @ head.prototypes().rows().T).flatten(0, 1)
             features = torch.cat([network.backbone(group.flatten(0, 1)).cls for group in groups])
             yield compare(
                 f"{variant}.{precision}.logits",

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from dino_lite.contracts import Scores, Targets
+from dino_lite.contracts import Prototypes, Scores, Targets
 from dino_lite.losses.prototype import cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering
 from golden.adapters_core import Case, Tensors, below, compat_config, temperature
@@ -55,8 +55,10 @@ def run_calls(case: Case, hyper: Case, own: Tensors, temps: list[float]) -> Tens
     """
     found: Tensors = {}
     for dtype, suffix in ((torch.float64, "64"), (torch.float32, "")):
-        unit = torch.eye(case["hyper"]["out_dim"], dtype=dtype)
-        centering = EMACentering(len(unit), case["hyper"]["center_momentum"]).to(dtype)
+        unit = Prototypes(torch.eye(case["hyper"]["out_dim"], dtype=dtype))
+        centering = EMACentering(case["hyper"]["out_dim"], case["hyper"]["center_momentum"]).to(
+            dtype
+        )
         num_global = case["hyper"]["n_global"]
         for i, epoch in enumerate(case["hyper"]["epoch_of_call"]):
             student = own[f"in.student.{i}"].to(dtype).requires_grad_()

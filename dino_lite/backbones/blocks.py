@@ -1,0 +1,174 @@
+"""One pass through transformer blocks: timm's parts, in an order and with a memory of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+Memory = Literal["high", "normal", "low"]
+Linear = Callable[[nn.Module, Tensor, nn.Linear], Tensor]  # layer(before(x))
+# What stochastic depth multiplies the two halves of a block by, sample by sample; None: nothing.
+Scales = tuple[Float[Tensor, "n 1 1"] | None, Float[Tensor, "n 1 1"] | None]
+_PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    tokens: Float[Tensor, "n N D"],
+    last_queries: int | None = None,
+    memory: Memory = "high",
+    compiled: bool = False,
+) -> Float[Tensor, "n _ D"]:
+    """All blocks; of the last one only the first `last_queries` tokens, where that is given.
+
+    `memory` says what is kept for the backward pass: high all, normal all but what norms and
+    activations have made, low the tokens between blocks. The rest is made again. A compiled block
+    decides for itself what between high and normal it keeps.
+    """
+    if not torch.is_grad_enabled():
+        memory = "high"
+    linear = _linear_again if memory == "normal" and not compiled else _linear
+    for i, block in enumerate(blocks):
+        queries = last_queries if i == len(blocks) - 1 else None
+        scales = _draw_scales(block, tokens)
+        run = partial(_compiled() if compiled else run_block, block)
+        if memory == "low":
+            tokens = checkpoint(run, tokens, scales, queries, linear, use_reentrant=False)
+        else:
+            tokens = run(tokens, scales, queries, linear)
+    return tokens
+
+
+def run_block(
+    block: nn.Module,
+    tokens: Float[Tensor, "n N D"],
+    scales: Scales,
+    num_queries: int | None,
+    linear: Linear,
+) -> Float[Tensor, "n _ D"]:
+    """x + attention(norm(x)), then x + MLP(norm(x)); stochastic depth multiplies by the scales.
+
+    With `num_queries` only the first so many tokens are computed; the others are looked at. What
+    they would have become is not asked for after a last block: five sixths of it are saved.
+    """
+    parts: Any = block
+    if num_queries is None:
+        queries, mixed = tokens, _attend(parts, tokens, linear)
+    else:
+        queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
+    queries = _add(queries, parts.ls1(mixed), scales[0])
+    hidden = linear(parts.norm2, queries, parts.mlp.fc1)
+    return _add(queries, parts.ls2(linear(parts.mlp.act, hidden, parts.mlp.fc2)), scales[1])
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """run_block as one graph for each shape: all blocks of a network share it."""
+    compiled: Callable[..., Tensor] = torch.compile(run_block, dynamic=False)
+    return compiled
+
+
+def attention(
+    query: Float[Tensor, "n heads M d"],
+    key: Float[Tensor, "n heads N d"],
+    value: Float[Tensor, "n heads N d"],
+    scale: float,
+) -> Float[Tensor, "n heads M d"]:
+    """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and (query.dtype == torch.bfloat16 or key.shape[2] <= _PLAIN_TOKENS):
+        return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def _attend(block: Any, tokens: Float[Tensor, "n N D"], linear: Linear) -> Float[Tensor, "n N D"]:
+    """Multi-head self-attention of all tokens."""
+    attn = block.attn
+    qkv = linear(block.norm1, tokens, attn.qkv)
+    qkv = qkv.view(*qkv.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return _mix(attn, *qkv.unbind(0))  # each n heads N D/heads
+
+
+def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float[Tensor, "n _ D"]:
+    """What the first `num_queries` tokens get from all: keys and values of all, queries of few."""
+    attn, tokens = block.attn, block.norm1(tokens)
+    weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
+    first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
+    query = F.linear(tokens[:, :num_queries], weight[:width], first)
+    both = F.linear(tokens, weight[width:], rest)
+    query = query.view(len(query), num_queries, attn.num_heads, -1).transpose(1, 2)
+    both = both.view(*both.shape[:2], 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return _mix(attn, query, *both.unbind(0))
+
+
+def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    mixed = attention(query, key, value, attn.scale).transpose(1, 2).flatten(2)
+    out: Tensor = attn.proj(mixed)
+    return out
+
+
+def _draw_scales(block: Any, tokens: Tensor) -> Scales:
+    """Stochastic depth's factors of the two halves of a block: 0 where a sample skips one, else
+    1/(1 - p).
+    """
+    scales: list[Tensor | None] = []
+    for drop in (block.drop_path1, block.drop_path2):
+        prob = float(getattr(drop, "drop_prob", None) or 0.0) if drop.training else 0.0
+        keep = tokens.new_empty(len(tokens), 1, 1).bernoulli_(1 - prob) if prob else None
+        scales.append(None if keep is None else keep.div_(1 - prob))
+    return scales[0], scales[1]
+
+
+def _add(tokens: Tensor, more: Tensor, scale: Tensor | None) -> Tensor:
+    return tokens + (more if scale is None else more * scale)
+
+
+def _linear(before: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+    out: Tensor = layer(before(x))
+    return out
+
+
+def _linear_again(before: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+    out: Tensor = _LinearAgain.apply(before, x, layer.weight, layer.bias, *before.parameters())
+    return out
+
+
+class _LinearAgain(torch.autograd.Function):
+    """layer(before(x)) that keeps x and makes before(x), a norm or an activation, once more in the
+    backward pass: a third of a block's memory for a fiftieth of its time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, before: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *inner: Tensor
+    ) -> Tensor:
+        ctx.before, ctx.inner, ctx.has_bias = before, inner, bias is not None
+        ctx.save_for_backward(x, weight)
+        device = x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return F.linear(before(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            y = ctx.before(x)
+        rows = slope.flatten(0, -2)
+        slope_y = (slope @ weight.to(slope.dtype)).to(y.dtype)
+        slope_w = (rows.T @ y.detach().flatten(0, -2).to(slope.dtype)).to(weight.dtype)
+        slope_b = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
+        wanted = [t for t in (x, *ctx.inner) if t.requires_grad]
+        slopes = iter(torch.autograd.grad(y, wanted, slope_y))
+        given = [next(slopes) if t.requires_grad else None for t in (x, *ctx.inner)]
+        return None, given[0], slope_w, slope_b, *given[1:]
