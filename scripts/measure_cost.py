@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""What the cost model predicts beside what is then measured: images/s and peak memory.
+
+    scripts/measure_cost.py [--json FILE] [--threads 1] [--only NAME] [--rounds 5]
+
+Each configuration runs in a process of its own: real optimizer steps (`Step`) on random crops, no
+loader and no trainer. Peaks of the device are measured before and after, and the better counts; so
+does the quickest of the steps. Memory on a CPU is the resident set's peak above what the process
+had before the model was built. A ratio is predicted / measured; the bar is 0.75 to 1.25.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_lite.checkpoints import build_method
+from dino_lite.config import Config, compose, instantiate
+from dino_lite.contracts import Crops, Facts, Method, Progress
+from dino_lite.cost import Sizes, sizes, work
+from dino_lite.estimate import EFFICIENCY, predict, step_parts
+from dino_lite.machine import has_fast_bf16
+from dino_lite.methods.step import Step
+from dino_lite.optim.param_groups import param_groups
+from dino_lite.peaks import Peaks, measure_peaks
+
+PHOTOS = ["data=folder", "data.root=none", "trainer.max_time=null", "trainer.max_epochs=100"]
+TINY = ["backbone.embed_dim=192", "backbone.depth=12", "backbone.num_heads=3"]
+LARGE = ["augment.global_size=224", "augment.local_size=96", "augment.num_local=8"]
+HEAD = ["method.head.hidden_dim=2048", "method.head.bottleneck_dim=256"]
+PAPER = [*PHOTOS, *LARGE, *HEAD, "method.head.num_prototypes=65536"]
+SMALL = ["backbone=vit_small", "backbone.patch_size=16"]
+BASE = ["backbone=vit_base", "backbone.patch_size=16"]
+# name: device, images, their side, overrides
+CONFIGURATIONS: dict[str, tuple[str, int, int, list[str]]] = {
+    "dino_shapes": ("cpu", 400, 32, ["experiment=dino_shapes"]),
+    "photos_64": ("cpu", 5_000, 300, PHOTOS),
+    "photos_64_micro": (
+        *("cpu", 50_000, 300),
+        [*PHOTOS, "trainer.micro_batch_size=16", "method.head.num_prototypes=16384"],
+    ),
+    "vit_tiny_8_64": (
+        *("cpu", 100_000, 300),
+        [*PHOTOS, *TINY, *HEAD, "augment.num_local=8", "loader.batch_size=16"],
+    ),
+    "vit_tiny_16_224": (
+        *("cpu", 10**6, 300),
+        [*PAPER, *TINY, "backbone.patch_size=16", "loader.batch_size=8"],
+    ),
+    "vit_small_16_224": ("cuda", 10**6, 400, [*PAPER, *SMALL, "loader.batch_size=64"]),
+    "vit_small_16_224_256": ("cuda", 10**6, 400, [*PAPER, *SMALL, "loader.batch_size=256"]),
+    "vit_base_16_224": ("cuda", 10**6, 400, [*PAPER, *BASE, "loader.batch_size=64"]),
+}
+
+
+def planned(name: str, threads: int) -> tuple[Config, Facts]:
+    """A configuration of the table, settled by the plan, and the facts it was settled on."""
+    from dino_lite.plan import plan
+
+    accelerator, num_images, side, overrides = CONFIGURATIONS[name]
+    on_gpu = accelerator == "cuda"
+    facts = Facts(
+        source="shapes" if name == "dino_shapes" else "photos",
+        num_images=num_images,
+        num_test=0,
+        num_classes=0,
+        height=side,
+        width=side,
+        channels=3,
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        accelerator=accelerator,
+        device_name=torch.cuda.get_device_name() if on_gpu else "cpu",
+        num_devices=1,
+        num_cores=threads + 1,
+        bf16=has_fast_bf16(accelerator),
+    )
+    return plan(compose("pretrain", overrides), facts).config, facts
+
+
+def random_crops(config: Config, device: torch.device) -> Crops:
+    """A batch of noise, as the step takes it."""
+    augment, num = config["augment"], config["loader"]["batch_size"]
+    large, small, num_local = (augment[k] for k in ("global_size", "local_size", "num_local"))
+    return Crops(
+        globals_=torch.randn(2, num, 3, large, large, device=device),
+        locals_=torch.randn(num_local, num, 3, small, small, device=device),
+        index=torch.arange(num),
+        labels=None,
+        boxes=torch.zeros(2 + num_local, num, 4),
+        draws=torch.zeros(2 + num_local, num, 1),
+    )
+
+
+def build_step(config: Config, method: Method) -> Step:
+    """The step of a run."""
+    optim, precision = config["optim"], str(config["trainer"]["precision"])
+    return Step(
+        method,
+        instantiate(config["loss"]),
+        instantiate(optim["optimizer"])(param_groups(method.student.named_parameters())),
+        learning_rate=instantiate(optim["learning_rate"]),
+        weight_decay=instantiate(optim["weight_decay"]),
+        micro_batch_size=config["trainer"]["micro_batch_size"],
+        autocast=torch.bfloat16 if precision == "bf16" else None,
+    )
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes this process holds, or held at most."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
+    """One configuration, in this process: predicted and measured."""
+    torch.set_num_threads(threads)
+    config, facts = planned(name, threads)
+    device, on_gpu = torch.device(facts.accelerator), facts.accelerator == "cuda"
+    size = sizes(config)
+    assert size is not None
+    base = 0 if on_gpu else resident()
+    step = build_step(config, build_method(config).to(device))
+    crops, times = random_crops(config, device), []
+
+    def train() -> None:
+        started = time.perf_counter()
+        step(crops, Progress(50 + len(times), 1000, 10))
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+
+    for _ in range(2):
+        train()
+    peaks = probe(config, size, facts)
+    times.clear()
+    for _ in range(rounds):
+        train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident(peak=True) - base
+    again = probe(config, size, facts)
+    best = Peaks(
+        *(max(pair) for pair in zip(peaks[:3], again[:3], strict=True)),
+        call=min(peaks.call, again.call),
+        memory=peaks.memory,
+    )
+    told = predict(config, facts, size, best)
+    rate = size.num_images / min(times)
+    return {
+        "name": name,
+        "device": facts.device_name,
+        "threads": threads,
+        "images_per_second": rate,
+        "images_per_second_predicted": told.images_per_second,
+        "ratio": told.images_per_second / rate,
+        "memory": peak,
+        "memory_predicted": told.memory,
+        "memory_ratio": told.memory / peak,
+        "seconds": sorted(times),
+        "parts": step_parts(work(size), best, EFFICIENCY[facts.accelerator]),
+        "peaks": best._asdict(),
+        "line": told.line(),
+    }
+
+
+def probe(config: Config, size: Sizes, facts: Facts) -> Peaks:
+    """The device's peaks for this network."""
+    return measure_peaks(facts.accelerator, str(config["trainer"]["precision"]), size.width)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--only", choices=list(CONFIGURATIONS), help="one configuration")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.only, options.threads, options.rounds)))
+        return 0
+    found: list[dict[str, Any]] = []
+    print(f"{'':22s}{'images/s':>10s}{'predicted':>10s}{'ratio':>7s}{'MiB':>10s}{'predicted':>10s}")
+    for name, (accelerator, *_) in CONFIGURATIONS.items():
+        asked = options.only in (None, name)
+        if not asked or (accelerator == "cuda" and not torch.cuda.is_available()):
+            continue
+        line = [sys.executable, __file__, "--child", "--only", name]
+        line += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+        ran = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(ran.stdout.splitlines()[-1])
+        found.append(row)
+        print(
+            f"{name:22s}{row['images_per_second']:10.1f}{row['images_per_second_predicted']:10.1f}"
+            f"{row['ratio']:7.2f}{row['memory'] / 2**20:10.0f}"
+            f"{row['memory_predicted'] / 2**20:10.0f}{row['memory_ratio']:7.2f}",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
