@@ -240,7 +240,7 @@ def memory(size: Sizes) -> dict[str, float]:
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
     columns = size.num_student_crops + size.num_teacher_crops
     image = columns * size.num_prototypes * wide  # bytes of the logits of one image
-    chunk = max(1, min(size.micro_batch_size, LOSS.chunk_bytes[not size.on_cpu] // image))
+    chunk = min(size.micro_batch_size * image, max(image, LOSS.chunk_bytes[not size.on_cpu]))
     # the teacher's pass over the whole batch, and its logits for centering, twice for a moment
     batch = size.num_images * size.num_teacher_crops
     passing = BLOCK.forward_width * size.width * wide
@@ -254,7 +254,7 @@ def memory(size: Sizes) -> dict[str, float]:
         "stays": wide
         * (size.num_student + size.num_teacher + 2.0 * size.num_trained + size.num_images * values),
         "teacher": gradients + teacher,
-        "loss": kept + gradients * several + 3.0 * normalized + chunk * image,
+        "loss": kept + gradients * several + 3.0 * normalized + chunk,
         "backward": back + gradients * several + 5.0 * normalized,
         "update": gradients + 2.0 * normalized + size.num_teacher * wide,
     }

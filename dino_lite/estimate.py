@@ -25,7 +25,7 @@ class Efficiency(NamedTuple):
 
 EFFICIENCY = {
     # Measured: one thread of an AMD EPYC (Milan, AVX2), float32, scripts/measure_cost.py.
-    "cpu": Efficiency(1.0, 0.2, 1.0, 0.5, 0.25, 1.0, False),
+    "cpu": Efficiency(0.72, 0.17, 0.72, 0.32, 0.2, 0.88, False),
     # Not measured yet. Assumed: half of the peak in products, as well-tuned ViT training has on
     # other GPUs, and two thirds of the memory's speed.
     "cuda": Efficiency(0.5, 0.3, 0.5, 0.67, 0.3, 0.9, True),
@@ -47,6 +47,7 @@ class Estimate(NamedTuple):
     max_time: str | None  # as it was asked for
     memory: int  # bytes
     free_memory: int
+    fitting: int | None  # images a backward pass that the memory would do for; None: not even one
 
     def line(self) -> str:
         """One sentence."""
@@ -58,7 +59,7 @@ class Estimate(NamedTuple):
         else:
             length = f"{self.max_time} ≈ {steps}, {epochs} at {rate}"
         device = f"{self.num_devices} × {self.device}" if self.num_devices > 1 else self.device
-        needed = f"{_gibibytes(self.memory)} of memory{' each' * (self.num_devices > 1)}"
+        needed = f"{_size(self.memory)} of memory{' each' * (self.num_devices > 1)}"
         return (
             f"estimate: {length}, {needed} on {device} (of the steps alone: loading that is slower "
             "and evaluations add to it)"
@@ -68,14 +69,12 @@ class Estimate(NamedTuple):
         """What to do where the memory will not do; None where it will."""
         if self.memory <= self.free_memory:
             return None
-        size, trainer = config["loader"]["batch_size"] // self.num_devices, config["trainer"]
-        size = trainer["micro_batch_size"] or size
-        means = f"trainer.micro_batch_size={max(1, size // 2)}"
-        if trainer.get("memory", "low") != "low":
-            means += " or trainer.memory=low"
+        means = [f"trainer.micro_batch_size={self.fitting}"] if self.fitting else []
+        means += ["trainer.memory=low"] if config["trainer"].get("memory", "low") != "low" else []
+        means += ["a smaller backbone or a smaller loader.batch_size"] if not self.fitting else []
         return (
-            f"warning: a step needs about {_gibibytes(self.memory)} and {self.device} has "
-            f"{_gibibytes(self.free_memory)} free: try {means}."
+            f"warning: a step needs about {_size(self.memory)} of memory and {self.device} has "
+            f"{_size(self.free_memory)} free: try {' or '.join(means)}."
         )
 
 
@@ -115,6 +114,7 @@ def predict(config: Config, facts: Facts, size: Sizes, peaks: Peaks) -> Estimate
         max_time=trainer["max_time"],
         memory=peak_memory(size, share),
         free_memory=peaks.memory,
+        fitting=fitting(size, share, peaks.memory),
     )
 
 
@@ -143,6 +143,18 @@ def peak_memory(size: Sizes, share: Efficiency) -> int:
     return round((stays + max(moments.values())) / share.memory)
 
 
+def fitting(size: Sizes, share: Efficiency, free: int) -> int | None:
+    """Images of a micro-batch for which `free` bytes do: as many as now, or halved until they fit;
+    None where one is too many.
+    """
+    num = size.micro_batch_size
+    while peak_memory(size._replace(micro_batch_size=num), share) > free:
+        if num == 1:
+            return None
+        num //= 2
+    return num
+
+
 def _duration(length: float) -> str:
     """Seconds as people say them: 40 s, 25 min, 31 h, 12 days."""
     for unit, name, most in ((1, "s", 100), (60, "min", 100), (3600, "h", 72)):
@@ -151,8 +163,10 @@ def _duration(length: float) -> str:
     return f"{_round(length / 86_400)} days"
 
 
-def _gibibytes(num_bytes: float) -> str:
-    """Two digits: more are not known."""
+def _size(num_bytes: float) -> str:
+    """Bytes as people say them; more than two digits are not known."""
+    if num_bytes < 2**30:
+        return f"{_round(num_bytes / 2**20)} MiB"
     return f"{_round(num_bytes / 2**30)} GiB"
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-_SECONDS = {"cpu": 0.04, "cuda": 0.002}  # each probe, on an accelerator by the queue
-_ROWS = {"cpu": 1024, "cuda": 16_384}  # tokens of the product
+_SECONDS = {"cpu": 0.05, "cuda": 0.002}  # at least, for each probe
+_FLOATS = {"cpu": 2**18, "cuda": 2**23}  # of the tokens in the product
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # larger than any cache
 _CALLS = 100
 
@@ -78,7 +78,7 @@ def _machine_memory() -> int:
 
 def _product(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """FLOP/s of the first product of a block's MLP, tokens x width by width x 4 width."""
-    rows = _ROWS.get(device.type, _ROWS["cuda"])
+    rows = max(1, _FLOATS.get(device.type, _FLOATS["cuda"]) // width)
     generator = torch.Generator(device).manual_seed(0)  # constants would flatter some devices
     tokens = torch.randn(rows, width, device=device, generator=generator).to(dtype)
     weight = torch.randn(width, 4 * width, device=device, generator=generator).to(dtype)
@@ -110,7 +110,7 @@ def _quickest(work: Callable[[], object], device: torch.device) -> float:
     work()
     _wait(device)
     times: list[float] = []
-    while sum(times) < _SECONDS.get(device.type, _SECONDS["cuda"]) or len(times) < 3:
+    while sum(times) < _SECONDS.get(device.type, _SECONDS["cuda"]) or not times:
         started = time.perf_counter()
         work()
         _wait(device)
