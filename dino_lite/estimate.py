@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
     num_steps: int
     num_epochs: float
     seconds: float  # of the whole run
-    max_time: str | None  # as it was asked for
+    timed: bool  # the run is measured by the clock, and its length is no guess
     memory: int  # bytes
     free_memory: int
     fitting: int | None  # images a backward pass that the memory would do for; None: not even one
@@ -54,10 +54,9 @@ class Estimate(NamedTuple):
         rate = f"{_round(self.images_per_second)} images/s"
         epochs = f"{_round(self.num_epochs)} epoch{'' if self.num_epochs == 1 else 's'}"
         steps = f"{self.num_steps:,} step{'' if self.num_steps == 1 else 's'}"
-        if self.max_time is None:
-            length = f"{epochs}, {steps} ≈ {_duration(self.seconds)} at {rate}"
-        else:
-            length = f"{self.max_time} ≈ {steps}, {epochs} at {rate}"
+        length = f"{epochs}, {steps} ≈ {_duration(self.seconds)} at {rate}"
+        if self.timed:
+            length = f"{_duration(self.seconds)} ≈ {steps}, {epochs} at {rate}"
         device = f"{self.num_devices} × {self.device}" if self.num_devices > 1 else self.device
         needed = f"{_size(self.memory)} of memory{' each' * (self.num_devices > 1)}"
         return (
@@ -111,7 +110,7 @@ def predict(config: Config, facts: Facts, size: Sizes, peaks: Peaks) -> Estimate
         num_steps=num_steps,
         num_epochs=num_steps / steps_per_epoch,
         seconds=length,
-        max_time=trainer["max_time"],
+        timed=trainer["max_time"] is not None,
         memory=peak_memory(size, share),
         free_memory=peaks.memory,
         fitting=fitting(size, share, peaks.memory),

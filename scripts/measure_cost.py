@@ -5,8 +5,9 @@
 
 Each configuration runs in a process of its own: real optimizer steps (`Step`) on random crops, no
 loader and no trainer. Peaks of the device are measured before and after, and the better counts; so
-does the quickest of the steps (on one thread of a CPU: in CPU time). Memory on a CPU is the resident set's peak above what the process
-had before the model was built. A ratio is predicted / measured; the bar is 0.75 to 1.25.
+does the quickest of the steps (one thread of a CPU: by CPU time). Memory on a CPU is the resident
+set's peak above what the process had before the model was built. A ratio is predicted / measured;
+the bar is 0.75 to 1.25.
 """
 
 from __future__ import annotations
