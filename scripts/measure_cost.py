@@ -4,16 +4,17 @@
     scripts/measure_cost.py [--json FILE] [--threads 1] [--only NAME] [--rounds 5]
 
 Each configuration runs in a process of its own: real optimizer steps (`Step`) on random crops, no
-loader and no trainer. Peaks of the device are measured before and after, and the better counts; so
-does the quickest of the steps (one thread of a CPU: by CPU time). Memory on a CPU is the resident
-set's peak above what the process had before the model was built. A ratio is predicted / measured;
-the bar is 0.75 to 1.25.
+loader and no trainer. A round measures the device's peaks, then the quickest of some steps (one
+thread of a CPU: by CPU time); a ratio is predicted / measured, the median over rounds. Memory on a
+CPU is the resident set's peak above what the process had before the model was built. The bar is
+0.75 to 1.25.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -25,13 +26,14 @@ import torch
 from dino_lite.checkpoints import build_method
 from dino_lite.config import Config, compose, instantiate
 from dino_lite.contracts import Crops, Facts, Method, Progress
-from dino_lite.cost import Sizes, sizes, work
+from dino_lite.cost import sizes, work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
 from dino_lite.machine import has_fast_bf16
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.peaks import Peaks, measure_peaks
+from dino_lite.peaks import measure_peaks
 
+ROUND_SECONDS = 0.5  # of steps at least
 PHOTOS = ["data=folder", "data.root=none", "trainer.max_time=null", "trainer.max_epochs=100"]
 TINY = ["backbone.embed_dim=192", "backbone.depth=12", "backbone.num_heads=3"]
 LARGE = ["augment.global_size=224", "augment.local_size=96", "augment.num_local=8"]
@@ -141,50 +143,46 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     clock = time.process_time if threads == 1 and not on_gpu else time.perf_counter
     base = 0 if on_gpu else resident()
     step = build_step(config, build_method(config).to(device))
-    crops, times = random_crops(config, device), []
+    crops = random_crops(config, device)
 
-    def train() -> None:
+    def train() -> float:
         started = clock()
-        step(crops, Progress(50 + len(times), 1000, 10))
+        step(crops, Progress(50, 1000, 10))
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(clock() - started)
+        return clock() - started
+
+    def quickest() -> float:
+        tried = [train()]
+        while sum(tried) < ROUND_SECONDS:
+            tried.append(train())
+        return min(tried)
 
     for _ in range(3):
         train()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident(peak=True) - base
-    peaks = probe(config, size, facts)
-    times.clear()
+    share, told, peaks, times = EFFICIENCY[facts.accelerator], [], [], []
     for _ in range(rounds):
-        train()
-    again = probe(config, size, facts)
-    best = Peaks(
-        *(max(pair) for pair in zip(peaks[:3], again[:3], strict=True)),
-        call=min(peaks.call, again.call),
-        memory=peaks.memory,
-    )
-    told = predict(config, facts, size, best)
-    rate = size.num_images / min(times)
+        peaks.append(measure_peaks(facts.accelerator, config["trainer"]["precision"], size.width))
+        told.append(predict(config, facts, size, peaks[-1]))
+        times.append(quickest())
+    ratios = [t / e.seconds_per_step for t, e in zip(times, told, strict=True)]
     return {
         "name": name,
         "device": facts.device_name,
         "threads": threads,
-        "images_per_second": rate,
-        "images_per_second_predicted": told.images_per_second,
-        "ratio": told.images_per_second / rate,
+        "images_per_second": size.num_images / statistics.median(times),
+        "images_per_second_predicted": statistics.median(e.images_per_second for e in told),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
         "memory": peak,
-        "memory_predicted": told.memory,
-        "memory_ratio": told.memory / peak,
-        "seconds": sorted(times),
-        "parts": step_parts(work(size), best, EFFICIENCY[facts.accelerator]),
-        "peaks": best._asdict(),
-        "line": told.line(),
+        "memory_predicted": told[0].memory,
+        "memory_ratio": told[0].memory / peak,
+        "seconds": times,
+        "parts": [step_parts(work(size), p, share) for p in peaks],
+        "peaks": [p._asdict() for p in peaks],
+        "line": told[-1].line(),
     }
-
-
-def probe(config: Config, size: Sizes, facts: Facts) -> Peaks:
-    """The device's peaks for this network."""
-    return measure_peaks(facts.accelerator, str(config["trainer"]["precision"]), size.width)
 
 
 def main() -> int:
@@ -194,7 +192,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--rounds", type=int, default=5, help="of peaks and steps")
     parser.add_argument("--only", choices=list(CONFIGURATIONS), help="one configuration")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -158,6 +158,21 @@ def test_memory_is_that_of_the_tensors_of_a_step(overrides: tuple[str, ...]) -> 
     assert told == pytest.approx(live.peak, rel=0.15)
 
 
+def test_a_last_block_of_the_class_token_needs_keys_and_values_of_all_and_the_rest_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its products, counted by hand for 5 tokens of 32 and a hidden width of 128; and less kept."""
+    config, _ = planned("backbone.depth=1")
+    size = read(config)
+    before = memory(size)["backward"]
+    monkeypatch.setattr(cost, "BLOCK", cost.BLOCK._replace(class_token_last=True))
+    keys_and_values, query_and_out, mlp = 5 * 2 * 32**2, 2 * 32**2, 2 * 32 * 128
+    layers, attention = cost._block_flops(size, 5)
+    assert layers == 2 * (keys_and_values + query_and_out + mlp)
+    assert attention == pytest.approx(2 * 2 * 5 * 32)  # one row of weights, and what it picks
+    assert memory(size)["backward"] < before
+
+
 def test_a_large_network_is_read_without_its_memory() -> None:
     """A ViT-H of 2.5 GB of weights, and a head of 0.7, take nothing worth mentioning, and no random
     number.
