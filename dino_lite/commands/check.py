@@ -1,6 +1,4 @@
-"""`dino-lite check`: open the data → plan → look at every image → time loading and training →
-report, before a run is paid for.
-"""
+"""`dino-lite check`: open the data → plan → look at every image → time a run's parts → report."""
 
 from __future__ import annotations
 
@@ -43,6 +41,7 @@ from dino_lite.data.statistics import (
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.tables import class_table, duplicate_table, speed_table, split_table
+from dino_lite.estimate import estimate
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import num_cores
 from dino_lite.methods.timing import compare, time_loading, time_training
@@ -58,7 +57,6 @@ _BY_DATA = (
     *("method.head.num_prototypes", "method.momentum.base", "loader.batch_size"),
     *("trainer.max_epochs", "trainer.max_time"),
 )
-
 
 Found = dict[str, tuple[Int[np.ndarray, "n"], Inspected]]  # by split: which images, what was found
 
@@ -181,6 +179,7 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(trainer["num_threads"])
+        told = estimate(config, facts)
         device = torch.device(facts.accelerator)
         training = time_training(datamodule, module, loaded, batch_size, device)
     finally:
@@ -198,7 +197,7 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
         num_images=facts.num_images,
         num_epochs=num_epochs,
     )
-    return speed | {"device": facts.device_name}
+    return speed | {"device": facts.device_name, "estimate": told and told._asdict()}
 
 
 def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:

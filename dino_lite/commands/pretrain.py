@@ -26,6 +26,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import rank
+from dino_lite.estimate import Estimate, estimate
 from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.pictures import attention_picture, neighbors_picture
@@ -76,8 +77,10 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     datamodule, module, callbacks = build(config, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
+            told = estimate(config, facts)
             say_plan(planned, run, facts, resuming)
-            write_run(run, config, request, facts, splits)
+            say_estimate(told, config)
+            write_run(run, config, request, facts, splits, told)
         quiet_lightning()
         trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
         try:
@@ -170,12 +173,15 @@ def build_trainer(
     )
 
 
-def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
-    """What was asked for, what was decided, and on what."""
+def write_run(
+    run: Run, config: Config, request: Config, facts: Facts, splits: Splits, told: Estimate | None
+) -> None:
+    """What was asked for, what was decided, and on what; what it was thought to cost."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
     data = {"name": splits.name, "num_images": len(splits.train), "digest": splits.train.digest()}
-    write_json(run.environment_file, environment(facts) | {"data": data, "request": request})
+    known = {"data": data, "request": request, "estimate": told and told._asdict()}
+    write_json(run.environment_file, environment(facts) | known)
 
 
 def finish(
@@ -246,6 +252,14 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
     )
     if planned.decisions and not resuming:
         say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
+
+
+def say_estimate(told: Estimate | None, config: Config) -> None:
+    """What it will cost, where that is known."""
+    if told is not None:
+        say(told.line())
+        if (warning := told.warning(config)) is not None:
+            say(warning)
 
 
 def say(text: str) -> None:

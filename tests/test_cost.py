@@ -1,0 +1,378 @@
+"""What a run will cost: products, memory and time, told from its configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_lite import cost
+from dino_lite.checkpoints import build_method
+from dino_lite.config import Config, compose, instantiate, put
+from dino_lite.contracts import Crops, Facts, Method, Progress
+from dino_lite.cost import Group, Sizes, memory, sizes, work
+from dino_lite.estimate import EFFICIENCY, Estimate, peak_memory, predict, step_seconds
+from dino_lite.methods.step import Step
+from dino_lite.optim.param_groups import param_groups
+from dino_lite.peaks import Peaks, free_memory, measure_peaks
+from dino_lite.plan import plan
+from test_conf import EXPERIMENTS, facts
+from tiny import tiny, train
+
+LAPTOP = Peaks(product=8e10, wide=8e10, copy=1.6e10, call=2e-6, memory=16 * 2**30)
+GPU = Peaks(product=8e14, wide=5e13, copy=4e12, call=4e-6, memory=139 * 2**30)
+AT = Progress(50, 1000, 10)
+SHAPES = {"source": "shapes", "num_images": 400, "height": 32, "width": 32}
+# wide enough that what is left out does not show
+WIDER = ("backbone.embed_dim=64", "backbone.depth=3", "method.head.num_prototypes=512")
+
+
+def planned(*overrides: str, **changes: object) -> tuple[Config, Facts]:
+    """A tiny run, settled."""
+    known = facts(**(SHAPES | changes))
+    return plan(tiny(Path("runs"), *overrides), known).config, known
+
+
+def build(config: Config) -> tuple[Step, Crops]:
+    """Its real step, after the first (which makes the optimizer's state), and noise for it."""
+    optim, augment, num = config["optim"], config["augment"], config["loader"]["batch_size"]
+    method: Method = build_method(config)
+    step = Step(
+        method,
+        instantiate(config["loss"]),
+        instantiate(optim["optimizer"])(param_groups(method.student.named_parameters())),
+        learning_rate=instantiate(optim["learning_rate"]),
+        weight_decay=instantiate(optim["weight_decay"]),
+        micro_batch_size=config["trainer"]["micro_batch_size"],
+    )
+    large, small, num_local = (augment[k] for k in ("global_size", "local_size", "num_local"))
+    crops = Crops(
+        globals_=torch.randn(2, num, 3, large, large),
+        locals_=torch.randn(num_local, num, 3, small, small),
+        index=torch.arange(num),
+        labels=None,
+        boxes=torch.zeros(2 + num_local, num, 4),
+        draws=torch.zeros(2 + num_local, num, 1),
+    )
+    step(crops, AT)
+    return step, crops
+
+
+def read(config: Config) -> Sizes:
+    """Its sizes, which are known."""
+    size = sizes(config)
+    assert size is not None
+    return size
+
+
+@pytest.mark.parametrize("overrides", [(), WIDER, ("trainer.micro_batch_size=3",)])
+def test_products_are_those_that_torch_counts(overrides: tuple[str, ...]) -> None:
+    """FLOPs of a real step within 2 %: left out are the loss's mixing of E numbers a pair, and the
+    resampling of positions.
+    """
+    config, _ = planned(*overrides)
+    step, crops = build(config)
+    # torch counts no fused attention on a CPU; written out, it costs twice as much backward
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(crops, AT)
+    told = work(read(config))
+    fused, plain = 1 + cost.BLOCK.attention_backward, 1 + 2.0
+    globals_, locals_ = (g.num_crops * g.num_tokens**2 for g in read(config).groups)
+    attention = told.attention * (
+        (globals_ * (plain + 1) + locals_ * plain) / (globals_ * (fused + 1) + locals_ * fused)
+    )
+    expected = told.linear + told.prototypes + attention
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_weights_are_counted_exactly() -> None:
+    """Every weight of student and teacher, those that are trained, and their tensors."""
+    config, _ = planned()
+    method, size = build_method(config), read(config)
+    student = list(method.student.parameters())
+    trained = [p for p in student if p.requires_grad]
+    assert size.num_student == sum(p.numel() for p in student)
+    assert (size.num_trained, size.num_tensors) == (sum(p.numel() for p in trained), len(trained))
+    assert size.num_teacher == sum(p.numel() for p in method.teachers.parameters())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive after any operation."""
+
+    def __init__(self, *known: Any) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self.look(known)
+
+    def look(self, tree: Any) -> None:
+        """Count the tensors in `tree`."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.look((args, kwargs or {}, out))
+        return out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loader.batch_size=32", "augment.global_size=32", *WIDER),  # activations are most of it
+        ("method.head.num_prototypes=32768",),  # prototypes are
+        ("method.head.hidden_dim=2048",),  # the head's weights are
+        ("loader.batch_size=64", "trainer.micro_batch_size=4"),  # the teacher's pass is
+    ],
+)
+def test_memory_is_that_of_the_tensors_of_a_step(overrides: tuple[str, ...]) -> None:
+    """Peak of the bytes alive in a real step within 15 %, whatever takes most of it."""
+    config, _ = planned("loader.batch_size=16", *overrides)
+    step, crops = build(config)
+    state = [crops, list(step.method.parameters()), list(step.method.buffers())]
+    state += [list(values.values()) for values in step.optimizer.state.values()]
+    state += [[p.grad for p in step.trained]]
+    with LiveBytes(state) as live:
+        step(crops, AT)
+    moments = memory(read(config))
+    told = moments.pop("stays") + max(moments.values())
+    assert told == pytest.approx(live.peak, rel=0.15)
+
+
+def test_a_last_block_of_the_class_token_needs_keys_and_values_of_all_and_the_rest_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its products, counted by hand for 5 tokens of 32 and a hidden width of 128; and less kept."""
+    config, _ = planned("backbone.depth=1")
+    size = read(config)
+    before = memory(size)["backward"]
+    monkeypatch.setattr(cost, "BLOCK", cost.BLOCK._replace(class_token_last=True))
+    keys_and_values, query_and_out, mlp = 5 * 2 * 32**2, 2 * 32**2, 2 * 32 * 128
+    layers, attention = cost._block_flops(size, 5)
+    assert layers == 2 * (keys_and_values + query_and_out + mlp)
+    assert attention == pytest.approx(2 * 2 * 5 * 32)  # one row of weights, and what it picks
+    assert memory(size)["backward"] < before
+
+
+def test_a_large_network_is_read_without_its_memory() -> None:
+    """A ViT-H of 2.5 GB of weights, and a head of 0.7, take nothing worth mentioning, and no random
+    number.
+    """
+    config, _ = planned(
+        *("backbone.name=vit_huge_patch14_224", "backbone.patch_size=14", "loader.batch_size=2"),
+        *("augment.global_size=224", "augment.local_size=98", "backbone.embed_dim=null"),
+        *("backbone.depth=null", "backbone.num_heads=null", "backbone.image_size=224"),
+        *("method.head.num_prototypes=262144", "method.head.bottleneck_dim=256"),
+    )
+    state, before = torch.random.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = read(config)
+    assert (size.width, size.depth, size.num_heads, size.hidden) == (1280, 32, 16, 5120)
+    assert size.num_student == pytest.approx(630e6 + 67e6, rel=0.01)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def spent(size: Sizes) -> tuple[float, ...]:
+    """What may only grow."""
+    seconds = [step_seconds(work(size), p, EFFICIENCY["cpu"]) for p in (LAPTOP, GPU)]
+    return (*work(size), *seconds, peak_memory(size, EFFICIENCY["cuda"]))
+
+
+SMALL = st.integers(1, 12)
+
+
+@settings(max_examples=60)
+@given(
+    images=st.integers(1, 600),
+    micro=st.integers(1, 600),
+    num_local=SMALL,
+    large=SMALL,
+    small=SMALL,
+    prototypes=st.integers(1, 200_000),
+    on_cpu=st.booleans(),
+    which=st.sampled_from(["images", "num_local", "large", "small", "prototypes"]),
+    more=st.integers(1, 50),
+)
+def test_more_of_anything_never_costs_less(which: str, more: int, **numbers: Any) -> None:
+    """Images, crops, resolution and prototypes each add to products, bytes, time and memory."""
+
+    def size(numbers: dict[str, Any]) -> Sizes:
+        sides = (2, numbers["large"]), (numbers["num_local"], numbers["small"])
+        weights = numbers["prototypes"] * 256
+        return Sizes(
+            num_images=numbers["images"],
+            micro_batch_size=min(numbers["micro"], numbers["images"]),
+            groups=tuple(Group(num, side**2 + 1, 3 * (16 * side) ** 2) for num, side in sides),
+            width=384,
+            depth=12,
+            num_heads=6,
+            hidden=1536,
+            block_weights=12 * 384**2,
+            patch_values=768,
+            head=(384, 2048, 2048, 256),
+            num_prototypes=numbers["prototypes"],
+            num_student=27_000_000 + weights,
+            num_trained=27_000_000 + weights,
+            num_teacher=27_000_000 + weights,
+            num_tensors=158,
+            wide_bytes=4,
+            float_bytes=2,
+            on_cpu=numbers["on_cpu"],
+        )
+
+    before, after = spent(size(numbers)), spent(size(numbers | {which: numbers[which] + more}))
+    assert all(a >= b * (1 - 1e-9) for a, b in zip(after, before, strict=True))
+
+
+def test_micro_batches_and_bfloat16_need_less_memory() -> None:
+    """The two ways out that a user has."""
+    config, _ = planned("loader.batch_size=64", "augment.global_size=64")
+    size, share = read(config), EFFICIENCY["cpu"]
+    assert peak_memory(size._replace(micro_batch_size=8), share) < peak_memory(size, share) / 2
+    assert peak_memory(size._replace(float_bytes=2), share) < 0.8 * peak_memory(size, share)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_gets_an_estimate(experiment: str, accelerator: str) -> None:
+    """On a laptop and on a GPU: a length, a rate and a memory, all of them positive."""
+    known = facts(accelerator=accelerator, num_devices=8, bf16=accelerator == "cuda")
+    config = compose("pretrain", [f"experiment={experiment}", f"trainer.accelerator={accelerator}"])
+    told = told_of(plan(config, known).config, known, LAPTOP)
+    numbers = [value for value in told if isinstance(value, int | float) and value is not False]
+    assert len(numbers) >= 10
+    assert min(numbers) > 0
+    assert json.loads(json.dumps(told._asdict())) == told._asdict()
+
+
+def told_of(config: Config, known: Facts, peaks: Peaks) -> Estimate:
+    """The estimate."""
+    return predict(config, known, read(config), peaks)
+
+
+def test_a_run_of_epochs_is_told_its_time_and_a_timed_run_its_steps() -> None:
+    """The line names what is not given, and follows from the images a second."""
+    config, known = planned("trainer.max_steps=null", "trainer.max_epochs=100")
+    told = told_of(config, known, LAPTOP)
+    assert (told.num_steps, told.num_epochs) == (5000, 100)
+    assert told.seconds == pytest.approx(5000 * told.seconds_per_step)
+    assert re.fullmatch(
+        r"estimate: 100 epochs, 5,000 steps ≈ \d+ s at [\d,]+ images/s, [\d.]+ MiB of memory on "
+        r"cpu \(of the steps alone: .*\)",
+        told.line(),
+    )
+    config, known = planned(
+        "trainer.max_steps=null", "trainer.max_time=30m", "optim.freeze_last_layer=0.1"
+    )
+    told = told_of(config, known, LAPTOP)
+    assert told.num_steps == pytest.approx(1800 / told.seconds_per_step, abs=1)
+    assert told.num_epochs == pytest.approx(told.num_steps * 8 / 400)
+    assert re.match(r"estimate: 30 min ≈ [\d,]+ steps, [\d,]+ epochs at ", told.line())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_epochs": 100.0, "num_steps": 12_500, "seconds": 31 * 3600.0},
+            "estimate: 100 epochs, 12,500 steps ≈ 31 h at 410 images/s, 11 GiB of memory on NVIDIA "
+            "H200 (",
+        ),
+        (
+            {"timed": True, "num_devices": 8, "num_steps": 1, "num_epochs": 0.05, "seconds": 90.0},
+            "estimate: 90 s ≈ 1 step, 0.05 epochs at 410 images/s, 11 GiB of memory each on 8 × "
+            "NVIDIA H200 (",
+        ),
+        ({"num_epochs": 1.0, "num_steps": 2, "seconds": 9e6}, "estimate: 1 epoch, 2 steps ≈ 100 d"),
+    ],
+)
+def test_the_line_is_a_sentence(changes: dict[str, Any], expected: str) -> None:
+    """Numbers as people say them, with no more digits than are known."""
+    plain = Estimate(
+        device="NVIDIA H200",
+        num_devices=1,
+        seconds_per_step=1.0,
+        images_per_second=412.3,
+        flops_per_image=1e9,
+        num_steps=1,
+        num_epochs=1.0,
+        seconds=1.0,
+        timed=False,
+        memory=11 * 2**30,
+        free_memory=139 * 2**30,
+        fitting=8,
+    )
+    assert plain._replace(**changes).line().startswith(expected)
+
+
+def test_too_little_memory_is_said_with_a_micro_batch_that_fits() -> None:
+    """The warning names a size that has room, or a way out where no size has."""
+    config, known = planned("loader.batch_size=64", "augment.global_size=64")
+    share = EFFICIENCY["cpu"]
+    needed = peak_memory(read(config), share)
+    enough = told_of(config, known, LAPTOP._replace(memory=needed))
+    assert enough.warning(config) is None
+    short = told_of(config, known, LAPTOP._replace(memory=needed // 2))
+    assert short.fitting is not None
+    fits = peak_memory(read(put(config, "trainer.micro_batch_size", short.fitting)), share)
+    assert fits <= short.free_memory
+    warning = short.warning(config)
+    assert warning is not None
+    assert f"try trainer.micro_batch_size={short.fitting}." in warning
+    none = told_of(config, known, LAPTOP._replace(memory=2**10)).warning(config)
+    assert none is not None
+    assert "a smaller backbone" in none
+    assert "micro_batch_size" not in none
+    low = put(config, "trainer.memory", "high")
+    assert "trainer.memory=low" in (short.warning(low) or "")
+
+
+def test_a_method_whose_cost_is_not_known_gets_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's own method trains without one."""
+    config, _ = planned()
+    monkeypatch.setattr(cost, "DINO", type("Another", (), {}))
+    assert sizes(config) is None
+
+
+@pytest.mark.parametrize("precision", ["32", "64"])
+def test_peaks_are_measured_and_leave_the_random_state_alone(precision: str) -> None:
+    """Positive numbers of a plausible size."""
+    state = torch.random.get_rng_state()
+    peaks = measure_peaks("cpu", precision, 64)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert 1e8 < peaks.product < 1e14
+    assert 1e8 < peaks.copy < 1e13
+    assert 1e-8 < peaks.call < 1e-2
+    assert peaks.wide == peaks.product
+    assert 2**20 < free_memory("cpu") < 2**50
+
+
+def test_a_run_prints_its_estimate_and_keeps_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line before the first step, and the numbers in environment.json."""
+    run = train(tmp_path, "trainer.max_steps=2", "callbacks=null")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("estimate: ")]
+    assert len(lines) == 1
+    kept = json.loads((run / "environment.json").read_text())["estimate"]
+    assert "2 steps ≈ " in lines[0]
+    assert Estimate(**kept).line() == lines[0]
