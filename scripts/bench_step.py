@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """How much cheaper our step is than the published one written plainly, side by side.
 
-    scripts/bench_step.py [--json FILE] [--rounds 10] [--config NAME ...] [--batch N] [--whole]
+    scripts/bench_step.py [--json FILE] [--rounds 10] [--config NAME ...] [--batch N]
+    scripts/bench_step.py --whole [--photos DIR] [--json FILE] [--rounds 10]
 
 Both sides have the same crops and initial weights and do the same arithmetic. Each runs in a
 process of its own; they take turns step by step, so only one computes at a time. Per configuration:
@@ -25,7 +26,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,10 +49,7 @@ CPU = (
 _SMALL = Setup("vit_small_16_224", "vit_small_patch16_224", 16, 224, 96, 8, 65_536, 64)
 GPU = (
     *(_SMALL._replace(name=f"{_SMALL.name}_b{n}", batch_size=n) for n in (64, 128, 256)),
-    *(
-        Setup(f"vit_base_16_224_b{n}", "vit_base_patch16_224", 16, 224, 96, 8, 65_536, n)
-        for n in (32, 64)
-    ),
+    Setup("vit_base_16_224", "vit_base_patch16_224", 16, 224, 96, 8, 65_536, 64),
 )
 TINY = Setup("tiny", "vit", 8, 16, 8, 2, 32, 4, 32, 16)  # seconds: for tests
 ROOMY = 60 * 2**30  # bytes of a GPU that takes both sides of ViT-B at 64 images
@@ -173,35 +171,42 @@ def matmul_ceiling() -> float:
 # ----------------------------------------------------------------------------------------- telling
 
 
+_COLUMNS = ("configuration", "precision", "ratio", "fp32", "loss apart", "memory", "img/s")
+_COLUMNS += ("trainer", "mfu")
+
+
 def table(found: list[dict[str, Any]]) -> str:
-    """The configurations as Markdown."""
-    rows = [
-        "| configuration | precision | ratio | fp32 | loss apart | memory | img/s | trainer | mfu |"
-    ]
-    rows.append("| --- " * 9 + "|")
-    for one in found:
-        if "error" in one:
-            rows.append(f"| {one['name']} | {one['error']} " + "| " * 7 + "|")
-        elif "setup" in one:
-            speed, memory = one["images_per_second"], one["memory_bytes"]
-            apart = one["loss_difference"]
-            rows.append(
-                f"| {one['name']} | {one['precision']['reference']} / {one['precision']['ours']} "
-                f"| **{one['ratio']:.2f}** ({one['ratio_min']:.2f} to {one['ratio_max']:.2f}) "
-                f"| {_told(one['ratio_fp32'], '.2f')} "
-                f"| {_told(apart and apart['relative'], '.1e')} "
-                f"| {_told(one['memory_ratio'], '.2f')} ({_mib(memory['ours'])} of "
-                f"{_mib(memory['reference'])}) "
-                f"| {speed['ours']:.1f} of {speed['reference']:.1f} "
-                f"| {_told(one['trainer_overhead'], '+.1%')} | {_told(one['mfu'], '.0%')} |"
-            )
+    """What was found as Markdown; whole processes and failures as lines."""
+    measured = [one for one in found if "setup" in one]
+    rows = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))] if measured else []
+    for one in measured:
+        speed, memory, apart = one["images_per_second"], one["memory_bytes"], one["loss_difference"]
+        sizes = f"{_mib(memory['ours'])} of {_mib(memory['reference'])}"
+        cells = [
+            one["name"],
+            f"{one['precision']['reference']} / {one['precision']['ours']}",
+            f"**{one['ratio']:.2f}** ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})",
+            _told(one["ratio_fp32"], ".2f"),
+            _told(apart and apart["relative"], ".1e"),
+            f"{_told(one['memory_ratio'], '.2f')} ({sizes})",
+            f"{speed['ours']:.1f} of {speed['reference']:.1f}",
+            _told(one["trainer_overhead"], "+.1%"),
+            _told(one["mfu"], ".0%"),
+        ]
+        rows.append(_row(cells))
     for one in found:
         if whole := one.get("whole_process"):
             rows.append(
-                f"\n{one['name']}: {whole['seconds_per_step']:.3f} s a step, "
+                f"{one['name']}: {whole['seconds_per_step']:.3f} s a step, "
                 f"{whole['images_per_second']:.1f} img/s, data_wait {whole['data_wait']:.1%}"
             )
-    return "\n".join(rows if any("whole_process" not in one for one in found) else rows[2:])
+        elif "error" in one:
+            rows.append(f"{one['name']} failed: {one['error']}")
+    return "\n".join(rows)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _told(value: float | None, form: str) -> str:
@@ -218,29 +223,33 @@ def _mib(value: int | None) -> str:
 def chosen(names: list[str] | None, batch: int | None) -> list[Setup]:
     """The configurations asked for, or those of this machine."""
     usual = GPU if accelerator() == "cuda" else CPU
-    if accelerator() == "cuda":
-        roomy = torch.cuda.get_device_properties(0).total_memory >= ROOMY
-        usual = tuple(s for s in GPU if s.name != f"vit_base_16_224_b{32 if roomy else 64}")
     known = {setup.name: setup for setup in (*CPU, *GPU, TINY)}
     if unknown := [name for name in names or [] if name not in known]:
         raise SideError(f"--config {unknown[0]}: known are {', '.join(known)}")
     setups = [known[name] for name in names] if names else list(usual)
-    return [setup if batch is None else setup._replace(batch_size=batch) for setup in setups]
+    return [setup._replace(batch_size=batch or fitting(setup)) for setup in setups]
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def fitting(setup: Setup) -> int:
+    """Its batch size; half of it for ViT-B on a GPU that does not take both sides."""
+    if not setup.backbone.startswith("vit_base") or accelerator() == "cpu":
+        return setup.batch_size
+    roomy = torch.cuda.get_device_properties(0).total_memory >= ROOMY
+    return setup.batch_size if roomy else setup.batch_size // 2
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A dictionary a configuration; one that fails says so and leaves the others."""
     keys = ("ratio", "ratio_fp32", "memory_ratio", "trainer_overhead")
     if options.whole:
-        return [dict.fromkeys(keys) | one for one in whole_process(options.rounds)]
-    found: list[dict[str, Any]] = []
+        for one in whole_process(options.rounds, options.photos):
+            yield dict.fromkeys(keys) | one
+        return
     for setup in chosen(options.config, options.batch):
         try:
-            found.append(bench(setup, options.rounds))
+            yield bench(setup, options.rounds)
         except (SideError, UserError) as error:
-            found.append(dict.fromkeys(keys) | {"name": setup.name, "error": str(error)})
-        print(f"{setup.name} is done", file=sys.stderr, flush=True)
-    return found
+            yield dict.fromkeys(keys) | {"name": setup.name, "error": str(error)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,17 +262,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", metavar="NAME", help="instead of this machine's")
     parser.add_argument("--batch", type=int, metavar="N", help="images a step, instead of its own")
     parser.add_argument("--whole", action="store_true", help="dino-lite pretrain, start to end")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs for --whole")
     options = parser.parse_args(arguments)
+    about = {"machine": machine(), "torch": torch.__version__, "rounds": options.rounds}
+    found: list[dict[str, Any]] = []
     try:
-        found = measure(options)
+        for one in measure(options):
+            found.append(one | about)
+            if options.json:  # after each one: a run that is cut short leaves what it has
+                options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            print(f"{one['name']} is done", file=sys.stderr, flush=True)
     except SideError as error:
         print(error, file=sys.stderr)
         return 2
-    about = {"machine": machine(), "torch": torch.__version__, "rounds": options.rounds}
     print(f"{about['machine']}, torch {about['torch']}, {options.rounds} rounds\n\n{table(found)}")
-    if options.json:
-        text = json.dumps([one | about for one in found], indent=2)
-        options.json.write_text(text + "\n", encoding="utf-8")
     return int(any("error" in one for one in found))
 
 

@@ -58,11 +58,11 @@ QUICK = study(
 )
 CPU = study(
     Setup("ViT-Ti/8", "vit_tiny_patch16_224", 8, 64, 32, 4, 4096, 8),
-    ((4, 8, 16, 32), (1024, 4096, 16_384, 65_536), (0, 2, 4, 8), (48, 64, 96, 128)),
+    ((4, 8, 16, 32), (4096, 16_384, 32_768, 65_536), (0, 2, 4, 8), (48, 64, 96, 128)),
 )
 GPU = study(
     Setup("ViT-S/16", "vit_small_patch16_224", 16, 224, 96, 8, 65_536, 64),
-    ((32, 64, 128, 256), (4096, 16_384, 65_536, 131_072), (0, 4, 8, 12), (160, 224, 320, 384)),
+    ((32, 64, 128, 256), (16_384, 32_768, 65_536, 131_072), (0, 4, 8, 12), (160, 224, 320, 384)),
 )
 
 
@@ -138,8 +138,8 @@ def draw(base: Setup, sweep: Sweep, points: list[dict[str, Any]], file: Path) ->
         axes.set_xlabel(sweep.unit)
         axes.set_ylabel(label)
         axes.set_xticks(x, [f"{value:,}" for value in x])
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.05 * max(x, default=1))
+        axes.set_ylim(0, 1.1 * max(y, default=1))
         axes.grid(alpha=0.3)
     figure.suptitle(f"{described(base, sweep.field)}\n{machine()}", fontsize=9)
     figure.savefig(file, dpi=150)

@@ -7,6 +7,7 @@ from a planned configuration; the other one is plain_step.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import platform
@@ -190,7 +191,8 @@ def machine() -> str:
     except OSError:
         found = None
     name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s'[: threads - 1]}"
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -288,6 +290,7 @@ class Side:
         self.process.kill()
 
 
+@functools.cache
 def precision_of(setup: Setup) -> str:
     """What a run's `trainer.precision=auto` is on this machine."""
     return str(get(planned(setup)[0], "trainer.precision"))

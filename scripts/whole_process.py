@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,32 @@ from dino_lite.config import get, load
 PHOTOS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "caltech101_30.zip"
 
 
-def whole_process(rounds: int) -> list[dict[str, Any]]:
-    """A run on the embedded set, and on photographs where ../shared/data has them."""
+def whole_process(rounds: int, photos: Path | None) -> Iterator[dict[str, Any]]:
+    """A run on the embedded set, and on photographs: those in `photos`, or of ../shared/data."""
     with tempfile.TemporaryDirectory() as scratch:
-        sources = {"pretrain_shapes": ["data=shapes"]}
-        if PHOTOS.is_file():
+        folder = Path(scratch)
+        yield _subtracted("pretrain_shapes", ["data=shapes"], rounds, folder)
+        if photos is None and PHOTOS.is_file():
+            photos = folder / "photos"
             with zipfile.ZipFile(PHOTOS) as archive:
-                archive.extractall(Path(scratch) / "photos")
-            sources["pretrain_photos"] = [f"data.root={scratch}/photos"]
-        return [
-            {"name": name, "whole_process": _subtracted(source, rounds, Path(scratch) / name)}
-            for name, source in sources.items()
-        ]
+                archive.extractall(photos)
+        if photos is not None:
+            yield _subtracted("pretrain_photos", [f"data.root={photos}"], rounds, folder)
 
 
-def _subtracted(source: list[str], rounds: int, folder: Path) -> dict[str, Any]:
-    """Seconds a step, images/s and the share of time waiting for data; as many steps between the
-    two lengths as `rounds` rows of metrics.csv.
+def _subtracted(name: str, source: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
+    """Under `name`: seconds a step, images/s, and the share of time waiting for data. Between the
+    two lengths lie as many steps as between `rounds` rows of metrics.csv.
     """
+    folder = scratch / name
     every = 50 if accelerator() == "cuda" else 10  # steps between two rows
     lengths = {"short": every, "long": every * (1 + rounds)}
-    seconds = {name: _train(source, folder, name, steps) for name, steps in lengths.items()}
+    seconds = {length: _train(source, folder, length, n) for length, n in lengths.items()}
     taken = (seconds["long"] - seconds["short"]) / (lengths["long"] - lengths["short"])
     batch_size = get(load(folder / "long" / "config.yaml"), "loader.batch_size")
     with open(folder / "long" / "metrics.csv", newline="", encoding="utf-8") as file:
         waits = [float(row["data_wait"]) for row in csv.DictReader(file) if row.get("data_wait")]
-    return {
+    found = {
         "seconds_per_step": taken,
         "images_per_second": batch_size / taken,
         "data_wait": statistics.mean(waits[1:]),  # workers start in the first
@@ -55,6 +56,7 @@ def _subtracted(source: list[str], rounds: int, folder: Path) -> dict[str, Any]:
         "steps": lengths,
         "seconds": seconds,
     }
+    return {"name": name, "whole_process": found}
 
 
 def _train(source: list[str], folder: Path, name: str, num_steps: int) -> float:
