@@ -118,7 +118,12 @@ def bench(setup: Setup, rounds: int) -> dict[str, Any]:
         found["note"] = "float32 is ours by default on this machine: ratio is ratio_fp32"
     if accelerator() == "cuda":
         found["mfu"] = flops / found["seconds"]["ours"] / matmul_ceiling()
-    return found | fresh_process(trainer_overhead, setup, WARM_UP, rounds)
+    found["trainer_overhead"] = None
+    try:
+        found |= fresh_process(trainer_overhead, setup, WARM_UP, rounds)
+    except Exception as error:  # whatever it was, what the duels found stays
+        found["error"] = f"trainer_overhead: {type(error).__name__}: {error}"
+    return found
 
 
 def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -275,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SideError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{about['machine']}, torch {about['torch']}, {options.rounds} rounds\n\n{table(found)}")
+    print(f"{about['machine']}, torch {about['torch']}, rounds: {options.rounds}\n\n{table(found)}")
     return int(any("error" in one for one in found))
 
 

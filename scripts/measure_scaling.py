@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = QUICK if options.quick else GPU if accelerator() == "cuda" else CPU
     found: dict[str, Any] = {"machine": machine(), "torch": torch.__version__}
     found |= {"base": chosen.base._asdict(), "rounds": options.rounds, "sweeps": {}}
-    print(f"{machine()}, torch {torch.__version__}, {options.rounds} rounds")
+    print(f"{machine()}, torch {torch.__version__}, rounds: {options.rounds}")
     for sweep in chosen.sweeps:
         points = measure(chosen.base, sweep, options.rounds)
         found["sweeps"][sweep.field] = points

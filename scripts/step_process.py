@@ -203,12 +203,14 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
     try:
         device = torch.device(accelerator())
         batches = [prepared_crops(setup, seed, device) for seed in range(NUM_BATCHES)]
-        start = None if student is None else torch.load(student, weights_only=True)
-        memory = Memory(device)
-        if start is None:
-            step = _ours(setup, precision)
+        make: Callable[[], Callable[[Crops, int], Any]]
+        if student is None:
+            make = functools.partial(_ours, *planned(setup, precision))
         else:
-            step = _plain(PlainStep(**start, device=device, half=precision == "fp16"))
+            start = torch.load(student, weights_only=True)
+            make = functools.partial(_plain, **start, device=device, half=precision == "fp16")
+        memory = Memory(device)
+        step = make()
         pipe.send("ready")
         while (number := pipe.recv()) is not None:
             crops = batches[number % NUM_BATCHES]
@@ -224,12 +226,13 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
         pipe.send(SideError(f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
-def _ours(setup: Setup, precision: str) -> Callable[[Crops, int], Tensor]:
-    _, step = build_ours(*planned(setup, precision))
+def _ours(config: Config, facts: Facts, splits: Splits) -> Callable[[Crops, int], Tensor]:
+    _, step = build_ours(config, facts, splits)
     return lambda crops, number: step(crops, Progress(number, 1000, 1000))["loss"]
 
 
-def _plain(step: PlainStep) -> Callable[[Crops, int], float]:
+def _plain(**start: Any) -> Callable[[Crops, int], float]:
+    step = PlainStep(**start)
     return lambda crops, number: step(crop_list(crops))
 
 

@@ -27,7 +27,8 @@ def whole_process(rounds: int, photos: Path | None) -> Iterator[dict[str, Any]]:
     """A run on the embedded set, and on photographs: those in `photos`, or of ../shared/data."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        yield _subtracted("pretrain_shapes", ["data=shapes"], rounds, folder)
+        # Steps of this one are short beside what differs between two starts of a command.
+        yield _subtracted("pretrain_shapes", ["data=shapes"], 5 * rounds, folder)
         if photos is None and PHOTOS.is_file():
             photos = folder / "photos"
             with zipfile.ZipFile(PHOTOS) as archive:
