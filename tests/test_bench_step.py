@@ -157,3 +157,21 @@ def test_a_side_that_fails_says_why_and_leaves_the_others(
     (found,) = json.loads(file.read_text())
     assert "local_size" in found["error"]
     assert found["ratio"] is None
+
+
+def test_the_plain_step_in_half_precision_is_nearly_the_other() -> None:
+    """Autocast with a scaled loss, as on a GPU: the gradients that reach clipping are unscaled."""
+    from plain_step import PlainStep
+
+    method, crops = tiny_method(), random_crops()
+    spec, weights = method.student.backbone.spec, method.student.state_dict()
+    plain, half = (PlainStep(spec, weights, torch.device("cpu"), half=h) for h in (False, True))
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # its gradients are large
+    for _ in range(2):
+        assert half(as_list(crops)) == pytest.approx(plain(as_list(crops)), rel=0.05)
+    norms = [
+        torch.stack([p.grad.norm() for p in step.student.parameters() if p.grad is not None])
+        for step in (plain, half)
+    ]
+    assert half.scaler.get_scale() == 4.0  # nothing overflowed
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.1, atol=0.05)
