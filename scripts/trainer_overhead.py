@@ -1,0 +1,87 @@
+"""What the training loop of a run costs beside the step it drives, both in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_process import Setup, accelerator, build_ours, finish_work, planned, prepared_crops
+
+from dino_lite.commands.pretrain import build, build_trainer, quiet_lightning
+from dino_lite.contracts import Crops, Progress
+from dino_lite.runs import Run
+
+_NOT_TIMED = ("online_knn", "pictures", "checkpoints")  # they come seldom
+
+
+class Alternating:
+    """A loader of prepared crops that takes a bare step before it hands a batch out.
+
+    So the two are interleaved: `bare` has the seconds of these steps, `loop` those from a batch's
+    handing out until the next one is asked for.
+    """
+
+    def __init__(
+        self, step: Callable[[Crops, int], Any], batches: list[Crops], num_steps: int
+    ) -> None:
+        self.step, self.batches, self.num_steps = step, batches, num_steps
+        self.bare: list[float] = []
+        self.loop: list[float] = []
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Crops]:
+        device = self.batches[0].index.device
+        for number in range(self.num_steps):
+            crops = self.batches[number % len(self.batches)]
+            started = time.perf_counter()
+            self.step(crops, number)
+            finish_work(device)
+            self.bare.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            yield crops
+            finish_work(device)
+            self.loop.append(time.perf_counter() - started)
+
+
+def trainer_overhead(setup: Setup, warm_up: int, rounds: int) -> dict[str, Any]:
+    """`trainer_overhead`: median of the loop's seconds a step over the bare step's, minus 1.
+
+    The loop is a run's: module, trainer, throughput, progress, metrics.csv.
+    """
+    num_steps = warm_up + rounds + 1  # nobody asks for a batch after the last one
+    off = [f"~callbacks.{name}" for name in _NOT_TIMED]
+    made = planned(setup, "auto", f"trainer.max_steps={num_steps}", *off)
+    config, facts, _ = made
+    device = torch.device(accelerator())
+    _, twin = build_ours(*made)
+    batches = [prepared_crops(setup, seed, device) for seed in range(2)]
+
+    def bare(crops: Crops, number: int) -> None:
+        twin(crops, Progress(number, num_steps, num_steps))
+
+    loader = Alternating(bare, batches, num_steps)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        quiet_lightning()
+        run = Run(Path(scratch))
+        _, module, callbacks = build(*made, run)
+        trainer = build_trainer(config, facts, run, num_steps, callbacks, resuming=False)
+        trainer.fit(module, loader)
+    seconds = {
+        "bare": statistics.median(loader.bare[warm_up:-1]),
+        "loop": statistics.median(loader.loop[warm_up:]),
+    }
+    return {"trainer_overhead": seconds["loop"] / seconds["bare"] - 1, "trainer_seconds": seconds}
