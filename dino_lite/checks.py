@@ -19,6 +19,8 @@ TRAINER_KEYS = {
     "max_time",
     "precision",
     "micro_batch_size",
+    "memory",
+    "compile",
 }
 # Whole numbers, and the least that makes sense.
 WHOLE = {
@@ -64,6 +66,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "optim.clip_by": ("global", "parameter"),
     "optim.decay_tokens": (True, False),
     "optim.rate_rule": ("linear", "sqrt", "none"),
+    "trainer.compile": (True, False),
+    "trainer.memory": ("high", "normal", "low"),
 }
 # Numbers: which keys, what they may be, and how that is said.
 NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [

@@ -97,6 +97,7 @@ class Facts(NamedTuple):
     num_devices: int
     num_cores: int
     bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
+    compiler: bool = False  # torch.compile finds what it needs for the device
 
 
 class Crops(NamedTuple):

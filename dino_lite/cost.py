@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dino_lite.backbones.blocks import Memory
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, instantiate
 from dino_lite.methods.dino import DINO
@@ -23,11 +24,13 @@ class Block(NamedTuple):
     """
 
     # kept for the backward pass: 2·D in the weights' precision (what both norms take in) and, in
-    # the run's, 6·D (what both norms give, queries, keys, values, attention) + 2·H (before and
-    # after GELU) + 0·h·N (attention weights, which a fused kernel does not keep)
+    # the run's, 6·D (what both norms give, queries, keys, values, attention) + H (before GELU; and
+    # after it, where memory is high) + 0·h·N (attention weights, which a fused kernel does not
+    # keep); where memory is low, what the block takes in alone
     kept_wide: float = 2.0
     kept_width: float = 6.0
-    kept_hidden: float = 2.0
+    kept_hidden: float = 1.0
+    kept_hidden_high: float = 2.0
     kept_scores: float = 0.0
     # alive at once while a block is computed without gradient, and beside the kept while it is
     # gone through backward (slopes of what is at hand)
@@ -39,7 +42,7 @@ class Block(NamedTuple):
     moved_forward: tuple[float, float] = (10.0, 2.0)  # times D, times H
     moved_backward: tuple[float, float] = (17.0, 4.0)
     attention_backward: float = 2.5  # of forward: the fused kernel makes its weights again
-    class_token_last: bool = False  # the last block: keys and values of all, the rest of one
+    class_token_last: bool = True  # the last block: keys and values of all, the rest of one
     calls_forward: float = 14.0  # operations handed to the device
     calls_backward: float = 30.0
 
@@ -51,7 +54,7 @@ class Loss(NamedTuple):
     teacher_products: float = 4.0  # logits for centering and again for the loss, both slopes
     student_moved: float = 9.0  # floats a logit, read and written
     teacher_moved: float = 14.0
-    prototypes_moved: float = 30.0  # floats an entry: normalized twice, slopes, moments of it
+    prototypes_moved: float = 12.0  # floats an entry: norms of both, slopes through them
     chunk_bytes: tuple[int, int] = (64 * 2**20, 512 * 2**20)  # of logits: the CPU, others
 
 
@@ -59,7 +62,7 @@ class Weights(NamedTuple):
     """What follows a gradient, in floats a weight that are read and written."""
 
     update: float = 7.0  # AdamW: weight, gradient, two moments; three of them written
-    average: float = 8.0  # the teacher
+    average: float = 3.0  # the teacher
     clip: float = 3.0
     calls: float = 10.0  # a tensor, where the device has no call for many at once
     other_calls: float = 200.0  # the head, the loss, the rest of a step
@@ -97,6 +100,7 @@ class Sizes(NamedTuple):
     wide_bytes: int  # of a weight
     float_bytes: int  # of a float that is kept in the run's precision
     on_cpu: bool
+    memory: Memory
 
     @property
     def num_teacher_crops(self) -> int:
@@ -165,6 +169,7 @@ def sizes(config: Config) -> Sizes | None:
         wide_bytes=8 if precision == "64" else 4,
         float_bytes={"64": 8, "bf16": 2}.get(precision, 4),
         on_cpu=trainer["accelerator"] == "cpu",
+        memory=trainer["memory"],
     )
 
 
@@ -224,7 +229,7 @@ def memory(size: Sizes) -> dict[str, float]:
     The peak is "stays" plus the largest of the others.
     """
     wide, entries = size.wide_bytes, size.num_prototypes * size.head[-1]
-    gradients, normalized = size.num_trained * wide, entries * wide
+    gradients, slopes = size.num_trained * wide, entries * wide
     several = size.micro_batch_size < size.num_images
     values = sum(group.num_crops * group.num_values for group in size.groups)
     casts = (size.num_student - entries) * size.float_bytes * (size.float_bytes < wide)
@@ -233,8 +238,8 @@ def memory(size: Sizes) -> dict[str, float]:
     for group in size.groups:
         tokens = size.micro_batch_size * group.num_crops * group.num_tokens
         kept += tokens * _kept(size, group.num_tokens)
-        slopes = BLOCK.backward_width * size.width + BLOCK.backward_hidden * size.hidden
-        back = max(back, kept + tokens * slopes * size.float_bytes)
+        beside = BLOCK.backward_width * size.width + BLOCK.backward_hidden * size.hidden
+        back = max(back, kept + tokens * beside * size.float_bytes)
     rows = size.micro_batch_size * size.num_student_crops
     head = rows * (2 * sum(size.head[1:-1]) + size.head[0] + 3 * size.head[-1])
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
@@ -247,28 +252,34 @@ def memory(size: Sizes) -> dict[str, float]:
     passing += (BLOCK.forward_width * size.width + BLOCK.forward_hidden * size.hidden) * (
         size.float_bytes
     )
-    teacher = batch * max(
-        size.groups[0].num_tokens * passing, 2.0 * size.num_prototypes * wide + normalized / batch
-    )
+    teacher = batch * max(size.groups[0].num_tokens * passing, 2.0 * size.num_prototypes * wide)
     return {
         "stays": wide
         * (size.num_student + size.num_teacher + 2.0 * size.num_trained + size.num_images * values),
         "teacher": gradients + teacher,
-        "loss": kept + gradients * several + 3.0 * normalized + chunk,
-        "backward": back + gradients * several + 5.0 * normalized,
-        "update": gradients + 2.0 * normalized + size.num_teacher * wide,
+        "loss": kept + gradients * several + slopes + chunk,
+        "backward": back + gradients * several + 2.0 * slopes,
+        "update": gradients,
     }
+
+
+def kept_bytes(size: Sizes) -> float:
+    """Of all blocks for the backward pass, were the batch of a rank taken at once."""
+    tokens = [(group.num_crops * group.num_tokens, group.num_tokens) for group in size.groups]
+    return size.num_images * sum(num * _kept(size, of_crop) for num, of_crop in tokens)
 
 
 def _kept(size: Sizes, tokens: int) -> float:
     """Bytes kept of a token of a crop of `tokens`, by all blocks and the last norm."""
-    inner = BLOCK.kept_width * size.width + BLOCK.kept_hidden * size.hidden
+    before = size.width * size.wide_bytes  # what a block, or a norm, takes in
+    if size.memory == "low":
+        return size.depth * before
+    hidden = BLOCK.kept_hidden_high if size.memory == "high" else BLOCK.kept_hidden
+    inner = BLOCK.kept_width * size.width + hidden * size.hidden
     inner += BLOCK.kept_scores * size.num_heads * tokens
-    outer = BLOCK.kept_wide * size.width * size.wide_bytes
-    whole = outer + inner * size.float_bytes
-    norm = size.width * size.wide_bytes  # what the last norm takes in
+    whole = BLOCK.kept_wide * before + inner * size.float_bytes
     if not BLOCK.class_token_last:
-        return size.depth * whole + norm
+        return size.depth * whole + before
     # Of the last block: its input, and what its norm, keys and values are.
-    last = size.width * size.wide_bytes + 3.0 * size.width * size.float_bytes
+    last = before + 3.0 * size.width * size.float_bytes
     return (size.depth - 1) * whole + last

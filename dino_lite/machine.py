@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,24 @@ def has_fast_bf16(accelerator: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return accelerator == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+def has_compiler(accelerator: str) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler, and Triton for a GPU."""
+    compiler = os.environ.get("CXX") or "g++"
+    found = any(shutil.which(name) for name in (compiler, "clang++", "c++"))
+    return found and (accelerator == "cpu" or find_spec("triton") is not None)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees: glibc gives large blocks back to the system and clears
+    each page anew when it asks for them again, at every step (docs/performance.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        most = 2**31 - 1
+        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: from what size on blocks are mapped apart
+        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: how much may lie free
 
 
 def environment(facts: Facts) -> dict[str, Any]:

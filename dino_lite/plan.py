@@ -12,7 +12,7 @@ from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.facts import read_facts
-from dino_lite.machine import has_fast_bf16, num_cores, pick_accelerator
+from dino_lite.machine import has_compiler, has_fast_bf16, num_cores, pick_accelerator
 from dino_lite.rules import RULES
 
 
@@ -47,6 +47,7 @@ def gather_facts(config: Config, splits: Splits) -> Facts:
         num_devices=torch.cuda.device_count() if wanted == "cuda" else 1,
         num_cores=num_cores(),
         bf16=has_fast_bf16(wanted),
+        compiler=has_compiler(wanted),
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dino_lite.config import Config, get
-from dino_lite.contracts import Facts
+from dino_lite.config import Config, get, put
+from dino_lite.contracts import Facts, UserError
+from dino_lite.cost import kept_bytes, sizes
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.optim.schedules import scale_rate
 
@@ -198,6 +199,32 @@ def _precision(config: Config, facts: Facts) -> tuple[str, str]:
     return "32", f"no native bfloat16 on {facts.device_name}"
 
 
+_KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a batch in parts
+
+
+def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.accelerator != "cpu" or get(config, "method.head.batch_norm"):
+        return 0, "the whole batch"
+    try:
+        size = sizes(put(config, "trainer.micro_batch_size", 0))
+    except UserError:
+        size = None  # the checks that follow say it better
+    num_parts = 1 if size is None else math.ceil(kept_bytes(size) / _KEPT)
+    if size is None or num_parts == 1:
+        return 0, "the whole batch"
+    return math.ceil(size.num_images / num_parts), f"{num_parts} parts, for half the memory"
+
+
+def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
+    if not facts.compiler:
+        return False, "no compiler was found"
+    if get(config, "trainer.max_time") is not None:
+        return False, "a run by the clock would spend its first minute compiling"
+    if facts.accelerator == "cuda" or facts.bf16:
+        return True, "blocks as one graph each"
+    return False, "two percent in float32, for a minute of compiling"
+
+
 def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
     few = facts.num_images <= 100_000
     return few, "minutes at most" if few else "hours for so many images: dino-lite evaluate does it"
@@ -233,6 +260,8 @@ RULES: dict[str, Any] = {
     "trainer.max_time": _max_time,
     "trainer.max_epochs": _max_epochs,
     "trainer.precision": _precision,
+    "trainer.compile": _compile,
+    "trainer.micro_batch_size": _micro_batch_size,
     "optim.learning_rate.base": _learning_rate,
     "optim.learning_rate.warmup": _warmup,
     "optim.freeze_last_layer": _freeze,

@@ -30,6 +30,8 @@ _SPEED = (
     "trainer.num_nodes",
     "trainer.accelerator",
     "trainer.micro_batch_size",
+    "trainer.memory",
+    "trainer.compile",
 )
 _PATHS = (".base", ".pretrained")
 

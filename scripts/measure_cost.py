@@ -25,10 +25,11 @@ import torch
 
 from dino_lite.checkpoints import build_method
 from dino_lite.config import Config, compose, instantiate
-from dino_lite.contracts import Crops, Facts, Method, Progress
+from dino_lite.contracts import Crops, Facts, Progress
 from dino_lite.cost import sizes, work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
 from dino_lite.machine import has_fast_bf16
+from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.peaks import measure_peaks

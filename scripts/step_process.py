@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, compose, get, instantiate, put
-from dino_lite.contracts import Crops, Facts, Method, Progress, Splits
+from dino_lite.contracts import Crops, Facts, Progress, Splits
+from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
 from dino_lite.plan import gather_facts, plan
 from dino_lite.runs import Run

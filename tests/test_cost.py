@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lite import cost
+from dino_lite.backbones.blocks import set_memory
 from dino_lite.checkpoints import build_method
 from dino_lite.config import Config, compose, instantiate, put
-from dino_lite.contracts import Crops, Facts, Method, Progress
+from dino_lite.contracts import Crops, Facts, Progress
 from dino_lite.cost import Group, Sizes, memory, sizes, work
 from dino_lite.estimate import EFFICIENCY, Estimate, peak_memory, predict, step_seconds
+from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.peaks import Peaks, free_memory, measure_peaks
@@ -85,6 +87,7 @@ def test_products_are_those_that_torch_counts(overrides: tuple[str, ...]) -> Non
     """
     config, _ = planned(*overrides)
     step, crops = build(config)
+    set_memory(step.method, "high", False)  # torch's counter fails at slopes within slopes
     # torch counts no fused attention on a CPU; written out, it costs twice as much backward
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(crops, AT)
@@ -151,7 +154,9 @@ def test_memory_is_that_of_the_tensors_of_a_step(overrides: tuple[str, ...]) -> 
     state = [crops, list(step.method.parameters()), list(step.method.buffers())]
     state += [list(values.values()) for values in step.optimizer.state.values()]
     state += [[p.grad for p in step.trained]]
-    with LiveBytes(state) as live:
+    live = LiveBytes(state)
+    del state  # the last step's gradients go when this one begins
+    with live:
         step(crops, AT)
     moments = memory(read(config))
     told = moments.pop("stays") + max(moments.values())
@@ -164,6 +169,7 @@ def test_a_last_block_of_the_class_token_needs_keys_and_values_of_all_and_the_re
     """Its products, counted by hand for 5 tokens of 32 and a hidden width of 128; and less kept."""
     config, _ = planned("backbone.depth=1")
     size = read(config)
+    monkeypatch.setattr(cost, "BLOCK", cost.BLOCK._replace(class_token_last=False))
     before = memory(size)["backward"]
     monkeypatch.setattr(cost, "BLOCK", cost.BLOCK._replace(class_token_last=True))
     keys_and_values, query_and_out, mlp = 5 * 2 * 32**2, 2 * 32**2, 2 * 32 * 128
@@ -237,6 +243,7 @@ def test_more_of_anything_never_costs_less(which: str, more: int, **numbers: Any
             wide_bytes=4,
             float_bytes=2,
             on_cpu=numbers["on_cpu"],
+            memory="normal",
         )
 
     before, after = spent(size(numbers)), spent(size(numbers | {which: numbers[which] + more}))
@@ -247,7 +254,7 @@ def test_micro_batches_and_bfloat16_need_less_memory() -> None:
     """The two ways out that a user has."""
     config, _ = planned("loader.batch_size=64", "augment.global_size=64")
     size, share = read(config), EFFICIENCY["cpu"]
-    assert peak_memory(size._replace(micro_batch_size=8), share) < peak_memory(size, share) / 2
+    assert peak_memory(size._replace(micro_batch_size=8), share) < 0.7 * peak_memory(size, share)
     assert peak_memory(size._replace(float_bytes=2), share) < 0.8 * peak_memory(size, share)
 
 
@@ -331,13 +338,13 @@ def test_too_little_memory_is_said_with_a_micro_batch_that_fits() -> None:
     needed = peak_memory(read(config), share)
     enough = told_of(config, known, LAPTOP._replace(memory=needed))
     assert enough.warning(config) is None
-    short = told_of(config, known, LAPTOP._replace(memory=needed // 2))
+    short = told_of(config, known, LAPTOP._replace(memory=int(0.7 * needed)))
     assert short.fitting is not None
     fits = peak_memory(read(put(config, "trainer.micro_batch_size", short.fitting)), share)
     assert fits <= short.free_memory
     warning = short.warning(config)
     assert warning is not None
-    assert f"try trainer.micro_batch_size={short.fitting}." in warning
+    assert f"try trainer.micro_batch_size={short.fitting} or trainer.memory=low." in warning
     none = told_of(config, known, LAPTOP._replace(memory=2**10)).warning(config)
     assert none is not None
     assert "a smaller backbone" in none

@@ -14,10 +14,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Memory = Literal["high", "normal", "low"]
-Linear = Callable[[nn.Module, Tensor, nn.Linear], Tensor]  # layer(before(x))
+Project = Callable[[nn.Module, Tensor, nn.Linear], Tensor]  # layer(act(x))
 # What stochastic depth multiplies the two halves of a block by, sample by sample; None: nothing.
 Scales = tuple[Float[Tensor, "n 1 1"] | None, Float[Tensor, "n 1 1"] | None]
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
+
+
+def set_memory(network: nn.Module, memory: Memory, compiled: bool) -> None:
+    """How the transformers inside `network` go through their blocks; no result depends on it."""
+    part: Any
+    for part in network.modules():
+        if hasattr(part, "compiled") and hasattr(part, "memory"):
+            part.memory, part.compiled = memory, compiled
 
 
 def run_blocks(
@@ -29,21 +37,21 @@ def run_blocks(
 ) -> Float[Tensor, "n _ D"]:
     """All blocks; of the last one only the first `last_queries` tokens, where that is given.
 
-    `memory` says what is kept for the backward pass: high all, normal all but what norms and
-    activations have made, low the tokens between blocks. The rest is made again. A compiled block
-    decides for itself what between high and normal it keeps.
+    `memory` says what is kept for the backward pass: high all, normal all but what the MLP's
+    activation has made, low the tokens between blocks. The rest is made again. A compiled block
+    chooses for itself, where `memory` is not low.
     """
     if not torch.is_grad_enabled():
         memory = "high"
-    linear = _linear_again if memory == "normal" and not compiled else _linear
+    project = _project_again if memory == "normal" and not compiled else _project
     for i, block in enumerate(blocks):
         queries = last_queries if i == len(blocks) - 1 else None
         scales = _draw_scales(block, tokens)
         run = partial(_compiled() if compiled else run_block, block)
         if memory == "low":
-            tokens = checkpoint(run, tokens, scales, queries, linear, use_reentrant=False)
+            tokens = checkpoint(run, tokens, scales, queries, project, use_reentrant=False)
         else:
-            tokens = run(tokens, scales, queries, linear)
+            tokens = run(tokens, scales, queries, project)
     return tokens
 
 
@@ -52,7 +60,7 @@ def run_block(
     tokens: Float[Tensor, "n N D"],
     scales: Scales,
     num_queries: int | None,
-    linear: Linear,
+    project: Project,
 ) -> Float[Tensor, "n _ D"]:
     """x + attention(norm(x)), then x + MLP(norm(x)); stochastic depth multiplies by the scales.
 
@@ -61,12 +69,12 @@ def run_block(
     """
     parts: Any = block
     if num_queries is None:
-        queries, mixed = tokens, _attend(parts, tokens, linear)
+        queries, mixed = tokens, _attend(parts, tokens)
     else:
         queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
     queries = _add(queries, parts.ls1(mixed), scales[0])
-    hidden = linear(parts.norm2, queries, parts.mlp.fc1)
-    return _add(queries, parts.ls2(linear(parts.mlp.act, hidden, parts.mlp.fc2)), scales[1])
+    hidden = parts.mlp.fc1(parts.norm2(queries))
+    return _add(queries, parts.ls2(project(parts.mlp.act, hidden, parts.mlp.fc2)), scales[1])
 
 
 @cache
@@ -89,10 +97,10 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def _attend(block: Any, tokens: Float[Tensor, "n N D"], linear: Linear) -> Float[Tensor, "n N D"]:
+def _attend(block: Any, tokens: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
     """Multi-head self-attention of all tokens."""
     attn = block.attn
-    qkv = linear(block.norm1, tokens, attn.qkv)
+    qkv = attn.qkv(block.norm1(tokens))
     qkv = qkv.view(*qkv.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     return _mix(attn, *qkv.unbind(0))  # each n heads N D/heads
 
@@ -132,43 +140,37 @@ def _add(tokens: Tensor, more: Tensor, scale: Tensor | None) -> Tensor:
     return tokens + (more if scale is None else more * scale)
 
 
-def _linear(before: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = layer(before(x))
+def _project(act: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+    out: Tensor = layer(act(x))
     return out
 
 
-def _linear_again(before: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
-    out: Tensor = _LinearAgain.apply(before, x, layer.weight, layer.bias, *before.parameters())
+def _project_again(act: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+    out: Tensor = _ProjectAgain.apply(act, x, layer.weight, layer.bias)
     return out
 
 
-class _LinearAgain(torch.autograd.Function):
-    """layer(before(x)) that keeps x and makes before(x), a norm or an activation, once more in the
-    backward pass: a third of a block's memory for a fiftieth of its time.
+class _ProjectAgain(torch.autograd.Function):
+    """layer(act(x)) that keeps x and makes act(x) once more in the backward pass: a quarter of a
+    block's memory for a fortieth of its time.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, before: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *inner: Tensor
-    ) -> Tensor:
-        ctx.before, ctx.inner, ctx.has_bias = before, inner, bias is not None
+    def forward(ctx: Any, act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.act, ctx.has_bias = act, bias is not None
         ctx.save_for_backward(x, weight)
-        device = x.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        return F.linear(before(x), weight, bias)
+        return F.linear(act(x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            y = ctx.before(x)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.act(x)
         rows = slope.flatten(0, -2)
-        slope_y = (slope @ weight.to(slope.dtype)).to(y.dtype)
-        slope_w = (rows.T @ y.detach().flatten(0, -2).to(slope.dtype)).to(weight.dtype)
+        slope_w = (rows.T @ y.detach().flatten(0, -2).to(rows.dtype)).to(weight.dtype)
         slope_b = rows.sum(0).to(weight.dtype) if ctx.has_bias else None
-        wanted = [t for t in (x, *ctx.inner) if t.requires_grad]
-        slopes = iter(torch.autograd.grad(y, wanted, slope_y))
-        given = [next(slopes) if t.requires_grad else None for t in (x, *ctx.inner)]
-        return None, given[0], slope_w, slope_b, *given[1:]
+        slope_y = (slope @ weight.to(slope.dtype)).to(y.dtype)
+        (slope_x,) = torch.autograd.grad(y, x, slope_y)
+        return None, slope_x, slope_w, slope_b

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite import config as cfg
+from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
@@ -30,7 +31,7 @@ from dino_lite.estimate import Estimate, estimate
 from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.pictures import attention_picture, neighbors_picture
-from dino_lite.machine import environment
+from dino_lite.machine import environment, keep_freed_memory
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
@@ -74,6 +75,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     else:
         config = planned.config
     torch.set_num_threads(config["trainer"]["num_threads"])
+    if facts.accelerator == "cpu":
+        keep_freed_memory()
     datamodule, module, callbacks = build(config, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
@@ -131,6 +134,7 @@ def build(
         seed=config["seed"],
     )
     method = build_method(config)
+    set_memory(method, trainer["memory"], trainer["compile"])
     module = PretrainModule(
         method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"]
     )

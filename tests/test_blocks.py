@@ -1,0 +1,178 @@
+"""Our way through timm's blocks: the same numbers, whatever is kept, dropped or compiled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dino_lite.backbones.blocks import Memory, attention, run_blocks, set_memory
+from dino_lite.backbones.vit import ViT
+
+
+def make_vit(**changes: Any) -> ViT:
+    """Three blocks in float64, all weights away from their first values."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
+    vit = ViT(**(sizes | changes)).double()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return vit
+
+
+def timm_blocks(vit: ViT, tokens: Tensor) -> Tensor:
+    """The blocks' own forward, in order."""
+    for block in vit.blocks:
+        tokens = block(tokens)
+    return tokens
+
+
+def slopes(vit: ViT, out: Tensor, tokens: Tensor) -> list[Tensor]:
+    """Of the tokens and every weight of the blocks, for a fixed mixture of the output."""
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    inputs = [tokens, *(p for p in vit.blocks.parameters())]
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize("memory", ["high", "normal", "low"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"init_values": 0.5}, {"qkv_bias": False}, {"qk_norm": True}]
+)
+def test_values_and_slopes_are_timms(memory: Memory, changes: dict[str, Any]) -> None:
+    """With layer scale, without biases, with normed queries: whatever is kept in between."""
+    vit, tokens = make_vit(**changes), torch.randn(2, 5, 12).double().requires_grad_()
+    wanted, found = timm_blocks(vit, tokens), run_blocks(list(vit.blocks), tokens, None, memory)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    for a, b in zip(slopes(vit, found, tokens), slopes(vit, wanted, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 100), num_tokens=st.integers(1, 6), num_queries=st.integers(1, 6))
+def test_few_queries_are_the_first_tokens_of_all(
+    seed: int, num_tokens: int, num_queries: int
+) -> None:
+    """Values, and slopes of what is asked for: the rest of the last block is left out."""
+    torch.manual_seed(seed)
+    vit, num_queries = make_vit(), min(num_queries, num_tokens)
+    tokens = torch.randn(2, num_tokens, 12).double().requires_grad_()
+    wanted = timm_blocks(vit, tokens)[:, :num_queries]
+    found = run_blocks(list(vit.blocks), tokens, num_queries)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    for a, b in zip(slopes(vit, found, tokens), slopes(vit, wanted, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_class_features_alone_are_those_of_a_whole_pass() -> None:
+    """cls_only: equal class features, no patches, the same grid."""
+    vit, images = make_vit(), torch.randn(2, 3, 16, 24).double()
+    whole, alone = vit(images), vit(images, cls_only=True)
+    torch.testing.assert_close(alone.cls, whole.cls, rtol=1e-11, atol=1e-12)
+    assert alone.patches.shape == (2, 0, 12)
+    assert alone.grid == whole.grid == (2, 3)
+
+
+@pytest.mark.parametrize("memory", ["high", "normal", "low"])
+def test_stochastic_depth_draws_as_timm_does(memory: Memory) -> None:
+    """The same seed drops the same halves of blocks, also where they are computed twice."""
+    vit, tokens = make_vit(drop_path=0.6).train(), torch.randn(8, 5, 12).double().requires_grad_()
+    torch.manual_seed(3)
+    wanted = timm_blocks(vit, tokens)
+    torch.manual_seed(3)
+    found = run_blocks(list(vit.blocks), tokens, None, memory)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    for a, b in zip(slopes(vit, found, tokens), slopes(vit, wanted, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert not torch.equal(wanted, timm_blocks(vit.eval(), tokens))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 128, 129])
+def test_every_kernel_of_attention_gives_the_softmax(num_tokens: int) -> None:
+    """The plain one for few tokens and the fused one for many."""
+    query, key, value = torch.randn(3, 2, 2, num_tokens, 4).double().unbind(0)
+    weights = (query @ key.transpose(-2, -1) * 0.7).softmax(-1)
+    found = attention(query, key, value, 0.7)
+    torch.testing.assert_close(found, weights @ value, rtol=1e-10, atol=1e-12)
+
+
+def test_less_memory_keeps_less() -> None:
+    """Bytes kept for the backward pass fall from high over normal to low."""
+    vit, tokens = make_vit(depth=4), torch.randn(4, 9, 12).double().requires_grad_()
+    kept: dict[Memory, int] = {}
+    for memory in ("high", "normal", "low"):
+        storages: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = run_blocks(list(vit.blocks), tokens, None, memory)
+        weights = {p.untyped_storage().data_ptr() for p in vit.parameters()}
+        kept[memory] = sum(
+            t.untyped_storage().nbytes() for at, t in storages.items() if at not in weights
+        )
+        assert out.requires_grad
+    assert kept["normal"] < 0.85 * kept["high"]
+    assert kept["low"] < 0.3 * kept["normal"]
+
+
+def test_under_bfloat16_autocast_the_slopes_are_near_float32s() -> None:
+    """An activation that is made again sees the same half precision as the first time."""
+    vit = make_vit().float()
+    tokens = torch.randn(2, 5, 12, requires_grad=True)
+    exact = slopes(vit, run_blocks(list(vit.blocks), tokens), tokens)
+    for memory in ("high", "normal", "low"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run_blocks(list(vit.blocks), tokens, None, memory)
+        for a, b in zip(slopes(vit, out.float(), tokens), exact, strict=True):
+            assert a.dtype == torch.float32
+            assert float((a - b).norm()) < 0.05 * float(b.norm()) + 1e-6
+
+
+def test_memory_is_set_in_every_transformer_inside() -> None:
+    """Wherever it lies; other parts are left alone."""
+    inner = make_vit()
+    set_memory(nn.ModuleDict({"a": nn.Sequential(inner), "b": nn.Linear(1, 1)}), "low", True)
+    assert (inner.memory, inner.compiled) == ("low", True)
+
+
+_COMPILED = """
+import torch
+from dino_lite.backbones.vit import ViT
+torch.manual_seed(0)
+sizes = dict(image_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, drop_path=0.5)
+vit = ViT(**sizes).double().train()
+images = torch.randn(4, 3, 16, 16).double()
+found = []
+for compiled in (False, True):
+    vit.compiled = compiled
+    torch.manual_seed(1)
+    vit.zero_grad()
+    cls = vit(images, cls_only=True).cls
+    cls.square().sum().backward()
+    found.append([cls.detach(), *(p.grad.clone() for p in vit.parameters())])
+for a, b in zip(*found, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+breaks = torch._dynamo.utils.counters["graph_break"]
+assert not breaks, breaks
+assert frames <= 3, frames  # the first, those between, and the last
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_and_share_a_graph() -> None:
+    """In a process of its own, since checked shapes raise false errors inside a graph."""
+    pytest.importorskip("torch._inductor.config")
+    line = [sys.executable, "-c", _COMPILED]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
