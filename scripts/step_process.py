@@ -27,6 +27,7 @@ from torch import Tensor
 from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, compose, get, instantiate, put
 from dino_lite.contracts import Crops, Facts, Progress, Splits
+from dino_lite.machine import keep_freed_memory
 from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
 from dino_lite.plan import gather_facts, plan
@@ -228,6 +229,8 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
 
 
 def _ours(config: Config, facts: Facts, splits: Splits) -> Callable[[Crops, int], Tensor]:
+    if facts.accelerator == "cpu":
+        keep_freed_memory()  # as a run does
     _, step = build_ours(config, facts, splits)
     return lambda crops, number: step(crops, Progress(number, 1000, 1000))["loss"]
 
