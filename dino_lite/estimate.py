@@ -25,7 +25,7 @@ class Efficiency(NamedTuple):
 
 EFFICIENCY = {
     # Measured: one thread of an AMD EPYC (Milan, AVX2), float32, scripts/measure_cost.py.
-    "cpu": Efficiency(0.78, 0.3, 0.78, 0.37, 0.2, 0.88, False),
+    "cpu": Efficiency(0.78, 0.3, 0.78, 0.37, 0.2, 0.75, False),
     # Not measured yet. Assumed: half of the peak in products, as well-tuned ViT training has on
     # other GPUs, and two thirds of the memory's speed.
     "cuda": Efficiency(0.5, 0.3, 0.5, 0.67, 0.3, 0.9, True),
