@@ -15,6 +15,7 @@ from torch import nn
 from dino_lite.backbones.blocks import Memory
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, instantiate
+from dino_lite.losses.prototype import LOGITS_BYTES
 from dino_lite.methods.dino import DINO
 
 
@@ -55,7 +56,6 @@ class Loss(NamedTuple):
     student_moved: float = 9.0  # floats a logit, read and written
     teacher_moved: float = 14.0
     prototypes_moved: float = 12.0  # floats an entry: norms of both, slopes through them
-    chunk_bytes: tuple[int, int] = (64 * 2**20, 512 * 2**20)  # of logits: the CPU, others
 
 
 class Weights(NamedTuple):
@@ -245,7 +245,9 @@ def memory(size: Sizes) -> dict[str, float]:
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
     columns = size.num_student_crops + size.num_teacher_crops
     image = columns * size.num_prototypes * wide  # bytes of the logits of one image
-    chunk = min(size.micro_batch_size * image, max(image, LOSS.chunk_bytes[not size.on_cpu]))
+    chunk = min(
+        size.micro_batch_size * image, max(image, LOGITS_BYTES["cpu" if size.on_cpu else "cuda"])
+    )
     # the teacher's pass over the whole batch, and its logits for centering, twice for a moment
     batch = size.num_images * size.num_teacher_crops
     passing = BLOCK.forward_width * size.width * wide

@@ -69,7 +69,7 @@ class Estimate(NamedTuple):
         if self.memory <= self.free_memory:
             return None
         means = [f"trainer.micro_batch_size={self.fitting}"] if self.fitting else []
-        means += ["trainer.memory=low"] if config["trainer"].get("memory", "low") != "low" else []
+        means += ["trainer.memory=low"] if config["trainer"]["memory"] != "low" else []
         means += ["a smaller backbone or a smaller loader.batch_size"] if not self.fitting else []
         return (
             f"warning: a step needs about {_size(self.memory)} of memory and {self.device} has "

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from dino_lite.methods.timing import wait_for
+
 _SECONDS = {"cpu": 0.05, "cuda": 0.002}  # at least, for each probe
 _FLOATS = {"cpu": 2**18, "cuda": 2**23}  # of the tokens in the product
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # larger than any cache
@@ -114,19 +116,11 @@ def _quickest(work: Callable[[], object], device: torch.device) -> float:
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     work()
-    _wait(device)
+    wait_for(device)
     times: list[float] = []
     while sum(times) < _SECONDS.get(device.type, _SECONDS["cuda"]) or not times:
         started = clock()
         work()
-        _wait(device)
+        wait_for(device)
         times.append(clock() - started)
     return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -100,9 +100,7 @@ def attention(
 def _attend(block: Any, tokens: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
     """Multi-head self-attention of all tokens."""
     attn = block.attn
-    qkv = attn.qkv(block.norm1(tokens))
-    qkv = qkv.view(*qkv.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return _mix(attn, *qkv.unbind(0))  # each n heads N D/heads
+    return _mix(attn, *_heads(attn.qkv(block.norm1(tokens)), 3, attn.num_heads))
 
 
 def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float[Tensor, "n _ D"]:
@@ -112,9 +110,14 @@ def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float
     first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
     query = F.linear(tokens[:, :num_queries], weight[:width], first)
     both = F.linear(tokens, weight[width:], rest)
-    query = query.view(len(query), num_queries, attn.num_heads, -1).transpose(1, 2)
-    both = both.view(*both.shape[:2], 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return _mix(attn, query, *both.unbind(0))
+    heads = attn.num_heads
+    return _mix(attn, *_heads(query, 1, heads), *_heads(both, 2, heads))
+
+
+def _heads(packed: Float[Tensor, "n N _"], num: int, num_heads: int) -> tuple[Tensor, ...]:
+    """`num` tensors "n heads N d" that lie side by side in `packed`."""
+    apart = packed.view(*packed.shape[:2], num, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return apart.unbind(0)
 
 
 def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

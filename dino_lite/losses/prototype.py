@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dino_lite.contracts import Match, Prototypes, Schedule, Scores, Targets, UserError
 
-_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
 def prototype_cross_entropy(
@@ -149,7 +149,7 @@ def _chunks(z: Tensor, targets: Targets, chunk: int) -> list[tuple[int, int]]:
     if not chunk:
         columns, num_prototypes = len(z) + len(targets.z), len(targets.prototypes.direction)
         row = columns * num_prototypes * max(z.element_size(), 4)
-        chunk = max(1, _LOGITS_BYTES.get(z.device.type, _LOGITS_BYTES["cuda"]) // row)
+        chunk = max(1, LOGITS_BYTES.get(z.device.type, LOGITS_BYTES["cuda"]) // row)
     return [(i, min(i + chunk, num_images)) for i in range(0, num_images, chunk)]
 
 

@@ -72,11 +72,11 @@ def time_training(
     def seconds(size: int) -> float:
         raw = [*loaded.batch] * math.ceil(size / loaded.batch_size)
         raw = datamodule.transfer_batch_to_device(raw, device, 0)
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         crops: Crops = datamodule.on_after_batch_transfer(raw, 0)
         step(crops.part(0, size), at)
-        _wait(device)
+        wait_for(device)
         return time.perf_counter() - started
 
     size, before, timed = min(2, batch_size), (0, 0.0), 0
@@ -153,7 +153,7 @@ def _extrapolate(before: tuple[int, float], last: tuple[int, float], size: int) 
     return last[1] + (size - last[0]) * min(mean, max(mean / 2, slope))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
