@@ -91,8 +91,8 @@ def attention(
     scale: float,
 ) -> Float[Tensor, "n heads M d"]:
     """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
-    on_cpu = query.device.type == "cpu"
-    if on_cpu and (query.dtype == torch.bfloat16 or key.shape[2] <= _PLAIN_TOKENS):
+    slopes = torch.is_grad_enabled() and query.device.type == "cpu"
+    if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= _PLAIN_TOKENS):
         return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
