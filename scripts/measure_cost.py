@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_process import Memory, build_ours, noise_crops
 
-from dino_lite.checkpoints import build_method
-from dino_lite.config import Config, compose, instantiate
-from dino_lite.contracts import Crops, Facts, Progress
+from dino_lite.config import Config, compose
+from dino_lite.contracts import Facts, Progress
 from dino_lite.cost import sizes, work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
 from dino_lite.machine import has_fast_bf16
-from dino_lite.methods.method import Method
-from dino_lite.methods.step import Step
-from dino_lite.optim.param_groups import param_groups
+from dino_lite.methods.timing import wait_for
 from dino_lite.peaks import measure_peaks
 
 ROUND_SECONDS = 0.5  # of steps at least
@@ -89,41 +87,6 @@ def planned(name: str, threads: int) -> tuple[Config, Facts]:
     return plan(compose("pretrain", overrides), facts).config, facts
 
 
-def random_crops(config: Config, device: torch.device) -> Crops:
-    """A batch of noise, as the step takes it."""
-    augment, num = config["augment"], config["loader"]["batch_size"]
-    large, small, num_local = (augment[k] for k in ("global_size", "local_size", "num_local"))
-    return Crops(
-        globals_=torch.randn(2, num, 3, large, large, device=device),
-        locals_=torch.randn(num_local, num, 3, small, small, device=device),
-        index=torch.arange(num),
-        labels=None,
-        boxes=torch.zeros(2 + num_local, num, 4),
-        draws=torch.zeros(2 + num_local, num, 1),
-    )
-
-
-def build_step(config: Config, method: Method) -> Step:
-    """The step of a run."""
-    optim, precision = config["optim"], str(config["trainer"]["precision"])
-    return Step(
-        method,
-        instantiate(config["loss"]),
-        instantiate(optim["optimizer"])(param_groups(method.student.named_parameters())),
-        learning_rate=instantiate(optim["learning_rate"]),
-        weight_decay=instantiate(optim["weight_decay"]),
-        micro_batch_size=config["trainer"]["micro_batch_size"],
-        autocast=torch.bfloat16 if precision == "bf16" else None,
-    )
-
-
-def resident(peak: bool = False) -> int:
-    """Bytes this process holds, or held at most."""
-    field = "VmHWM:" if peak else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def warm_up(device: torch.device) -> None:
     """Load the libraries that a step needs: they are no part of its memory."""
     layer = torch.nn.TransformerEncoderLayer(32, 2, batch_first=True).to(device)
@@ -142,15 +105,13 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     warm_up(device)
     # One thread that others push aside takes longer by the wall, and no more of the processor.
     clock = time.process_time if threads == 1 and not on_gpu else time.perf_counter
-    base = 0 if on_gpu else resident()
-    step = build_step(config, build_method(config).to(device))
-    crops = random_crops(config, device)
+    crops, memory = noise_crops(config), Memory(device)
+    step = build_ours(config, facts)
 
     def train() -> float:
         started = clock()
         step(crops, Progress(50, 1000, 10))
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(device)
         return clock() - started
 
     def quickest() -> float:
@@ -161,7 +122,8 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
 
     for _ in range(3):
         train()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident(peak=True) - base
+    peak = memory.peak()
+    assert peak is not None
     share, told, peaks, times = EFFICIENCY[facts.accelerator], [], [], []
     for _ in range(rounds):
         peaks.append(measure_peaks(facts.accelerator, config["trainer"]["precision"], size.width))

@@ -13,7 +13,6 @@ import multiprocessing
 import platform
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +23,13 @@ import torch
 from plain_step import PlainStep
 from torch import Tensor
 
-from dino_lite.commands.pretrain import build
+from dino_lite.commands.pretrain import build_module
 from dino_lite.config import Config, compose, get, instantiate, put
 from dino_lite.contracts import Crops, Facts, Progress, Splits
 from dino_lite.machine import keep_freed_memory
-from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
+from dino_lite.methods.timing import wait_for
 from dino_lite.plan import gather_facts, plan
-from dino_lite.runs import Run
 
 NUM_BATCHES = 2  # prepared, taken in turns
 
@@ -108,37 +106,34 @@ def planned(setup: Setup, precision: str = "auto", *more: str) -> tuple[Config, 
     return config, facts, splits
 
 
-def build_ours(config: Config, facts: Facts, splits: Splits) -> tuple[Method, Step]:
+def build_ours(config: Config, facts: Facts) -> Step:
     """The bare step of a run, on its device: what is built for the trainer, without the trainer."""
-    run = Run(Path(tempfile.gettempdir()) / "dino_lite_bench")  # nothing is written there
-    _, module, _ = build(config, facts, splits, run)
-    module.to(facts.accelerator)
-    return module.method, module.make_step(module.method, optimizer=module.configure_optimizers())
+    return build_module(config, facts).to(facts.accelerator).bare_step()
 
 
 def save_student(setup: Setup, file: Path) -> None:
     """A fresh student of ours for the other side: the weights that every side of `setup` draws."""
-    method, _ = build_ours(*planned(setup, "32", "trainer.accelerator=cpu"))
-    student: Any = method.student
+    config, facts, _ = planned(setup, "32", "trainer.accelerator=cpu")
+    student: Any = build_ours(config, facts).method.student
     torch.save({"spec": student.backbone.spec, "weights": student.state_dict()}, file)
 
 
-def prepared_crops(setup: Setup, seed: int, device: torch.device) -> Crops:
-    """Noise in the shape of a normalized batch."""
+def noise_crops(config: Config, seed: int = 0) -> Crops:
+    """Noise in the shape of a normalized batch of a planned configuration, on its device."""
+    augment, num = config["augment"], config["loader"]["batch_size"]
+    device, num_crops = config["trainer"]["accelerator"], 2 + augment["num_local"]
     generator = torch.Generator().manual_seed(seed)
 
-    def noise(num: int, size: int) -> Tensor:
-        shape = (num, setup.batch_size, 3, size, size)
-        return torch.randn(shape, generator=generator).to(device)
+    def noise(num_crops: int, size: int) -> Tensor:
+        return torch.randn((num_crops, num, 3, size, size), generator=generator).to(device)
 
-    num_crops = 2 + setup.num_local
     return Crops(
-        globals_=noise(2, setup.global_size),
-        locals_=noise(setup.num_local, setup.local_size) if setup.num_local else None,
-        index=torch.arange(setup.batch_size, device=device),
+        globals_=noise(2, augment["global_size"]),
+        locals_=noise(augment["num_local"], augment["local_size"]) if num_crops > 2 else None,
+        index=torch.arange(num, device=device),
         labels=None,
-        boxes=torch.zeros(num_crops, setup.batch_size, 4, device=device),
-        draws=torch.zeros(num_crops, setup.batch_size, 11, device=device),
+        boxes=torch.zeros(num_crops, num, 4, device=device),
+        draws=torch.zeros(num_crops, num, 11, device=device),
     )
 
 
@@ -178,12 +173,6 @@ def _status(key: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def finish_work(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def machine() -> str:
     """The device's name, for tables and titles."""
     if torch.cuda.is_available():
@@ -204,10 +193,11 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
     """A side: says when it stands, takes a step for each number, at None tells its memory."""
     try:
         device = torch.device(accelerator())
-        batches = [prepared_crops(setup, seed, device) for seed in range(NUM_BATCHES)]
+        config, facts, _ = planned(setup, precision)
+        batches = [noise_crops(config, seed) for seed in range(NUM_BATCHES)]
         make: Callable[[], Callable[[Crops, int], Any]]
         if student is None:
-            make = functools.partial(_ours, *planned(setup, precision))
+            make = functools.partial(_ours, config, facts)
         else:
             start = torch.load(student, weights_only=True)
             make = functools.partial(_plain, **start, device=device, half=precision == "fp16")
@@ -216,10 +206,10 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
         pipe.send("ready")
         while (number := pipe.recv()) is not None:
             crops = batches[number % NUM_BATCHES]
-            finish_work(device)
+            wait_for(device)
             started = time.perf_counter()
             loss = step(crops, number)
-            finish_work(device)
+            wait_for(device)
             pipe.send((time.perf_counter() - started, float(loss)))
         pipe.send(memory.peak())
     except (EOFError, KeyboardInterrupt):
@@ -228,10 +218,10 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
         pipe.send(SideError(f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
-def _ours(config: Config, facts: Facts, splits: Splits) -> Callable[[Crops, int], Tensor]:
+def _ours(config: Config, facts: Facts) -> Callable[[Crops, int], Tensor]:
     if facts.accelerator == "cpu":
         keep_freed_memory()  # as a run does
-    _, step = build_ours(config, facts, splits)
+    step = build_ours(config, facts)
     return lambda crops, number: step(crops, Progress(number, 1000, 1000))["loss"]
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from step_process import Setup, accelerator, build_ours, finish_work, planned, prepared_crops
+from step_process import Setup, build_ours, noise_crops, planned
 
 from dino_lite.commands.pretrain import build, build_trainer, quiet_lightning
 from dino_lite.contracts import Crops, Progress
+from dino_lite.methods.timing import wait_for
 from dino_lite.runs import Run
 
 _NOT_TIMED = ("online_knn", "pictures", "checkpoints")  # they come seldom
@@ -45,11 +45,11 @@ class Alternating:
             crops = self.batches[number % len(self.batches)]
             started = time.perf_counter()
             self.step(crops, number)
-            finish_work(device)
+            wait_for(device)
             self.bare.append(time.perf_counter() - started)
             started = time.perf_counter()
             yield crops
-            finish_work(device)
+            wait_for(device)
             self.loop.append(time.perf_counter() - started)
 
 
@@ -62,9 +62,8 @@ def trainer_overhead(setup: Setup, warm_up: int, rounds: int) -> dict[str, Any]:
     off = [f"~callbacks.{name}" for name in _NOT_TIMED]
     made = planned(setup, "auto", f"trainer.max_steps={num_steps}", *off)
     config, facts, _ = made
-    device = torch.device(accelerator())
-    _, twin = build_ours(*made)
-    batches = [prepared_crops(setup, seed, device) for seed in range(2)]
+    twin = build_ours(config, facts)
+    batches = [noise_crops(config, seed) for seed in range(2)]
 
     def bare(crops: Crops, number: int) -> None:
         twin(crops, Progress(number, num_steps, num_steps))

@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # For the commands that tests start as well: no window opens, and users' mistakes are sentences.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.pop("HYDRA_FULL_ERROR", None)
+# Checked shapes raise false errors inside a graph, and a minute of compiling is none of a test's:
+# torch.compile gives functions back as they are, save to the tests that ask (`compiling`).
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 # The same examples every time and no folder written; a first example pays for imports: no deadline.
 hypothesis.settings.register_profile("dino_lite", deadline=None, derandomize=True, database=None)
@@ -38,6 +41,12 @@ def fixed_seeds_and_one_thread() -> None:
     np.random.seed(0)  # noqa: NPY002 - for libraries that draw from the global generator
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiling() -> dict[str, str]:
+    """The environment of a process that compiles, apart from this one."""
+    return {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
 
 
 @pytest.fixture(scope="session")

@@ -170,9 +170,9 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_and_share_a_graph() -> None:
+def test_compiled_blocks_give_the_same_and_share_a_graph(compiling: dict[str, str]) -> None:
     """In a process of its own, since checked shapes raise false errors inside a graph."""
     pytest.importorskip("torch._inductor.config")
     line = [sys.executable, "-c", _COMPILED]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=compiling)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

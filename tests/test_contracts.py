@@ -94,7 +94,7 @@ def test_a_part_of_targets_keeps_the_weights_of_the_batch() -> None:
     assert torch.equal(part.weight, weight[1:4])
     assert part.col is targets.col
     assert part.pairs is targets.pairs
-    assert torch.equal(part.probs(), targets.probs()[:, 1:4])
+    torch.testing.assert_close(part.probs(), targets.probs()[:, 1:4])
 
 
 def test_scores_know_their_logits() -> None:

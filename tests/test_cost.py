@@ -22,13 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino_lite import cost
 from dino_lite.backbones.blocks import set_memory
 from dino_lite.checkpoints import build_method
-from dino_lite.config import Config, compose, instantiate, put
+from dino_lite.commands.pretrain import build_module
+from dino_lite.config import Config, compose, put
 from dino_lite.contracts import Crops, Facts, Progress
 from dino_lite.cost import Group, Sizes, memory, sizes, work
 from dino_lite.estimate import EFFICIENCY, Estimate, peak_memory, predict, step_seconds
-from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step
-from dino_lite.optim.param_groups import param_groups
 from dino_lite.peaks import Peaks, free_memory, measure_peaks
 from dino_lite.plan import plan
 from test_conf import EXPERIMENTS, facts
@@ -50,17 +49,9 @@ def planned(*overrides: str, **changes: object) -> tuple[Config, Facts]:
 
 def build(config: Config) -> tuple[Step, Crops]:
     """Its real step, after the first (which makes the optimizer's state), and noise for it."""
-    optim, augment, num = config["optim"], config["augment"], config["loader"]["batch_size"]
-    method: Method = build_method(config)
-    step = Step(
-        method,
-        instantiate(config["loss"]),
-        instantiate(optim["optimizer"])(param_groups(method.student.named_parameters())),
-        learning_rate=instantiate(optim["learning_rate"]),
-        weight_decay=instantiate(optim["weight_decay"]),
-        micro_batch_size=config["trainer"]["micro_batch_size"],
-    )
+    augment, num = config["augment"], config["loader"]["batch_size"]
     large, small, num_local = (augment[k] for k in ("global_size", "local_size", "num_local"))
+    step = build_module(config, facts(**SHAPES)).bare_step()
     crops = Crops(
         globals_=torch.randn(2, num, 3, large, large),
         locals_=torch.randn(num_local, num, 3, small, small),

@@ -138,7 +138,9 @@ def test_the_teacher_is_the_student_at_step_0() -> None:
     method, crops = tiny_dino(drop_path=0.0), random_crops()
     match = method.compare(crops, method.targets(crops, START))["cls"]
     assert isinstance(match.target, Targets)
-    assert torch.equal(match.target.z, match.student.z[:2].detach())  # type: ignore[union-attr]
+    assert isinstance(match.student, Scores)
+    # Nearly: without slopes attention takes another kernel.
+    torch.testing.assert_close(match.target.z, match.student.z[:2].detach())
     teacher = method.ema.module.state_dict()
     assert all(
         torch.equal(value, teacher[name]) for name, value in method.student.state_dict().items()

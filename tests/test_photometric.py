@@ -159,7 +159,7 @@ def test_global_and_local_crops_have_their_own_draws() -> None:
     assert torch.equal(found.locals_, small)
 
 
-def test_it_compiles_to_one_graph() -> None:
+def test_it_compiles_to_one_graph(compiling: dict[str, str]) -> None:
     """Without a break, and with the plain function's results (no code is generated here).
 
     In a process of its own, for the checks of shapes in these tests are no part of a graph.
@@ -178,7 +178,8 @@ for function, arguments in ((change, (images, params)), (resized_crops, cut)):
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert (compiled(*arguments) - function(*arguments)).abs().max() <= 1
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+    line = [sys.executable, "-W", "ignore", "-c", program]
+    subprocess.run(line, check=True, env=compiling)
 
 
 # ------------------------------------------------------------------------------------ normalize

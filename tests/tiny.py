@@ -34,6 +34,8 @@ TINY = {
     "loader.num_workers": 0,
     "trainer.max_steps": 8,
     "trainer.accelerator": "cpu",
+    "trainer.precision": "32",  # whatever this CPU would choose
+    "trainer.compile": False,
     "optim.freeze_last_layer": "2 steps",
     "baselines": False,
 }

@@ -100,13 +100,7 @@ def build(
     config: Config, facts: Facts, splits: Splits, run: Run
 ) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
     """Data, method and step from a planned configuration; nothing is written."""
-    trainer, loader, optim = config["trainer"], config["loader"], config["optim"]
-    steps_per_epoch = facts.num_images / loader["batch_size"]
-    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
-    num_steps = None
-    if max_seconds is None:
-        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
-    clock = Clock(num_steps, max_seconds, steps_per_epoch)
+    loader, module = config["loader"], build_module(config, facts)
     datamodule = DataModule(
         splits,
         instantiate(config["augment"]),
@@ -116,10 +110,23 @@ def build(
         seed=config["seed"],
         max_bad_fraction=loader["max_bad_fraction"],
         draft=loader["draft"],
-        num_steps=num_steps,
+        num_steps=module.clock.num_steps,
         bad_files=run.folder / "bad_files.csv",
     )
-    datamodule.dtype = torch.float64 if str(trainer["precision"]) == "64" else torch.float32
+    double = str(config["trainer"]["precision"]) == "64"
+    datamodule.dtype = torch.float64 if double else torch.float32
+    callbacks = [instantiate(node) for node in (config["callbacks"] or {}).values() if node]
+    return datamodule, module, callbacks
+
+
+def build_module(config: Config, facts: Facts) -> PretrainModule:
+    """Method and step, with the clock that measures the run."""
+    trainer, optim = config["trainer"], config["optim"]
+    steps_per_epoch = facts.num_images / config["loader"]["batch_size"]
+    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
+    num_steps = None
+    if max_seconds is None:
+        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
@@ -135,12 +142,12 @@ def build(
     )
     method = build_method(config)
     set_memory(method, trainer["memory"], trainer["compile"])
+    clock = Clock(num_steps, max_seconds, steps_per_epoch)
     module = PretrainModule(
         method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"]
     )
-    step(method, optimizer=module.configure_optimizers())  # refuses what does not fit, now
-    callbacks = [instantiate(node) for node in (config["callbacks"] or {}).values() if node]
-    return datamodule, module, callbacks
+    module.bare_step()  # refuses what does not fit, now
+    return module
 
 
 def build_trainer(

@@ -47,6 +47,10 @@ class PretrainModule(pl.LightningModule):
         groups = param_groups(self.method.student.named_parameters(), self._decay_tokens)
         return self._make_optimizer(groups)
 
+    def bare_step(self) -> Step:
+        """The step without a trainer: of one process, with an optimizer of its own."""
+        return self.make_step(self.method, optimizer=self.configure_optimizers())
+
     def on_train_start(self) -> None:
         """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient
         exchange.

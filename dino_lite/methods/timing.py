@@ -66,7 +66,7 @@ def time_training(
     it: build it anew to use it.
     """
     module.method.to(device)
-    step = module.make_step(module.method, optimizer=module.configure_optimizers())
+    step = module.bare_step()
     at = module.clock.at(0, device)
 
     def seconds(size: int) -> float:
