@@ -165,6 +165,7 @@ class Backbone(Protocol):
     embed_dim: int
     patch_size: int
     in_chans: int
+    num_blocks: int
 
     def __call__(
         self,
@@ -287,6 +288,9 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """Measures a frozen backbone on a data set; knows no method."""
+    """Measures a frozen backbone on a data set (a FeatureStore); knows no method.
 
-    def __call__(self, backbone: Backbone, data: Any) -> dict[str, Any]: ...
+    One that reads more than the last block says so in `num_blocks`. Gives `eval.results.result`.
+    """
+
+    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]: ...

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -27,6 +30,40 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def start_group(accelerator: str) -> None:
+    """Join the other processes, where a launcher (torchrun, srun) has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if accelerator == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+
+
+def all_gather_cat(tensor: Tensor) -> Tensor:
+    """The rows of every process, in the order of ranks; processes may have different numbers of
+    them.
+    """
+    if not is_distributed():
+        return tensor
+    count = torch.tensor([len(tensor)], device=tensor.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    most = max(int(n) for n in counts)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """The plain `value` of every process, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:

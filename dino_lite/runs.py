@@ -49,7 +49,7 @@ def absolute_paths(config: Config) -> Config:
     def visit(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
-        if isinstance(node, str) and key in ("runs_dir", "out", "pack"):
+        if isinstance(node, str) and key in ("runs_dir", "features_dir", "out", "pack"):
             return str(Path(os.path.expandvars(node)).expanduser())
         if isinstance(node, str) and key.endswith(".labels"):  # a word, or a file below the root
             return str(Path(os.path.expandvars(node)).expanduser())

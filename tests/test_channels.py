@@ -23,7 +23,7 @@ from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.shapes import open_shapes
-from dino_lite.eval.features import pixel_features
+from dino_lite.eval.baselines import pixel_features
 from dino_lite.formats.safetensors import read_config
 from images import sentence
 from tiny import photos, tiny, train

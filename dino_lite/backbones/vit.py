@@ -61,6 +61,7 @@ class ViT(nn.Module):
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
         self.patch_embed.strict_img_size = False
+        self.num_blocks = len(self.blocks)
         self.cls_token: nn.Parameter = model.cls_token
         self.pos_embed: nn.Parameter = model.pos_embed
         self.grid = (image_size // patch_size, image_size // patch_size)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, results_file
+from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.distributed import rank, start_group
+from dino_lite.eval.baselines import raw_pixels, untrained
+from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
 from dino_lite.runs import absolute_paths, read_json, write_json
+
+
+class Subject(NamedTuple):
+    """What is measured: a checkpoint's backbone, the data it is measured on, and the name results
+    of other data than its own carry ("@name"; else "").
+    """
+
+    checkpoint: Path
+    backbone: Any
+    store: FeatureStore
+    suffix: str
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
@@ -22,11 +39,33 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 
 
 def run_evaluate(config: Config) -> dict[str, Any]:
-    """Print each result and merge all of them into results.json beside the checkpoint."""
+    """Print all results and merge them into results.json beside the checkpoint."""
     config = absolute_paths(config)
+    evaluations = build_evaluations(config)
+    subject = open_subject(config, evaluations)
+    data = subject.store.data
+    if rank() == 0:
+        print(f"{subject.checkpoint} on {data.splits.name}, {data.size} pixels", flush=True)
+    results = measure(subject, evaluations, bool(config["baselines"]), int(config["seed"]))
+    if rank() == 0:
+        print_results({"": results})
+        named = {f"{name}{subject.suffix}": found for name, found in results.items()}
+        keep(named, subject.checkpoint)
+    return results
+
+
+def build_evaluations(config: Config) -> dict[str, Any]:
+    """What `eval` names, by name."""
     evaluations = {name: instantiate(node) for name, node in (config.get("eval") or {}).items()}
     if not evaluations:
         raise UserError("eval= names no evaluation: choose eval=knn.")
+    return evaluations
+
+
+def open_subject(config: Config, evaluations: Mapping[str, Any]) -> Subject:
+    """The backbone that `checkpoint` names on its device, and its features on the data."""
+    accelerator = pick_accelerator(config["accelerator"], "accelerator")
+    start_group(accelerator)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     backbone, about = open_backbone(checkpoint)
     splits = open_data(config, checkpoint, about)
@@ -36,32 +75,44 @@ def run_evaluate(config: Config) -> dict[str, Any]:
             f"image_size={size}: a multiple of the backbone's patch size "
             f"{backbone.patch_size} is needed."
         )
-    data = CleanData(
-        splits,
-        size,
-        Normalize(about["mean"], about["std"]),
-        config["batch_size"],
-        config["num_workers"],
+    normalize = Normalize(about["mean"], about["std"])
+    data = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
+    backbone.to(torch.device(accelerator))
+    folder = None if config["features_dir"] is None else Path(config["features_dir"])
+    most = max(int(getattr(evaluation, "num_blocks", 1)) for evaluation in evaluations.values())
+    own = about["data"] is not None and config["data"].get("root") is None
+    return Subject(
+        checkpoint, backbone, FeatureStore(data, folder, most), "" if own else f"@{splits.name}"
     )
-    backbone.to(torch.device(pick_accelerator(config["accelerator"], "accelerator")))
-    print(f"{checkpoint} on {splits.name}, {size} pixels")
+
+
+def measure(
+    subject: Subject, evaluations: Mapping[str, Any], baselines: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Each evaluation's result, with data, pixels, unreadable images and seconds; with `baselines`
+    those of raw pixels and of the network untrained as well, under "baselines".
+    """
+    data = subject.store.data
+    others: dict[str, Any] = {}
+    if baselines:
+        others["raw pixels"] = raw_pixels(data, subject.backbone.patch_size).to(
+            next(subject.backbone.parameters()).device
+        )
+        others["untrained"] = untrained(subject.backbone, seed)
     results: dict[str, Any] = {}
     for name, evaluation in evaluations.items():
-        results[name] = evaluation(backbone, data) | {"data": splits.name, "image_size": size}
-        results[name]["unreadable"] = len(data.bad)
-        print(describe(name, results[name]))
-    keep(results, checkpoint)
+        started = time.monotonic()
+        found = evaluation(subject.backbone, subject.store)
+        found |= {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
+        found["seconds"] = round(time.monotonic() - started, 2)
+        if others:
+            found["baselines"] = {
+                title: {key: other[key] for key in ("value", "interval")}
+                for title, network in others.items()
+                for other in [evaluation(network, subject.store)]
+            }
+        results[name] = found
     return results
-
-
-def describe(name: str, result: dict[str, Any]) -> str:
-    """A result as lines of text."""
-    rows = [f"{name}: {result['protocol']}"]
-    if result["unreadable"]:
-        rows.append(f"  {result['unreadable']} images could not be read and are left out")
-    for k, accuracy in result.get("k", {}).items():
-        rows.append(f"  k={k:>4}  top-1 {accuracy['top1']:6.2f} %  top-5 {accuracy['top5']:6.2f} %")
-    return "\n".join(rows)
 
 
 def keep(results: dict[str, Any], checkpoint: Path) -> None:

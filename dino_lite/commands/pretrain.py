@@ -212,9 +212,7 @@ def finish(
     except (UserError, OSError, ValueError) as error:
         say(f"pictures were left out: {error}")
     if config["baselines"] and splits.train.labels is not None:
-        torch.manual_seed(int(config["seed"]))
-        untrained = instantiate(config["backbone"] | {"pretrained": None}).to(device)
-        run.add_results(knn_against_baselines(trained, untrained, data))
+        run.add_results(knn_against_baselines(trained, data, int(config["seed"])))
         say(baseline_table(run.results()))
     say(f"pictures, curves and results: {run.folder}")
     return run.results() | {"run": str(run.folder)}

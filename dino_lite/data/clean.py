@@ -53,6 +53,7 @@ class Batch(NamedTuple):
 
     images: UInt8[Tensor, "b C H W"]
     labels: Int[Tensor, "b"]
+    index: Int[Tensor, "b"]  # type: ignore[assignment]  # hides tuple.index, which nobody asks
     bad: list[tuple[int, str]]
 
 
@@ -66,7 +67,7 @@ class CleanImages(Dataset[Batch]):
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images, labels, bad = [], [], []
+        images, labels, read, bad = [], [], [], []
         prefetch(self.source, indices)
         for index in indices:
             try:
@@ -74,10 +75,12 @@ class CleanImages(Dataset[Batch]):
             except (OSError, ValueError) as error:
                 bad.append((index, reason(error)))
                 continue
+            read.append(index)
             labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
         pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 1), np.uint8)
         channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return Batch(channels_first, torch.tensor(labels, dtype=torch.int64), bad)
+        rows = torch.tensor([labels, read], dtype=torch.int64)
+        return Batch(channels_first, rows[0], rows[1], bad)
 
 
 class CleanData:
@@ -102,6 +105,13 @@ class CleanData:
         self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"]]]:
         """Normalized images and labels (-1: none), in the source's order, each image once."""
+        for images, labels, _ in self.indexed(source, device, dtype):
+            yield images, labels
+
+    def indexed(
+        self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"], Int[Tensor, "b"]]]:
+        """As `batches`, and the number of each image in the source, on the host."""
         pin = device.type == "cuda"
         loader = DataLoader(
             CleanImages(source, self.size),
@@ -110,11 +120,11 @@ class CleanData:
             collate_fn=_as_read,
             pin_memory=pin,
         )
-        for images, labels, bad in loader:
-            self.bad.update((source.name(index), reason) for index, reason in bad)
+        for images, labels, index, bad in loader:
+            self.bad.update((source.name(i), reason) for i, reason in bad)
             if len(images):
                 images = images.to(device, non_blocking=pin)
-                yield self.normalize(images, dtype), labels.to(device, non_blocking=pin)
+                yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
 
 
 def _as_read(batch: Any) -> Any:

@@ -4,25 +4,105 @@ training.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from dino_lite.contracts import Backbone
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dino_lite.backbones.build import build_backbone
+from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
-from dino_lite.eval.features import pixel_features
+from dino_lite.data.photometric import Normalize
+from dino_lite.eval.features import Features, device_of, extract
 from dino_lite.eval.knn import KNN
+from dino_lite.eval.store import FeatureStore
 
 
-def knn_against_baselines(
-    trained: Backbone, untrained: Backbone, data: CleanData
-) -> dict[str, Any]:
+class RawPixels(nn.Module):
+    """The backbone that learned nothing: an image's class token is the image itself at size x size
+    pixels less the mean image, a patch token the patch's pixels.
+
+    `normalize` is that of the images it will get: their scale a channel is undone.
+    """
+
+    num_blocks = 1
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, normalize: Normalize, patch_size: int, size: int = 32) -> None:
+        super().__init__()
+        scale = normalize.std.float().cpu()
+        self.in_chans, self.patch_size, self.size = len(scale), patch_size, size
+        self.embed_dim = self.in_chans * size**2
+        self.spec: dict[str, Any] = {"name": "raw_pixels", "patch_size": patch_size, "size": size}
+        self.register_buffer("scale", scale.reshape(1, -1, 1, 1))
+        self.register_buffer("mean", torch.zeros(self.embed_dim))
+
+    def forward(
+        self,
+        images: Float[Tensor, "n C H W"],
+        mask: Bool[Tensor, "n P"] | None = None,
+        cls_only: bool = False,
+    ) -> Tokens:
+        """Pixels as tokens; there is nothing to mask."""
+        images = images * self.scale
+        size = (self.size, self.size)
+        small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        patch = self.patch_size
+        patches = F.unfold(images, patch, stride=patch).transpose(1, 2)  # n P C*p*p
+        grid = (images.shape[2] // patch, images.shape[3] // patch)
+        return Tokens(small.flatten(1) - self.mean, patches, None, grid)
+
+    def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
+        """The same for each block that is asked for."""
+        tokens = self(images)
+        return [tokens for _ in blocks]
+
+    def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
+        """To every token alike: pixels look at nothing."""
+        num = 1 + images.shape[2] * images.shape[3] // self.patch_size**2
+        return images.new_full((len(images), 1, num, num), 1 / num)
+
+    def depth_of(self, name: str) -> int:
+        """There is one layer."""
+        return 0
+
+
+def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixels:
+    """Raw pixels, centered on the mean image of train."""
+    pixels = RawPixels(data.normalize, patch_size, size)
+    everything = extract(cast(Backbone, pixels), data, data.splits.train, torch.device("cpu"))
+    pixels.mean.copy_(everything.features.mean(dim=0))
+    return pixels
+
+
+def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
+    """What needs no learning: pixels of train and test at size x size, less train's mean image."""
+    pixels, (train, test, _) = cast(Backbone, raw_pixels(data, 8, size)), data.splits
+    cpu = torch.device("cpu")
+    found = extract(pixels, data, train, cpu)
+    return found, None if test is None else extract(pixels, data, test, cpu)
+
+
+def untrained(backbone: Backbone, seed: int = 0) -> nn.Module:
+    """The same network with fresh weights drawn from `seed`, where the backbone lives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = build_backbone(backbone.spec)
+    return fresh.to(device_of(backbone))
+
+
+def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> dict[str, Any]:
     """k-NN top-1 in percent at k = 20: `knn_raw_pixels` (32x32, mean image subtracted),
     `knn_untrained`, `knn_trained`.
     """
-    knn = KNN(ks=[20])
-    after = knn(trained, data)
+    knn, store = KNN(ks=[20]), FeatureStore(data)
+    after = knn(trained, store)
     return {
-        "knn_raw_pixels": round(knn.score(*pixel_features(data))["top1"], 2),
-        "knn_untrained": round(knn(untrained, data)["top1"], 2),
+        "knn_raw_pixels": round(knn(cast(Backbone, raw_pixels(data)), store)["top1"], 2),
+        "knn_untrained": round(knn(cast(Backbone, untrained(trained, seed)), store)["top1"], 2),
         "knn_trained": round(after["top1"], 2),
         "knn_protocol": f"k={after['top1_k']}, {after['protocol']}",
     }

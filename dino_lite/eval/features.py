@@ -7,19 +7,22 @@ from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
 
 
 class Features(NamedTuple):
-    """A row for each image in the source's order, float32 on the host; label -1: there is none."""
+    """A row for each readable image in the source's order, float32 on the host; label -1: there is
+    none. `index` numbers the images in their source.
+    """
 
     features: Float[Tensor, "N D"]
     labels: Int[Tensor, "N"]
+    index: Int[Tensor, "N"] | None = None  # type: ignore[assignment]  # hides tuple.index
 
     @property
     def num_classes(self) -> int:
@@ -29,30 +32,71 @@ class Features(NamedTuple):
     def labeled(self) -> Features:
         """The rows that have a label."""
         known = self.labels >= 0
-        return self if bool(known.all()) else Features(self.features[known], self.labels[known])
+        return self if bool(known.all()) else self.rows(known)
+
+    def rows(self, chosen: Tensor) -> Features:
+        """Some of the rows, by number or by truth."""
+        index = None if self.index is None else self.index[chosen]
+        return Features(self.features[chosen], self.labels[chosen], index)
+
+
+class Pooled(NamedTuple):
+    """What is kept of each readable image, float32 on the host: class tokens of the last n blocks,
+    each through the last norm, oldest first, and the mean of the last block's patch tokens.
+    """
+
+    cls: Float[Tensor, "N n D"]
+    patches: Float[Tensor, "N E"]
+    labels: Int[Tensor, "N"]
+    index: Int[Tensor, "N"]  # type: ignore[assignment]
+
+    def features(self, num_blocks: int = 1, patches: bool = False) -> Features:
+        """Class tokens of the last `num_blocks` side by side, with `patches` the mean patch after
+        them (DINO, appendix F.2; DINOv2, section 7.1).
+        """
+        parts = [self.cls[:, -num_blocks:].flatten(1)] + ([self.patches] if patches else [])
+        return Features(torch.cat(parts, dim=1), self.labels, self.index)
 
 
 def extract(backbone: Backbone, data: CleanData, source: Source, device: torch.device) -> Features:
     """CLS features of every image of `source`, without gradient, dropout or drop path."""
-    rows, labels = [], []
+    rows, labels, index = [], [], []
     dtype = dtype_of(backbone)
     with frozen(backbone):
-        for images, image_labels in data.batches(source, device, dtype):
-            rows.append(backbone(images).cls.float().cpu())
+        for images, image_labels, numbers in data.indexed(source, device, dtype):
+            rows.append(backbone(images, cls_only=True).cls.float().cpu())
             labels.append(image_labels.cpu())
-    return _join(rows, labels)
+            index.append(numbers)
+    if not rows:
+        raise UserError(_NOTHING)
+    return Features(torch.cat(rows), torch.cat(labels), torch.cat(index))
 
 
-def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
-    """What needs no learning: pixels of train and test at size x size, less train's mean image."""
-    splits = data.splits
-    train = _pixels(data, splits.train, size)
-    mean = train.features.mean(dim=0)
-    train = train._replace(features=train.features - mean)
-    if splits.test is None:
-        return train, None
-    test = _pixels(data, splits.test, size)
-    return train, test._replace(features=test.features - mean)
+def extract_pooled(
+    backbone: Backbone,
+    data: CleanData,
+    source: Source,
+    device: torch.device,
+    num_blocks: int = 1,
+    title: str = "",
+) -> Pooled:
+    """As `extract`, of the last `num_blocks` blocks, with a progress bar where `title` is given.
+
+    No row where no image could be read: another rank may have some.
+    """
+    dtype, found = dtype_of(backbone), []
+    wanted = list(range(-num_blocks, 0))
+    silent = None if title else True  # None: where the output is no terminal
+    with frozen(backbone), tqdm(total=len(source), desc=title, unit=" img", disable=silent) as bar:
+        for images, labels, index in data.indexed(source, device, dtype):
+            blocks = backbone.intermediate(images, wanted)
+            cls = torch.stack([tokens.cls for tokens in blocks], dim=1).float().cpu()
+            found.append((cls, blocks[-1].patches.mean(dim=1).float().cpu(), labels.cpu(), index))
+            bar.update(int(index[-1]) + 1 - bar.n)
+    if not found:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Pooled(torch.zeros(0, num_blocks, 0), torch.zeros(0, 0), none, none)
+    return Pooled(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 @contextmanager
@@ -71,26 +115,18 @@ def frozen(backbone: Backbone) -> Iterator[None]:
 
 def dtype_of(backbone: Backbone) -> torch.dtype:
     """What the backbone's weights are held in, and its images must be."""
-    return next(cast(nn.Module, backbone).parameters()).dtype
+    return _first_tensor(backbone).dtype
 
 
 def device_of(backbone: Backbone) -> torch.device:
     """Where the backbone lives."""
-    return next(cast(nn.Module, backbone).parameters()).device
+    return _first_tensor(backbone).device
 
 
-def _pixels(data: CleanData, source: Source, size: int) -> Features:
-    rows, labels = [], []
-    # The mean image takes Normalize's mean away again; its scale per channel has to be undone here.
-    scale = data.normalize.std.float().cpu().reshape(1, -1, 1, 1)
-    for images, image_labels in data.batches(source, torch.device("cpu"), torch.float32):
-        small = F.interpolate(images * scale, size=(size, size), mode="bilinear", antialias=True)
-        rows.append(small.flatten(1))
-        labels.append(image_labels.cpu())
-    return _join(rows, labels)
+def _first_tensor(backbone: Backbone) -> Tensor:
+    network = cast(nn.Module, backbone)
+    found = next(network.parameters(), None)
+    return next(network.buffers()) if found is None else found
 
 
-def _join(rows: list[Tensor], labels: list[Tensor]) -> Features:
-    if not rows:
-        raise UserError("The evaluation found no image it could read; check data.root.")
-    return Features(torch.cat(rows), torch.cat(labels))
+_NOTHING = "The evaluation found no image it could read; check data.root."

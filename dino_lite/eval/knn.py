@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, Source, UserError
-from dino_lite.data.clean import CleanData
-from dino_lite.eval.features import Features, device_of, extract
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.features import Features, device_of
+from dino_lite.eval.results import result
+from dino_lite.eval.store import FeatureStore
 
 _CELLS = 2**25  # similarities held at once: 128 MB, whatever the sizes of bank and test
 _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
@@ -43,16 +44,11 @@ class KNN:
             raise UserError(f"eval.knn.temperature={temperature}: it must be greater than 0.")
         self.ks, self.temperature = list(ks), temperature
 
-    def __call__(self, backbone: Backbone, data: CleanData) -> dict[str, Any]:
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """Accuracies of the CLS features by k, the protocol in words, and `top1` at k = 20."""
-        train, test = data.splits.train, data.splits.test
-        if test is not None and test.labels is None:
-            test = None
-        _require_labels(train)
-        device = device_of(backbone)
-        bank = extract(backbone, data, train, device)
-        queries = None if test is None else extract(backbone, data, test, device)
-        return self.score(bank, queries, device)
+        bank, queries = store.labeled(backbone, "k-NN")
+        asked = None if queries is None else queries.features()
+        return self.score(bank.features(), asked, device_of(backbone))
 
     def score(
         self, bank: Features, queries: Features | None, device: torch.device | None = None
@@ -85,14 +81,19 @@ class KNN:
             for k, accuracy in by_k.items()
         }
         headline = min(by_k, key=lambda k: (abs(k - _HEADLINE_K), k))
-        return {
-            "protocol": self._protocol(
-                len(bank.labels), None if queries is None else len(asked_of.labels)
-            ),
-            "k": table,
-            "top1": by_k[headline].top1,
-            "top1_k": headline,
-        }
+        num_queries = None if queries is None else len(asked_of.labels)
+        return result(
+            "k-NN top-1",
+            by_k[headline].top1,
+            protocol=self._protocol(len(bank.labels), num_queries),
+            settings={"k": headline, "temperature": self.temperature},
+            num_train=len(bank.labels),
+            num_test=len(asked_of.labels),
+            k=table,
+            table=[{"k": k, "top-1 %": a.top1, "top-5 %": a.top5} for k, a in by_k.items()],
+            top1=by_k[headline].top1,
+            top1_k=headline,
+        )
 
     def _protocol(self, num_bank: int, num_queries: int | None) -> str:
         images = (
@@ -217,11 +218,3 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _require_labels(source: Source) -> None:
-    if source.labels is None:
-        raise UserError(
-            "k-NN needs labels and the training images have none; "
-            "put them into class folders, or name a file with data.labels=FILE.csv."
-        )

@@ -1,0 +1,79 @@
+"""Results in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDTH = 120  # columns, where the output is no terminal
+
+
+def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row for each evaluation of each subject, its baselines below it; then what an evaluation
+    has to tell beside its one number.
+    """
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
+    names = list(subjects)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "measured by", "value", "95 % interval", "train", "test", "seconds"):
+        table.add_column(title, justify="left" if title in ("", "measured by") else "right")
+    for name in names:
+        for key, found in subjects[name].items():
+            table.add_row(
+                *(name or key, f"{found['metric']}{_settings(found)}", amount(found)),
+                *(interval(found), f"{found['num_train']:,}", f"{found['num_test']:,}"),
+                f"{found['seconds']:.1f}",
+            )
+            for title, other in found.get("baselines", {}).items():
+                other = other | {"unit": found["unit"]}
+                table.add_row(Text(f"  {title}", "dim"), "", amount(other), interval(other))
+    console.print(table)
+    for name in names:
+        for key, found in subjects[name].items():
+            title = f"{name}, {key}" if name else key
+            console.print(Text.assemble((title, "bold"), f": {found['protocol']}"))
+            if found["unreadable"]:
+                told = f"  {found['unreadable']} images could not be read and are left out"
+                console.print(told, highlight=False)
+            if found.get("table"):
+                console.print(_records(found["table"]))
+
+
+def amount(found: Mapping[str, Any]) -> str:
+    """A value with its unit."""
+    if found["unit"] == "%":
+        return f"{found['value']:.2f} %"
+    return f"{found['value']:.4g} {found['unit']}".rstrip()
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """From where to where, or nothing."""
+    if found["interval"] is None:
+        return ""
+    digits = ".2f" if found["unit"] == "%" else ".4g"
+    return " to ".join(f"{bound:{digits}}" for bound in found["interval"])
+
+
+def _settings(found: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{key}={_short(value)}" for key, value in found["settings"].items())
+    return f" ({told})" if told else ""
+
+
+def _records(records: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for title, value in records[0].items():
+        table.add_column(title, justify="left" if isinstance(value, str) else "right")
+    for record in records:
+        table.add_row(*(_short(value) for value in record.values()))
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return str(value)

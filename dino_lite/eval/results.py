@@ -1,0 +1,66 @@
+"""What an evaluation gives back: one number, how sure it is, and how it came about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_RESAMPLES = 1000
+_CELLS = 2**24  # draws held at once
+
+
+def result(
+    metric: str,
+    value: float,
+    *,
+    protocol: str,
+    settings: dict[str, Any],
+    num_train: int,
+    num_test: int,
+    scores: Float[Tensor, "n"] | None = None,
+    unit: str = "%",
+    **details: Any,
+) -> dict[str, Any]:
+    """Plain JSON. `value` is the headline, in `unit`; `scores` are its parts, one for each test
+    image, in the same unit: their mean is resampled for the 95 % `interval`.
+
+    `settings` are the numbers of the protocol (k, temperature, rate …); `details` may hold a
+    "table", records with the same keys, which the terminal and the report show.
+    """
+    return {
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "interval": None if scores is None else list(bootstrap(scores)),
+        "protocol": protocol,
+        "settings": settings,
+        "num_train": num_train,
+        "num_test": num_test,
+        **details,
+    }
+
+
+def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean: what lies between the 2.5th and the 97.5th percentile of the means
+    of 1,000 samples of as many scores, drawn with replacement (Efron 1979). Drawn from `seed`.
+    """
+    values = scores.double().cpu().numpy()
+    generator = np.random.default_rng(seed)
+    block = max(1, _CELLS // max(len(values), 1))
+    means = [
+        values[generator.integers(0, len(values), (min(block, _RESAMPLES - done), len(values)))]
+        .mean(axis=1)
+        .tolist()
+        for done in range(0, _RESAMPLES, block)
+    ]
+    low, high = np.percentile([mean for part in means for mean in part], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def percent(correct: Tensor) -> Float[Tensor, "n"]:
+    """100 where true, 0 where false."""
+    return 100.0 * correct.to(torch.float64)

@@ -1,0 +1,164 @@
+"""A data set through a frozen backbone: features that are extracted once, and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dino_lite.contracts import Backbone, Source, UserError
+from dino_lite.data.clean import CleanData
+from dino_lite.data.subset import Subset
+from dino_lite.distributed import all_gather_cat, all_gather_objects, rank, world_size
+from dino_lite.eval.features import Pooled, device_of, dtype_of, extract_pooled
+
+_FORMAT = "dino_lite features 1"  # what the files mean: another number where that changes
+
+
+class FeatureStore:
+    """What evaluations ask for features; `data` is there for those that need the images.
+
+    Features are kept in memory and, where `folder` is given, on disk, under a key of all that they
+    depend on: weights, images, size, normalization. Each rank extracts its part of the images; all
+    get all. `num_blocks`: at least so many are kept, for evaluations to come.
+    """
+
+    def __init__(self, data: CleanData, folder: Path | None = None, num_blocks: int = 1) -> None:
+        self.data, self.folder, self.num_blocks = data, folder, num_blocks
+        self._kept: dict[str, Pooled] = {}
+
+    def pooled(self, backbone: Backbone, source: Source, num_blocks: int = 1) -> Pooled:
+        """Features of every readable image of `source`, a split of `data`, in its order."""
+        most = min(max(num_blocks, self.num_blocks), backbone.num_blocks)
+        key = content_key(backbone, self.data, source, most)
+        if key not in self._kept:
+            found = self._read(key)
+            if found is None:
+                found = self._extract(backbone, source, most)
+                if rank() == 0:
+                    self._write(key, found, source)
+            self._kept[key] = found
+        return self._kept[key]
+
+    def labeled(
+        self, backbone: Backbone, what: str, num_blocks: int = 1
+    ) -> tuple[Pooled, Pooled | None]:
+        """Train and, where it is there and has labels, test; `what` is said of in messages."""
+        train, test = self.data.splits.train, self.data.splits.test
+        if train.labels is None:
+            raise UserError(
+                f"{what} needs labels and the training images have none; "
+                "put them into class folders, or name a file with data.labels=FILE.csv."
+            )
+        bank = self.pooled(backbone, train, num_blocks)
+        if test is None or test.labels is None:
+            return bank, None
+        return bank, self.pooled(backbone, test, num_blocks)
+
+    def _extract(self, backbone: Backbone, source: Source, num_blocks: int) -> Pooled:
+        """Rank r's images are the r-th of equal stretches: none twice, none left out."""
+        bounds = [len(source) * r // world_size() for r in (rank(), rank() + 1)]
+        rows = torch.arange(*bounds)
+        part = source if world_size() == 1 else Subset(source, rows.numpy())
+        title = "" if rank() else f"features of {len(source):,} images"
+        device = device_of(backbone)
+        own = extract_pooled(backbone, self.data, part, device, num_blocks, title)
+        shapes = [shape for shape in all_gather_objects(_shapes(own)) if shape[0][-1]]
+        if not shapes:
+            raise UserError("The evaluation found no image it could read; check data.root.")
+        if not len(own.labels):  # another rank knows the widths
+            cls, patches = (torch.zeros(0, *shape) for shape in shapes[0])
+            own = own._replace(cls=cls, patches=patches)
+        own = own._replace(index=rows[own.index])
+        for bad in all_gather_objects(dict(self.data.bad)):
+            self.data.bad.update(bad)
+        return Pooled(*(all_gather_cat(part.to(device)).cpu() for part in own))
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Pooled | None:
+        """What lies on disk; all ranks agree, as those without it would extract alone."""
+        path, found = self._path(key), None
+        if path is not None and path.is_file():
+            try:
+                with safe_open(path, "pt") as file:
+                    found = Pooled(*(file.get_tensor(name) for name in Pooled._fields))
+                    bad = json.loads(file.metadata()["bad"])
+            except (OSError, SafetensorError, KeyError, ValueError):
+                found = None  # half a file, or none of ours: extracted anew
+        if not all(all_gather_objects(found is not None)):
+            return None
+        self.data.bad.update(bad)
+        return found
+
+    def _write(self, key: str, pooled: Pooled, source: Source) -> None:
+        """Whole or not at all; a full disk costs the next evaluation its time, not this one."""
+        path = self._path(key)
+        if path is None:
+            return
+        names = {source.name(i) for i in set(range(len(source))) - set(pooled.index.tolist())}
+        bad = {name: why for name, why in self.data.bad.items() if name in names}
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: value.contiguous() for name, value in pooled._asdict().items()}
+            save_file(tensors, part, metadata={"format": _FORMAT, "bad": json.dumps(bad)})
+            os.replace(part, path)
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                part.unlink()
+
+
+def content_key(backbone: Backbone, data: CleanData, source: Source, num_blocks: int) -> str:
+    """32 hex digits over everything that features depend on."""
+    total = blake2b(digest_size=16)
+    about: list[Any] = [
+        *(_FORMAT, backbone.spec, str(dtype_of(backbone)), num_blocks, data.size),
+        *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
+        *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
+    ]
+    total.update(json.dumps(about).encode())
+    total.update(b"" if source.labels is None else source.labels.tobytes())
+    for part in (_rows(source), _stamps(source)):
+        total.update(part)
+    for name, value in cast(nn.Module, backbone).state_dict().items():
+        total.update(name.encode() + _bytes(value))
+    return total.hexdigest()
+
+
+def _rows(source: Source) -> bytes:
+    """Which images of a larger source these are."""
+    return source.rows.tobytes() if isinstance(source, Subset) else b""
+
+
+def _stamps(source: Source) -> bytes:
+    """Sizes and times of local files: the digest of paths knows nothing of what lies in them."""
+    path = getattr(source, "path", None)
+    if path is None:
+        return b""
+    total = blake2b(digest_size=16)
+    for i in range(len(source)):
+        try:
+            seen = os.stat(path(i))
+            total.update(f"{seen.st_size} {seen.st_mtime_ns}".encode())
+        except OSError:
+            total.update(b"-")  # behind a URL, or gone
+    return total.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def _shapes(pooled: Pooled) -> list[tuple[int, ...]]:
+    return [tuple(pooled.cls.shape[1:]), tuple(pooled.patches.shape[1:])]
