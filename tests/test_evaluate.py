@@ -1,0 +1,100 @@
+"""`dino-lite evaluate`: what it prints, what it keeps, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dino_lite.commands.evaluate import run_evaluate
+from dino_lite.config import compose
+from dino_lite.contracts import UserError
+from tiny import photos, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run with its checkpoint."""
+    return train(tmp_path_factory.mktemp("runs"))
+
+
+def evaluated(run: Path, *overrides: str) -> dict:
+    return run_evaluate(
+        compose("evaluate", [f"checkpoint={run}", f"runs_dir={run.parent}", *overrides])
+    )
+
+
+def test_a_result_says_all_that_is_needed_to_trust_it(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Value, protocol, settings, numbers of images, seconds: returned, printed, kept."""
+    found = evaluated(whole)["knn"]
+    assert {"metric", "value", "interval", "protocol", "settings", "seconds"} <= found.keys()
+    assert (found["num_train"], found["num_test"]) == (44, 20)
+    kept = json.loads((whole / "results.json").read_text())["last"]["knn"]
+    assert kept == found
+    told = capsys.readouterr().out
+    assert f"{found['value']:.2f} %" in told
+    assert found["protocol"][:40] in told
+
+
+def test_baselines_are_measured_by_the_same_protocol(whole: Path) -> None:
+    """Raw pixels and the network untrained, beside the checkpoint."""
+    found = evaluated(whole, "baselines=true")["knn"]
+    assert found["baselines"].keys() == {"raw pixels", "untrained"}
+    assert all(0 <= other["value"] <= 100 for other in found["baselines"].values())
+
+
+def test_other_data_has_results_of_its_own(whole: Path, tmp_path: Path) -> None:
+    """They stand beside those of the run's data, and do not replace them."""
+    own = evaluated(whole)
+    names = [
+        f"{split}/{label}/{i}.png" for split in ("train", "val") for label in "ab" for i in "12"
+    ]
+    evaluated(whole, f"data.root={photos(tmp_path / 'others', names)}")
+    kept = json.loads((whole / "results.json").read_text())["last"]
+    assert kept["knn"]["value"] == own["knn"]["value"]
+    assert kept["knn@others"]["data"] == "others"
+
+
+def test_features_are_kept_below_the_runs_and_may_be_kept_nowhere(
+    whole: Path, tmp_path: Path
+) -> None:
+    """`features_dir` names another folder, null none."""
+    evaluated(whole)
+    assert list((whole.parent / ".features").glob("*.safetensors"))
+    evaluated(whole, f"features_dir={tmp_path / 'x'}")
+    assert len(list((tmp_path / "x").iterdir())) == 2
+    before = list(whole.parent.rglob("*.safetensors"))
+    evaluated(whole, "features_dir=null")
+    assert list(whole.parent.rglob("*.safetensors")) == before
+
+
+def test_nothing_to_measure_is_a_sentence(whole: Path) -> None:
+    """eval= without a name."""
+    with pytest.raises(UserError, match="names no evaluation"):
+        evaluated(whole, "eval=[]")
+
+
+@pytest.mark.slow
+def test_several_processes_measure_what_one_does(whole: Path, tmp_path: Path) -> None:
+    """torchrun starts them; one of them writes, and no image is counted twice."""
+    alone = evaluated(whole, "features_dir=null")["knn"]
+    copy = tmp_path / "together"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line += ["-m", "dino_lite.commands.evaluate", f"checkpoint={whole}", "accelerator=cpu"]
+    line += [f"runs_dir={whole.parent}", f"features_dir={copy}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written to") == 1
+    together = json.loads((whole / "results.json").read_text())["last"]["knn"]
+    assert together["value"] == pytest.approx(alone["value"], abs=5.01)  # a tie may turn: one of 20
+    assert (together["num_train"], together["num_test"]) == (44, 20)
+    assert len(list(copy.glob("*.safetensors"))) == 2
