@@ -142,6 +142,11 @@ def check(config: Config, facts: Facts) -> None:
         raise UserError(f"trainer.precision={precision}: fp16 overflows in DINO; use bf16 or 32.")
     if precision not in ("32", "bf16", "64"):
         raise UserError(f"trainer.precision={precision}: choose auto, 32, bf16 or 64.")
+    if get(config, "trainer.compile") and not facts.compiler:
+        raise UserError(
+            "trainer.compile=true: torch.compile finds no C++ compiler (g++, or what CXX names; on "
+            "a GPU Triton as well); leave it out."
+        )
     _check_length(config, facts.num_images / batch_size)
 
 

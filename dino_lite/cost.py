@@ -128,16 +128,21 @@ class Work(NamedTuple):
         return self.linear + self.attention + self.prototypes
 
 
+_KNOWN = ("dino_lite.methods.dino.DINO", "dino_lite.backbones.build.vit")
+
+
 def sizes(config: Config) -> Sizes | None:
     """Read a planned configuration; None where it is not DINO of a ViT, whose cost is known.
 
     The network is built without storage, for its numbers only.
     """
+    if (config["method"]["_target_"], config["backbone"]["_target_"]) != _KNOWN:
+        return None  # code of others need not build on torch's meta device
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         backbone = instantiate(config["backbone"] | {"pretrained": None})
         method = instantiate(config["method"])(backbone=backbone)
-    if not isinstance(method, DINO) or not isinstance(backbone, ViT):
-        return None
+    assert isinstance(method, DINO)
+    assert isinstance(backbone, ViT)
     trainer, augment = config["trainer"], config["augment"]
     patch, channels = backbone.patch_size, backbone.in_chans
     crops = [(2, augment["global_size"]), (augment["num_local"], augment["local_size"])]

@@ -52,7 +52,8 @@ class Estimate(NamedTuple):
     def line(self) -> str:
         """One sentence."""
         rate = f"{_round(self.images_per_second)} images/s"
-        epochs = f"{_round(self.num_epochs)} epoch{'' if self.num_epochs == 1 else 's'}"
+        epochs = f"{_round(self.num_epochs)} epoch"
+        epochs += "" if epochs == "1 epoch" else "s"
         steps = f"{self.num_steps:,} step{'' if self.num_steps == 1 else 's'}"
         length = f"{epochs}, {steps} ≈ {_duration(self.seconds)} at {rate}"
         if self.timed:

@@ -46,9 +46,9 @@ def has_fast_bf16(accelerator: str) -> bool:
 
 
 def has_compiler(accelerator: str) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler, and Triton for a GPU."""
-    compiler = os.environ.get("CXX") or "g++"
-    found = any(shutil.which(name) for name in (compiler, "clang++", "c++"))
+    """Whether torch.compile finds what it needs: the C++ compiler it asks for, Triton for a GPU."""
+    usual = "clang++" if platform.system() == "Darwin" else "g++"
+    found = shutil.which(os.environ.get("CXX") or usual) is not None
     return found and (accelerator == "cpu" or find_spec("triton") is not None)
 
 
@@ -59,8 +59,9 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         most = 2**31 - 1
-        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: from what size on blocks are mapped apart
-        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: how much may lie free
+        # M_MMAP_THRESHOLD: from what size on blocks are mapped apart; some take 32 MiB at most
+        if libc.mallopt(-3, most) or libc.mallopt(-3, 32 * 2**20):
+            libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: how much may lie free
 
 
 def environment(facts: Facts) -> dict[str, Any]:

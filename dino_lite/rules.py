@@ -212,7 +212,8 @@ def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     num_parts = 1 if size is None else math.ceil(kept_bytes(size) / _KEPT)
     if size is None or num_parts == 1:
         return 0, "the whole batch"
-    return math.ceil(size.num_images / num_parts), f"{num_parts} parts, for half the memory"
+    images = math.ceil(size.num_images / num_parts)
+    return images, f"{math.ceil(size.num_images / images)} parts, for less memory"
 
 
 def _compile(config: Config, facts: Facts) -> tuple[bool, str]:

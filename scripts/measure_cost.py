@@ -28,7 +28,7 @@ from dino_lite.config import Config, compose
 from dino_lite.contracts import Facts, Progress
 from dino_lite.cost import sizes, work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
-from dino_lite.machine import has_fast_bf16
+from dino_lite.machine import has_compiler, has_fast_bf16
 from dino_lite.methods.timing import wait_for
 from dino_lite.peaks import measure_peaks
 
@@ -83,6 +83,7 @@ def planned(name: str, threads: int) -> tuple[Config, Facts]:
         num_devices=1,
         num_cores=threads + 1,
         bf16=has_fast_bf16(accelerator),
+        compiler=has_compiler(accelerator),
     )
     return plan(compose("pretrain", overrides), facts).config, facts
 

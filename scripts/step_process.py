@@ -193,14 +193,15 @@ def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> Non
     """A side: says when it stands, takes a step for each number, at None tells its memory."""
     try:
         device = torch.device(accelerator())
-        config, facts, _ = planned(setup, precision)
+        half = precision == "fp16"  # the plain side's alone: a run of ours refuses it
+        config, facts, _ = planned(setup, "32" if half else precision)
         batches = [noise_crops(config, seed) for seed in range(NUM_BATCHES)]
         make: Callable[[], Callable[[Crops, int], Any]]
         if student is None:
             make = functools.partial(_ours, config, facts)
         else:
             start = torch.load(student, weights_only=True)
-            make = functools.partial(_plain, **start, device=device, half=precision == "fp16")
+            make = functools.partial(_plain, **start, device=device, half=half)
         memory = Memory(device)
         step = make()
         pipe.send("ready")

@@ -111,7 +111,16 @@ def test_operations_of_a_step_are_those_that_torch_counts() -> None:
     with counter:
         plain(as_list(crops))
     setup = Setup("tiny", "vit", 8, 16, 8, 2, 24, 4, hidden_dim=16, bottleneck_dim=8)
-    assert step_flops(setup, method.student.state_dict()) == counter.get_total_flops()
+    weights = method.student.state_dict()
+    assert step_flops(setup, weights) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        method.student.backbone(torch.cat([*crops.globals_]), cls_only=True)
+        less = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        method.student.backbone(torch.cat([*crops.globals_]))
+        less = counter.get_total_flops() - less
+    ours = step_flops(setup._replace(num_local=0), weights, cls_only=True)
+    assert step_flops(setup._replace(num_local=0), weights) - ours == (1 + 3) * less
 
 
 @pytest.mark.slow
@@ -157,6 +166,18 @@ def test_a_side_that_fails_says_why_and_leaves_the_others(
     (found,) = json.loads(file.read_text())
     assert "local_size" in found["error"]
     assert found["ratio"] is None
+
+
+def test_the_side_of_a_gpu_can_be_built(tmp_path: Path) -> None:
+    """Half precision is the plain side's alone; a run of ours would refuse it."""
+    import bench_step
+    import step_process
+
+    student = tmp_path / "student.pt"
+    step_process.save_student(bench_step.TINY, student)
+    with step_process.Side("reference", bench_step.TINY, "fp16", student) as side:
+        side.wait()
+        assert math.isfinite(side.step(0)[1])
 
 
 def test_the_plain_step_in_half_precision_is_nearly_the_other() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,6 +139,20 @@ def test_under_bfloat16_autocast_the_slopes_are_near_float32s() -> None:
             assert float((a - b).norm()) < 0.05 * float(b.norm()) + 1e-6
 
 
+def test_an_activation_with_weights_is_trained_whatever_is_kept() -> None:
+    """A PReLU's slope gets its gradient in all three."""
+    found = []
+    for memory in ("high", "normal", "low"):
+        torch.manual_seed(0)
+        vit = ViT(
+            image_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, act_layer="prelu"
+        )
+        run_blocks(list(vit.blocks), torch.randn(2, 5, 12), None, memory).square().sum().backward()
+        found.append([block.mlp.act.weight.grad for block in vit.blocks])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
 def test_memory_is_set_in_every_transformer_inside() -> None:
     """Wherever it lies; other parts are left alone."""
     inner = make_vit()
@@ -167,6 +183,43 @@ assert not breaks, breaks
 assert frames <= 3, frames  # the first, those between, and the last
 print("equal")
 """
+
+
+_WHOLE_STEP = """
+import torch
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+plain = torch.compile
+torch.compile = lambda function, **kwargs: plain(function, backend="eager", **kwargs)
+from dino_lite.backbones.blocks import set_memory
+from dino_lite.contracts import Progress
+from test_dino import make_step, random_crops, tiny_dino
+method = tiny_dino(drop_path=0.3)
+set_memory(method, "normal", True)
+step = make_step(method, micro_batch_size=3)
+for _ in range(2):
+    step(random_crops(8), Progress(0, 10, 5))
+stats = torch._dynamo.utils.counters["stats"]
+trained = stats["unique_graphs"]
+with torch.inference_mode():
+    method.export_backbone()(torch.randn(5, 3, 24, 24))
+assert stats["unique_graphs"] == trained, "an evaluation was compiled"
+# two sizes of crops, first and last block, micro-batches of 3 and 2; the teacher's first and last
+assert trained <= 2 * 2 * 2 + 2, trained
+print("fits")
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_step_compiles_few_graphs_and_evaluations_none(
+    compiling: dict[str, str], root: Path
+) -> None:
+    """Crops of two sizes, stochastic depth, uneven micro-batches: below torch's limit."""
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    line = [sys.executable, "-W", "ignore", "-c", _WHOLE_STEP]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=600, env=compiling | {"PYTHONPATH": paths}
+    )
+    assert done.stdout.strip() == "fits", done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -344,11 +344,11 @@ def test_too_little_memory_is_said_with_a_micro_batch_that_fits() -> None:
     assert "trainer.memory=low" in (short.warning(low) or "")
 
 
-def test_a_method_whose_cost_is_not_known_gets_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_whose_cost_is_not_known_gets_no_estimate() -> None:
     """Somebody's own method trains without one."""
     config, _ = planned()
-    monkeypatch.setattr(cost, "DINO", type("Another", (), {}))
-    assert sizes(config) is None
+    assert sizes(put(config, "method._target_", "somebody.Method")) is None
+    assert sizes(put(config, "backbone._target_", "somebody.Network")) is None
 
 
 @pytest.mark.parametrize("precision", ["32", "64"])

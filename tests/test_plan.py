@@ -174,6 +174,7 @@ REFUSED = {
     "trainer.max_steps=2 'optim.learning_rate.warmup=10 epochs'": "longer than the run",
     "trainer.max_time=soon": "a positive time",
     "trainer.precision=16": "fp16",
+    "trainer.compile=true": "finds no C",
     "trainer.precision=8": "choose auto, 32, bf16 or 64",
     "+trainer.max_epoch=3": "no such key",
 }

@@ -95,6 +95,22 @@ def test_value_and_gradients_are_the_double_loops(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("learning", ["z", "direction", "length"])
+def test_what_alone_is_trained_has_the_slope_it_has_beside_others(learning: str) -> None:
+    """Frozen directions, lengths or students change no other gradient."""
+    inputs = {"z": randn(3, 4, 5), "direction": randn(7, 5), "length": torch.rand(7, 1).double()}
+    targets = make_targets(randn(2, 4, 7), randn(7), 0.1, cross_view_pairs(2, 3), randn(4).abs())
+
+    def slope(names: list[str]) -> Tensor:
+        some = {n: t.clone().requires_grad_(n in names) for n, t in inputs.items()}
+        scores = Scores(some["z"], Prototypes(some["direction"], some["length"]))
+        prototype_cross_entropy(scores, targets, 0.2).backward()
+        assert [n for n, t in some.items() if t.grad is not None] == names
+        return some[learning].grad
+
+    torch.testing.assert_close(slope([learning]), slope([*inputs]))
+
+
 @pytest.mark.parametrize("num_local", range(9))
 def test_every_number_of_local_crops_gives_the_papers_mean(num_local: int) -> None:
     """Two teacher crops against two plus `num_local` student crops, equation 3."""

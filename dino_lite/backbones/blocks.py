@@ -39,14 +39,20 @@ def run_blocks(
 
     `memory` says what is kept for the backward pass: high all, normal all but what the MLP's
     activation has made, low the tokens between blocks. The rest is made again. A compiled block
-    chooses for itself, where `memory` is not low.
+    chooses for itself, where `memory` is not low. Evaluations, which know sizes of their own, are
+    not compiled.
     """
     if not torch.is_grad_enabled():
         memory = "high"
-    project = _project_again if memory == "normal" and not compiled else _project
+    compiled = compiled and not torch.is_inference_mode_enabled()
+    # A graph that has scales is another than one without: the first block, which never drops, gets
+    # ones where others draw.
+    ones = compiled and any(_drop_prob(block.drop_path1) for block in blocks)
     for i, block in enumerate(blocks):
+        again = memory == "normal" and not compiled and not any(block.mlp.act.parameters())
+        project = _project_again if again else _project
         queries = last_queries if i == len(blocks) - 1 else None
-        scales = _draw_scales(block, tokens)
+        scales = _draw_scales(block, tokens, ones)
         run = partial(_compiled() if compiled else run_block, block)
         if memory == "low":
             tokens = checkpoint(run, tokens, scales, queries, project, use_reentrant=False)
@@ -80,6 +86,11 @@ def run_block(
 @cache
 def _compiled() -> Callable[..., Tensor]:
     """run_block as one graph for each shape: all blocks of a network share it."""
+    # Sizes of crops x places in the network x student and teacher x sizes of micro-batches: torch
+    # would stop at eight, and go on without a graph.
+    settings: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+    setattr(settings, name, max(getattr(settings, name), 64))
     compiled: Callable[..., Tensor] = torch.compile(run_block, dynamic=False)
     return compiled
 
@@ -127,16 +138,22 @@ def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _draw_scales(block: Any, tokens: Tensor) -> Scales:
+def _draw_scales(block: Any, tokens: Tensor, ones: bool = False) -> Scales:
     """Stochastic depth's factors of the two halves of a block: 0 where a sample skips one, else
-    1/(1 - p).
+    1/(1 - p); without stochastic depth none, or with `ones` 1.
     """
     scales: list[Tensor | None] = []
     for drop in (block.drop_path1, block.drop_path2):
-        prob = float(getattr(drop, "drop_prob", None) or 0.0) if drop.training else 0.0
-        keep = tokens.new_empty(len(tokens), 1, 1).bernoulli_(1 - prob) if prob else None
-        scales.append(None if keep is None else keep.div_(1 - prob))
+        prob = _drop_prob(drop)
+        keep = tokens.new_ones(len(tokens), 1, 1) if ones or prob else None
+        if keep is not None and prob:
+            keep.bernoulli_(1 - prob).div_(1 - prob)
+        scales.append(keep)
     return scales[0], scales[1]
+
+
+def _drop_prob(drop: Any) -> float:
+    return float(getattr(drop, "drop_prob", None) or 0.0) if drop.training else 0.0
 
 
 def _add(tokens: Tensor, more: Tensor, scale: Tensor | None) -> Tensor:

@@ -170,7 +170,8 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
     small = min(_TIMED_BATCH, batch_size)
     timed = put(put(config, "loader.num_workers", 0), "loader.batch_size", small)
     length = {"max_steps": 10**9, "max_epochs": None, "max_time": None}
-    timed |= {"trainer": trainer | length, "callbacks": None}
+    # A graph for each of the sizes that are timed would take minutes.
+    timed |= {"trainer": trainer | length | {"compile": False}, "callbacks": None}
     datamodule, module, _ = build(timed, facts, splits, Run(out))
     datamodule.bad_files.path = None  # all of them are listed already
     loaded = time_loading(datamodule)

@@ -68,12 +68,13 @@ class _CrossEntropy(torch.autograd.Function):
                 value, given, rows, weights = _part(z_part, v, scales, part, temp)
                 total += value
                 slope_z[:, start:stop] = given
-                if ctx.needs_input_grad[1]:
+                if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                     slope_v = weights @ rows if slope_v is None else slope_v.addmm_(weights, rows)
         slope_g = None
         if slope_v is not None and ours.length is not None:
             slope_g = _through_norm_(slope_v, ours.direction, ours.length)
-        ctx.save_for_backward(slope_z, slope_v, slope_g if ctx.needs_input_grad[2] else None)
+        wanted = zip(ctx.needs_input_grad, (slope_z, slope_v, slope_g), strict=False)
+        ctx.save_for_backward(*(slope if needed else None for needed, slope in wanted))
         ctx.dtypes = z.dtype, direction.dtype, None if length is None else length.dtype
         return total
 
