@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
 from timm.layers.mlp import GluMlp
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -76,7 +76,9 @@ def run_block(
         queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
     queries = _add(queries, parts.ls1(mixed), scales[0])
     hidden = parts.mlp.fc1(parts.norm2(queries))
-    return _add(queries, parts.ls2(project(_activation(parts.mlp), hidden, parts.mlp.fc2)), scales[1])
+    return _add(
+        queries, parts.ls2(project(_activation(parts.mlp), hidden, parts.mlp.fc2)), scales[1]
+    )
 
 
 def _activation(mlp: Any) -> Activation:

@@ -5,7 +5,7 @@ that DINO needs.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import Memory, run_blocks
 from dino_lite.contracts import Tokens, UserError
-
-MLP = Literal["gelu", "swiglu"]
 
 
 class ViT(nn.Module):
@@ -78,8 +76,8 @@ class ViT(nn.Module):
         self.pos_embed = _with_class_position(model.pos_embed, self.cls_token, model.no_embed_class)
         self.register_tokens: nn.Parameter | None = model.reg_token
         self.num_registers = self.spec["num_registers"] = model.num_reg_tokens
-        empty = nn.Parameter(torch.zeros(1, self.embed_dim)) if mask_token else None
-        self.register_parameter("mask_token", empty)
+        nothing = torch.zeros(1, self.embed_dim)
+        self.mask_token: nn.Parameter | None = nn.Parameter(nothing) if mask_token else None
         self.spec["mask_token"] = mask_token
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.memory: Memory = "normal"  # see run_blocks; it and `compiled` change no result
@@ -102,8 +100,6 @@ class ViT(nn.Module):
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
     ) -> tuple[Float[Tensor, "n N D"], tuple[int, int]]:
         """Tokens before the first block, and their grid."""
-        if mask is not None and self.mask_token is None:
-            raise NotImplementedError("this backbone has no mask token: set mask_token=true")
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -114,6 +110,8 @@ class ViT(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)  # n P D
         if mask is not None:
+            if self.mask_token is None:
+                raise NotImplementedError("this backbone has no mask token: set mask_token=true")
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(len(images), -1, -1)
         tokens = torch.cat([cls, patches], dim=1) + self.positions(grid)
@@ -198,7 +196,7 @@ def _timm_vit(
     name: str,
     sizes: dict[str, Any],
     num_registers: int | None = None,
-    mlp: MLP | None = None,
+    mlp: str | None = None,
     norm_eps: float | None = None,
     **architecture: Any,
 ) -> Any:

@@ -45,9 +45,10 @@ class Opened(NamedTuple):
             f"weights in {self.layout}'s layout: all {self.num_weights} of the backbone are there",
             "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
         ]
-        for title, names in (("left unused", self.fit.unused), ("adapted", self.fit.adapted)):
-            if names:
-                told.append(f"{title}: {_summary(names)}")
+        if self.fit.unused:
+            told.append(f"left unused: {_summary(self.fit.unused, 2)}")
+        if self.fit.adapted:
+            told.append(f"adapted: {_summary(self.fit.adapted, 4)}")
         return told
 
 
@@ -62,9 +63,7 @@ def load_pretrained(backbone: ViT, path: str | Path) -> Fit:
     return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
 
 
-def open_weights(
-    path: str | Path, key: str = "checkpoint", **overrides: Any
-) -> tuple[ViT, Opened]:
+def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> tuple[ViT, Opened]:
     """The backbone in a file or folder of dino_lite, DINO, DINOv2, timm or Hugging Face, in eval
     mode, and what is known of it.
 
@@ -87,13 +86,14 @@ def open_timm(name: str) -> tuple[ViT, Opened]:
     """The timm model `name` with its published weights, downloaded unless the cache has them."""
     asked = f"checkpoint=timm:{name}"
     try:
-        about = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()
+        told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            stem = getattr(timm.create_model(name, num_classes=0), "patch_embed", None)
-    except (RuntimeError, ValueError, AttributeError) as error:
+            stem: Any = getattr(timm.create_model(name, num_classes=0), "patch_embed", None)
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{asked}: timm has no such model: {error}.") from error
     if not hasattr(stem, "patch_size"):
         raise UserError(f"{asked} is no vision transformer, and others cannot be opened.")
+    about = told.to_dict()
     in_chans, image_size, _ = about["input_size"]
     spec = {"name": name, "image_size": image_size, "patch_size": stem.patch_size[0]}
     _empty(spec)  # refuses what is not ours before anything is downloaded
@@ -205,9 +205,10 @@ def _normalization(
     return found[0], found[1]
 
 
-def _summary(names: list[str]) -> str:
-    """Names with their blocks' numbers and last parts left out, counted."""
-    short = Counter(re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0] or name for name in names)
+def _summary(names: list[str], num_parts: int) -> str:
+    """The first parts of names, without their last and with * for blocks' numbers, counted."""
+    split = [re.sub(r"\.\d+(?=\.)", ".*", name).split(".") for name in names]
+    short = Counter(".".join(parts[:-1][:num_parts]) or parts[0] for parts in split)
     kinds = sorted(short.items(), key=lambda kind: -kind[1])
     shown = ", ".join(f"{kind} ({num})" if num > 1 else kind for kind, num in kinds[:4])
     rest = sum(num for _, num in kinds[4:])

@@ -118,8 +118,7 @@ def measure(
 
 
 def keep(results: dict[str, Any], checkpoint: Path) -> None:
-    """Merge into results.json: under the checkpoint's name (last, best) in a run, else at the top.
-    """
+    """Merge into results.json: under the checkpoint's name (last, best) where that is a run's."""
     path = results_file(checkpoint)
     before = read_json(path) if path.is_file() else {}
     if run_of(checkpoint):
