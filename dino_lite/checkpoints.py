@@ -1,4 +1,6 @@
-"""What `checkpoint=` names: how it is found, and opened as a backbone with its data."""
+"""What `checkpoint=` names: how it is found, and opened as a backbone with its data. Weights that
+somebody else made are opened too (backbones/weights.py).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dino_lite.backbones.files import read_about, weights_file
+from dino_lite.backbones.weights import Opened, open_timm, open_weights
 from dino_lite.config import Config, instantiate, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import first_readable
@@ -15,16 +19,21 @@ from dino_lite.formats.safetensors import load_backbone, read_config
 from dino_lite.methods.method import Method
 from dino_lite.runs import Run
 
+_TIMM = "timm:"
+
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
-    """The .ckpt file or exported folder that `checkpoint=` names: a run, a file, an export, or
-    "latest".
+    """The file or exported folder that `checkpoint=` names: a run, a .ckpt file, an export, a file
+    or folder of weights somebody else made, or "latest". "timm:NAME" is given back below
+    `runs_dir`, where its results are kept.
     """
     if not checkpoint:
         raise UserError(
             "checkpoint= is missing: name a run's folder, a .ckpt file, an exported folder, "
-            "or latest."
+            "a file of weights, timm:NAME, or latest."
         )
+    if checkpoint.startswith(_TIMM):
+        return Path(runs_dir) / checkpoint
     if checkpoint == "latest":
         runs = sorted(
             Path(runs_dir).glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime
@@ -39,19 +48,29 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
     for candidate in (path, Path(runs_dir) / checkpoint):
         if candidate.is_file():
             return candidate
-        if (candidate / "model.safetensors").is_file():
-            return candidate
+        inside = weights_file(candidate)
+        if inside.is_file():
+            return inside if _is_foreign(inside) else candidate
         if (candidate / "checkpoints" / "last.ckpt").is_file():
             return candidate / "checkpoints" / "last.ckpt"
     raise UserError(
-        f"checkpoint={checkpoint}: this is no run, no .ckpt file and no exported folder."
+        f"checkpoint={checkpoint}: this is no run, no file of weights and no exported folder."
+    )
+
+
+def _is_foreign(inside: Path) -> bool:
+    """Whether the folder that a file of weights lies in is timm's or Hugging Face's."""
+    about = read_about(inside)
+    return inside.suffix == ".bin" or any(
+        key in about for key in ("architecture", "architectures", "model_type")
     )
 
 
 def run_of(checkpoint: Path) -> Run | None:
-    """The run a checkpoint file belongs to; None for an export."""
-    folder = checkpoint.parent.parent
-    return Run(folder) if checkpoint.is_file() and (folder / "config.yaml").is_file() else None
+    """The run a checkpoint file belongs to; None for all else."""
+    run = Run(checkpoint.parent.parent)
+    inside = checkpoint.parent == run.checkpoints and checkpoint.is_file()
+    return run if inside and run.config_file.is_file() else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -68,21 +87,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
-    """The backbone of a checkpoint (the teacher's) or of an export, in eval mode, and what is known
-    of it.
+    """The backbone of a checkpoint (the teacher's), of an export, or of weights somebody else made,
+    in eval mode, and what is known of it.
 
-    Known are in_chans, image_size, mean, std, card (plain JSON: what trained it) and data (its
-    run's data configuration or None).
+    Known are in_chans, image_size, mean, std, card (plain JSON: what trained it), data (its run's
+    data configuration or None), and of somebody else's weights `told`: sentences on what fitted.
     """
     if checkpoint.is_dir():
         about = read_config(checkpoint)
         return load_backbone(checkpoint), about | {"data": None}
     run = run_of(checkpoint)
     if run is None:
-        raise UserError(
-            f"{checkpoint}: config.yaml of its run is not two folders up; keep checkpoints in "
-            "their run."
-        )
+        name = checkpoint.name
+        timms = name.startswith(_TIMM)
+        return _about(name, *(open_timm(name[len(_TIMM) :]) if timms else open_weights(checkpoint)))
     config = load(run.config_file)
     content = read_checkpoint(checkpoint)
     method = build_method(put(config, "backbone.pretrained", None))
@@ -104,13 +122,26 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
     return method.export_backbone().float().eval(), about
 
 
+def _about(name: str, backbone: Any, opened: Opened) -> tuple[Any, Config]:
+    """Somebody else's backbone in `open_backbone`'s words."""
+    return backbone, {
+        "in_chans": backbone.in_chans,
+        "image_size": opened.image_size,
+        "mean": list(opened.mean),
+        "std": list(opened.std),
+        "data": None,
+        "card": {"weights": name, "layout": opened.layout},
+        "told": opened.sentences(),
+    }
+
+
 def open_data(config: Config, checkpoint: Path, about: Config) -> Splits:
     """The data that was asked for, or where none was the run's own, in the backbone's channels."""
     asked: Config = config["data"]
     if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
         if about["data"] is None:
             raise UserError(
-                f"{checkpoint} is an export and knows no data: give data.root=, or data=shapes."
+                f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
         asked = about["data"]
     elif asked.get("channels") == 3:  # what stands there where nobody asked
@@ -126,13 +157,15 @@ def open_data(config: Config, checkpoint: Path, about: Config) -> Splits:
 
 
 def results_file(checkpoint: Path) -> Path:
-    """Where results about a checkpoint are kept: its run's results.json, or an export's own."""
+    """Where results about a checkpoint are kept: its run's results.json, an export's own, or one
+    beside a file of weights that is called after it.
+    """
     run = run_of(checkpoint)
-    return (
-        run.results_file
-        if run
-        else (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "results.json"
-    )
+    if run is not None:
+        return run.results_file
+    if checkpoint.is_dir():
+        return checkpoint / "results.json"
+    return checkpoint.with_name(f"{checkpoint.name.replace(':', '_')}.results.json")
 
 
 def build_method(config: Config) -> Method:

@@ -21,18 +21,19 @@ from dino_lite.methods.dino import DINO
 
 class Block(NamedTuple):
     """How a transformer block is computed. Floats are those of a token: D its width, H the hidden
-    width of its MLP, h heads, N tokens of a crop.
+    width of its MLP (of both halves, where one is the gate), h heads, N tokens of a crop.
     """
 
     # kept for the backward pass: 2·D in the weights' precision (what both norms take in) and, in
     # the run's, 6·D (what both norms give, queries, keys, values, attention) + H (before GELU; and
     # after it, where memory is high) + 0·h·N (attention weights, which a fused kernel does not
-    # keep); where memory is low, what the block takes in alone
+    # keep) + 2·D (what LayerScale takes in); where memory is low, what the block takes in alone
     kept_wide: float = 2.0
     kept_width: float = 6.0
     kept_hidden: float = 1.0
     kept_hidden_high: float = 2.0
     kept_scores: float = 0.0
+    kept_layer_scale: float = 2.0
     # alive at once while a block is computed without gradient, and beside the kept while it is
     # gone through backward (slopes of what is at hand)
     forward_width: float = 3.0
@@ -42,6 +43,7 @@ class Block(NamedTuple):
     # read and written outside products: norms, sums, GELU, biases' gradients
     moved_forward: tuple[float, float] = (10.0, 2.0)  # times D, times H
     moved_backward: tuple[float, float] = (17.0, 4.0)
+    moved_layer_scale: tuple[float, float] = (4.0, 10.0)  # forward, backward; times D
     attention_backward: float = 2.5  # of forward: the fused kernel makes its weights again
     class_token_last: bool = True  # the last block: keys and values of all, the rest of one
     calls_forward: float = 14.0  # operations handed to the device
@@ -90,7 +92,6 @@ class Sizes(NamedTuple):
     num_heads: int
     hidden: int  # of a block's MLP, before its last layer
     block_weights: int  # of the layers of a block
-    patch_values: int
     head: tuple[int, ...]  # widths, from the backbone's to the bottleneck
     num_prototypes: int
     num_student: int  # weights, all
@@ -101,6 +102,7 @@ class Sizes(NamedTuple):
     float_bytes: int  # of a float that is kept in the run's precision
     on_cpu: bool
     memory: Memory
+    layer_scale: bool = False
 
     @property
     def num_teacher_crops(self) -> int:
@@ -157,14 +159,15 @@ def sizes(config: Config) -> Sizes | None:
         num_images=num_images,
         micro_batch_size=min(trainer["micro_batch_size"] or num_images, num_images),
         groups=tuple(
-            Group(num, (size // patch) ** 2 + 1, channels * size**2) for num, size in crops if num
+            Group(num, (size // patch) ** 2 + 1 + backbone.num_registers, channels * size**2)
+            for num, size in crops
+            if num
         ),
         width=backbone.embed_dim,
         depth=len(backbone.blocks),
         num_heads=block.attn.num_heads,
         hidden=sum(layer.out_features for layer in mlp[:-1]),
         block_weights=sum(layer.weight.numel() for layer in layers),
-        patch_values=channels * patch**2,
         head=(head[0].in_features, *(layer.out_features for layer in head)),
         num_prototypes=method.student.head.num_prototypes,
         num_student=num_student,
@@ -175,6 +178,7 @@ def sizes(config: Config) -> Sizes | None:
         float_bytes={"64": 8, "bf16": 2}.get(precision, 4),
         on_cpu=trainer["accelerator"] == "cpu",
         memory=trainer["memory"],
+        layer_scale=not isinstance(block.ls1, nn.Identity),
     )
 
 
@@ -186,17 +190,18 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 def work(size: Sizes) -> Work:
     """Of one optimizer step. Left out: resampled positions, norms' and losses' own arithmetic."""
     linear = attention = moved = calls = 0.0
+    scales = BLOCK.moved_layer_scale if size.layer_scale else (0.0, 0.0)
     for group in size.groups:
         taught = group is size.groups[0]
         crops, tokens = size.num_images * group.num_crops, group.num_tokens
         # The patches' product has no slope of the pixels.
-        stem = 2.0 * (tokens - 1) * size.width * size.patch_values
+        stem = 2.0 * group.num_values * size.width
         layers, scores = _block_flops(size, tokens)
         linear += crops * (stem * (2 + taught) + layers * (3 + taught))
         attention += crops * scores * (1 + BLOCK.attention_backward + taught)
         forward, backward = (
-            size.depth * tokens * (part[0] * size.width + part[1] * size.hidden)
-            for part in (BLOCK.moved_forward, BLOCK.moved_backward)
+            size.depth * tokens * ((part[0] + scale) * size.width + part[1] * size.hidden)
+            for part, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
         )
         moved += crops * (forward * (1 + taught) + backward) * size.float_bytes
         passes = ceil(size.num_images / size.micro_batch_size)
@@ -282,7 +287,8 @@ def _kept(size: Sizes, tokens: int) -> float:
     if size.memory == "low":
         return size.depth * before
     hidden = BLOCK.kept_hidden_high if size.memory == "high" else BLOCK.kept_hidden
-    inner = BLOCK.kept_width * size.width + hidden * size.hidden
+    width = BLOCK.kept_width + BLOCK.kept_layer_scale * size.layer_scale
+    inner = width * size.width + hidden * size.hidden
     inner += BLOCK.kept_scores * size.num_heads * tokens
     whole = BLOCK.kept_wide * before + inner * size.float_bytes
     if not BLOCK.class_token_last:

@@ -45,10 +45,18 @@ def slopes(vit: ViT, out: Tensor, tokens: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("memory", ["high", "normal", "low"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"init_values": 0.5}, {"qkv_bias": False}, {"qk_norm": True}]
+    "changes",
+    [
+        {},
+        {"init_values": 0.5},
+        {"qkv_bias": False},
+        {"qk_norm": True},
+        {"mlp": "swiglu"},
+        {"mlp": "swiglu", "proj_bias": False, "init_values": 0.5},
+    ],
 )
 def test_values_and_slopes_are_timms(memory: Memory, changes: dict[str, Any]) -> None:
-    """With layer scale, without biases, with normed queries: whatever is kept in between."""
+    """With layer scale, without biases, with normed queries, gated: whatever is kept in between."""
     vit, tokens = make_vit(**changes), torch.randn(2, 5, 12).double().requires_grad_()
     wanted, found = timm_blocks(vit, tokens), run_blocks(list(vit.blocks), tokens, None, memory)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
@@ -104,9 +112,10 @@ def test_every_kernel_of_attention_gives_the_softmax(num_tokens: int) -> None:
     torch.testing.assert_close(found, weights @ value, rtol=1e-10, atol=1e-12)
 
 
-def test_less_memory_keeps_less() -> None:
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_less_memory_keeps_less(mlp: str) -> None:
     """Bytes kept for the backward pass fall from high over normal to low."""
-    vit, tokens = make_vit(depth=4), torch.randn(4, 9, 12).double().requires_grad_()
+    vit, tokens = make_vit(depth=4, mlp=mlp), torch.randn(4, 9, 12).double().requires_grad_()
     kept: dict[Memory, int] = {}
     for memory in ("high", "normal", "low"):
         storages: dict[int, Tensor] = {}
@@ -126,9 +135,10 @@ def test_less_memory_keeps_less() -> None:
     assert kept["low"] < 0.3 * kept["normal"]
 
 
-def test_under_bfloat16_autocast_the_slopes_are_near_float32s() -> None:
+@pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "init_values": 0.5}])
+def test_under_bfloat16_autocast_the_slopes_are_near_float32s(changes: dict[str, Any]) -> None:
     """An activation that is made again sees the same half precision as the first time."""
-    vit = make_vit().float()
+    vit = make_vit(**changes).float()
     tokens = torch.randn(2, 5, 12, requires_grad=True)
     exact = slopes(vit, run_blocks(list(vit.blocks), tokens), tokens)
     for memory in ("high", "normal", "low"):
@@ -165,7 +175,7 @@ import torch
 from dino_lite.backbones.vit import ViT
 torch.manual_seed(0)
 sizes = dict(image_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, drop_path=0.5)
-vit = ViT(**sizes).double().train()
+vit = ViT(**sizes, **CHANGES).double().train()
 images = torch.randn(4, 3, 16, 16).double()
 found = []
 for compiled in (False, True):
@@ -223,9 +233,12 @@ def test_a_whole_step_compiles_few_graphs_and_evaluations_none(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_and_share_a_graph(compiling: dict[str, str]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "init_values": 0.5, "num_registers": 2}])
+def test_compiled_blocks_give_the_same_and_share_a_graph(
+    changes: dict[str, Any], compiling: dict[str, str]
+) -> None:
     """In a process of its own, since checked shapes raise false errors inside a graph."""
     pytest.importorskip("torch._inductor.config")
-    line = [sys.executable, "-c", _COMPILED]
+    line = [sys.executable, "-c", _COMPILED.replace("CHANGES", repr(changes))]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=compiling)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

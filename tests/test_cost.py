@@ -35,6 +35,8 @@ from tiny import tiny, train
 
 LAPTOP = Peaks(product=8e10, wide=8e10, copy=1.6e10, call=2e-6, memory=16 * 2**30)
 GPU = Peaks(product=8e14, wide=5e13, copy=4e12, call=4e-6, memory=139 * 2**30)
+# LayerScale, registers and gated MLPs
+DINOV2 = ("backbone.init_values=0.1", "backbone.num_registers=4", "backbone.mlp=swiglu")
 AT = Progress(50, 1000, 10)
 SHAPES = {"source": "shapes", "num_images": 400, "height": 32, "width": 32}
 # wide enough that what is left out does not show
@@ -71,7 +73,9 @@ def read(config: Config) -> Sizes:
     return size
 
 
-@pytest.mark.parametrize("overrides", [(), WIDER, ("trainer.micro_batch_size=3",)])
+@pytest.mark.parametrize(
+    "overrides", [(), WIDER, ("trainer.micro_batch_size=3",), (*WIDER, *DINOV2)]
+)
 def test_products_are_those_that_torch_counts(overrides: tuple[str, ...]) -> None:
     """FLOPs of a real step within 2 %: left out are the loss's mixing of E numbers a pair, and the
     resampling of positions.
@@ -133,6 +137,8 @@ class LiveBytes(TorchDispatchMode):
     "overrides",
     [
         ("loader.batch_size=32", "augment.global_size=32", *WIDER),  # activations are most of it
+        ("loader.batch_size=32", "augment.global_size=32", *WIDER, *DINOV2),
+        ("loader.batch_size=32", "augment.global_size=32", *WIDER, *DINOV2, "trainer.memory=high"),
         ("method.head.num_prototypes=32768",),  # prototypes are
         ("method.head.hidden_dim=2048",),  # the head's weights are
         ("loader.batch_size=64", "trainer.micro_batch_size=4"),  # the teacher's pass is
@@ -168,6 +174,20 @@ def test_a_last_block_of_the_class_token_needs_keys_and_values_of_all_and_the_re
     assert layers == 2 * (keys_and_values + query_and_out + mlp)
     assert attention == pytest.approx(2 * 2 * 5 * 32)  # one row of weights, and what it picks
     assert memory(size)["backward"] < before
+
+
+def test_registers_layer_scale_and_gates_are_counted() -> None:
+    """Tokens of every crop, both halves of a gated MLP, and what LayerScale keeps."""
+    plain, dinov2 = (read(planned(*overrides)[0]) for overrides in ((), DINOV2))
+    for before, after in zip(plain.groups, dinov2.groups, strict=True):
+        assert after == before._replace(num_tokens=before.num_tokens + 4)
+    assert (plain.hidden, dinov2.hidden) == (128, 2 * 88)  # of 32: eights above 2/3 of 128
+    assert dinov2.layer_scale
+    assert not plain.layer_scale
+    kept = [cost.kept_bytes(dinov2._replace(layer_scale=scaled)) for scaled in (False, True)]
+    tokens = sum(group.num_crops * group.num_tokens for group in dinov2.groups)
+    per_token = 2 * 32 * dinov2.float_bytes * (dinov2.depth - 1)  # the last block's are one token's
+    assert kept[1] - kept[0] == dinov2.num_images * tokens * per_token
 
 
 def test_a_large_network_is_read_without_its_memory() -> None:
@@ -224,7 +244,6 @@ def test_more_of_anything_never_costs_less(which: str, more: int, **numbers: Any
             num_heads=6,
             hidden=1536,
             block_weights=12 * 384**2,
-            patch_values=768,
             head=(384, 2048, 2048, 256),
             num_prototypes=numbers["prototypes"],
             num_student=27_000_000 + weights,

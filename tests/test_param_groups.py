@@ -79,6 +79,17 @@ def test_the_reference_decays_tokens_and_positions_too() -> None:
     }
 
 
+def test_registers_and_mask_tokens_decay_only_as_in_the_reference() -> None:
+    """Learned tokens all; LayerScale's factors never do."""
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    backbone = ViT(**sizes, num_registers=2, mask_token=True, init_values=0.1)  # type: ignore[arg-type]
+    tokens = {"cls_token", "pos_embed", "register_tokens", "mask_token"}
+    scales = {"blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}
+    assert names(backbone, decay_tokens=False)[False] > tokens | scales
+    assert names(backbone, decay_tokens=True)[True] > tokens
+    assert names(backbone, decay_tokens=True)[False] > scales
+
+
 def test_trained_prototype_lengths_decay_only_as_in_the_reference() -> None:
     """weight_g, two-dimensional as it is, is exempt with us and decayed there."""
     assert names(student(learn_norm=True), decay_tokens=False)[False] > LENGTHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import oracle
 from dino_lite.backbones.build import build_backbone, vit
 from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.weights import load_pretrained
 from dino_lite.contracts import UserError
 
 SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -113,10 +116,120 @@ def test_published_sizes() -> None:
         assert sum(p.numel() for p in backbone.parameters()) == number
 
 
-def test_masks_are_refused_until_they_are_built() -> None:
+# ------------------------------------------------------------------- masks, registers, SwiGLU
+
+
+def test_masks_are_refused_without_a_mask_token() -> None:
     """A mask that would be ignored is an error."""
     with pytest.raises(NotImplementedError, match="mask"):
         small()(images(32, 32), torch.zeros(2, 16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_registers": 3}])
+def test_of_masked_patches_only_their_place_is_seen(settings: dict[str, Any]) -> None:
+    """The mask token and a position stand for them; the others are as they were embedded."""
+    backbone, images_ = small(mask_token=True, **settings), images(32, 32)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 5] = mask[1, [0, 15]] = True
+    plain, masked = backbone.embed(images_)[0], backbone.embed(images_, mask)[0]
+    first = 1 + backbone.num_registers
+    wanted = plain[:, first:].clone()
+    for image, patch in mask.nonzero().tolist():
+        wanted[image, patch] = backbone.mask_token[0] + backbone.pos_embed[0, 1 + patch]
+    torch.testing.assert_close(masked[:, first:], wanted)
+    assert torch.equal(masked[:, :first], plain[:, :first])
+    other = images_.clone()
+    other[0, :, 8:16, 8:16] = 7.0  # patch 5 of the first image
+    assert torch.equal(backbone(other, mask).patches[0], backbone(images_, mask).patches[0])
+    none = torch.zeros_like(mask)
+    assert torch.equal(backbone(images_, none).cls, backbone(images_).cls)
+    backbone(images_, mask).patches.square().sum().backward()
+    assert backbone.mask_token.grad.abs().sum() > 0
+
+
+def test_registers_stand_between_class_token_and_patches_without_positions() -> None:
+    """They are the same at every size, come back by themselves, and take part in attention."""
+    backbone = small(num_registers=3)
+    assert backbone.register_tokens.shape == (1, 3, 16)
+    for size in ((32, 32), (16, 40)):
+        tokens, grid = backbone.embed(images_ := images(*size))
+        assert torch.equal(tokens[:, 1:4], backbone.register_tokens.expand(2, -1, -1))
+        found = backbone(images_)
+        assert found.registers is not None
+        assert found.registers.shape == (2, 3, 16)
+        assert found.patches.shape == (2, grid[0] * grid[1], 16)
+        num = 4 + found.patches.shape[1]
+        assert backbone.attention(images_).shape == (2, 2, num, num)
+        middle = backbone.intermediate(images_, [1, -1])
+        torch.testing.assert_close(middle[1].registers, found.registers)
+        assert not torch.equal(middle[0].registers, found.registers)
+    before = backbone(images_).cls.detach()
+    with torch.no_grad():
+        backbone.register_tokens.mul_(-2)
+    assert not torch.allclose(backbone(images_).cls, before)
+
+
+def test_class_features_alone_are_the_same_with_all_of_dinov2s_parts() -> None:
+    """cls_only leaves out registers and patches of the last block, and changes nothing else."""
+    backbone = small(num_registers=2, init_values=0.5, mlp="swiglu")
+    whole, alone = backbone(images_ := images(24, 32)), backbone(images_, cls_only=True)
+    torch.testing.assert_close(alone.cls, whole.cls)
+    assert alone.registers is not None
+    assert (alone.registers.shape, alone.patches.shape) == ((2, 0, 16), (2, 0, 16))
+
+
+def test_a_gated_mlp_has_two_thirds_of_the_width_in_whole_eights() -> None:
+    """16 wide: 2/3 of 64 is 42.7, rounded up 48; both halves of its first layer start alike."""
+    torch.manual_seed(0)
+    mlp = ViT(**SMALL | {"embed_dim": 16}, mlp="swiglu").blocks[0].mlp  # type: ignore[arg-type]
+    assert (mlp.fc1.weight.shape, mlp.fc2.weight.shape) == ((96, 16), (16, 48))
+    gate, value = mlp.fc1.weight.detach().chunk(2)
+    assert 0.015 < gate.std() < 0.025
+    assert 0.015 < value.std() < 0.025
+    assert not mlp.fc1.bias.any()
+    x = torch.randn(2, 5, 16)
+    a, b = (x @ mlp.fc1.weight.T + mlp.fc1.bias).split(48, dim=-1)
+    torch.testing.assert_close(mlp(x), (a * a.sigmoid() * b) @ mlp.fc2.weight.T + mlp.fc2.bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_small_patch14_reg4_dinov2", {}),
+        ("vit_giant_patch14_dinov2", {"embed_dim": 192, "num_heads": 3}),
+        ("vit_giant_patch14_reg4_dinov2", {"embed_dim": 192, "num_heads": 3}),
+        ("deit3_small_patch16_224", {}),
+        ("vit", {"embed_dim": 16, "num_heads": 2, "num_registers": 2}),
+    ],
+)
+def test_timms_models_with_registers_or_gates_are_built_in_our_form(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With timm's weights, whose class token has its position in it, all tokens are timm's."""
+    sizes = {"patch_size": 8, "depth": 2, **settings}
+    backbone = ViT(name, image_size=32, **sizes).double().eval()
+    kwargs = {"img_size": 32, "num_classes": 0, **sizes}
+    if "num_registers" in kwargs:
+        kwargs |= {"reg_tokens": kwargs.pop("num_registers"), "no_embed_class": True}
+    model = VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+    randomize(model)
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    load_pretrained(backbone, tmp_path / "timm.safetensors")
+    wanted = model.double().eval().forward_features(images_ := images(32, 32))
+    tokens = backbone(images_)
+    found = [tokens.cls[:, None], tokens.patches]
+    if tokens.registers is not None:
+        found.insert(1, tokens.registers)
+    assert backbone.num_registers == model.num_reg_tokens
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_plain_vit_has_the_keys_it_always_had() -> None:
+    """Checkpoints of before load."""
+    assert {name for name in small().state_dict() if not name.startswith("blocks.")} == {
+        *("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"),
+        *("norm.weight", "norm.bias"),
+    }
 
 
 # ------------------------------------------------------------------------------------ positions
@@ -216,11 +329,14 @@ def test_attention_is_the_last_blocks_own(settings: dict[str, Any]) -> None:
 
 
 def test_every_parameter_knows_its_depth() -> None:
-    """0 for patches, class token and positions, i+1 for block i, one more for the last norm."""
-    backbone = small()
+    """0 for patches, tokens and positions, i+1 for block i, one more for the last norm."""
+    backbone = small(num_registers=2, mask_token=True)
     depths = {name: backbone.depth_of(name) for name, _ in backbone.named_parameters()}
     stem = {name for name, depth in depths.items() if depth == 0}
-    assert stem == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert stem == {
+        *("cls_token", "pos_embed", "register_tokens", "mask_token"),
+        *("patch_embed.proj.weight", "patch_embed.proj.bias"),
+    }
     assert {name for name, depth in depths.items() if depth == 4} == {"norm.weight", "norm.bias"}
     for i in range(3):
         wanted = {name for name in depths if name.startswith(f"blocks.{i}.")}
@@ -259,6 +375,8 @@ def test_dropped_paths_grow_linearly_with_depth() -> None:
             "in_chans": 1,
         },
         {"name": "vit_tiny_patch16_224", "image_size": 32, "depth": 2, "embed_dim": None},
+        {**SMALL, "num_registers": 2, "mask_token": True, "mlp": "swiglu", "norm_eps": 1e-3},
+        {"name": "vit_small_patch14_reg4_dinov2", "image_size": 32, "depth": 1},
     ],
 )
 def test_the_spec_is_json_and_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
@@ -296,7 +414,8 @@ def test_a_size_that_is_none_is_the_models_own() -> None:
         ({"name": "resnet18"}, "name=resnet18 cannot be built"),
         ({"name": "beit_base_patch16_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "deit_tiny_distilled_patch16_224", "depth": 1}, "no plain vision transformer"),
-        ({"name": "vit_small_patch14_reg4_dinov2", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit_wee_patch16_reg1_gap_256", "depth": 1}, "no plain vision transformer"),
+        ({"name": "vit", "embed_dim": 8, "num_heads": 1, "mlp": "relu"}, "backbone.mlp=relu"),
         ({"name": "vit_base_patch16_siglip_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "vit_base_patch16_clip_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "vit", "embed_dim": 10, "num_heads": 3}, "name=vit cannot be built"),
@@ -306,7 +425,7 @@ def test_a_size_that_is_none_is_the_models_own() -> None:
 def test_what_our_forward_would_not_reproduce_is_refused(
     settings: dict[str, Any], words: str
 ) -> None:
-    """Distilled, registers, no class token, a norm before the blocks, other families, no model."""
+    """Distilled, no class token, a norm before the blocks, other families, no model."""
     with pytest.raises(UserError, match=words) as error:
         ViT(**{"image_size": 32} | settings)
     assert "\n" not in str(error.value)
@@ -315,8 +434,6 @@ def test_what_our_forward_would_not_reproduce_is_refused(
 @pytest.mark.parametrize(
     "name",
     [
-        "deit3_small_patch16_224",
-        "flexivit_small",
         "vit_wee_patch16_reg1_gap_256",
         "test_vit2",
         "beit3_base_patch16_224",
@@ -325,7 +442,7 @@ def test_what_our_forward_would_not_reproduce_is_refused(
     ],
 )
 def test_models_our_forward_would_not_reproduce_are_refused_with_a_reason(name: str) -> None:
-    """No class position, no class token, no last norm, parallel blocks, a hybrid stem."""
+    """No class token, no last norm, parallel blocks, a hybrid stem."""
     with pytest.raises(UserError) as error:
         ViT(name, image_size=32, depth=1)
     assert not str(error.value).rstrip(". ").endswith(":")

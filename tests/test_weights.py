@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lite.backbones.build import vit
+from dino_lite.backbones.files import read_tensors
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained, read_weights
+from dino_lite.backbones.weights import load_pretrained
 from dino_lite.contracts import UserError
 
 Weights = dict[str, Tensor]
@@ -111,7 +112,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """~/vit.safetensors is in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     as_safetensors(source().state_dict(), tmp_path)
-    assert "cls_token" in read_weights("~/vit.safetensors")
+    assert "cls_token" in read_tensors("~/vit.safetensors")
 
 
 def drop(name: str) -> Callable[[Weights], None]:

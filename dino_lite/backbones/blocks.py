@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers.mlp import GluMlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Memory = Literal["high", "normal", "low"]
-Project = Callable[[nn.Module, Tensor, nn.Linear], Tensor]  # layer(act(x))
+Activation = Callable[[Tensor], Tensor]
+Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
 # What stochastic depth multiplies the two halves of a block by, sample by sample; None: nothing.
 Scales = tuple[Float[Tensor, "n 1 1"] | None, Float[Tensor, "n 1 1"] | None]
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
@@ -80,7 +82,21 @@ def run_block(
         queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
     queries = _add(queries, parts.ls1(mixed), scales[0])
     hidden = parts.mlp.fc1(parts.norm2(queries))
-    return _add(queries, parts.ls2(project(parts.mlp.act, hidden, parts.mlp.fc2)), scales[1])
+    return _add(
+        queries, parts.ls2(project(_activation(parts.mlp), hidden, parts.mlp.fc2)), scales[1]
+    )
+
+
+def _activation(mlp: Any) -> Activation:
+    """What stands between the two layers of an MLP; a gated one halves the width."""
+    return partial(_gate, mlp.act) if isinstance(mlp, GluMlp) else mlp.act
+
+
+def _gate(act: nn.Module, packed: Float[Tensor, "n N _"]) -> Float[Tensor, "n N _"]:
+    """act(a)·b of [a, b]: SwiGLU, where act is SiLU (Shazeer 2020)."""
+    gate, value = packed.chunk(2, dim=-1)
+    out: Tensor = act(gate) * value
+    return out
 
 
 @cache
@@ -160,12 +176,12 @@ def _add(tokens: Tensor, more: Tensor, scale: Tensor | None) -> Tensor:
     return tokens + (more if scale is None else more * scale)
 
 
-def _project(act: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+def _project(act: Activation, x: Tensor, layer: nn.Linear) -> Tensor:
     out: Tensor = layer(act(x))
     return out
 
 
-def _project_again(act: nn.Module, x: Tensor, layer: nn.Linear) -> Tensor:
+def _project_again(act: Activation, x: Tensor, layer: nn.Linear) -> Tensor:
     out: Tensor = _ProjectAgain.apply(act, x, layer.weight, layer.bias)
     return out
 
@@ -176,7 +192,9 @@ class _ProjectAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, act: Activation, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.act, ctx.has_bias = act, bias is not None
         ctx.save_for_backward(x, weight)
         return F.linear(act(x), weight, bias)

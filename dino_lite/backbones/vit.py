@@ -4,6 +4,7 @@ that DINO needs.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import timm
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
+from timm.layers.mlp import GluMlp, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class ViT(nn.Module):
     positions are resampled. Stochastic depth `drop_path` grows linearly with depth, per sample
     (DINO, section 3.2). `position_offset` and `position_antialias` are the reference's two ways of
     resampling positions (0.1 and false in DINO's weights).
+
+    A DINOv2 ViT (sections 4 and 5) has LayerScale (`init_values`), perhaps `num_registers` tokens
+    without positions (Darcet et al. 2023; None: as many as the named model has), an `mlp` of two
+    thirds the width with a gate ("swiglu"), and a `mask_token`, which stands for masked patches.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class ViT(nn.Module):
         drop_path: float = 0.0,
         position_offset: float = 0.0,
         position_antialias: bool = True,
+        num_registers: int | None = None,
+        mask_token: bool = False,
         **architecture: Any,
     ) -> None:
         super().__init__()
@@ -56,14 +63,22 @@ class ViT(nn.Module):
             raise UserError(
                 f"backbone: image_size={image_size} is no multiple of patch_size={patch_size}."
             )
-        model = _timm_vit(name, image_size, patch_size, in_chans, drop_path, architecture)
+        sizes = {"img_size": image_size, "patch_size": patch_size, "in_chans": in_chans}
+        model = _timm_vit(
+            name, sizes | {"drop_path_rate": drop_path}, num_registers, **architecture
+        )
         self.embed_dim, self.patch_size, self.in_chans = model.embed_dim, patch_size, in_chans
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
         self.patch_embed.strict_img_size = False
         self.num_blocks = len(self.blocks)
         self.cls_token: nn.Parameter = model.cls_token
-        self.pos_embed: nn.Parameter = model.pos_embed
+        self.pos_embed = _with_class_position(model.pos_embed, self.cls_token, model.no_embed_class)
+        self.register_tokens: nn.Parameter | None = model.reg_token
+        self.num_registers = self.spec["num_registers"] = model.num_reg_tokens
+        nothing = torch.zeros(1, self.embed_dim)
+        self.mask_token: nn.Parameter | None = nn.Parameter(nothing) if mask_token else None
+        self.spec["mask_token"] = mask_token
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.memory: Memory = "normal"  # see run_blocks; it and `compiled` change no result
         self.compiled = False
@@ -74,8 +89,9 @@ class ViT(nn.Module):
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
     ) -> Tokens:
-        """Tokens after the last norm. `mask` belongs to masked image modeling and is refused until
-        it is built. With `cls_only` the last block does nothing that only patches need.
+        """Tokens after the last norm. Patches in `mask` are the mask token's before they get their
+        positions (masked image modeling). With `cls_only` the last block does nothing that only
+        patches and registers need: both come back empty.
         """
         tokens, grid = self.embed(images, mask)
         return self._tokens(self._run(tokens, last_queries=1 if cls_only else None), grid)
@@ -84,8 +100,6 @@ class ViT(nn.Module):
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
     ) -> tuple[Float[Tensor, "n N D"], tuple[int, int]]:
         """Tokens before the first block, and their grid."""
-        if mask is not None:
-            raise NotImplementedError("this backbone has no mask token")
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -95,8 +109,16 @@ class ViT(nn.Module):
             )
         grid = (height // self.patch_size, width // self.patch_size)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)  # n P D
+        if mask is not None:
+            if self.mask_token is None:
+                raise NotImplementedError("this backbone has no mask token: set mask_token=true")
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(len(images), -1, -1)
-        return torch.cat([cls, patches], dim=1) + self.positions(grid), grid
+        tokens = torch.cat([cls, patches], dim=1) + self.positions(grid)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(len(images), -1, -1)
+            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+        return tokens, grid
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"]:
         """Position embedding for `grid`: the learned one where it fits, else resampled (dino_family
@@ -141,7 +163,9 @@ class ViT(nn.Module):
         return [found[i] for i in wanted]
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
-        """Softmax attention of the last block, rows sum to one; token 0 is the class token."""
+        """Softmax attention of the last block, rows sum to one; token 0 is the class token, the
+        next are registers, the last patches.
+        """
         tokens, _ = self.embed(images)
         tokens = self._run(tokens, self.blocks[:-1])
         last: Any = self.blocks[-1]
@@ -163,29 +187,33 @@ class ViT(nn.Module):
         return run_blocks(blocks, tokens, last_queries, self.memory, self.compiled)
 
     def _tokens(self, tokens: Float[Tensor, "n N D"], grid: tuple[int, int]) -> Tokens:
-        tokens = self.norm(tokens)
-        return Tokens(cls=tokens[:, 0], patches=tokens[:, 1:], registers=None, grid=grid)
+        tokens, first = self.norm(tokens), 1 + self.num_registers
+        registers = tokens[:, 1:first] if self.num_registers else None
+        return Tokens(tokens[:, 0], tokens[:, first:], registers, grid)
 
 
 def _timm_vit(
     name: str,
-    image_size: int,
-    patch_size: int,
-    in_chans: int,
-    drop_path: float,
-    architecture: dict[str, Any],
+    sizes: dict[str, Any],
+    num_registers: int | None = None,
+    mlp: str | None = None,
+    norm_eps: float | None = None,
+    **architecture: Any,
 ) -> Any:
     """The timm model whose parts we take, without classifier; refuses what our forward would not
     reproduce.
     """
-    kwargs = {
-        "img_size": image_size,
-        "patch_size": patch_size,
-        "in_chans": in_chans,
-        "drop_path_rate": drop_path,
-        "num_classes": 0,
-        **architecture,
-    }
+    kwargs = {**sizes, "num_classes": 0, **architecture}
+    if num_registers is not None:
+        kwargs["reg_tokens"] = num_registers
+    if num_registers:
+        kwargs["no_embed_class"] = True
+    if mlp not in (None, "gelu", "swiglu"):
+        raise UserError(f"backbone.mlp={mlp}: choose gelu or swiglu.")
+    if mlp == "swiglu":
+        kwargs["mlp_layer"] = _swiglu
+    if norm_eps is not None:
+        kwargs["norm_layer"] = functools.partial(nn.LayerNorm, eps=norm_eps)
     try:
         model: Any = (
             VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
@@ -193,23 +221,49 @@ def _timm_vit(
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         reason = error if str(error) else type(error).__name__
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
-    if not _is_plain(model, (image_size // patch_size) ** 2):
+    if not _is_plain(model, (sizes["img_size"] // sizes["patch_size"]) ** 2):
         raise UserError(
             f"backbone.name={name} is no plain vision transformer with one class token and learned "
             'positions; choose such a timm name (vit_small_patch16_224) or name="vit" with its '
             "sizes."
         )
+    for block in model.blocks:
+        if isinstance(block.mlp, GluMlp):  # timm starts half of it near zero, DINOv2 all alike
+            nn.init.trunc_normal_(block.mlp.fc1.weight, std=0.02)
+            if block.mlp.fc1.bias is not None:
+                nn.init.zeros_(block.mlp.fc1.bias)
     return model
 
 
+def _swiglu(in_features: int, hidden_features: int, **settings: Any) -> GluMlp:
+    """DINOv2's gated MLP: two thirds of a plain one's width, so that it has as many weights, in
+    whole eights.
+    """
+    width = (int(hidden_features * 2 / 3) + 7) // 8 * 8
+    settings = settings | {"act_layer": nn.SiLU, "gate_last": False}
+    return GluMlp(in_features, 2 * width, **settings)
+
+
+def _with_class_position(
+    positions: nn.Parameter, cls_token: nn.Parameter, without: bool
+) -> nn.Parameter:
+    """Positions "1 1+P D" of a model that has none for its class token: ours is zero there."""
+    if not without:
+        return positions
+    return nn.Parameter(torch.cat([torch.zeros_like(cls_token), positions.detach()], dim=1))
+
+
 def _is_plain(model: Any, cells: int) -> bool:
-    """True where our forward is the model's own: class token, its position, blocks, last norm."""
+    """True where our forward is the model's own: class token, its position, registers without one,
+    blocks, last norm.
+    """
     return (
         isinstance(model, VisionTransformer)
         and model.cls_token is not None
-        and model.num_prefix_tokens == 1
+        and model.num_prefix_tokens == 1 + model.num_reg_tokens
         and model.pos_embed is not None
-        and model.pos_embed.shape[1] == 1 + cells
+        and model.pos_embed.shape[1] == cells + (not model.no_embed_class)
+        and (model.no_embed_class or not model.num_reg_tokens)
         and len(model.blocks) > 0
         and all(_is_plain_block(block) for block in model.blocks)
         and isinstance(model.norm_pre, nn.Identity)
@@ -225,7 +279,7 @@ def _is_plain_block(block: Any) -> bool:
     return (
         type(block) is Block
         and type(attn) is Attention
-        and type(mlp) is Mlp
+        and (type(mlp) is Mlp or (type(mlp) is GluMlp and not mlp.gate_last))
         and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
         and getattr(attn, "gate", None) is None
         and isinstance(mlp.norm, nn.Identity)

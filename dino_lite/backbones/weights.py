@@ -1,20 +1,23 @@
-"""Backbone weights from a file: an exported backbone, or a timm checkpoint."""
+"""Backbone weights from a file: whose they are is seen from their names, and all must fit."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import Tensor
 
+from dino_lite.backbones.files import read_about, read_tensors, weights_file
+from dino_lite.backbones.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
 
-_CLASSIFIERS = ("head.", "head_dist.", "fc_norm.", "fc.")
-_STEM = "patch_embed.proj.weight"  # "D C p p": the one weight that knows the images' channels
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class Fit(NamedTuple):
@@ -24,50 +27,124 @@ class Fit(NamedTuple):
     adapted: list[str]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file, a torch file (never unpickled freely) or an exported
-    folder.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"backbone.pretrained={path}: there is no such file; name a checkpoint or an "
-            "exported folder."
-        )
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"backbone.pretrained={path} cannot be read as weights ({type(error).__name__}): "
-            "give a .safetensors file or a plain state dict saved by torch.save."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"backbone.pretrained={path} holds no state dict of tensors.")
-    return content
+class Opened(NamedTuple):
+    """What is known of weights that somebody else made."""
+
+    layout: str
+    num_weights: int
+    fit: Fit
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    spec: dict[str, Any]
+
+    def sentences(self) -> list[str]:
+        """What matched, what did not, and what was read out of the shapes."""
+        spec = {key: value for key, value in self.spec.items() if value not in (None, False)}
+        told = [
+            f"weights in {self.layout}'s layout: all {self.num_weights} of the backbone are there",
+            "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
+        ]
+        if self.fit.unused:
+            told.append(f"left unused: {_summary(self.fit.unused, 2)}")
+        if self.fit.adapted:
+            told.append(f"adapted: {_summary(self.fit.adapted, 4)}")
+        return told
 
 
-def load_pretrained(backbone: nn.Module, path: str | Path) -> Fit:
-    """Fill `backbone` with the weights in `path`, strictly; a classifier's are left unused.
+def load_pretrained(backbone: ViT, path: str | Path) -> Fit:
+    """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
 
     A position embedding of another grid is resampled by the backbone's own rule; a first
     convolution of RGB is adapted to other channels as timm does it. Anything else that does not fit
     is refused: half-loaded weights are the worst kind.
     """
-    file = read_weights(path)
-    unused = [name for name in file if name.startswith(_CLASSIFIERS)]
-    weights = {name: value for name, value in file.items() if name not in unused}
-    own = backbone.state_dict()
-    if isinstance(backbone, ViT) and "pos_embed" in weights:
+    asked = f"backbone.pretrained={path}"
+    return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
+
+
+def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> tuple[ViT, Opened]:
+    """The backbone in a file or folder of dino_lite, DINO, DINOv2, timm or Hugging Face, in eval
+    mode, and what is known of it.
+
+    Its architecture is read from shapes and from config.json beside the file; `overrides` (a
+    spec's keywords) say what neither tells. `key` is what the user set to `path`, for messages.
+    """
+    asked, file = f"{key}={path}", weights_file(path)
+    tensors, about = read_tensors(path, key), read_about(file)
+    found = _find(tensors, about, asked)
+    if found.prefix.startswith("state_dict.method."):  # ours: sizes and switches are the run's
+        raise UserError(
+            f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
+        )
+    own = about.get("spec")  # of an export
+    spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
+    return _open(spec, found, _normalization(about, spec["in_chans"]), asked)
+
+
+def open_timm(name: str) -> tuple[ViT, Opened]:
+    """The timm model `name` with its published weights, downloaded unless the cache has them."""
+    asked = f"checkpoint=timm:{name}"
+    try:
+        told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            stem: Any = getattr(timm.create_model(name, num_classes=0), "patch_embed", None)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{asked}: timm has no such model: {error}.") from error
+    if not hasattr(stem, "patch_size"):
+        raise UserError(f"{asked} is no vision transformer, and others cannot be opened.")
+    about = told.to_dict()
+    in_chans, image_size, _ = about["input_size"]
+    spec = {"name": name, "image_size": image_size, "patch_size": stem.patch_size[0]}
+    _empty(spec)  # refuses what is not ours before anything is downloaded
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # of the network, the hub, its cache, or for want of weights
+        raise UserError(
+            f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
+            "this model no published weights?"
+        ) from error
+    found = _find(dict(model.state_dict()), {"architecture": name}, asked)
+    return _open(spec, found, _normalization({"pretrained_cfg": about}, in_chans), asked)
+
+
+def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
+    found = find_backbone(tensors, about)
+    if found is None:
+        shown = f"{len(tensors)} tensors, the first {next(iter(tensors))}" if tensors else "none"
+        raise UserError(f"{asked} holds no backbone: {LOOKED_FOR}, and found {shown}.")
+    return found
+
+
+def _empty(spec: dict[str, Any]) -> ViT:
+    """The backbone of a spec without values; no random number is drawn."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return ViT(**spec)
+
+
+def _open(
+    spec: dict[str, Any],
+    found: Found,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    asked: str,
+) -> tuple[ViT, Opened]:
+    backbone = _empty(spec).to_empty(device="cpu").eval()
+    fit = _fill(backbone, found, asked)
+    image_size, layout = backbone.spec["image_size"], found.layout.name
+    num_weights = len(backbone.state_dict())
+    about = Opened(layout, num_weights, fit, image_size, *normalization, backbone.spec)
+    return backbone, about
+
+
+def _fill(backbone: ViT, found: Found, asked: str) -> Fit:
+    """Load what was found, adapted to channels and grid; all of it and nothing else, or nothing."""
+    own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.unused)
+    if "mask_token" not in own and weights.pop("mask_token", None) is not None:
+        unused.append("mask_token")
+    if "pos_embed" in weights:
         weights["pos_embed"] = _fit_positions(weights["pos_embed"], backbone)
-    if _STEM in weights and _STEM in own:
-        weights[_STEM] = _fit_channels(weights[_STEM], own[_STEM].shape[1], path)
+    if STEM in weights:
+        weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
     missing = sorted(own.keys() - weights.keys())
     extra = sorted(weights.keys() - own.keys())
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
@@ -79,16 +156,17 @@ def load_pretrained(backbone: nn.Module, path: str | Path) -> Fit:
             else ""
         )
         raise UserError(
-            f"backbone.pretrained={path} does not fit the backbone: {len(missing)} weights "
+            f"{asked} does not fit the backbone: {len(missing)} weights "
             f"missing, {len(extra)} "
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
         )
     backbone.load_state_dict(weights)
-    return Fit(unused, [name for name in weights if weights[name] is not file[name]])
+    changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
+    return Fit(unused, changed)
 
 
-def _fit_channels(learned: Tensor, in_chans: int, path: str | Path) -> Tensor:
+def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
     """The first convolution for `in_chans` channels: of RGB's weights the sum, for a gray image is
     one repeated, or RGB's in turn, scaled so that as much comes out.
     """
@@ -97,7 +175,7 @@ def _fit_channels(learned: Tensor, in_chans: int, path: str | Path) -> Tensor:
         return learned
     if found != 3:
         raise UserError(
-            f"backbone.pretrained={path} takes images of {found} channels, the backbone "
+            f"{asked} takes images of {found} channels, the backbone "
             f"{in_chans}: only weights for 3 can be adapted, so set data.channels={found}."
         )
     adapted: Tensor = adapt_input_conv(in_chans, learned)
@@ -112,3 +190,26 @@ def _fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     square = learned[:, 1:].float().reshape(1, cells, cells, -1)
     sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
     return torch.cat([learned[:, :1], sampled], dim=1)
+
+
+def _normalization(
+    about: dict[str, Any], in_chans: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
+    about = about | about.get("pretrained_cfg", {})
+    found = []
+    for names, usual in ((("mean", "image_mean"), _MEAN), (("std", "image_std"), _STD)):
+        told = next((about[name] for name in names if name in about), usual)
+        values = tuple(float(value) for value in told)
+        found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
+    return found[0], found[1]
+
+
+def _summary(names: list[str], num_parts: int) -> str:
+    """The first parts of names, without their last and with * for blocks' numbers, counted."""
+    split = [re.sub(r"\.\d+(?=\.)", ".*", name).split(".") for name in names]
+    short = Counter(".".join(parts[:-1][:num_parts]) or parts[0] for parts in split)
+    kinds = sorted(short.items(), key=lambda kind: -kind[1])
+    shown = ", ".join(f"{kind} ({num})" if num > 1 else kind for kind, num in kinds[:4])
+    rest = sum(num for _, num in kinds[4:])
+    return f"{shown} and {rest} more" if rest else shown

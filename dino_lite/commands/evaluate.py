@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, results_file
+from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, results_file, run_of
 from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
@@ -68,6 +68,8 @@ def open_subject(config: Config, evaluations: Mapping[str, Any]) -> Subject:
     start_group(accelerator)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     backbone, about = open_backbone(checkpoint)
+    for line in about.get("told", []) if rank() == 0 else []:
+        print(line, flush=True)
     splits = open_data(config, checkpoint, about)
     size = about["image_size"] if config["image_size"] == "auto" else config["image_size"]
     if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
@@ -116,13 +118,12 @@ def measure(
 
 
 def keep(results: dict[str, Any], checkpoint: Path) -> None:
-    """Merge into results.json: under the checkpoint's name (last, best) in a run, at the top of an
-    export.
-    """
+    """Merge into results.json: under the checkpoint's name (last, best) where that is a run's."""
     path = results_file(checkpoint)
     before = read_json(path) if path.is_file() else {}
-    if checkpoint.is_file():
+    if run_of(checkpoint):
         results = {checkpoint.stem: before.get(checkpoint.stem, {}) | results}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, before | results)
     print(f"written to {path}")
 

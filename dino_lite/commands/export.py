@@ -32,6 +32,8 @@ def run_export(config: Config) -> dict[str, Any]:
     if run is None and not config["out"]:
         raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
     backbone, about = open_backbone(checkpoint)
+    for line in about.get("told", []):
+        print(line)
     splits = open_data(config, checkpoint, about)
     normalize = Normalize(about["mean"], about["std"])
     data = CleanData(splits, about["image_size"], normalize, batch_size=_NUM_IMAGES)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Learned tokens and positions are inputs, not maps: shrinking them means nothing. The references
 # decay them all the same.
-TOKENS = ("cls_token", "pos_embed", "mask_token", "reg_token", "weight_g")
+TOKENS = ("cls_token", "pos_embed", "register_tokens", "mask_token", "weight_g")
 
 
 def param_groups(
