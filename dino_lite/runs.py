@@ -51,7 +51,7 @@ def absolute_paths(config: Config) -> Config:
             return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
         if isinstance(node, str) and key in ("runs_dir", "features_dir", "out", "pack"):
             return str(Path(os.path.expandvars(node)).expanduser())
-        if isinstance(node, str) and key.endswith(".labels"):  # a word, or a file below the root
+        if isinstance(node, str) and key.endswith((".labels", ".out")):  # labels: or a word
             return str(Path(os.path.expandvars(node)).expanduser())
         if key.endswith(".root"):
             return absolute(node)

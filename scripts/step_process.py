@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import plain_step
 import torch
@@ -236,37 +236,30 @@ def crop_list(crops: Crops) -> list[Tensor]:
     return [*crops.globals_, *([] if crops.locals_ is None else crops.locals_)]
 
 
-class Side:
-    """A side in a process of its own: ours, or with a `student` saved by `save_student` the plain
-    one. It gets ready while others do, until `wait` returns. As a context it ends with it.
+class Served:
+    """`serve(pipe, *arguments)` in a process of its own, which answers over the pipe: first that it
+    is ready, then what it is asked. It gets ready while others do, until `wait` returns. As a
+    context it ends with it.
     """
 
-    def __init__(
-        self, label: str, setup: Setup, precision: str, student: Path | None = None
-    ) -> None:
-        self.label = f"{label} of {setup.name}"
+    def __init__(self, label: str, serve: Callable[..., None], *arguments: Any) -> None:
+        self.label = label
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, setup, precision, student)
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
 
     def wait(self) -> None:
-        """Until it is ready to step."""
+        """Until it is ready."""
         self._answer()
 
-    def step(self, number: int) -> tuple[float, float]:
-        """Take step `number`: its seconds and its loss."""
-        self.pipe.send(number)
-        seconds, loss = self._answer()
-        return seconds, loss
-
-    def memory(self) -> int | None:
-        """Bytes at the peak, beyond those before the model was built. The last thing it does."""
-        self.pipe.send(None)
-        peak: int | None = self._answer()
-        return peak
+    def ask(self, question: Any) -> Any:
+        """What it answers; at None, the last thing it does, its memory: bytes at the peak, beyond
+        those before its work began.
+        """
+        self.pipe.send(question)
+        return self._answer()
 
     def _answer(self) -> Any:
         try:
@@ -279,13 +272,34 @@ class Side:
             raise SideError(f"{self.label}: {answer}")
         return answer
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pipe.close()
         self.process.join(timeout=60)
         self.process.kill()
+
+
+class Side(Served):
+    """A side in a process of its own: ours, or with a `student` saved by `save_student` the plain
+    one.
+    """
+
+    def __init__(
+        self, label: str, setup: Setup, precision: str, student: Path | None = None
+    ) -> None:
+        super().__init__(f"{label} of {setup.name}", _serve, setup, precision, student)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Take step `number`: its seconds and its loss."""
+        seconds, loss = self.ask(number)
+        return seconds, loss
+
+    def memory(self) -> int | None:
+        """Bytes at the peak, beyond those before the model was built. The last thing it does."""
+        peak: int | None = self.ask(None)
+        return peak
 
 
 @functools.cache

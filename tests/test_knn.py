@@ -16,8 +16,10 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval import knn as module
+from dino_lite.eval import neighbors
 from dino_lite.eval.features import Features
-from dino_lite.eval.knn import KNN, knn_accuracy, knn_votes, nearest, unit
+from dino_lite.eval.knn import KNN, knn_accuracy, knn_predict, knn_probs, knn_votes
+from dino_lite.eval.neighbors import unit
 from dino_lite.eval.store import FeatureStore
 
 
@@ -99,7 +101,8 @@ def test_accuracy_does_not_depend_on_the_block(
     near = bank.features[:40] + 0.01
     queries = bank if leave_one_out else Features(near, bank.labels[:40])
     at_once = knn_accuracy(queries, bank, [7, 50], 0.07, leave_one_out=leave_one_out)
-    monkeypatch.setattr(module, "_CELLS", 12000)
+    monkeypatch.setattr(module, "_CELLS", 11_000)
+    monkeypatch.setattr(neighbors, "_CELLS", 3000)
     in_blocks = knn_accuracy(queries, bank, [7, 50], 0.07, leave_one_out=leave_one_out)
     assert in_blocks == at_once
     assert at_once[7].top1 > 50 or leave_one_out
@@ -111,14 +114,6 @@ def test_a_query_is_not_its_own_neighbor() -> None:
     bank = Features(features, torch.arange(8))
     assert knn_accuracy(bank, bank, [1], 0.07)[1].top1 > 0
     assert knn_accuracy(bank, bank, [1], 0.07, leave_one_out=True)[1].top1 == 0
-
-
-def test_equals_come_in_the_order_of_the_bank() -> None:
-    """Where the border of the k nearest cuts through equals, those with lower index are kept."""
-    bank = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    similarity, index = nearest(torch.tensor([[1.0, 0.0]]), bank, 2)
-    assert index.tolist() == [[1, 3]]
-    assert similarity.tolist() == [[1.0, 1.0]]
 
 
 def test_votes_are_sums_of_exponentials() -> None:
@@ -222,3 +217,50 @@ def test_data_without_labels_is_refused_before_any_work() -> None:
     vit.forward = None  # type: ignore[assignment]
     with pytest.raises(UserError, match="labels"):
         KNN()(vit, FeatureStore(data))
+
+
+def test_predictions_are_the_classes_with_most_votes() -> None:
+    """By a plain loop, in labels that are no row of numbers; their hits are the accuracy."""
+    bank, queries = draw(60, 4, 5, seed=0), draw(30, 4, 5, seed=1)
+    bank, queries = (part._replace(labels=7 + 1000 * part.labels) for part in (bank, queries))
+    similarity = (unit(queries.features) @ unit(bank.features).T).tolist()
+    expected = []
+    for row in similarity:
+        votes = dict.fromkeys(sorted(set(bank.labels.tolist())), 0.0)
+        for j in sorted(range(60), key=lambda j: -row[j])[:9]:
+            votes[int(bank.labels[j])] += math.exp(row[j] / 0.07)
+        expected.append(max(votes, key=lambda c: votes[c]))
+    found = knn_predict(queries, bank, 9, 0.07)
+    assert found.tolist() == expected
+    share = 100 * float((found == queries.labels).double().mean())
+    assert knn_accuracy(queries, bank, [9], 0.07)[9].top1 == pytest.approx(share)
+
+
+def test_predictions_of_the_bank_leave_each_row_out() -> None:
+    """Alone with its class, no row is predicted as what it is."""
+    bank = Features(torch.eye(4).repeat_interleave(2, dim=0), torch.arange(8))
+    found = knn_predict(bank, bank, 1, leave_one_out=True)
+    assert found.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+
+
+def test_probabilities_are_parts_of_all_votes() -> None:
+    """Those at the largest k add up to 1, those at a smaller one to what its neighbors weigh."""
+    similarity, classes = torch.tensor([[0.9, 0.5, 0.4]]), torch.tensor([[2, 0, 2]])
+    found = dict(knn_probs(similarity, classes, [1, 3], 0.5, 3))
+    total = math.exp(1.8) + math.exp(1.0) + math.exp(0.8)
+    assert found[3][0].tolist() == pytest.approx(
+        [math.exp(1.0) / total, 0, (math.exp(1.8) + math.exp(0.8)) / total]
+    )
+    assert found[1][0].tolist() == pytest.approx([0, 0, math.exp(1.8) / total])
+
+
+def test_a_result_has_an_interval_and_the_mean_over_classes() -> None:
+    """The interval lies about the headline; a class with few images counts like one with many."""
+    features = torch.eye(3)[torch.tensor([0] * 8 + [1, 1] + [2, 2])]
+    queries = Features(features, torch.tensor([0] * 8 + [1, 1] + [0, 2]))
+    bank = Features(torch.eye(3), torch.arange(3))
+    result = KNN(ks=[1]).score(bank, queries)
+    assert result["top1"] == pytest.approx(100 * 11 / 12)
+    assert result["per_class"] == pytest.approx(100 * (8 / 9 + 1 + 1) / 3)
+    assert result["k"]["1"]["per_class"] == result["per_class"]
+    assert result["interval"][0] < result["value"] <= result["interval"][1]

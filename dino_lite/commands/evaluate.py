@@ -107,7 +107,7 @@ def measure(
         found = evaluation(subject.backbone, subject.store)
         found |= {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
         found["seconds"] = round(time.monotonic() - started, 2)
-        if others:
+        if others and getattr(evaluation, "has_baselines", True):
             found["baselines"] = {
                 title: {key: other[key] for key in ("value", "interval")}
                 for title, network in others.items()

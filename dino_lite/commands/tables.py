@@ -48,6 +48,8 @@ def amount(found: Mapping[str, Any]) -> str:
     """A value with its unit."""
     if found["unit"] == "%":
         return f"{found['value']:.2f} %"
+    if isinstance(found["value"], int):  # a count
+        return f"{found['value']:,} {found['unit']}"
     return f"{found['value']:.4g} {found['unit']}".rstrip()
 
 

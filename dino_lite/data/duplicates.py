@@ -39,6 +39,17 @@ def near_groups(hashes: UInt64[np.ndarray, "n"], distance: int = NEAR) -> Int64[
     return groups
 
 
+def linked_groups(
+    num: int, a: Int64[np.ndarray, "k"], b: Int64[np.ndarray, "k"]
+) -> Int64[np.ndarray, "n"]:
+    """For each of `num` positions the first of its group: the pairs (a, b), and all that are linked
+    by pairs, share one.
+    """
+    roots = np.arange(num)
+    _join(roots, a, b)
+    return roots
+
+
 def _link(
     roots: Int64[np.ndarray, "n"], hashes: UInt64[np.ndarray, "n"], mask: np.uint64, distance: int
 ) -> None:

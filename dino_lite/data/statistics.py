@@ -118,7 +118,7 @@ def describe_duplicates(groups: Groups, num_train: int, hashing: bool) -> dict[s
     are train's. Plain JSON; "near" does not count what is exact, and is None without hashes.
     """
     in_test = np.arange(len(groups.equal)) >= num_train
-    exact, both = _count(groups.equal, in_test), _count(groups.alike, in_test)
+    exact, both = count_duplicates(groups.equal, in_test), count_duplicates(groups.alike, in_test)
     if not hashing:
         return {"exact": exact, "near": None}
     firsts = np.flatnonzero((groups.equal == np.arange(len(in_test))) & (groups.equal >= 0))
@@ -142,14 +142,18 @@ def repeated(groups: Groups) -> list[tuple[int, str, int]]:
     return found
 
 
-def _count(groups: Int64[np.ndarray, "n"], in_test: Shaped[np.ndarray, "n"]) -> dict[str, int]:
-    """Of rows that name their group (-1: none)."""
+def count_duplicates(
+    groups: Int64[np.ndarray, "n"], in_test: Shaped[np.ndarray, "n"]
+) -> dict[str, int]:
+    """Of rows that name their group (-1: none): how many groups of several there are, how many
+    images could go, and how many of test are in train.
+    """
     known = groups >= 0
     sizes = np.bincount(groups[known], minlength=1)
     from_train = np.bincount(groups[known & ~in_test], minlength=len(sizes))
     return {
         "num_groups": int((sizes > 1).sum()),
-        "num_surplus": int(np.maximum(sizes - 1, 0).sum()),  # images that could go
+        "num_surplus": int(np.maximum(sizes - 1, 0).sum()),
         "num_test_images_in_train": int((from_train[groups[known & in_test]] > 0).sum()),
     }
 

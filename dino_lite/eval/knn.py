@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.features import Features, device_of
-from dino_lite.eval.results import result
+from dino_lite.eval.metrics import mean_per_class
+from dino_lite.eval.neighbors import nearest
+from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 
-_CELLS = 2**25  # similarities held at once: 128 MB, whatever the sizes of bank and test
+_QUERIES = 1024  # at once: enough for a fast product with the bank
+_CELLS = 2**20  # votes held at once: 8 MB, whatever the number of classes
 _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
 
 
@@ -29,6 +30,24 @@ class Accuracy(NamedTuple):
 
     top1: float
     top5: float
+
+
+class Answers(NamedTuple):
+    """What the neighbors say of each query: the class with most votes, and how many classes come
+    before its own, with more votes, or as many and a lower number.
+    """
+
+    predicted: Int[Tensor, "n"]
+    place: Int[Tensor, "n"]
+
+    def correct(self, top: int = 1) -> Bool[Tensor, "n"]:
+        """Whose own class is among the `top` first."""
+        return self.place < top
+
+    def accuracy(self, k: int) -> Accuracy:
+        """Of answers by k neighbors."""
+        top1, top5 = (percent(self.correct(top)).mean() for top in (1, min(5, k)))
+        return Accuracy(float(top1), float(top5))
 
 
 class KNN:
@@ -45,7 +64,9 @@ class KNN:
         self.ks, self.temperature = list(ks), temperature
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Accuracies of the CLS features by k, the protocol in words, and `top1` at k = 20."""
+        """Accuracies of the CLS features by k, the protocol in words, and `top1` at k = 20 with the
+        mean over classes, `per_class`.
+        """
         bank, queries = store.labeled(backbone, "k-NN")
         asked = None if queries is None else queries.features()
         return self.score(bank.features(), asked, device_of(backbone))
@@ -61,14 +82,10 @@ class KNN:
         if len(asked_of.labels) == 0:
             raise UserError("k-NN found no labeled test image; see data.labels.")
         for part in (bank, asked_of):
-            if not bool(torch.isfinite(part.features).all()):
-                raise UserError(
-                    "k-NN got features that are not finite: the network has diverged; evaluate an "
-                    "earlier checkpoint, or train anew with a lower optim.rate."
-                )
+            check_finite(part, "k-NN")
         limit = len(bank.labels) - (queries is None)
         used = {k: min(k, limit) for k in self.ks}
-        by_k = knn_accuracy(
+        answers = knn_answers(
             asked_of,
             bank,
             sorted(set(used.values())),
@@ -76,8 +93,14 @@ class KNN:
             leave_one_out=queries is None,
             device=device,
         )
+        by_k = {k: found.accuracy(k) for k, found in answers.items()}
+        each = {k: mean_per_class(a.correct(), asked_of.labels) for k, a in answers.items()}
         table = {
-            str(k): {"asked": [a for a in self.ks if used[a] == k], **accuracy._asdict()}
+            str(k): {
+                "asked": [a for a in self.ks if used[a] == k],
+                **accuracy._asdict(),
+                "per_class": each[k],
+            }
             for k, accuracy in by_k.items()
         }
         headline = min(by_k, key=lambda k: (abs(k - _HEADLINE_K), k))
@@ -89,10 +112,15 @@ class KNN:
             settings={"k": headline, "temperature": self.temperature},
             num_train=len(bank.labels),
             num_test=len(asked_of.labels),
+            scores=percent(answers[headline].correct()),
             k=table,
-            table=[{"k": k, "top-1 %": a.top1, "top-5 %": a.top5} for k, a in by_k.items()],
+            table=[
+                {"k": k, "top-1 %": a.top1, "top-5 %": a.top5, "mean per class %": each[k]}
+                for k, a in by_k.items()
+            ],
             top1=by_k[headline].top1,
             top1_k=headline,
+            per_class=each[headline],
         )
 
     def _protocol(self, num_bank: int, num_queries: int | None) -> str:
@@ -113,7 +141,39 @@ def knn_accuracy(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> dict[int, Accuracy]:
-    """Accuracy at each k of `ks` (none above the bank's size).
+    """Accuracy at each k of `ks` (none above the bank's size); see `knn_answers`."""
+    answers = knn_answers(
+        queries, bank, ks, temperature, leave_one_out=leave_one_out, device=device
+    )
+    return {k: found.accuracy(k) for k, found in answers.items()}
+
+
+def knn_predict(
+    queries: Features,
+    bank: Features,
+    k: int,
+    temperature: float = 0.07,
+    leave_one_out: bool = False,
+    device: torch.device | None = None,
+) -> Int[Tensor, "n"]:
+    """The label with most votes of each query's k neighbors: what a confusion matrix counts."""
+    answers = knn_answers(
+        queries, bank, [k], temperature, leave_one_out=leave_one_out, device=device
+    )
+    return answers[k].predicted
+
+
+def knn_answers(
+    queries: Features,
+    bank: Features,
+    ks: Sequence[int],
+    temperature: float,
+    *,
+    leave_one_out: bool = False,
+    device: torch.device | None = None,
+) -> dict[int, Answers]:
+    """What the k most similar of the bank say of each query, at each k of `ks` (none above the
+    bank's size), from one search.
 
     `leave_one_out`: query i is row i of the bank, and not its own neighbor. Of classes with equal
     votes the lower number comes first, those without votes included, as in the reference (so where
@@ -122,57 +182,41 @@ def knn_accuracy(
     """
     device = device or torch.device("cpu")
     every_label = torch.cat([bank.labels, queries.labels])
-    classes, numbers = torch.unique(every_label, return_inverse=True)
+    labels, numbers = torch.unique(every_label, return_inverse=True)
     bank_classes, query_classes = numbers.split([len(bank.labels), len(queries.labels)])
-    rows_in_bank = unit(bank.features.to(device))
-    num_queries, num_classes = len(query_classes), len(classes)
-    block = max(1, _CELLS // max(len(rows_in_bank), num_classes))
-    hits = {k: torch.zeros(2, dtype=torch.long) for k in ks}
-    for start in range(0, num_queries, block):
-        rows = torch.arange(start, min(start + block, num_queries))
+    rows_of_bank = bank.features.to(device)
+    block = max(1, min(_QUERIES, _CELLS // len(labels)))
+    parts: dict[int, list[Answers]] = {k: [] for k in ks}
+    for start in range(0, len(query_classes), block):
+        rows = torch.arange(start, min(start + block, len(query_classes)))
         similarity, index = nearest(
-            unit(queries.features[rows].to(device)),
-            rows_in_bank,
+            queries.features[rows].to(device),
+            rows_of_bank,
             max(ks),
             exclude=rows.to(device) if leave_one_out else None,
         )
-        # A shift scales all votes of a query alike, and keeps exp finite at any temperature.
-        similarity = similarity.cpu() - similarity[:, :1].cpu()
         neighbors = bank_classes[index.cpu()]
-        for k in ks:
-            votes = knn_votes(similarity[:, :k], neighbors[:, :k], temperature, num_classes)
+        votes_of = knn_probs(similarity.cpu(), neighbors, ks, temperature, len(labels))
+        for k, votes in votes_of:
             place = _place(votes, query_classes[rows])
-            hits[k] += torch.stack([(place < 1).sum(), (place < min(5, k)).sum()])
-    return {k: Accuracy(*(100.0 * hits[k].double() / num_queries).tolist()) for k in ks}
+            parts[k].append(Answers(labels[votes.argmax(dim=1)], place))
+    return {k: Answers(*map(torch.cat, zip(*found, strict=True))) for k, found in parts.items()}
 
 
-def nearest(
-    queries: Float[Tensor, "n D"],
-    bank: Float[Tensor, "N D"],
-    k: int,
-    exclude: Int[Tensor, "n"] | None = None,
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k rows of `bank` most similar to each query, most similar first; both are unit rows.
-
-    Of equally similar rows the one with the lower index comes first, and is kept. `exclude` names
-    a row for each query to pass by.
+def knn_probs(
+    similarity: Float[Tensor, "n m"],
+    classes: Int[Tensor, "n m"],
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> Iterator[tuple[int, Float[Tensor, "n C"]]]:
+    """For each k the votes of the first k of m neighbors, as parts of the votes of all m: those at
+    k = m add up to 1 (DINOv2's k-NN). A common factor keeps exp finite at any temperature.
     """
-    with _full_precision():
-        similarity = queries @ bank.T
-    if exclude is not None:
-        similarity.scatter_(1, exclude[:, None], -torch.inf)
-    values, index = similarity.topk(min(k + 1, len(bank)), dim=1)
-    if (
-        len(bank) > k
-    ):  # topk keeps any of several equals: where the border cuts through some, choose anew
-        border, values, index = values[:, k], values[:, :k], index[:, :k]
-        tied = border == values[:, -1]
-        if bool(tied.any()):
-            index[tied] = _first_best(similarity[tied], values[tied, -1:], k)
-            values = similarity.gather(1, index)
-    index, order = index.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+    exponent = similarity.double() / temperature
+    similarity = temperature * (exponent - exponent.logsumexp(dim=1, keepdim=True))
+    for k in ks:
+        yield k, knn_votes(similarity[:, :k], classes[:, :k], temperature, num_classes)
 
 
 def knn_votes(
@@ -187,19 +231,13 @@ def knn_votes(
     return votes.scatter_add_(1, classes, weight)
 
 
-def unit(features: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Rows of length 1; a row of zeros stays one."""
-    return F.normalize(features, dim=1, eps=1e-12)
-
-
-def _first_best(
-    similarity: Float[Tensor, "n N"], border: Float[Tensor, "n 1"], k: int
-) -> Int[Tensor, "n k"]:
-    """Columns above each row's border, filled up to k by the first of those on it."""
-    above, on = similarity > border, similarity == border
-    room = k - above.sum(dim=1, keepdim=True)
-    taken = above | (on & (on.cumsum(dim=1, dtype=torch.int32) <= room))
-    return taken.nonzero()[:, 1].reshape(len(similarity), k)
+def check_finite(features: Features, what: str) -> None:
+    """Refuse what a diverged network gives; `what` is said of in the message."""
+    if len(features.labels) and not all(map(math.isfinite, torch.aminmax(features.features))):
+        raise UserError(
+            f"{what} got features that are not finite: the network has diverged; evaluate an "
+            "earlier checkpoint, or train anew with a lower optim.rate."
+        )
 
 
 def _place(votes: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
@@ -207,14 +245,3 @@ def _place(votes: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Int[Tensor
     own = votes.gather(1, classes[:, None])
     lower = torch.arange(votes.shape[1]) < classes[:, None]
     return ((votes > own) | ((votes == own) & lower)).sum(dim=1)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Similarities in true float32, whatever speed training has chosen for its matmuls."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

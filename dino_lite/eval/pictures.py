@@ -21,7 +21,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
 from dino_lite.eval.heat import heat, overlay
-from dino_lite.eval.knn import nearest, unit
+from dino_lite.eval.neighbors import nearest
 
 _INK, _GRAY, _LINE = "#1f2933", "#6b7785", "#cbd2d9"
 _BLUE, _ORANGE = "#1769aa", "#d9762b"  # the color-blind tell them apart too
@@ -129,8 +129,8 @@ def neighbors_picture(
         asked, images = queries, _Readable(data, data.splits.test)
     rows = _spread_over_classes(asked.labels, num_queries)
     similarity, index = nearest(
-        unit(asked.features[rows]),
-        unit(bank.features),
+        asked.features[rows],
+        bank.features,
         min(num_neighbors, len(bank.labels) - (asked is bank)),
         exclude=rows if asked is bank else None,
     )

@@ -1,0 +1,139 @@
+"""k-NN with a handful of labeled images a class, drawn several times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.features import Features, device_of
+from dino_lite.eval.knn import check_finite, knn_answers
+from dino_lite.eval.results import percent, result
+from dino_lite.eval.store import FeatureStore
+
+
+class Tries(NamedTuple):
+    """What several banks of n images a class gave: percent right in each try, and of each image
+    asked for over the tries that asked for it.
+    """
+
+    k: int
+    num_train: int
+    top1: Float[Tensor, "tries"]
+    scores: Float[Tensor, "n"]
+
+    def std(self) -> float:
+        """Standard deviation over the tries; 0 of one."""
+        return float(self.top1.std()) if len(self.top1) > 1 else 0.0
+
+
+class FewShot:
+    """The evaluation: test images against n of train a class, for each n of `nums`; with one split
+    the images that were not drawn are asked. Try t draws from seed t, as DINOv2's k-NN does.
+    """
+
+    def __init__(
+        self,
+        nums: Sequence[int] = (1, 5, 10, 20),
+        num_tries: int = 5,
+        k: int = 20,
+        temperature: float = 0.07,
+    ) -> None:
+        if not nums or min(nums) < 1:
+            raise UserError(f"eval.fewshot.nums={list(nums)}: give numbers of images, 1 or more.")
+        if num_tries < 1 or k < 1:
+            raise UserError(
+                f"eval.fewshot: num_tries={num_tries} and k={k} must both be 1 or more."
+            )
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UserError(f"eval.fewshot.temperature={temperature}: it must be greater than 0.")
+        self.nums, self.num_tries = sorted(set(nums)), num_tries
+        self.k, self.temperature = k, temperature
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """Top-1 for each number of images a class; the headline is that of the largest."""
+        train, test = store.labeled(backbone, "Few-shot k-NN")
+        asked = None if test is None else test.features()
+        return self.score(train.features(), asked, device_of(backbone))
+
+    def score(
+        self, train: Features, test: Features | None, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        """As calling it, from features."""
+        train, test = train.labeled(), None if test is None else test.labeled()
+        if train.num_classes < 2:
+            raise UserError("Few-shot k-NN needs labeled training images of at least 2 classes.")
+        if test is not None and len(test.labels) == 0:
+            raise UserError("Few-shot k-NN found no labeled test image; see data.labels.")
+        for part in (train, test):
+            if part is not None:
+                check_finite(part, "Few-shot k-NN")
+        found = {num: self._tries(train, test, num, device) for num in self.nums}
+        most = found[self.nums[-1]]
+        whom = "the training images left over" if test is None else f"test ({len(test.labels)})"
+        return result(
+            "few-shot k-NN top-1",
+            float(most.top1.mean()),
+            protocol=(
+                f"weighted k-NN, cosine, T={self.temperature:g}, CLS features, bank = n images a "
+                f"class of train, drawn {self.num_tries} times, queries = {whom}"
+            ),
+            settings={"n": self.nums[-1], "tries": self.num_tries, "k": most.k},
+            num_train=most.num_train,
+            num_test=len(most.scores),
+            scores=most.scores,
+            temperature=self.temperature,
+            table=[
+                {
+                    "images a class": num,
+                    "in all": tries.num_train,
+                    "k": tries.k,
+                    "top-1 %": float(tries.top1.mean()),
+                    "± std": tries.std(),
+                }
+                for num, tries in found.items()
+            ],
+        )
+
+    def _tries(
+        self, train: Features, test: Features | None, num: int, device: torch.device | None
+    ) -> Tries:
+        num_rows = len(train.labels if test is None else test.labels)
+        right, times = torch.zeros(2, num_rows, dtype=torch.float64)
+        top1, k, num_drawn = [], self.k, 0
+        for seed in range(self.num_tries):
+            drawn = draw_few(train.labels, num, seed)
+            asked = torch.arange(num_rows)
+            if test is None:
+                asked = asked[~torch.isin(asked, drawn)]
+            if not len(asked):
+                raise UserError(
+                    f"eval.fewshot.nums: {num} images a class are all there are, and none is left "
+                    "to ask; give smaller numbers, or a test split."
+                )
+            queries, bank = (train if test is None else test).rows(asked), train.rows(drawn)
+            num_drawn, k = len(drawn), min(self.k, len(drawn))
+            answers = knn_answers(queries, bank, [k], self.temperature, device=device)
+            correct = percent(answers[k].correct())
+            top1.append(correct.mean())
+            right[asked] += correct
+            times[asked] += 1
+        seen = times > 0
+        return Tries(k, num_drawn, torch.stack(top1), right[seen] / times[seen])
+
+
+def draw_few(labels: Int[Tensor, "N"], num: int, seed: int) -> Int[Tensor, "n"]:
+    """Rows of `num` images of each class (all, where there are fewer), class after class, by one
+    stream of torch.randperm from `seed`: the same images as DINOv2's k-NN takes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for label in torch.unique(labels).tolist():
+        of_class = (labels == label).nonzero()[:, 0]
+        rows.append(of_class[torch.randperm(len(of_class), generator=generator)[:num]])
+    return torch.cat(rows)

@@ -1,0 +1,126 @@
+"""Finding images of the same class among all of train, by similarity alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.features import Features, device_of
+from dino_lite.eval.knn import check_finite
+from dino_lite.eval.neighbors import similarities
+from dino_lite.eval.results import percent, result
+from dino_lite.eval.store import FeatureStore
+
+_CELLS = 2**22  # similarities sorted at once
+
+
+class Ranking(NamedTuple):
+    """How each query ranks the images of its own class: average precision in [0, 1], and the place
+    (from 0) of the first. Queries without any to find have NaN and the bank's size.
+    """
+
+    precision: Float[Tensor, "n"]
+    first: Int[Tensor, "n"]
+
+
+class Retrieval:
+    """The evaluation: each test image, or without any each training image, ranks (the other) train.
+
+    mAP: mean over queries of average precision over the whole ranking; recall@k: part of the
+    queries with an image of their class among the first k (Song et al. 2016).
+    """
+
+    def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
+        if not ks or min(ks) < 1:
+            raise UserError(
+                f"eval.retrieval.ks={list(ks)}: give at least one number, each 1 or more."
+            )
+        self.ks = sorted(set(ks))
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """mAP and recall of the CLS features."""
+        bank, queries = store.labeled(backbone, "Retrieval")
+        asked = None if queries is None else queries.features()
+        return self.score(bank.features(), asked, device_of(backbone))
+
+    def score(
+        self, bank: Features, queries: Features | None, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        """As calling it, from features; without queries each row of the bank is left out once."""
+        bank = bank.labeled()
+        asked = bank if queries is None else queries.labeled()
+        for part in (bank, asked):
+            check_finite(part, "Retrieval")
+        ranking = rank_classes(asked, bank, leave_one_out=queries is None, device=device)
+        found = ~ranking.precision.isnan()
+        if not bool(found.any()):
+            raise UserError(
+                "Retrieval needs labeled images that share their class with one of train; "
+                "see data.labels."
+            )
+        scores, first = 100 * ranking.precision[found], ranking.first[found]
+        recall = {k: float(percent(first < k).mean()) for k in self.ks}
+        images = (
+            f"leave-one-out on train ({len(bank.labels)} images)"
+            if queries is None
+            else f"test ({len(asked.labels)} images) asks train ({len(bank.labels)})"
+        )
+        alone = int((~found).sum())
+        left_out = f"; {alone} with nothing to find are left out" if alone else ""
+        return result(
+            "retrieval mAP",
+            float(scores.mean()),
+            protocol=f"same class, cosine, whole ranking, CLS features, {images}{left_out}",
+            settings={},
+            num_train=len(bank.labels),
+            num_test=len(scores),
+            scores=scores,
+            recall={str(k): value for k, value in recall.items()},
+            table=[{"k": k, "recall %": value} for k, value in recall.items()],
+        )
+
+
+def rank_classes(
+    queries: Features,
+    bank: Features,
+    *,
+    leave_one_out: bool = False,
+    device: torch.device | None = None,
+) -> Ranking:
+    """Rank the bank for each query: most similar first, equals in the order of the bank.
+
+    `leave_one_out`: query i is row i of the bank and ranks all the others.
+    """
+    device = device or torch.device("cpu")
+    rows_of_bank, labels = bank.features.to(device), bank.labels.to(device)
+    block = max(1, _CELLS // max(1, len(labels)))
+    parts = []
+    for start in range(0, len(queries.labels), block):
+        rows = torch.arange(start, min(start + block, len(queries.labels)))
+        asked, wanted = queries.features[rows].to(device), queries.labels[rows].to(device)
+        similarity = asked.new_empty(len(asked), len(labels))
+        for part, tile in similarities(asked, rows_of_bank):
+            similarity[:, part] = tile
+        own = labels == wanted[:, None]  # n N
+        if leave_one_out:  # last of all, and of no class
+            place = rows.to(device)[:, None]
+            similarity.scatter_(1, place, -torch.inf)
+            own.scatter_(1, place, False)
+        order = similarity.sort(dim=1, descending=True, stable=True).indices
+        parts.append(_ranking(own.gather(1, order)))
+    empty = Ranking(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
+    return Ranking(*map(torch.cat, zip(empty, *parts, strict=True)))
+
+
+def _ranking(own: Bool[Tensor, "n N"]) -> Ranking:
+    """Of who is of the query's class, in the order found."""
+    hits = own.cumsum(dim=1, dtype=torch.int32)
+    row, place = own.nonzero(as_tuple=True)
+    precision = hits[row, place].cpu().double() / (place.cpu() + 1)
+    total = torch.zeros(len(own), dtype=torch.float64).index_add_(0, row.cpu(), precision)
+    return Ranking(total / hits[:, -1].cpu(), (hits == 0).sum(dim=1).cpu())
