@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
 from golden.adapters_eval import a09  # noqa: E402
+from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
 from golden.check import Check  # noqa: E402
 
@@ -43,6 +44,7 @@ ADAPTERS: dict[str, Adapter] = {
     "A09": a09,
     "A10": a10,
     "A11": a11,
+    "D24": d24,
 }
 
 

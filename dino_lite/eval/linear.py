@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
@@ -43,8 +44,8 @@ class Linear:
         batch_size: int | str = "auto",
         num_steps: int | str = "auto",
         num_epochs: int | None = None,
-        cosine: Literal["step", "epoch"] = "step",
-        choose: Literal["held_out", "test"] = "held_out",
+        cosine: str = "step",
+        choose: str = "held_out",
         seed: int = 0,
     ) -> None:
         for name, values in (("blocks", blocks), ("patches", patches), ("rates", rates)):
@@ -88,14 +89,14 @@ class Linear:
         after_epoch = (lambda: courses.append(heads.measure(task.test)[0])) if look else None
         train(heads, fit, batch_size, num_steps, self.seed, self.cosine, after_epoch)
         correct, losses = heads.measure(task.test)
-        accuracy = percent(correct).mean(dim=0)  # H
+        accuracy = _accuracy(correct)
         best_epoch, best_on_test = _best([*courses, correct])
         if held is None:
             chosen, judged = best_on_test, None
             right = [*courses, correct][best_epoch][:, chosen]
         else:
             hits, losses = heads.measure(held)
-            judged = percent(hits).mean(dim=0)
+            judged = _accuracy(hits)
             # Many heads are right equally often: the surest of them, by its loss.
             chosen = min(range(len(grid)), key=lambda i: (-float(judged[i]), _number(losses[i])))
             right = correct[:, chosen]
@@ -154,9 +155,14 @@ class Linear:
 
 def _best(courses: Sequence[Tensor]) -> tuple[int, int]:
     """Epoch and head that are right most often; of equals the first."""
-    means = torch.stack([percent(correct).mean(dim=0) for correct in courses])  # epochs H
+    means = torch.stack([_accuracy(correct) for correct in courses])  # epochs H
     place = int(means.argmax())
     return place // means.shape[1], place % means.shape[1]
+
+
+def _accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
+    """Percent right of each head."""
+    return 100.0 * correct.double().mean(dim=0)
 
 
 def _number(loss: Tensor) -> float:
