@@ -105,12 +105,12 @@ def test_rates_fall_to_zero_and_epochs_are_shuffled(
         heads, "step", lambda rows, labels, factor: seen.append((rows[:, -5].tolist(), factor))
     )
     epochs: list[int] = []
-    train(heads, pooled, 4, 6, seed=0, cosine_per=per, after_epoch=lambda: epochs.append(len(seen)))
-    assert epochs == [2, 4, 6]
+    train(heads, pooled, 4, 7, seed=0, cosine_per=per, after_epoch=lambda: epochs.append(len(seen)))
+    assert epochs == [2, 4, 6, 7]
     for i in (0, 2, 4):
         assert len(set(seen[i][0] + seen[i + 1][0])) == 8
     assert seen[0][0] != seen[2][0]
-    places = range(6) if per == "step" else (0, 0, 2, 2, 4, 4)
+    places = range(7) if per == "step" else (0, 0, 2, 2, 4, 4, 6)
     assert [factor for _, factor in seen] == pytest.approx(
-        [0.5 + 0.5 * math.cos(math.pi * place / 6) for place in places]
+        [0.5 + 0.5 * math.cos(math.pi * place / 7) for place in places]
     )

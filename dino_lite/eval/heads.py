@@ -133,7 +133,8 @@ def train(
     after_epoch: Callable[[], None] | None = None,
 ) -> None:
     """`num_steps` steps over shuffled epochs, the last images of one that fill no batch left out;
-    rates fall as half a cosine to 0, a move each step or each epoch.
+    rates fall as half a cosine to 0, a move each step or each epoch. `after_epoch` is called after
+    each, and at the end.
     """
     device = heads.weights[0].device
     epoch = len(pooled.labels) // batch_size
@@ -141,7 +142,7 @@ def train(
     for step, numbers in enumerate(_batches(len(pooled.labels), batch_size, num_steps, seed)):
         rows, labels = join(pooled, numbers, device)
         heads.step(rows, labels, cosine(step // held * held, num_steps))
-        if after_epoch is not None and (step + 1) % epoch == 0:
+        if after_epoch is not None and ((step + 1) % epoch == 0 or step + 1 == num_steps):
             after_epoch()
 
 

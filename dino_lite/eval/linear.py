@@ -84,24 +84,22 @@ class Linear:
         grid = make_grid(blocks, self.patches, self.rates, batch_size)
         cpu = torch.device("cpu")
         heads = LinearHeads(grid, fit, task.num_classes, device or cpu, self.seed)
-        courses: list[Tensor] = []
-        look = self.cosine == "epoch" and self.choose == "test"
-        after_epoch = (lambda: courses.append(heads.measure(task.test)[0])) if look else None
-        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, after_epoch)
-        correct, losses = heads.measure(task.test)
-        accuracy = _accuracy(correct)
-        best_epoch, best_on_test = _best([*courses, correct])
-        if held is None:
-            chosen, judged = best_on_test, None
-            right = [*courses, correct][best_epoch][:, chosen]
-        else:
-            hits, losses = heads.measure(held)
-            judged = _accuracy(hits)
-            # Many heads are right equally often: the surest of them, by its loss.
-            chosen = min(range(len(grid)), key=lambda i: (-float(judged[i]), _number(losses[i])))
-            right = correct[:, chosen]
-        records = _records(grid, accuracy, judged)
-        head = grid[chosen]
+        looks: list[Tensor] = []  # at the test: which images each head gets right, "n H"
+
+        def look() -> None:
+            looks.append(heads.measure(task.test)[0])
+
+        each_epoch = self.cosine == "epoch" and held is None
+        every = look if each_epoch else None
+        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every)
+        if not looks:
+            look()
+        epoch, favorite = _best(looks)
+        chosen, judged, right = favorite, None, looks[epoch][:, favorite]
+        if held is not None:
+            chosen, judged = _choose(*heads.measure(held))
+            right = looks[-1][:, chosen]
+        records, head = _records(grid, _accuracy(looks[-1]), judged), grid[chosen]
         return result(
             "linear top-1",
             float(percent(right).mean()),
@@ -118,10 +116,10 @@ class Linear:
             mean_per_class=mean_per_class(right, task.test.labels),
             chosen=records[chosen],
             reference_choice={
-                **records[best_on_test],
+                **records[favorite],
                 "chosen_on": "test",
-                "value": float(percent([*courses, correct][best_epoch][:, best_on_test]).mean()),
-                "epoch": best_epoch + 1 if courses else None,
+                "value": float(_accuracy(looks[epoch])[favorite]),
+                "epoch": epoch + 1 if each_epoch else None,
             },
             heads=records,
             table=_best_of_each(records, "test %" if held is None else "held out %"),
@@ -153,21 +151,27 @@ class Linear:
         )
 
 
-def _best(courses: Sequence[Tensor]) -> tuple[int, int]:
+def _choose(
+    correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
+) -> tuple[int, Float[Tensor, "H"]]:
+    """The head that is right most often, and how often each is. Many are equally often: the surest
+    of them, by its loss; one that has diverged comes last.
+    """
+    accuracy, losses = _accuracy(correct), losses.nan_to_num(nan=math.inf)
+    order = sorted(range(len(losses)), key=lambda i: (-float(accuracy[i]), float(losses[i])))
+    return order[0], accuracy
+
+
+def _best(looks: Sequence[Tensor]) -> tuple[int, int]:
     """Epoch and head that are right most often; of equals the first."""
-    means = torch.stack([_accuracy(correct) for correct in courses])  # epochs H
+    means = torch.stack([_accuracy(correct) for correct in looks])  # epochs H
     place = int(means.argmax())
     return place // means.shape[1], place % means.shape[1]
 
 
 def _accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
     """Percent right of each head."""
-    return 100.0 * correct.double().mean(dim=0)
-
-
-def _number(loss: Tensor) -> float:
-    """A head that has diverged comes last."""
-    return float(loss.nan_to_num(nan=math.inf))
+    return (100.0 * correct.double()).mean(dim=0)
 
 
 def _name(head: Head) -> str:
