@@ -29,7 +29,8 @@ def test_classes_that_lie_apart_are_told_apart() -> None:
     assert [record["head"] for record in found["heads"]] == list(range(8))
     assert found["reference_choice"]["chosen_on"] == "test"
     assert found["num_train"] == 54
-    assert "6 images held out of train" in found["protocol"]
+    assert "best of 8 linear heads" in found["protocol"]
+    assert "judged on 6 images held out of train" in found["protocol"]
     assert "not augmented" in found["protocol"]
     assert len(found["table"]) == 4
 
@@ -65,7 +66,10 @@ def test_dinos_protocol_reports_the_best_epoch_on_test_and_says_so() -> None:
     assert found["value"] == found["reference_choice"]["value"]
     assert found["value"] >= found["heads"][0]["test %"]
     assert 1 <= found["reference_choice"]["epoch"] <= 5
-    assert "test images themselves" in found["protocol"]
+    assert (
+        "one linear head on frozen features, the best of its epochs, as judged on the test images"
+        in (found["protocol"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_dinos_protocol_reports_the_best_epoch_on_test_and_says_so() -> None:
     [
         (1_281_167, {}, (1024, 12_500)),
         (45_000, {}, (1024, 4300)),
-        (945, {}, (64, 1400)),
+        (945, {}, (128, 1000)),
         (50, {}, (16, 1000)),
         (9, {}, (9, 1000)),
         (945, {"batch_size": 2048, "num_steps": 7}, (945, 7)),

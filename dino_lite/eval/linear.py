@@ -127,8 +127,8 @@ class Linear:
 
     def length(self, num_images: int) -> tuple[int, int]:
         """Images a step and steps for so many to train on, as the YAML explains."""
-        eighth = 2 ** int(math.log2(max(1.0, num_images / 8)))
-        auto = min(PUBLISHED_BATCH, max(16, eighth))
+        quarter = 2 ** int(math.log2(max(1.0, num_images / 4)))
+        auto = min(PUBLISHED_BATCH, max(16, quarter))
         batch = min(num_images, self.batch_size if isinstance(self.batch_size, int) else auto)
         if isinstance(self.num_steps, int):
             return batch, self.num_steps
@@ -138,16 +138,12 @@ class Linear:
         return batch, min(PUBLISHED_STEPS, max(_FEWEST_STEPS, _AUTO_EPOCHS * epoch))
 
     def _protocol(self, task: Task, num_heads: int, num_held: int) -> str:
-        chosen = (
-            f"the best of {num_heads} on {num_held:,} images held out of train"
-            if num_held
-            else f"the best of {num_heads} and of all epochs on the test images themselves"
-            if self.cosine == "epoch"
-            else f"the best of {num_heads} on the test images themselves"
-        )
+        what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
+        epochs = ", the best of its epochs," if self.cosine == "epoch" and not num_held else ""
+        judge = f"{num_held:,} images held out of train" if num_held else "the test images"
         return (
-            f"linear heads on frozen features, SGD, {chosen}; {task.images}; not augmented (the "
-            "references train on random crops)"
+            f"{what} on frozen features{epochs} as judged on {judge}; SGD, {task.images}; not "
+            "augmented (the references train on random crops)"
         )
 
 
