@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
+from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
 from golden.adapters_vit import b15, b15b  # noqa: E402
 from golden.check import Check  # noqa: E402
@@ -47,6 +48,7 @@ ADAPTERS: dict[str, Adapter] = {
     "B15": b15,
     "B15b": b15b,
     "D25": d25,
+    "D24": d24,
 }
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.commands.pretrain import build
 from dino_lite.config import compose, config_dir, get, leaves
-from dino_lite.contracts import Facts
+from dino_lite.contracts import Evaluation, Facts
 from dino_lite.plan import plan
 from dino_lite.runs import Run
 
+EVALUATIONS = sorted(path.stem for path in (config_dir() / "eval").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 GROUPS = sorted(
     f"{folder.name}={path.stem}"
@@ -51,6 +53,14 @@ def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
         for key, value in leaves(planned.config)
         if value == "auto" and key not in ("name", "data.labels")
     ]
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_builds(name: str) -> None:
+    """Each file holds one, under its own name, with settings that it takes."""
+    evaluations = build_evaluations(compose("evaluate", [f"eval=[{name}]"]))
+    assert list(evaluations) == [name]
+    assert isinstance(evaluations[name], Evaluation)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

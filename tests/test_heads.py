@@ -1,168 +1,116 @@
-"""The projection head: unit bottleneck, prototypes, the reference's keys and initial values."""
+"""A grid of linear heads trained at once is what each would be alone."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from dino_lite.nn.heads import DINOHead, LastLayer
+from dino_lite.eval import heads as module
+from dino_lite.eval.heads import LinearHeads, cosine, join, make_grid, train
+from dino_lite.eval.linear import RATES
+from pooled import draw_pooled, generator
 
-KEYS = {
-    (1, False): ["mlp"],
-    (2, False): ["mlp.0", "mlp.2"],
-    (3, False): ["mlp.0", "mlp.2", "mlp.4"],
-    (1, True): ["mlp"],
-    (2, True): ["mlp.0", "mlp.1", "mlp.3"],
-    (3, True): ["mlp.0", "mlp.1", "mlp.3", "mlp.4", "mlp.6"],
-}
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("num_layers", "batch_norm"), KEYS)
-def test_keys_are_the_references(num_layers: int, batch_norm: bool) -> None:
-    """Weights of the official head load under their own names."""
-    head = DINOHead(6, 10, 8, 4, num_layers, batch_norm)
-    wanted = {f"{k}.{kind}" for k in KEYS[num_layers, batch_norm] for kind in ("weight", "bias")}
-    wanted |= {"last_layer.weight_g", "last_layer.weight_v"}
-    assert {name for name, _ in head.named_parameters()} == wanted
-    assert head.last_layer.weight_g.shape == (10, 1)
-    assert head.last_layer.weight_v.shape == (10, 4)
+def test_each_head_learns_as_it_would_alone() -> None:
+    """As torch's linear layer, cross-entropy, SGD and cosine schedule have it, head by head."""
+    pooled, num_steps = draw_pooled(24, noise=1.0), 7
+    pooled = pooled._replace(cls=pooled.cls.double(), patches=pooled.patches.double())
+    grid = make_grid([1, 4], [False, True], [0.3, 2.0], batch_size=64)
+    heads = LinearHeads(grid, pooled, 3, CPU, seed=0)
+    alone = []
+    for i, head in enumerate(grid):
+        layer = nn.Linear(heads.weights[i].shape[1], 3).double()
+        layer.weight.data.copy_(heads.weights[i])
+        layer.bias.data.zero_()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=head.rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        alone.append((layer, optimizer, schedule))
+    for step in range(num_steps):
+        numbers = torch.randperm(24, generator=generator(step))[:8]
+        losses = heads.step(*join(pooled, numbers, CPU), cosine(step, num_steps))
+        for i, (layer, optimizer, schedule) in enumerate(alone):
+            read = pooled.features(grid[i].num_blocks, grid[i].patches).features[numbers]
+            loss = F.cross_entropy(layer(read), pooled.labels[numbers])
+            torch.testing.assert_close(losses[i], loss.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    for i, (layer, _, _) in enumerate(alone):
+        torch.testing.assert_close(heads.weights[i], layer.weight.detach())
+        torch.testing.assert_close(heads.biases[i], layer.bias.detach())
 
 
-@pytest.mark.parametrize(("num_layers", "batch_norm"), KEYS)
-def test_the_bottleneck_has_unit_norm(num_layers: int, batch_norm: bool) -> None:
-    """For any depth, in train and eval mode; K numbers a row are never made."""
-    head = DINOHead(6, 10, 8, 4, num_layers, batch_norm)
-    for mode in (True, False):
-        z = head.train(mode)(50 * torch.randn(9, 6))
-        assert z.shape == (9, 4)
-        torch.testing.assert_close(z.norm(dim=1), torch.ones(9))
+@pytest.mark.parametrize("batch_size", [1, 16, 128, 1024])
+def test_no_head_hides_another_at_any_batch_size(batch_size: int) -> None:
+    """All 52 have weights of their own, and all of them move."""
+    pooled = draw_pooled(12)
+    grid = make_grid([1, 4], [False, True], RATES, batch_size)
+    heads = LinearHeads(grid, pooled, 3, CPU, seed=0)
+    before = [weight.clone() for weight in heads.weights]
+    heads.step(*join(pooled, torch.arange(12), CPU), 1.0)
+    assert len(grid) == len(heads.weights) == 52
+    assert len({weight.data_ptr() for weight in heads.weights}) == 52
+    assert all(not torch.equal(a, b) for a, b in zip(before, heads.weights, strict=True))
 
 
-def test_the_head_is_linear_gelu_linear_and_a_weight_normalized_layer() -> None:
-    """Logits equal the formula written out with torch's own weight normalization."""
-    head = DINOHead(6, 10, 8, 4, 2, learn_norm=True).double()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.normal_()
-    first, last, outer = head.mlp[0], head.mlp[2], head.last_layer
-    x = torch.randn(5, 6, dtype=torch.float64)
-    hidden = x @ first.weight.T + first.bias
-    hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-    bottleneck = hidden @ last.weight.T + last.bias
-    bottleneck = bottleneck / bottleneck.square().sum(1, keepdim=True).sqrt()
-    wanted = bottleneck @ torch._weight_norm(outer.weight_v, outer.weight_g, 0).T
-    torch.testing.assert_close(head(x) @ head.prototypes().rows().T, wanted, rtol=1e-12, atol=1e-12)
+def test_weights_start_small_and_biases_at_zero() -> None:
+    """N(0, 0.01²) from the seed; the global generator is left alone."""
+    pooled, state = draw_pooled(6, dim=200), torch.random.get_rng_state()
+    grid = make_grid([1, 4], [False, True], RATES, 256)
+    one, two, other = (LinearHeads(grid, pooled, 3, CPU, seed) for seed in (0, 0, 1))
+    drawn = torch.cat([weight.flatten() for weight in one.weights])
+    assert float(drawn.std()) == pytest.approx(0.01, rel=0.02)
+    assert abs(float(drawn.mean())) < 1e-4
+    assert all(not bias.any() for bias in one.biases)
+    assert torch.equal(one.weights[-1], two.weights[-1])
+    assert not torch.equal(one.weights[-1], other.weights[-1])
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_initial_values_are_the_references() -> None:
-    """Maps from N(0, .02²), biases zero, lengths one, directions as a linear layer draws them."""
-    head = DINOHead(64, 300, 128, 16, 3).requires_grad_(False)
+def test_measuring_is_by_the_definition_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right where the largest logit is the label's; the loss is the mean cross-entropy."""
+    pooled = draw_pooled(11, noise=2.0)
+    heads = LinearHeads(make_grid([1, 2], [True], [0.5], 256), pooled, 3, CPU, seed=0)
+    train(heads, pooled, 4, 20, seed=0)
+    hits, losses = heads.measure(pooled)
+    for i, head in enumerate(heads.grid):
+        read = pooled.features(head.num_blocks, head.patches).features
+        logits = read @ heads.weights[i].T + heads.biases[i]
+        assert hits[:, i].tolist() == (logits.argmax(1) == pooled.labels).tolist()
+        expected = F.cross_entropy(logits, pooled.labels)
+        assert float(losses[i]) == pytest.approx(float(expected), rel=1e-5)
+    monkeypatch.setattr(module, "_CELLS", 30)
+    again = heads.measure(pooled)
+    assert torch.equal(again[0], hits)
+    torch.testing.assert_close(again[1], losses)
+
+
+@pytest.mark.parametrize("per", ["step", "epoch"])
+def test_rates_fall_to_zero_and_epochs_are_shuffled(
+    per: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image once an epoch, but those that fill no batch; rates move each step or epoch."""
+    pooled = draw_pooled(10)
+    pooled.patches[:, 0] = torch.arange(10)
+    heads = LinearHeads(make_grid([1], [False], [0.1], 256), pooled, 3, CPU, seed=0)
+    seen: list[tuple[list[float], float]] = []
+    monkeypatch.setattr(
+        heads, "step", lambda rows, labels, factor: seen.append((rows[:, -5].tolist(), factor))
+    )
+    epochs: list[int] = []
+    train(heads, pooled, 4, 7, seed=0, cosine_per=per, after_epoch=lambda: epochs.append(len(seen)))
+    assert epochs == [2, 4, 6, 7]
     for i in (0, 2, 4):
-        assert float(head.mlp[i].weight.std()) == pytest.approx(0.02, rel=0.1)
-        assert not head.mlp[i].bias.any()
-    directions = head.last_layer.weight_v
-    assert float(directions.abs().max()) <= 1 / math.sqrt(16)
-    assert float(directions.std()) == pytest.approx(1 / math.sqrt(3 * 16), rel=0.05)
-    assert torch.equal(head.last_layer.weight_g, torch.ones(300, 1))
-
-
-def train_prototypes(learn_norm: bool) -> LastLayer:
-    """Five steps of a descent that also pulls on the lengths."""
-    layer = LastLayer(4, 10, learn_norm)
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)
-    wanted = 3 * torch.randn(10, 4)
-    for _ in range(5):
-        optimizer.zero_grad()
-        (layer().rows() - wanted).square().sum().backward()
-        optimizer.step()
-    return layer
-
-
-@pytest.mark.parametrize("learn_norm", [False, True])
-def test_prototypes_start_with_unit_rows(learn_norm: bool) -> None:
-    """Whether or not their lengths will be trained."""
-    torch.testing.assert_close(LastLayer(4, 10, learn_norm)().rows().norm(dim=1), torch.ones(10))
-
-
-def test_held_lengths_stay_one_while_directions_learn() -> None:
-    """learn_norm=False: weight_v moves and grows, the rows stay on the sphere."""
-    layer = train_prototypes(learn_norm=False)
-    assert layer.weight_g.grad is None
-    assert float((layer.weight_v.detach().norm(dim=1) - 1).abs().max()) > 0.1
-    torch.testing.assert_close(layer().rows().norm(dim=1), torch.ones(10))
-
-
-def test_learned_lengths_are_those_of_weight_g_alone() -> None:
-    """learn_norm=True: rows are as long as |g|, and the gradient of v is at right angles to v."""
-    layer = train_prototypes(learn_norm=True)
-    assert float((layer.weight_g.detach() - 1).abs().max()) > 0.1
-    torch.testing.assert_close(layer().rows().norm(dim=1), layer.weight_g.detach().abs().squeeze(1))
-    layer.zero_grad()
-    (layer().rows() * torch.randn(10, 4)).sum().backward()
-    across = (layer.weight_v.grad * layer.weight_v.detach()).sum(dim=1)
-    torch.testing.assert_close(across, torch.zeros(10), rtol=0.0, atol=1e-5)
-
-
-def test_a_deep_copy_is_equal_and_apart() -> None:
-    """torch's own weight_norm could not be copied once; ours must, as the teacher is a copy."""
-    head = DINOHead(6, 10, 8, 4)
-    x = torch.randn(3, 6)
-    head(x).sum().backward()
-    twin = copy.deepcopy(head)
-    assert torch.equal(twin(x), head(x))
-    assert torch.equal(twin.prototypes().rows(), head.prototypes().rows())
-    with torch.no_grad():
-        twin.last_layer.weight_v.add_(1.0)
-        twin.mlp[0].weight.zero_()
-    assert not torch.equal(twin.prototypes().rows(), head.prototypes().rows())
-    assert head.mlp[0].weight.any()
-
-
-def test_double_precision_goes_through() -> None:
-    """float64 in, float64 out, and unit norms to float64's own rounding."""
-    head = DINOHead(6, 10, 8, 4).double()
-    z = head(torch.randn(3, 6, dtype=torch.float64)).detach()
-    assert z.dtype == head.prototypes().rows().dtype == torch.float64
-    assert float((z.norm(dim=1) - 1).abs().max()) < 1e-14
-
-
-def test_norms_are_exact_under_autocast() -> None:
-    """Half precision inside the MLP, float32 where the length is divided out."""
-    head = DINOHead(6, 10, 8, 4)
-    x = torch.randn(7, 6)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        z = head(x)
-    assert z.dtype == torch.float32
-    assert float((z.norm(dim=1) - 1).abs().max()) < 1e-6
-    torch.testing.assert_close(z, head(x).detach(), rtol=0.05, atol=0.05)
-
-
-def test_a_bottleneck_of_zero_stays_finite() -> None:
-    """An image that maps to nothing gives zeros and a finite gradient, not NaN."""
-    head = DINOHead(6, 10, 8, 4, num_layers=1)
-    x = torch.zeros(2, 6, requires_grad=True)
-    z = head(x)
-    z.sum().backward()
-    assert torch.equal(z, torch.zeros(2, 4))
-    assert torch.isfinite(x.grad).all()
-
-
-def test_the_published_head_has_its_published_size() -> None:
-    """ViT-S's head with 65,536 prototypes: 22,352,128 parameters."""
-    with torch.device("meta"):
-        head = DINOHead(384, 65_536)
-    assert sum(p.numel() for p in head.parameters()) == 22_352_128
-
-
-def test_logits_of_a_held_head_are_cosines() -> None:
-    """z·Pᵀ lies in [−1, 1] and equals the cosine of bottleneck and direction."""
-    head = DINOHead(6, 10, 8, 4)
-    x = torch.randn(5, 6)
-    logits = head(x) @ head.prototypes().rows().T
-    bottleneck = head.mlp(x)
-    cosines = F.cosine_similarity(bottleneck[:, None], head.last_layer.weight_v[None], dim=-1)
-    torch.testing.assert_close(logits, cosines)
+        assert len(set(seen[i][0] + seen[i + 1][0])) == 8
+    assert seen[0][0] != seen[2][0]
+    places = range(7) if per == "step" else (0, 0, 2, 2, 4, 4, 6)
+    assert [factor for _, factor in seen] == pytest.approx(
+        [0.5 + 0.5 * math.cos(math.pi * place / 7) for place in places]
+    )

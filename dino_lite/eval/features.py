@@ -57,6 +57,10 @@ class Pooled(NamedTuple):
         parts = [self.cls[:, -num_blocks:].flatten(1)] + ([self.patches] if patches else [])
         return Features(torch.cat(parts, dim=1), self.labels, self.index)
 
+    def rows(self, chosen: Tensor) -> Pooled:
+        """Some of the rows, by number or by truth."""
+        return Pooled(*(part[chosen] for part in self))
+
 
 def extract(backbone: Backbone, data: CleanData, source: Source, device: torch.device) -> Features:
     """CLS features of every image of `source`, without gradient, dropout or drop path."""

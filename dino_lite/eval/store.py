@@ -9,7 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,11 +55,7 @@ class FeatureStore:
     ) -> tuple[Pooled, Pooled | None]:
         """Train and, where it is there and has labels, test; `what` is said of in messages."""
         train, test = self.data.splits.train, self.data.splits.test
-        if train.labels is None:
-            raise UserError(
-                f"{what} needs labels and the training images have none; "
-                "put them into class folders, or name a file with data.labels=FILE.csv."
-            )
+        demand_labels(train, what)
         bank = self.pooled(backbone, train, num_blocks)
         if test is None or test.labels is None:
             return bank, None
@@ -116,6 +114,16 @@ class FeatureStore:
         except (OSError, SafetensorError):
             with suppress(OSError):
                 part.unlink()
+
+
+def demand_labels(train: Source, what: str) -> Int[np.ndarray, "N"]:
+    """The labels of the training images; `what` cannot do without."""
+    if train.labels is None:
+        raise UserError(
+            f"{what} needs labels and the training images have none; "
+            "put them into class folders, or name a file with data.labels=FILE.csv."
+        )
+    return train.labels
 
 
 def content_key(backbone: Backbone, data: CleanData, source: Source, num_blocks: int) -> str:

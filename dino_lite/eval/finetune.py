@@ -1,0 +1,234 @@
+"""Fine-tuning: the whole network trained on, with labels, and tested.
+
+AdamW with a rate that falls from layer to layer towards the input (Bao et al. 2021, appendix; He
+et al. 2022, appendix A.1).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dino_lite.contracts import Backbone, Progress, Source, UserError
+from dino_lite.data.random_crops import RandomCrops, random_batches
+from dino_lite.data.subset import Subset
+from dino_lite.distributed import rank
+from dino_lite.eval.features import device_of
+from dino_lite.eval.holdout import TEST_SHARE, hold_out
+from dino_lite.eval.metrics import mean_per_class
+from dino_lite.eval.results import percent, result
+from dino_lite.eval.store import FeatureStore, demand_labels
+from dino_lite.optim.param_groups import param_groups
+from dino_lite.optim.schedules import Cosine, scale_rate
+
+
+class Labeled(NamedTuple):
+    """Images of known class to train on and to test on; `classes` are their labels, sorted."""
+
+    train: Source
+    test: Source
+    classes: Int[Tensor, "C"]
+    where: str  # the test images are from, in words
+
+
+class Finetune:
+    """The evaluation: a copy of the backbone and a linear layer on its class token, trained for
+    `num_epochs`; the last epoch's accuracy on test, nothing chosen.
+
+    `rate` is for 256 images a step, and that of the linear layer; a layer of the backbone has
+    `layer_decay` times the rate of the one above it. `mixup` and `cutmix` are the parameters of
+    their Beta distributions, 0: off; with both, a coin decides batch by batch.
+    """
+
+    def __init__(
+        self,
+        num_epochs: int = 30,
+        batch_size: int = 64,
+        rate: float = 1e-3,
+        layer_decay: float = 0.75,
+        weight_decay: float = 0.05,
+        warmup: float | str = 0.1,
+        scale: Sequence[float] = (0.25, 1.0),
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if min(num_epochs, batch_size) < 1 or rate <= 0 or not 0 < layer_decay <= 1:
+            raise UserError(
+                f"eval.finetune: num_epochs={num_epochs}, batch_size={batch_size}, rate={rate} and "
+                f"layer_decay={layer_decay}: all must be above 0, the last at most 1."
+            )
+        if min(mixup, cutmix, weight_decay) < 0:
+            raise UserError(
+                f"eval.finetune: mixup={mixup}, cutmix={cutmix} and weight_decay={weight_decay}: "
+                "none may be below 0."
+            )
+        self.num_epochs, self.batch_size, self.rate = num_epochs, batch_size, rate
+        self.layer_decay, self.weight_decay = layer_decay, weight_decay
+        self.warmup, self.scale = warmup, list(scale)
+        self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """Accuracy on test; the backbone that was given stays as it is."""
+        labeled = find_labeled(store)
+        network, head = self._train(backbone, store, labeled)
+        correct, labels = _test(network, head, store, labeled)
+        mixed = " and ".join(name for name in ("mixup", "cutmix") if getattr(self, name))
+        return result(
+            "fine-tuned top-1",
+            float(percent(correct).mean()),
+            protocol=(
+                f"fine-tuned end to end, AdamW, layer decay {self.layer_decay:g}, random crops and "
+                f"flips{', ' + mixed if mixed else ''}, last of {self.num_epochs} epochs; "
+                f"{len(labeled.train):,} images of train, tested on {len(correct):,} "
+                f"{labeled.where}"
+            ),
+            settings={"rate": self.rate, "batch": self.batch_size, "epochs": self.num_epochs},
+            num_train=len(labeled.train),
+            num_test=len(correct),
+            scores=percent(correct),
+            mean_per_class=mean_per_class(correct, labels),
+        )
+
+    def _train(
+        self, backbone: Backbone, store: FeatureStore, labeled: Labeled
+    ) -> tuple[Any, nn.Linear]:
+        """The copy and its head after the last epoch."""
+        device, data = device_of(backbone), store.data
+        network: Any = copy.deepcopy(cast(nn.Module, backbone))
+        network.float().requires_grad_().eval()  # eval: no drop path
+        width = network.embed_dim
+        head = nn.Linear(width, len(labeled.classes), device="meta").to_empty(device=device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        batch_size = min(self.batch_size, len(labeled.train))
+        per_epoch = len(labeled.train) // batch_size
+        total = per_epoch * self.num_epochs
+        optimizer = torch.optim.AdamW(layer_groups(network, head, self.layer_decay), lr=0.0)
+        base = scale_rate(self.rate, batch_size, "linear")
+        schedule = Cosine(base, 0.0, warmup=self.warmup)
+        crops = RandomCrops(labeled.train, data.size, self.scale, self.seed)
+        generator = np.random.default_rng(self.seed)
+        batches = random_batches(crops, batch_size, self.num_epochs, self.seed, data.num_workers)
+        title = "fine-tuning" if rank() == 0 else None
+        silent = None if title else True  # None: where the output is no terminal
+        for step, batch in enumerate(tqdm(batches, title, total, disable=silent)):
+            data.bad.update((labeled.train.name(i), why) for i, why in batch.bad)
+            if not len(batch.images):
+                continue
+            rate = schedule(Progress(step, total, per_epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+                group["weight_decay"] = self.weight_decay if group["decay"] else 0.0
+            images = data.normalize(batch.images.to(device))
+            numbers = torch.searchsorted(labeled.classes, batch.labels)
+            wanted = F.one_hot(numbers, len(labeled.classes)).float().to(device)
+            images, wanted = mix(images, wanted, self.mixup, self.cutmix, generator)
+            loss = F.cross_entropy(head(network(images, cls_only=True).cls), wanted)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+        return network, head
+
+
+def find_labeled(store: FeatureStore) -> Labeled:
+    """The labeled images of train and test; without labels in test a fifth of train is the test."""
+    train, test, _ = store.data.splits
+    demand_labels(train, "Fine-tuning")
+    train, where = _known(train), "of test"
+    if test is None or test.labels is None:
+        kept, held = hold_out(_labels(train), TEST_SHARE, seed=0)
+        train, test = Subset(train, kept.numpy()), Subset(train, held.numpy())
+        where = "held out of train (no test split has labels)"
+    test = _known(test)
+    if len(torch.unique(_labels(train))) < 2 or not len(test):
+        raise UserError(
+            "Fine-tuning needs labeled training images of at least 2 classes and a labeled image "
+            "to test on; see data.labels."
+        )
+    return Labeled(train, test, torch.unique(torch.cat([_labels(train), _labels(test)])), where)
+
+
+def layer_groups(network: Any, head: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameters by layer, decayed or not; `scale` is what the rate is multiplied by: 1 for the
+    head, `layer_decay` for the last layer below it, its square for the next.
+    """
+    by_depth: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in network.named_parameters():
+        by_depth.setdefault(network.depth_of(name), []).append((name, parameter))
+    top = max(by_depth, default=0) + 1
+    layers = {top: list(head.named_parameters())} | by_depth
+    return [
+        group | {"scale": layer_decay ** (top - depth)}
+        for depth, named in layers.items()
+        for group in param_groups((f"layer.{name}", parameter) for name, parameter in named)
+    ]
+
+
+def mix(
+    images: Float[Tensor, "b C H W"],
+    wanted: Float[Tensor, "b K"],
+    mixup: float,
+    cutmix: float,
+    generator: np.random.Generator,
+) -> tuple[Float[Tensor, "b C H W"], Float[Tensor, "b K"]]:
+    """Each image mixed with the one before it in the batch, and its classes likewise: all pixels
+    (Zhang et al. 2018), or a box of the other's pixels put in (Yun et al. 2019).
+    """
+    if not mixup and not cutmix:
+        return images, wanted
+    boxes = bool(cutmix) and (not mixup or generator.random() < 0.5)
+    alpha = cutmix if boxes else mixup
+    share = float(generator.beta(alpha, alpha))  # of the image itself
+    others = images.roll(1, dims=0)
+    if boxes:
+        height, width = images.shape[-2:]
+        cut = (1 - share) ** 0.5
+        top, bottom = _cut(cut, height, generator)
+        left, right = _cut(cut, width, generator)
+        images = images.clone()
+        images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        images = share * images + (1 - share) * others
+    return images, share * wanted + (1 - share) * wanted.roll(1, dims=0)
+
+
+def _cut(part: float, length: int, generator: np.random.Generator) -> tuple[int, int]:
+    """Bounds of `part` of a side around a pixel drawn at random, cut off at the edges."""
+    middle, half = int(generator.integers(length)), round(part * length) // 2
+    return max(0, middle - half), min(length, middle + half)
+
+
+def _test(
+    network: Any, head: nn.Module, store: FeatureStore, labeled: Labeled
+) -> tuple[Bool[Tensor, "n"], Int[Tensor, "n"]]:
+    """Which readable test images are classified rightly, and their labels; on the host."""
+    hits, labels = [], []
+    with torch.inference_mode():
+        for images, known in store.data.batches(labeled.test, device_of(network)):
+            numbers = torch.searchsorted(labeled.classes, known.cpu())
+            predicted = head(network(images, cls_only=True).cls).argmax(dim=1).cpu()
+            hits.append(predicted == numbers)
+            labels.append(numbers)
+    if not hits:
+        raise UserError("Fine-tuning found no test image it could read; check data.root.")
+    return torch.cat(hits), torch.cat(labels)
+
+
+def _labels(source: Source) -> Int[Tensor, "N"]:
+    return torch.as_tensor(np.asarray(source.labels), dtype=torch.int64)
+
+
+def _known(source: Source) -> Source:
+    """The images that have a label."""
+    rows = np.flatnonzero(cast(np.ndarray, source.labels) >= 0)
+    return source if len(rows) == len(source) else Subset(source, rows)

@@ -1,0 +1,93 @@
+"""Parts of a labeled set: what is learned from, what chooses, and what is reported on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.features import Pooled
+from dino_lite.eval.store import FeatureStore
+
+TEST_SHARE = 0.2  # of train, where there is no labeled test split
+CHOICE_SHARE = 0.1  # of what is trained on, to choose hyper-parameters (DINOv2, for its logistic)
+
+
+class Task(NamedTuple):
+    """Labeled features to learn from and to be tested on; labels are 0 … num_classes-1 in both."""
+
+    train: Pooled
+    test: Pooled
+    num_classes: int
+    images: str  # where they are from, in words
+
+
+def classification(backbone: Backbone, store: FeatureStore, what: str, num_blocks: int = 1) -> Task:
+    """The labeled images of train and test; without labels in test a fifth of train is the test.
+
+    UserError, which speaks of `what`, where there is nothing to be learned or tested.
+    """
+    train, test = store.labeled(backbone, what, num_blocks)
+    train = train.rows(train.labels >= 0)
+    if test is None:
+        kept, held = hold_out(train.labels, TEST_SHARE, seed=0)
+        train, test = train.rows(kept), train.rows(held)
+        source = "held out of train (no test split has labels)"
+    else:
+        test = test.rows(test.labels >= 0)
+        source = "of test"
+    if len(torch.unique(train.labels)) < 2 or not len(test.labels):
+        raise UserError(
+            f"{what} needs labeled training images of at least 2 classes and a labeled image to "
+            "test on; see data.labels."
+        )
+    check_finite(what, train, test)
+    classes, numbers = torch.unique(torch.cat([train.labels, test.labels]), return_inverse=True)
+    own, asked = numbers.split([len(train.labels), len(test.labels)])
+    images = f"{len(own):,} images of train, tested on {len(asked):,} {source}"
+    return Task(train._replace(labels=own), test._replace(labels=asked), len(classes), images)
+
+
+def hold_out(
+    labels: Int[Tensor, "N"], share: float, seed: int
+) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
+    """Row numbers that are kept and that are held out, both rising.
+
+    Of each class the nearest number to `share` is held out, drawn from `seed`; but at least one
+    image and never the last.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    most = (counts - 1).clamp(min=0)
+    quota = (share * counts.double()).round().long().clamp(min=1).minimum(most)
+    by_class = order[numbers[order].argsort(stable=True)]  # shuffled within each class
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[by_class] = place < quota.repeat_interleave(counts)
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def chooser(
+    what: str, labels: Int[Tensor, "N"], seed: int
+) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
+    """As `hold_out`, a tenth, to choose hyper-parameters by."""
+    kept, held = hold_out(labels, CHOICE_SHARE, seed)
+    if not len(held):
+        raise UserError(
+            f"{what} needs a class with two labeled training images, one of them to choose its "
+            "settings by; see data.labels."
+        )
+    return kept, held
+
+
+def check_finite(what: str, *parts: Pooled) -> None:
+    """Refuse what a network that has diverged puts out."""
+    for part in parts:
+        if not bool(torch.isfinite(part.cls).all() and torch.isfinite(part.patches).all()):
+            raise UserError(
+                f"{what} got features that are not finite: the network has diverged; evaluate an "
+                "earlier checkpoint, or train anew with a lower optim.rate."
+            )

@@ -1,0 +1,202 @@
+"""The linear probe: classifiers on frozen features, a grid of them at once.
+
+DINOv2's protocol (Oquab et al. 2023, section 7.1), and by its settings DINO's (Caron et al. 2021,
+appendix F.2), on features of images that are not augmented.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.features import device_of
+from dino_lite.eval.heads import Head, LinearHeads, make_grid, train
+from dino_lite.eval.holdout import Task, chooser, classification
+from dino_lite.eval.metrics import mean_per_class
+from dino_lite.eval.results import percent, result
+from dino_lite.eval.store import FeatureStore
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
+_AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # where that would be too few to learn from
+
+
+class Linear:
+    """The evaluation: the head that a held-out part of train likes best, on test.
+
+    With `choose="test"` nothing is held out, and the best on test is reported: the references'
+    number, which flatters. `cosine` names what the rates move with; after each epoch of one that
+    moves by epochs the test is looked at, and the best epoch counts too. `num_steps` and
+    `batch_size` may be "auto", see the YAML.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (1, 4),
+        patches: Sequence[bool] = (False, True),
+        rates: Sequence[float] = RATES,
+        batch_size: int | str = "auto",
+        num_steps: int | str = "auto",
+        num_epochs: int | None = None,
+        cosine: str = "step",
+        choose: str = "held_out",
+        seed: int = 0,
+    ) -> None:
+        for name, values in (("blocks", blocks), ("patches", patches), ("rates", rates)):
+            if not values or (name != "patches" and min(values) <= 0):
+                raise UserError(f"eval.linear.{name}={list(values)}: give numbers above 0.")
+        for name, value in (
+            *(("batch_size", batch_size), ("num_steps", num_steps), ("num_epochs", num_epochs)),
+        ):
+            if value not in ("auto", None) and not (isinstance(value, int) and value > 0):
+                raise UserError(f"eval.linear.{name}={value}: give a whole number above 0.")
+        if cosine not in ("step", "epoch") or choose not in ("held_out", "test"):
+            raise UserError(
+                f"eval.linear.cosine={cosine} and choose={choose}: choose step or epoch, and "
+                "held_out or test."
+            )
+        self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
+        self.batch_size, self.num_steps, self.num_epochs = batch_size, num_steps, num_epochs
+        self.cosine, self.choose, self.seed = cosine, choose, seed
+        self.num_blocks = max(blocks)
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """Accuracy of the head chosen; every head's under `heads`, the references' choice beside
+        it.
+        """
+        task = classification(backbone, store, "The linear probe", self.num_blocks)
+        return self.score(task, device_of(backbone))
+
+    def score(self, task: Task, device: torch.device | None = None) -> dict[str, Any]:
+        """As calling it, from features."""
+        fit, held = task.train, None
+        if self.choose == "held_out":
+            kept, rest = chooser("The linear probe", fit.labels, self.seed + 1)
+            fit, held = fit.rows(kept), fit.rows(rest)
+        batch_size, num_steps = self.length(len(fit.labels))
+        blocks = sorted({min(num, fit.cls.shape[1]) for num in self.blocks})
+        grid = make_grid(blocks, self.patches, self.rates, batch_size)
+        cpu = torch.device("cpu")
+        heads = LinearHeads(grid, fit, task.num_classes, device or cpu, self.seed)
+        looks: list[Tensor] = []  # at the test: which images each head gets right, "n H"
+
+        def look() -> None:
+            looks.append(heads.measure(task.test)[0])
+
+        each_epoch = self.cosine == "epoch" and held is None
+        every = look if each_epoch else None
+        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every)
+        if not looks:
+            look()
+        epoch, favorite = _best(looks)
+        chosen, judged, right = favorite, None, looks[epoch][:, favorite]
+        if held is not None:
+            chosen, judged = _choose(*heads.measure(held))
+            right = looks[-1][:, chosen]
+        records, head = _records(grid, _accuracy(looks[-1]), judged), grid[chosen]
+        return result(
+            "linear top-1",
+            float(percent(right).mean()),
+            protocol=self._protocol(task, len(grid), 0 if held is None else len(held.labels)),
+            settings={
+                "features": _name(head),
+                "rate": head.base_rate,
+                "batch": batch_size,
+                "steps": num_steps,
+            },
+            num_train=len(fit.labels),
+            num_test=len(task.test.labels),
+            scores=percent(right),
+            mean_per_class=mean_per_class(right, task.test.labels),
+            chosen=records[chosen],
+            reference_choice={
+                **records[favorite],
+                "chosen_on": "test",
+                "value": float(_accuracy(looks[epoch])[favorite]),
+                "epoch": epoch + 1 if each_epoch else None,
+            },
+            heads=records,
+            table=_best_of_each(records, "test %" if held is None else "held out %"),
+        )
+
+    def length(self, num_images: int) -> tuple[int, int]:
+        """Images a step and steps for so many to train on, as the YAML explains."""
+        quarter = 2 ** int(math.log2(max(1.0, num_images / 4)))
+        auto = min(PUBLISHED_BATCH, max(16, quarter))
+        batch = min(num_images, self.batch_size if isinstance(self.batch_size, int) else auto)
+        if isinstance(self.num_steps, int):
+            return batch, self.num_steps
+        epoch = num_images // batch
+        if self.num_epochs is not None:
+            return batch, self.num_epochs * epoch
+        return batch, min(PUBLISHED_STEPS, max(_FEWEST_STEPS, _AUTO_EPOCHS * epoch))
+
+    def _protocol(self, task: Task, num_heads: int, num_held: int) -> str:
+        what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
+        epochs = ", the best of its epochs," if self.cosine == "epoch" and not num_held else ""
+        judge = f"{num_held:,} images held out of train" if num_held else "the test images"
+        return (
+            f"{what} on frozen features{epochs} as judged on {judge}; SGD, {task.images}; not "
+            "augmented (the references train on random crops)"
+        )
+
+
+def _choose(
+    correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
+) -> tuple[int, Float[Tensor, "H"]]:
+    """The head that is right most often, and how often each is. Many are equally often: the surest
+    of them, by its loss; one that has diverged comes last.
+    """
+    accuracy, losses = _accuracy(correct), losses.nan_to_num(nan=math.inf)
+    order = sorted(range(len(losses)), key=lambda i: (-float(accuracy[i]), float(losses[i])))
+    return order[0], accuracy
+
+
+def _best(looks: Sequence[Tensor]) -> tuple[int, int]:
+    """Epoch and head that are right most often; of equals the first."""
+    means = torch.stack([_accuracy(correct) for correct in looks])  # epochs H
+    place = int(means.argmax())
+    return place // means.shape[1], place % means.shape[1]
+
+
+def _accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
+    """Percent right of each head."""
+    return (100.0 * correct.double()).mean(dim=0)
+
+
+def _name(head: Head) -> str:
+    """What a head reads, in words."""
+    classes = "CLS" if head.num_blocks == 1 else f"CLS of {head.num_blocks} blocks"
+    return f"{classes} + mean patch" if head.patches else classes
+
+
+def _records(grid: Sequence[Head], accuracy: Tensor, judged: Tensor | None) -> list[dict[str, Any]]:
+    """Each head by its place in the grid."""
+    return [
+        {
+            "head": i,
+            "features": _name(head),
+            "base_rate": head.base_rate,
+            "rate": head.rate,
+            "held out %": None if judged is None else float(judged[i]),
+            "test %": float(accuracy[i]),
+        }
+        for i, head in enumerate(grid)
+    ]
+
+
+def _best_of_each(records: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """The best head of each kind of features, for the terminal."""
+    shown = [key for key in records[0] if records[0][key] is not None and key != "rate"]
+    best: dict[str, dict[str, Any]] = {}
+    for record in records:
+        before = best.get(record["features"])
+        if before is None or record[by] > before[by]:
+            best[record["features"]] = record
+    return [{key: record[key] for key in shown} for record in best.values()]

@@ -1,0 +1,106 @@
+"""Logistic regression on frozen features, fitted to its end: no rate, no batch, no luck.
+
+Oquab et al. 2023, section 7.1; L2, its weight chosen on a part of train.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.eval.holdout import chooser, classification
+from dino_lite.eval.metrics import mean_per_class
+from dino_lite.eval.results import percent, result
+from dino_lite.eval.store import FeatureStore
+
+
+class Logistic:
+    """The evaluation: class tokens of the last block, C one of `num_cs` powers of ten, evenly from
+    `powers[0]` to `powers[1]`.
+    """
+
+    def __init__(
+        self,
+        powers: Sequence[float] = (-6, 5),
+        num_cs: int = 12,
+        tol: float = 1e-5,
+        max_iter: int = 300,
+        seed: int = 0,
+    ) -> None:
+        self.cs = powers_of_ten("logistic", powers, num_cs)
+        self.tol, self.max_iter, self.seed = tol, max_iter, seed
+        if not (tol > 0 and max_iter > 0):
+            raise UserError(
+                f"eval.logistic.tol={tol} and max_iter={max_iter}: both must be above 0."
+            )
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """Accuracy on test, of the fit to all of train with the C that a tenth of it chose."""
+        task = classification(backbone, store, "Logistic regression")
+        features, labels = double(task.train.features().features), task.train.labels.numpy()
+        kept, held = (rows.numpy() for rows in chooser("It", task.train.labels, self.seed))
+        judged: dict[float, float] = {}
+        for c, fit in self.path(features[kept], labels[kept], self.cs):
+            judged[c] = 100 * float((fit.predict(features[held]) == labels[held]).mean())
+        chosen = max(judged, key=lambda c: judged[c])  # of equals the smallest: the simplest
+        ((_, fit),) = self.path(features, labels, [chosen])
+        predicted = torch.from_numpy(fit.predict(double(task.test.features().features)))
+        correct = predicted == task.test.labels
+        return result(
+            "logistic top-1",
+            float(percent(correct).mean()),
+            protocol=(
+                f"logistic regression (lbfgs, L2) on CLS features, C of {len(self.cs)} from "
+                f"{self.cs[0]:g} to {self.cs[-1]:g} chosen on {len(held):,} images held out of "
+                f"train, then fitted to all; {task.images}"
+            ),
+            settings={"C": chosen},
+            num_train=len(labels),
+            num_test=len(correct),
+            scores=percent(correct),
+            mean_per_class=mean_per_class(correct, task.test.labels),
+            held_out=[{"C": c, "held out %": value} for c, value in judged.items()],
+            converged=int(fit.n_iter_.max()) < self.max_iter,
+        )
+
+    def path(
+        self,
+        features: Float64[np.ndarray, "N D"],
+        labels: Int64[np.ndarray, "N"],
+        cs: Sequence[float],
+    ) -> Iterator[tuple[float, Any]]:
+        """scikit-learn's fit at each C, each starting where the one before it ended: to be used
+        before the next is asked for.
+        """
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        fit = LogisticRegression(tol=self.tol, max_iter=self.max_iter, warm_start=True)
+        for c in cs:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # told in `converged`
+                fit.set_params(C=c).fit(features, labels)
+            yield c, fit
+
+
+def powers_of_ten(name: str, powers: Sequence[float], num: int) -> list[float]:
+    """`num` numbers from 10^powers[0] to 10^powers[1], each the same times the one before."""
+    if len(powers) != 2 or powers[0] > powers[1] or num < 1:
+        raise UserError(
+            f"eval.{name}.powers={list(powers)}, num_cs={num}: give two rising powers of ten, and "
+            "how many numbers from one to the other, 1 or more."
+        )
+    return [float(value) for value in np.logspace(powers[0], powers[1], num)]
+
+
+def double(features: Tensor) -> Float64[np.ndarray, "N D"]:
+    """Features as scikit-learn takes them."""
+    array: np.ndarray = features.double().numpy()
+    return array
