@@ -50,8 +50,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "lightning": (),  # the same library by another name: one is enough
     "timm": ("backbones/*", "formats/timm*"),
-    "PIL": ("data/*", "eval/pictures.py"),
-    "torchvision": ("data/*", "eval/pictures.py"),
+    "PIL": ("data/*", "eval/pictures*.py", "eval/sheets.py"),
+    "torchvision": ("data/*",),
 }
 LAZY = ("matplotlib",)  # slow to import and seldom needed: inside functions only
 
