@@ -24,7 +24,7 @@ from dino_lite.eval.votes import voted
 
 Picture = Callable[[Backbone, FeatureStore, Path], None]
 
-_MOST_PATCHES = 32  # along a side of the images whose components are drawn
+_PATCHES = 32  # along a side of the images whose components are drawn
 
 
 def draw_all(
@@ -32,7 +32,7 @@ def draw_all(
     store: FeatureStore,
     folder: str | Path,
     pictures: Mapping[str, Picture] | None = None,
-    say: Callable[[str], object] = sys.stderr.write,
+    say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n"),
 ) -> dict[str, Path]:
     """Draw `pictures` (none given: all) as NAME.png into `folder`, and give those that are there.
 
@@ -44,7 +44,7 @@ def draw_all(
         try:
             picture(backbone, store, path)
         except (UserError, OSError, ValueError) as error:
-            say(f"{path.name} was left out: {error}\n")
+            say(f"{path.name} was left out: {error}")
             continue
         drawn[name] = path
     return drawn
@@ -57,9 +57,9 @@ def draw_attention(backbone: Backbone, store: FeatureStore, path: Path) -> None:
 
 
 def draw_components(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """Of eight images, twice as large, as long as that is no more than 32 patches a side."""
+    """Of eight images, large: 32 patches a side, or more where they are evaluated with more."""
     data, patch = store.data, backbone.patch_size
-    size = max(data.size, min(2 * data.size, _MOST_PATCHES * patch)) // patch * patch
+    size = max(data.size, _PATCHES * patch)
     pca_picture(backbone, some_images(backbone, data, 8, size), path, data.normalize)
 
 
@@ -117,10 +117,9 @@ def _features(backbone: Backbone, store: FeatureStore) -> tuple[Features, Featur
     return bank, None if test is None else store.pooled(backbone, test).features()
 
 
-PICTURES: dict[str, Picture] = {
+QUICK: dict[str, Picture] = {  # seconds, once features are there
     "attention": draw_attention,
     "pca": draw_components,
     "neighbors": draw_neighbors,
-    "confusion": draw_confusion,
-    "map": draw_map,
 }
+PICTURES: dict[str, Picture] = QUICK | {"confusion": draw_confusion, "map": draw_map}

@@ -38,7 +38,8 @@ def palette(num: int) -> list[str]:
         listed: Any = colormaps["tab10" if num <= 10 else "tab20"]
         return [to_hex(listed(i)) for i in range(num)]
     depths = ((0.75, 0.85), (0.55, 0.95), (0.9, 0.6))
-    return [to_hex(hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3]))) for i in range(num)]
+    hues: Any = [hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3])) for i in range(num)]
+    return [to_hex(hue) for hue in hues]
 
 
 def gray(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 1"]:

@@ -118,7 +118,7 @@ def neighbors_picture(
             other, width = int(bank.labels[neighbor]), WIDTH * 5 // 8
             frame = None if min(label, other) < 0 else BLUE if label == other else ORANGE
             pixels = thumbnail(train, in_bank[neighbor], width)
-            cells.append(Cell(pixels, width, frame, f"{value:.2f}"))
+            cells.append(Cell(pixels, width, frame, f"{value:.3f}"))
         pixels = thumbnail(images, in_images[row], WIDTH * 3 // 4)
         query = Cell(pixels, WIDTH * 3 // 4, None, class_name(images, label))
         sheet.append([[query], cells])

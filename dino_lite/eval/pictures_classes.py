@@ -27,6 +27,7 @@ from dino_lite.eval.sheets import (
 
 _MOST = 100  # classes in a matrix
 _SIDE, _NAME = 1000, 190  # pixels of the matrix, about, and of a class's name
+_TITLE = "What is taken for what"
 _WRONG = "#c4541a"  # orange, darker: small shares are to be seen on white
 
 
@@ -35,7 +36,7 @@ class Confused(NamedTuple):
 
     truth: int
     taken_for: int
-    count: int
+    times: int
     num: int
 
 
@@ -47,7 +48,7 @@ def most_confused(counts: Int[Tensor, "C C"], num_pairs: int) -> list[Confused]:
         for row, column in counts.nonzero().tolist()
         if row != column
     ]
-    return sorted(pairs, key=lambda pair: (-pair.count / pair.num, pair.truth))[:num_pairs]
+    return sorted(pairs, key=lambda pair: (-pair.times / pair.num, pair.truth))[:num_pairs]
 
 
 def confusion_picture(
@@ -74,7 +75,7 @@ def confusion_picture(
     names = [classes[i] for i in shown.tolist()]
     cell = max(13, min(56, _SIDE // len(shown)))
     size = max(9, min(16, cell - 3))
-    label = min(_NAME, max(int(font(size).getlength(name)) for name in names) + 8)
+    label = min(_NAME, 10 + max(int(font(size).getlength(name)) for name in names))
     pairs = most_confused(counts, num_pairs)
     left, top = MARGIN + label + 6, 120 + label
     side = cell * len(shown)
@@ -99,9 +100,6 @@ def confusion_picture(
     save_page(page, path)
 
 
-_TITLE = "What is taken for what"
-
-
 def _draw_matrix(
     draw: ImageDraw.ImageDraw,
     counts: Int[Tensor, "C C"],
@@ -119,9 +117,8 @@ def _draw_matrix(
             count, num = int(counts[row, column]), int(each[row])
             share = count / num if num else 0.0
             depth = share if row == column else min(1.0, 1.4 * share**0.5)
-            ground = mixed(LINE, 0.25)
             color = BLUE if row == column else _WRONG
-            draw.rectangle(box, mixed(color, 0.1 + 0.9 * depth) if count else ground)
+            draw.rectangle(box, mixed(color, 0.1 + 0.9 * depth) if count else mixed(LINE, 0.25))
             if count and cell >= 28:
                 ink = "white" if depth > 0.45 else INK
                 middle = (x + (cell - gap) / 2, y + (cell - gap) / 2)
@@ -138,16 +135,14 @@ def _draw_upright(page: Image.Image, text: str, foot: tuple[int, int], size: int
 
 
 def _listed_width(pairs: Sequence[Confused], classes: Sequence[str]) -> int:
-    widths = [_texts(pair, classes) for pair in pairs]
-    most = max(
-        (font(16).getlength(names) + font(16).getlength(n) for names, n in widths), default=0
-    )
-    return max(300, int(most) + 40)
+    texts = [_texts(pair, classes) for pair in pairs]
+    widths = [font(16).getlength(names) + font(16).getlength(count) for names, count in texts]
+    return max(300, int(max(widths, default=0)) + 40)
 
 
 def _texts(pair: Confused, classes: Sequence[str]) -> tuple[str, str]:
     truth, other = (shortened(classes[i], _NAME, 16) for i in (pair.truth, pair.taken_for))
-    return f"{truth} \u2192 {other}", f"{pair.count} of {pair.num}"
+    return f"{truth} \u2192 {other}", f"{pair.times} of {pair.num}"
 
 
 def _draw_pairs(
@@ -164,4 +159,4 @@ def _draw_pairs(
         draw.text((left, y), names, INK, font(16))
         draw.text((right, y), count, GRAY, font(16), anchor="ra")
         draw.line((left, y + 24, right, y + 24), LINE, 2)
-        draw.line((left, y + 24, left + (right - left) * pair.count / pair.num, y + 24), _WRONG, 3)
+        draw.line((left, y + 24, left + (right - left) * pair.times / pair.num, y + 24), _WRONG, 3)

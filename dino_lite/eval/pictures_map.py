@@ -35,7 +35,7 @@ def map_picture(
     path: str | Path,
     num_images: int = 1000,
     method: str = "t-SNE",
-    width: int = 52,
+    width: int = 48,
 ) -> None:
     """Images at their places on a map of their features, as thumbnails where there is room, else as
     dots; frames and dots have their class's color. Names stand amid their class.
@@ -87,7 +87,7 @@ def project(features: Float[Tensor, "n D"], method: str = "t-SNE") -> Float[np.n
             n_neighbors=min(15, len(array) - 1), random_state=0, n_jobs=1
         )
     elif method == "t-SNE":
-        from sklearn.manifold import TSNE
+        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 
         perplexity = min(30.0, (len(array) - 1) / 3)
         init = "pca" if min(array.shape) > 1 else "random"
@@ -101,15 +101,14 @@ def _on_page(points: Float[np.ndarray, "n 2"], width: int) -> Float[np.ndarray, 
     """Pixels: the middle 99.6 % of each axis fill the map, what lies farther out is at its edge."""
     low, high = np.percentile(points, (0.2, 99.8), axis=0)
     share = np.clip((points - low) / np.maximum(high - low, 1e-12), 0, 1)
-    inside = np.asarray(share * (_SIDE - width) + width / 2)
-    return inside + np.array([MARGIN, _TOP])
+    return np.asarray(share * (_SIDE - width) + width / 2 + np.array([MARGIN, _TOP]))
 
 
 def _apart(points: Float[np.ndarray, "n 2"], width: int) -> list[int]:
-    """Rows, in order, whose squares of `width` cover no earlier one's."""
+    """Rows whose squares of `width` cover no earlier one's, in an order that favors no class."""
     found: list[int] = []
-    for row, point in enumerate(points):
-        if not found or (np.abs(points[found] - point).max(axis=1) >= width).all():
+    for row in np.random.default_rng(0).permutation(len(points)).tolist():
+        if not found or (np.abs(points[found] - points[row]).max(axis=1) >= width).all():
             found.append(row)
     return found
 
@@ -120,9 +119,9 @@ def _draw_names(
     labels: list[int],
     names: dict[int, str],
 ) -> None:
-    """Each class's name amid its images; a name that would cover another moves down."""
+    """Each class's name where most of its images are; one that would cover another moves down."""
     size, taken = 22, list[tuple[float, float, float]]()  # x, y, half a width
-    middles = {i: np.median(points[np.array(labels) == i], axis=0) for i in names}
+    middles = {i: _densest(points[np.array(labels) == i]) for i in names}
     for i in sorted(names, key=lambda i: float(middles[i][1])):
         x, y = middles[i].tolist()
         half = font(size, True).getlength(names[i]) / 2
@@ -133,6 +132,14 @@ def _draw_names(
         draw.text(
             (x, y), names[i], INK, font(size, True), "mm", stroke_width=4, stroke_fill="white"
         )
+
+
+def _densest(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "2"]:
+    """The middle of the few points that lie nearest to each other."""
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+    nearest = np.sort(apart, axis=1)[:, : 1 + len(points) // 4]
+    center = int(nearest.mean(axis=1).argmin())
+    return np.asarray(points[np.argsort(apart[center])[: nearest.shape[1]]].mean(axis=0))
 
 
 def _class_colors(labels: list[int]) -> dict[int, str]:

@@ -34,8 +34,8 @@ def pca_picture(
     """
     found = []
     with frozen(backbone):
-        for image in images.to(device_of(backbone), dtype_of(backbone)).split(1):
-            tokens = backbone(image)
+        for image in images.to(device_of(backbone), dtype_of(backbone)):
+            tokens = backbone(image[None])
             found.append(tokens.patches.float().cpu())
     features, grid = torch.cat(found), tokens.grid
     chosen = foreground(features, grid)
@@ -70,7 +70,8 @@ def components(rows: Float[Tensor, "n D"], num: int) -> Float[Tensor, "n num"]:
     _, vectors = torch.linalg.eigh(rows.T @ rows)
     vectors = vectors[:, -num:].flip(1)
     largest = vectors.abs().argmax(dim=0, keepdim=True)
-    return rows @ (vectors * vectors.gather(0, largest).sign())
+    found: Tensor = rows @ (vectors * vectors.gather(0, largest).sign())
+    return found
 
 
 def component_colors(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n 3"]:
@@ -79,7 +80,8 @@ def component_colors(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n 3"]:
         raise UserError("colors need features of 3 numbers or more.")
     found = components(rows, 3)
     low, high = torch.from_numpy(np.percentile(found.numpy(), (1, 99), axis=0))
-    return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    shares: Tensor = (found - low) / (high - low).clamp(min=1e-12)
+    return shares.clamp(0, 1)
 
 
 def foreground(features: Float[Tensor, "n P D"], grid: tuple[int, int]) -> Bool[Tensor, "n P"]:
@@ -93,11 +95,9 @@ def foreground(features: Float[Tensor, "n P D"], grid: tuple[int, int]) -> Bool[
     total = ordered.cumsum(0)[:-1]  # of the lower side; of both it is 0
     between = total**2 * len(first) / (size * (len(first) - size))
     above = (first > ordered[between.argmax()]).reshape(-1, *grid)
-    rows, columns = (torch.arange(side) for side in grid)
-    inner = [(i >= side // 4) & (i < side - side // 4) for i, side in zip((rows, columns), grid)]
-    middle = inner[0][:, None] & inner[1]
-    at_edges = above[:, ~middle] if not bool(middle.all()) else above
-    if above[:, middle].double().mean() < at_edges.double().mean():
+    margins = [side // 4 for side in grid]
+    middle = above[:, margins[0] : grid[0] - margins[0], margins[1] : grid[1] - margins[1]]
+    if middle.double().mean() < above.double().mean():
         above = ~above
     return above.flatten(1)
 

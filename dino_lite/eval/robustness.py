@@ -58,7 +58,7 @@ def crop(images: Images, numbers: Int[np.ndarray, "n"], side: float) -> Images:
 
 
 def color(images: Images, numbers: Int[np.ndarray, "n"], strength: float) -> Images:
-    """Each channel brightened or darkened by a factor of its own, up to exp(strength) or so down."""
+    """Each channel times a factor of its own, from exp(-strength) to exp(strength)."""
     drawn = uniforms(0, 1, numbers, images.shape[1])
     factors = torch.from_numpy(2 * drawn - 1).to(images).mul(strength).exp()
     return (images * factors[:, :, None, None]).clamp(0, 1)

@@ -16,13 +16,16 @@ from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.masks import MaskedImages, open_masks
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import expand
+from dino_lite.data.subset import spread
 from dino_lite.eval.features import device_of, frozen
+from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import result
 from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
 from dino_lite.eval.store import FeatureStore
 
 _HELD_OUT = 5  # every fifth image
 _MOST_CLASSES = 256
+_NUM_DRAWN = 4
 _RESAMPLES, _BLOCK = 1000, 50  # of the interval; how many are counted at once
 
 
@@ -148,10 +151,26 @@ class Segmentation:
                 image, classes = scenes.test.read(i)
                 features = patch_features(backbone, image, normalize, self.shorter)
                 predicted = segmenter.predict(features, classes.shape).cpu()
-                truth = torch.from_numpy(np.searchsorted(scenes.numbers, classes))
-                known = torch.from_numpy(classes >= 0)
+                truth = torch.from_numpy(_places(classes, scenes.numbers))
+                known = truth >= 0
                 found.append(confusion(truth[known], predicted[known], len(scenes.numbers)))
         return torch.stack(found)
+
+    def draw(self, backbone: Backbone, store: FeatureStore, path: Path) -> None:
+        """A few test images with their masks and what a head, trained for it, makes of them."""
+        scenes, normalize = self.open(backbone.in_chans), store.data.normalize
+        segmenter, _ = self.fit(backbone, normalize, scenes)
+        some = scenes.test.part(spread(len(scenes.test), _NUM_DRAWN).tolist())
+        images, truths, predictions = [], [], []
+        with frozen(backbone):
+            for i in range(len(some)):
+                image, classes = some.read(i)
+                features = patch_features(backbone, image, normalize, self.shorter)
+                images.append(image)
+                truths.append(_places(classes, scenes.numbers))
+                predictions.append(segmenter.predict(features, classes.shape).cpu().numpy())
+        names = [self.name(number) for number in scenes.numbers]
+        segmentation_picture(images, truths, predictions, names, path)
 
     def name(self, number: int) -> str:
         """What the class of a number is called."""
@@ -197,11 +216,16 @@ def iou_interval(confusions: Int[Tensor, "n C C"], seed: int = 0) -> tuple[float
     counts = torch.from_numpy(generator.multinomial(num, np.full(num, 1 / num), _RESAMPLES))
     flat = confusions.double().flatten(1)
     means = [
-        iou((part.double() @ flat).unflatten(1, confusions.shape[1:])).nanmean(dim=1)
-        for part in counts.split(_BLOCK)
+        iou((part.double() @ flat).reshape(-1, *confusions.shape[1:])).nanmean(dim=1)
+        for part in torch.split(counts, _BLOCK)
     ]
     low, high = np.percentile(100 * torch.cat(means).numpy(), (2.5, 97.5))
     return float(low), float(high)
+
+
+def _places(classes: Int[np.ndarray, "H W"], numbers: Sequence[int]) -> Int[np.ndarray, "H W"]:
+    """Class numbers as places in a list of them; -1 stays."""
+    return np.where(classes < 0, -1, np.searchsorted(numbers, classes))
 
 
 def _mean_iou(confusion: Int[Tensor, "C C"]) -> float:

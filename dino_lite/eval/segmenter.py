@@ -65,7 +65,7 @@ def patch_features(
     pixels = np.ascontiguousarray(fitted(image, backbone.patch_size, shorter).transpose(2, 0, 1))
     images = torch.tensor(pixels[None], device=device_of(backbone))
     tokens = backbone(normalize(images, dtype_of(backbone)))
-    return tokens.patches[0].float().unflatten(0, tokens.grid)
+    return tokens.patches[0].float().reshape(*tokens.grid, -1)
 
 
 def between_patches(
@@ -147,7 +147,7 @@ def train_heads(
             group["lr"] = rate * (1 + math.cos(math.pi * step / num_steps)) / 2
         unit = (features[rows] - mean) * scale
         logits = F.linear(unit, torch.cat(weights), torch.cat(biases))
-        logits = logits.unflatten(1, (num, num_classes)).transpose(1, 2)  # n C heads
+        logits = logits.reshape(-1, num, num_classes).transpose(1, 2)  # n C heads
         wanted = classes[rows, None].expand(-1, num)
         optimizer.zero_grad()
         cast(Any, F.cross_entropy(logits, wanted) * num).backward()

@@ -29,7 +29,7 @@ def voted(
     rows_in_bank = unit(bank.features.to(device))
     k = min(k, len(classes) - leave_one_out)
     found = []
-    for rows in torch.arange(len(queries.labels)).split(max(1, _CELLS // len(classes))):
+    for rows in torch.split(torch.arange(len(queries.labels)), max(1, _CELLS // len(classes))):
         similarity, index = nearest(
             unit(queries.features[rows].to(device)),
             rows_in_bank,
