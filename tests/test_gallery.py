@@ -16,6 +16,7 @@ from dino_lite.contracts import Backbone, Splits, Tokens, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
+from dino_lite.eval import pictures_map
 from dino_lite.eval.baselines import RawPixels, pixel_features
 from dino_lite.eval.features import Features
 from dino_lite.eval.gallery import PICTURES, draw_all
@@ -134,6 +135,15 @@ class Shades(torch.nn.Module):
         patches = torch.cat([cells, cells.square()], dim=1).flatten(2).transpose(1, 2)
         return Tokens(patches.mean(1), patches, None, (cells.shape[2], cells.shape[3]))
 
+    def intermediate(self, images: torch.Tensor, blocks: list[int]) -> list[Tokens]:
+        raise NotImplementedError
+
+    def attention(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def depth_of(self, name: str) -> int:
+        return 0
+
 
 def test_a_pca_picture_shows_regions(tmp_path: Path) -> None:
     """Two images of a square on a ground: squares share a color, which the ground has not; odd
@@ -153,7 +163,7 @@ def test_a_pca_picture_shows_regions(tmp_path: Path) -> None:
     assert (two[144 + 4, third + 4] == 255).all()  # the ground is no foreground
     assert (two[144 + height // 2, third + width // 2] < 255).any()
     pca_picture(network, images.repeat(3, 1, 1, 1), tmp_path / "three.png")
-    assert pixels_of(tmp_path / "three.png").shape[0] == two.shape[0] + height + 8
+    assert pixels_of(tmp_path / "three.png").shape[0] == two.shape[0] + 2 * (height + 8)
 
 
 # --------------------------------------------------------------------------------------- confusion
@@ -226,7 +236,7 @@ def test_groups_stay_together_on_the_map() -> None:
 
 def test_a_map_has_a_dot_or_a_thumbnail_for_each(tmp_path: Path) -> None:
     """Its size does not depend on how many there are; classes have their colors on it."""
-    source = stripes(40)
+    source = stripes(24)
     features, _ = pixel_features(CleanData(Splits(source, None, "x"), 32, Normalize(), 8))
     map_picture(features, source, tmp_path / "map.png")
     map_picture(features, source, tmp_path / "few.png", num_images=6)
@@ -241,7 +251,7 @@ def test_a_map_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         map_picture(Features(torch.randn(4, 3), torch.full((4,), -1)), source, tmp_path / "m.png")
     with pytest.raises(UserError, match="not by PCA"):
         project(torch.randn(9, 3), "PCA")
-    monkeypatch.setitem(sys.modules, "umap", None)
+    monkeypatch.setattr(pictures_map, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install umap-learn"):
         project(torch.randn(9, 3), "UMAP")
 
@@ -252,6 +262,7 @@ def test_a_map_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def fit_transform(self, rows: np.ndarray) -> np.ndarray:
             return rows[:, :2]
 
+    monkeypatch.setattr(pictures_map, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "umap", cast(Any, SimpleNamespace(UMAP=UMAP)))
     assert project(torch.randn(9, 3), "UMAP").shape == (9, 2)
 

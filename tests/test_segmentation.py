@@ -76,10 +76,10 @@ def test_masks_are_numbers_however_they_are_stored(scenes: Path) -> None:
     path = scenes / "masks" / "val" / "1.png"
     with Image.open(path) as image:
         numbers = np.asarray(image)
-    palette = Image.fromarray(numbers, "L").convert("P")
-    palette.putdata(numbers.ravel().tolist())
-    palette.save(path)
-    expected = np.where(numbers == NOTHING, -1, numbers)
+    colored = Image.fromarray(numbers).convert("P")
+    colored.putpalette([5, 6, 7] * 256)
+    colored.save(path)
+    expected = np.where(numbers == NOTHING, -1, numbers.astype(int))
     found = test.read(1)
     assert np.array_equal(found.classes, expected)
     assert found.image.shape == (*numbers.shape, 3)

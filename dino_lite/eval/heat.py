@@ -28,15 +28,15 @@ def overlay(
 
 
 def palette(num: int) -> list[str]:
-    """Colors for `num` classes: matplotlib's lists of 10 and 20 while they last, then hues a golden
-    angle apart in three depths.
+    """Colors for `num` classes: matplotlib's ten, then the ten lighter ones, while they last; of
+    more, hues a golden angle apart in three depths.
     """
     from matplotlib import colormaps
     from matplotlib.colors import hsv_to_rgb, to_hex
 
     if num <= 20:
-        listed: Any = colormaps["tab10" if num <= 10 else "tab20"]
-        return [to_hex(listed(i)) for i in range(num)]
+        pairs: Any = colormaps["tab20"]  # a color, and the same lighter
+        return [to_hex(pairs(2 * i % 20 + i // 10)) for i in range(num)]
     depths = ((0.75, 0.85), (0.55, 0.95), (0.9, 0.6))
     hues: Any = [hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3])) for i in range(num)]
     return [to_hex(hue) for hue in hues]

@@ -17,7 +17,7 @@ from dino_lite.eval.features import device_of, dtype_of, frozen
 from dino_lite.eval.heat import gray, palette
 from dino_lite.eval.sheets import WIDTH, Cell, Heading, Row, as_rgb, draw_sheet, rgb
 
-_ACROSS = 2  # images in a row of the sheet
+_ACROSS = 2  # images in a row of the sheet, where they fill it
 _EMPTY = 255  # white: what is no foreground
 
 
@@ -50,10 +50,10 @@ def pca_picture(
         [[Cell(pixels, WIDTH)] for pixels in row]
         for row in zip(rgb(images[None], normalize)[0], *maps, strict=True)
     ]
-    across = min(_ACROSS, len(cells))
+    across = _ACROSS if len(cells) % _ACROSS == 0 else 1
     rows: list[Row] = [
         [group for cell in cells[i : i + across] for group in cell]
-        for i in range(0, len(cells) - len(cells) % across, across)
+        for i in range(0, len(cells), across)
     ]
     headings = [
         Heading("Image", f"{images.shape[-1]} px"),

@@ -65,7 +65,7 @@ def color(images: Images, numbers: Int[np.ndarray, "n"], strength: float) -> Ima
 
 
 CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, float, float], str]] = {
-    "blur": (blur, (0.01, 0.02, 0.04), "deviation, of the side"),
+    "blur": (blur, (0.015, 0.03, 0.06), "deviation, of the side"),
     "noise": (noise, (0.05, 0.1, 0.2), "deviation, white is 1"),
     "crop": (crop, (0.8, 0.6, 0.4), "sides that are left"),
     "color": (color, (0.25, 0.5, 1.0), "log of the factor by channel, at most"),

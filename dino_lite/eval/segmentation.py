@@ -52,7 +52,7 @@ class Segmentation:
         classes: Sequence[str] | None = None,
         shorter: int | None = None,
         num_pixels: int = 200_000,
-        rates: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         num_steps: int = 1000,
         batch_size: int = 4096,
         weight_decay: float = 1e-3,
