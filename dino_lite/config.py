@@ -23,7 +23,7 @@ from dino_lite.contracts import UserError
 Config = dict[str, Any]
 # Always strings, whatever they look like: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
 _VERBATIM = re.compile(
-    r"(.*\.root|checkpoint|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack)"
+    r"(.*\.root|checkpoint|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack|pictures)"
 )
 _PLAIN = re.compile(r"[\w./+-]*")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,10 +13,24 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_alone = 0  # how many `alone` are open
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this process does without the others: collectives wait for nobody in here."""
+    global _alone
+    _alone += 1
+    try:
+        yield
+    finally:
+        _alone -= 1
+
 
 def is_distributed() -> bool:
-    """True where a process group is up and has more than one member."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """True where a process group is up and has more than one member, and none is `alone`."""
+    up = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return up and not _alone
 
 
 def rank() -> int:

@@ -34,6 +34,7 @@ _SPEED = (
     "trainer.compile",
 )
 _PATHS = (".base", ".pretrained")
+_FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
 
 
 def is_speed(key: str) -> bool:
@@ -49,7 +50,7 @@ def absolute_paths(config: Config) -> Config:
     def visit(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
-        if isinstance(node, str) and key in ("runs_dir", "features_dir", "out", "pack"):
+        if isinstance(node, str) and key in _FOLDERS:
             return str(Path(os.path.expandvars(node)).expanduser())
         if isinstance(node, str) and key.endswith((".labels", ".out")):  # labels: or a word
             return str(Path(os.path.expandvars(node)).expanduser())

@@ -25,7 +25,7 @@ from dino_lite.data.crops import MultiCrop  # noqa: E402
 from dino_lite.data.folder import open_folder  # noqa: E402
 from dino_lite.data.shapes import open_shapes  # noqa: E402
 from dino_lite.data.subset import spread  # noqa: E402
-from dino_lite.eval.pictures import Cell, Heading, Row, draw_sheet  # noqa: E402
+from dino_lite.eval.sheets import Cell, Heading, Row, draw_sheet  # noqa: E402
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 

@@ -50,10 +50,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "lightning": (),  # the same library by another name: one is enough
     "timm": ("backbones/*", "formats/timm*"),
-    "PIL": ("data/*", "eval/pictures.py"),
-    "torchvision": ("data/*", "eval/pictures.py"),
+    "PIL": ("data/*", "eval/pictures*.py", "eval/sheets.py"),
+    "torchvision": ("data/*",),
 }
-LAZY = ("matplotlib",)  # slow to import and seldom needed: inside functions only
+LAZY = ("matplotlib", "sklearn")  # slow to import and seldom needed: inside functions only
 
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
@@ -155,7 +155,7 @@ def layer_rule(source: str, path: str) -> list[str]:
 
 
 def door_rule(source: str, path: str) -> list[str]:
-    """Heavy packages come in by their doors (for annotations anywhere), matplotlib when needed."""
+    """Heavy packages come in by their doors (for annotations anywhere), slow ones when needed."""
     found = []
     for item in imports_of(source, path):
         name = item.module.split(".")[0]

@@ -15,8 +15,9 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.distributed import rank, start_group
+from dino_lite.distributed import alone, rank, start_group
 from dino_lite.eval.baselines import raw_pixels, untrained
+from dino_lite.eval.gallery import PICTURES, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
 from dino_lite.runs import absolute_paths, read_json, write_json
@@ -51,6 +52,8 @@ def run_evaluate(config: Config) -> dict[str, Any]:
         print_results({"": results})
         named = {f"{name}{subject.suffix}": found for name, found in results.items()}
         keep(named, subject.checkpoint)
+    if config["pictures"] is not None:
+        draw_pictures(subject, evaluations, Path(config["pictures"]))
     return results
 
 
@@ -115,6 +118,19 @@ def measure(
             }
         results[name] = found
     return results
+
+
+def draw_pictures(subject: Subject, evaluations: Mapping[str, Any], folder: Path) -> None:
+    """What the gallery shows, and of each evaluation that draws its own picture."""
+    for source in subject.store.data.splits[:2]:
+        if source is not None:  # all ranks extract, whatever is kept already
+            subject.store.pooled(subject.backbone, source)
+    if rank() > 0:
+        return
+    own = {name: each.draw for name, each in evaluations.items() if hasattr(each, "draw")}
+    with alone():
+        drawn = draw_all(subject.backbone, subject.store, folder, PICTURES | own, print)
+    print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 
 
 def keep(results: dict[str, Any], checkpoint: Path) -> None:

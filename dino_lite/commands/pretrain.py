@@ -26,11 +26,11 @@ from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.subset import Subset, spread
-from dino_lite.distributed import rank
+from dino_lite.distributed import alone, rank
 from dino_lite.estimate import Estimate, estimate
 from dino_lite.eval.baselines import knn_against_baselines
-from dino_lite.eval.features import device_of, extract
-from dino_lite.eval.pictures import attention_picture, neighbors_picture
+from dino_lite.eval.gallery import QUICK, draw_all
+from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import environment, keep_freed_memory
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
@@ -93,7 +93,10 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             raise UserError(
                 f"{run.folder} was interrupted; the same command goes on from there."
             ) from None
-        return finish(run, config, facts, module, splits) if trainer.is_global_zero else {}
+        if not trainer.is_global_zero:
+            return {}
+        with alone():  # the other ranks are through
+            return finish(run, config, facts, module, splits)
 
 
 def build(
@@ -207,10 +210,7 @@ def finish(
     device = torch.device(facts.accelerator)  # Lightning has moved the module to the host
     trained = module.method.export_backbone().float().to(device)
     data = clean_data(config, splits)
-    try:
-        draw_pictures(run, trained, data)
-    except (UserError, OSError, ValueError) as error:
-        say(f"pictures were left out: {error}")
+    draw_pictures(run, trained, data)
     if config["baselines"] and splits.train.labels is not None:
         run.add_results(knn_against_baselines(trained, data, int(config["seed"])))
         say(baseline_table(run.results()))
@@ -225,15 +225,10 @@ def clean_data(config: Config, splits: Splits) -> CleanData:
 
 
 def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
-    """attention.png and neighbors.png, of training images spread over the whole set."""
-    if len(data.splits.train) < 2:
-        raise UserError("one image has no neighbors.")
+    """attention.png, pca.png and neighbors.png, of training images spread over the whole set."""
     part = Subset(data.splits.train, spread(len(data.splits.train), _NUM_DRAWN))
     few = CleanData(Splits(part, None, data.splits.name), data.size, data.normalize, 256)
-    bank = extract(backbone, few, part, device_of(backbone))
-    neighbors_picture(bank, few, run.folder / "neighbors.png")
-    images, _ = next(iter(few.batches(part, device_of(backbone))))
-    attention_picture(backbone, images[:6], run.folder / "attention.png", data.normalize)
+    draw_all(backbone, FeatureStore(few), run.folder, QUICK, say)
 
 
 def baseline_table(results: dict[str, Any]) -> str:

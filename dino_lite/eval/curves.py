@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_lite.contracts import UserError
-from dino_lite.eval.pictures import write_whole
+from dino_lite.eval.sheets import write_whole
 
 _INK, _GRAY, _LINE, _BLUE = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa"
 _PANELS = (  # column of metrics.csv, title, color

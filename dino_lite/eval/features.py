@@ -29,6 +29,11 @@ class Features(NamedTuple):
         """How many different labels there are; none is one of them."""
         return len(set(self.labels.tolist()))
 
+    @property
+    def places(self) -> Int[Tensor, "N"]:
+        """`index`, counted where it was not told."""
+        return torch.arange(len(self.labels)) if self.index is None else self.index
+
     def labeled(self) -> Features:
         """The rows that have a label."""
         known = self.labels >= 0

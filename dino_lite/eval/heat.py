@@ -1,6 +1,8 @@
-"""Maps of numbers as colors, alone and laid on an image."""
+"""Numbers and classes as colors, alone and laid on an image."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -22,8 +24,27 @@ def overlay(
     """The image in gray, and on it the heat of `values`, the more opaque the larger they are."""
     smooth = F.interpolate(values[None, None], size=image.shape[:2], mode="bicubic")[0, 0]
     opacity = (0.15 + 0.75 * _unit_range(smooth).sqrt())[..., None].numpy()
-    gray = (image @ np.array([0.299, 0.587, 0.114]))[..., None]  # luma, ITU-R 601
-    return np.asarray((1 - opacity) * gray + opacity * heat(smooth)).astype(np.uint8)
+    return np.asarray((1 - opacity) * gray(image) + opacity * heat(smooth)).astype(np.uint8)
+
+
+def palette(num: int) -> list[str]:
+    """Colors for `num` classes: matplotlib's ten, then the ten lighter ones, while they last; of
+    more, hues a golden angle apart in three depths.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import hsv_to_rgb, to_hex
+
+    if num <= 20:
+        pairs: Any = colormaps["tab20"]  # a color, and the same lighter
+        return [to_hex(pairs(2 * i % 20 + i // 10)) for i in range(num)]
+    depths = ((0.75, 0.85), (0.55, 0.95), (0.9, 0.6))
+    hues: Any = [hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3])) for i in range(num)]
+    return [to_hex(hue) for hue in hues]
+
+
+def gray(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 1"]:
+    """Luma (ITU-R 601)."""
+    return np.asarray((image @ np.array([0.299, 0.587, 0.114]))[..., None])
 
 
 def _unit_range(values: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:

@@ -1,0 +1,126 @@
+"""All pictures of what a backbone has learned, each under its name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, Source, Splits, UserError
+from dino_lite.data.clean import CleanData
+from dino_lite.data.subset import Subset, spread
+from dino_lite.eval.features import Features, device_of, dtype_of
+from dino_lite.eval.knn import knn_predict
+from dino_lite.eval.pictures import attention_picture, neighbors_picture
+from dino_lite.eval.pictures_classes import confusion_picture
+from dino_lite.eval.pictures_map import map_picture
+from dino_lite.eval.pictures_patches import pca_picture
+from dino_lite.eval.segmentation import confusion
+from dino_lite.eval.store import FeatureStore
+
+Picture = Callable[[Backbone, FeatureStore, Path], None]
+
+_PATCHES = 32  # along a side of the images whose components are drawn
+
+
+def draw_all(
+    backbone: Backbone,
+    store: FeatureStore,
+    folder: str | Path,
+    pictures: Mapping[str, Picture] | None = None,
+    say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n"),
+) -> dict[str, Path]:
+    """Draw `pictures` (none given: all) as NAME.png into `folder`, and give those that are there.
+
+    One that cannot be drawn costs no other: `say` is told why.
+    """
+    drawn = {}
+    for name, picture in (PICTURES if pictures is None else pictures).items():
+        path = Path(folder).expanduser() / f"{name}.png"
+        try:
+            picture(backbone, store, path)
+        except (UserError, OSError, ValueError) as error:
+            say(f"{path.name} was left out: {error}")
+            continue
+        drawn[name] = path
+    return drawn
+
+
+def draw_attention(backbone: Backbone, store: FeatureStore, path: Path) -> None:
+    """Of six images, at the size they are evaluated at."""
+    images = some_images(backbone, store.data, 6, store.data.size)
+    attention_picture(backbone, images, path, store.data.normalize)
+
+
+def draw_components(backbone: Backbone, store: FeatureStore, path: Path) -> None:
+    """Of eight images, large: 32 patches a side, or more where they are evaluated with more."""
+    data, patch = store.data, backbone.patch_size
+    size = max(data.size, _PATCHES * patch)
+    pca_picture(backbone, some_images(backbone, data, 8, size), path, data.normalize)
+
+
+def draw_neighbors(backbone: Backbone, store: FeatureStore, path: Path) -> None:
+    """Test images among those of train; with one split, train among itself."""
+    bank, queries = _features(backbone, store)
+    if len(bank.labels) < 2:
+        raise UserError("one image has no neighbors.")
+    neighbors_picture(bank, store.data, path, queries)
+
+
+def draw_confusion(backbone: Backbone, store: FeatureStore, path: Path) -> None:
+    """By weighted k-NN, k = 20; with one split, each image is left out once."""
+    bank, queries = store.labeled(backbone, "a confusion matrix")
+    known = bank.features().labeled()
+    asked = known if queries is None else queries.features().labeled()
+    k = min(20, len(known.labels) - (queries is None))
+    found = knn_predict(asked, known, k, leave_one_out=queries is None, device=device_of(backbone))
+    classes = store.data.splits.train.classes
+    counts = confusion(asked.labels, found, len(classes))
+    confusion_picture(counts, classes, path, f"k-NN, k={k}")
+
+
+def draw_map(backbone: Backbone, store: FeatureStore, path: Path) -> None:
+    """Of the test images; with one split, of train."""
+    bank, queries = _features(backbone, store)
+    splits = store.data.splits
+    if queries is None or splits.test is None:
+        map_picture(bank, splits.train, path)
+    else:
+        map_picture(queries, splits.test, path)
+
+
+def some_images(
+    backbone: Backbone, data: CleanData, num: int, size: int
+) -> Float[Tensor, "n C H W"]:
+    """Images spread over test (with one split, over train), normalized, size x size."""
+    source = asked(data.splits)
+    part = Subset(source, spread(len(source), num))
+    few = CleanData(Splits(part, None, data.splits.name), size, data.normalize, num)
+    device = device_of(backbone)
+    images = [images for images, _ in few.batches(part, device, dtype_of(backbone))]
+    if not images:
+        raise UserError("none of the images that were chosen could be read.")
+    return torch.cat(images)
+
+
+def asked(splits: Splits) -> Source:
+    """The images that questions are asked with."""
+    return splits.train if splits.test is None else splits.test
+
+
+def _features(backbone: Backbone, store: FeatureStore) -> tuple[Features, Features | None]:
+    train, test = store.data.splits.train, store.data.splits.test
+    bank = store.pooled(backbone, train).features()
+    return bank, None if test is None else store.pooled(backbone, test).features()
+
+
+QUICK: dict[str, Picture] = {  # seconds, once features are there
+    "attention": draw_attention,
+    "pca": draw_components,
+    "neighbors": draw_neighbors,
+}
+PICTURES: dict[str, Picture] = QUICK | {"confusion": draw_confusion, "map": draw_map}

@@ -1,0 +1,245 @@
+"""Semantic segmentation of frozen patch tokens: how well a linear head outlines things."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.masks import MaskedImages, open_masks
+from dino_lite.data.photometric import Normalize
+from dino_lite.data.sources import expand
+from dino_lite.data.subset import spread
+from dino_lite.eval.features import device_of, frozen
+from dino_lite.eval.pictures_patches import segmentation_picture
+from dino_lite.eval.results import result
+from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
+from dino_lite.eval.store import FeatureStore
+
+_HELD_OUT = 5  # every fifth image
+_MOST_CLASSES = 256
+_NUM_DRAWN = 4
+_RESAMPLES, _BLOCK = 1000, 50  # of the interval; how many are counted at once
+
+
+class Scenes(NamedTuple):
+    """What the head learns from and what it is asked, with the class numbers that occur."""
+
+    train: MaskedImages
+    test: MaskedImages
+    numbers: list[int]
+
+
+class Segmentation:
+    """The evaluation: mean IoU on images with masks at `root`, which are not the store's images.
+
+    See `open_masks` for `root`. `ignore`: numbers in masks that are no class; `classes`: names by
+    number. `shorter`: images are scaled so that their shorter side has so many pixels (None: as
+    they are). Of train `num_pixels` pixels in all are learned from.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None,
+        ignore: int | Sequence[int] = 255,
+        classes: Sequence[str] | None = None,
+        shorter: int | None = None,
+        num_pixels: int = 200_000,
+        rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        num_steps: int = 1000,
+        batch_size: int = 4096,
+        weight_decay: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        if not root:
+            raise UserError(
+                "eval.segmentation.root is not set: name a folder with images/train, masks/train, "
+                "images/val and masks/val."
+            )
+        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise UserError(f"eval.segmentation.rates={list(rates)}: give rates above 0.")
+        least = {"num_pixels": num_pixels, "num_steps": num_steps, "batch_size": batch_size}
+        for name, value in (least if shorter is None else least | {"shorter": shorter}).items():
+            if value < 1:
+                raise UserError(f"eval.segmentation.{name}={value}: give 1 or more.")
+        self.root, self.classes, self.shorter = root, list(classes or []), shorter
+        self.ignore = [ignore] if isinstance(ignore, int) else list(ignore)
+        self.num_pixels, self.rates, self.seed = num_pixels, list(rates), seed
+        self.num_steps, self.batch_size, self.weight_decay = num_steps, batch_size, weight_decay
+
+    def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
+        """Mean IoU over the classes of the test masks, pixel accuracy, and IoU by class."""
+        scenes, normalize = self.open(backbone.in_chans), store.data.normalize
+        segmenter, rate = self.fit(backbone, normalize, scenes)
+        confusions = self.confusions(backbone, normalize, segmenter, scenes)
+        total = confusions.sum(dim=0).double()
+        ious = 100 * iou(total)
+        present = [i for i in range(len(ious)) if math.isfinite(ious[i])]
+        return result(
+            "mIoU",
+            float(ious[present].mean()),
+            protocol=self._protocol(scenes),
+            settings={"rate": rate, "steps": self.num_steps},
+            num_train=len(scenes.train),
+            num_test=len(scenes.test),
+            interval=list(iou_interval(confusions, self.seed)),
+            masks=expand(self.root).name,
+            pixel_accuracy=float(100 * total.diagonal().sum() / total.sum()),
+            table=[
+                {
+                    "class": self.name(scenes.numbers[i]),
+                    "IoU %": float(ious[i]),
+                    "pixels %": float(100 * total[i].sum() / total.sum()),
+                }
+                for i in present
+            ],
+        )
+
+    def open(self, in_chans: int = 3) -> Scenes:
+        """Images and masks; with one split, every fifth image is asked and not learned from."""
+        train, test = open_masks(self.root, self.ignore, in_chans)
+        if len(train) < (2 if test else 3):
+            raise UserError(f"{expand(self.root)}: a head and its rate need more training images.")
+        if test is None:
+            train, test = _apart(train)
+        learned = train.numbers()
+        numbers = sorted({*learned, *test.numbers()})
+        if len(learned) < 2 or len(numbers) > _MOST_CLASSES:
+            raise UserError(
+                f"{expand(self.root)}: the masks have {len(numbers)} classes (of train: "
+                f"{len(learned)}), but 2 to {_MOST_CLASSES} are needed; check "
+                f"eval.segmentation.ignore={self.ignore}."
+            )
+        return Scenes(train, test, numbers)
+
+    def fit(
+        self, backbone: Backbone, normalize: Normalize, scenes: Scenes
+    ) -> tuple[Segmenter, float]:
+        """The head and its rate: the best on every fifth training image, trained anew on all."""
+        numbers, num_pixels = scenes.numbers, self.num_pixels
+        pixels = draw_pixels(
+            backbone, scenes.train, numbers, normalize, num_pixels, self.shorter, self.seed
+        )
+        if not bool(torch.isfinite(pixels.features).all()):
+            raise UserError(
+                "segmentation got features that are not finite: the network has diverged; evaluate "
+                "an earlier checkpoint, or train anew with a lower optim.rate."
+            )
+        held = pixels.image % _HELD_OUT == min(_HELD_OUT, len(scenes.train)) - 1
+        rate = self.rates[0]
+        if len(self.rates) > 1:
+            heads = self._train(pixels.rows(~held), len(numbers), self.rates, backbone)
+            asked = pixels.rows(held)
+            found = [_mean_iou(_asked(head, asked)) for head in heads]
+            rate = self.rates[int(np.argmax(found))]
+        return self._train(pixels, len(numbers), [rate], backbone)[0], rate
+
+    def confusions(
+        self, backbone: Backbone, normalize: Normalize, segmenter: Segmenter, scenes: Scenes
+    ) -> Int[Tensor, "n C C"]:
+        """Pixels of each test image by class (rows) and prediction (columns)."""
+        found = []
+        with frozen(backbone):
+            for i in range(len(scenes.test)):
+                image, classes = scenes.test.read(i)
+                features = patch_features(backbone, image, normalize, self.shorter)
+                predicted = segmenter.predict(features, classes.shape).cpu()
+                truth = torch.from_numpy(_places(classes, scenes.numbers))
+                known = truth >= 0
+                found.append(confusion(truth[known], predicted[known], len(scenes.numbers)))
+        return torch.stack(found)
+
+    def draw(self, backbone: Backbone, store: FeatureStore, path: Path) -> None:
+        """A few test images with their masks and what a head, trained for it, makes of them."""
+        scenes, normalize = self.open(backbone.in_chans), store.data.normalize
+        segmenter, _ = self.fit(backbone, normalize, scenes)
+        some = scenes.test.part(spread(len(scenes.test), _NUM_DRAWN).tolist())
+        images, truths, predictions = [], [], []
+        with frozen(backbone):
+            for i in range(len(some)):
+                image, classes = some.read(i)
+                features = patch_features(backbone, image, normalize, self.shorter)
+                images.append(image)
+                truths.append(_places(classes, scenes.numbers))
+                predictions.append(segmenter.predict(features, classes.shape).cpu().numpy())
+        names = [self.name(number) for number in scenes.numbers]
+        segmentation_picture(images, truths, predictions, names, path)
+
+    def name(self, number: int) -> str:
+        """What the class of a number is called."""
+        return self.classes[number] if number < len(self.classes) else str(number)
+
+    def _train(
+        self, pixels: Pixels, num_classes: int, rates: Sequence[float], backbone: Backbone
+    ) -> list[Segmenter]:
+        sizes = (self.num_steps, self.batch_size, self.weight_decay)
+        return train_heads(pixels, num_classes, rates, *sizes, device_of(backbone), self.seed)
+
+    def _protocol(self, scenes: Scenes) -> str:
+        size = "as they are" if self.shorter is None else f"of {self.shorter} px"
+        return (
+            f"linear head on the last block's patch tokens, bilinear to each pixel; images {size}, "
+            f"learned from {self.num_pixels:,} pixels of train; AdamW, weight decay "
+            f"{self.weight_decay:g}, rate chosen on every fifth image of train; mean over the "
+            f"{len(scenes.numbers)} classes, IoU of all test pixels"
+        )
+
+
+def confusion(
+    truth: Int[Tensor, "n"], predicted: Int[Tensor, "n"], num_classes: int
+) -> Int[Tensor, "C C"]:
+    """How many have class r and are taken for c, at (r, c)."""
+    both = truth * num_classes + predicted
+    return torch.bincount(both, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def iou(confusion: Float[Tensor, "*n C C"]) -> Float[Tensor, "*n C"]:
+    """Intersection over union of each class; NaN for one that no pixel has."""
+    hits = confusion.diagonal(dim1=-2, dim2=-1)
+    truth, predicted = confusion.sum(dim=-1), confusion.sum(dim=-2)
+    return torch.where(truth > 0, hits / (truth + predicted - hits), torch.nan)
+
+
+def iou_interval(confusions: Int[Tensor, "n C C"], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean IoU in percent: images are drawn anew 1,000 times, as many as there
+    are, with replacement, and their confusions added up.
+    """
+    num = len(confusions)
+    generator = np.random.default_rng(seed)
+    counts = torch.from_numpy(generator.multinomial(num, np.full(num, 1 / num), _RESAMPLES))
+    flat = confusions.double().flatten(1)
+    means = [
+        iou((part.double() @ flat).reshape(-1, *confusions.shape[1:])).nanmean(dim=1)
+        for part in torch.split(counts, _BLOCK)
+    ]
+    low, high = np.percentile(100 * torch.cat(means).numpy(), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _places(classes: Int[np.ndarray, "H W"], numbers: Sequence[int]) -> Int[np.ndarray, "H W"]:
+    """Class numbers as places in a list of them; -1 stays."""
+    return np.where(classes < 0, -1, np.searchsorted(numbers, classes))
+
+
+def _mean_iou(confusion: Int[Tensor, "C C"]) -> float:
+    return float(iou(confusion.double()).nanmean())
+
+
+def _asked(head: Segmenter, pixels: Pixels) -> Int[Tensor, "C C"]:
+    predicted = head.logits(pixels.features.to(head.weight.device)).argmax(dim=1).cpu()
+    return confusion(pixels.classes, predicted, len(head.bias))
+
+
+def _apart(images: MaskedImages) -> tuple[MaskedImages, MaskedImages]:
+    """All but every fifth image (with fewer, the last), and these."""
+    last = min(_HELD_OUT, len(images)) - 1
+    rows = range(len(images))
+    asked = [row for row in rows if row % _HELD_OUT == last]
+    return images.part([row for row in rows if row % _HELD_OUT != last]), images.part(asked)
