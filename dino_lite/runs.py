@@ -155,6 +155,12 @@ class Run:
         """Merge `results` into results.json."""
         write_json(self.results_file, self.results() | results)
 
+    def add_warnings(self, warnings: list[dict[str, Any]]) -> None:
+        """Keep the latest of each kind under "warnings" in results.json."""
+        if warnings:
+            by_kind = {w["kind"]: w for w in [*self.results().get("warnings", []), *warnings]}
+            self.add_results({"warnings": list(by_kind.values())})
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""

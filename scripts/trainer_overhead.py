@@ -19,7 +19,7 @@ from dino_lite.contracts import Crops, Progress
 from dino_lite.methods.timing import wait_for
 from dino_lite.runs import Run
 
-_NOT_TIMED = ("online_knn", "pictures", "checkpoints")  # they come seldom
+_NOT_TIMED = ("online_eval", "pictures", "checkpoints")  # they come seldom
 
 
 class Alternating:

@@ -63,7 +63,7 @@ def _subtracted(name: str, source: list[str], rounds: int, scratch: Path) -> dic
 def _train(source: list[str], folder: Path, name: str, num_steps: int) -> float:
     """Seconds of the whole command."""
     line = [sys.executable, "-m", "dino_lite.commands.pretrain", *source]
-    line += ["baselines=false", "~callbacks.online_knn", "~callbacks.pictures"]
+    line += ["baselines=false", "~callbacks.online_eval", "~callbacks.pictures"]
     line += [f"trainer.max_steps={num_steps}", f"runs_dir={folder}", f"name={name}"]
     started = time.perf_counter()
     done = subprocess.run(line, capture_output=True, text=True, check=False)

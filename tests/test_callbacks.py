@@ -17,10 +17,11 @@ import pytorch_lightning as pl
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.callbacks import online_knn, throughput
+from dino_lite.callbacks import online_eval, throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
+from dino_lite.callbacks.health import Health
 from dino_lite.callbacks.metrics import MetricsFile
-from dino_lite.callbacks.online_knn import OnlineKNN
+from dino_lite.callbacks.online_eval import OnlineEval
 from dino_lite.callbacks.pictures import Pictures
 from dino_lite.callbacks.progress import RunProgress, duration
 from dino_lite.callbacks.throughput import Throughput
@@ -32,7 +33,9 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import spread
 from dino_lite.eval.features import extract
+from dino_lite.eval.health import rankme
 from dino_lite.eval.knn import knn_accuracy
+from dino_lite.eval.ridge import ridge_correct
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.dino import DINO
@@ -139,7 +142,8 @@ class At(pl.Callback):
 
 
 def everyone(folder: Path) -> list[pl.Callback]:
-    return [OnlineKNN(0.3), Throughput(), Pictures(), RunProgress(), Checkpoints(folder, 1e-9)]
+    watching = [OnlineEval(0.3), Health(every_n_steps=1), Throughput()]
+    return [*watching, Pictures(), RunProgress(), Checkpoints(folder, 1e-9)]
 
 
 # ------------------------------------------------------------------------------------- all of them
@@ -163,7 +167,8 @@ def test_observers_leave_the_generators_alone(tmp_path: Path) -> None:
             (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())  # noqa: NPY002
         )
 
-    observers = [OnlineKNN(every_n_steps=1), Throughput(), Pictures(), RunProgress()]
+    observers = [OnlineEval(every_n_steps=1), Health(every_n_steps=1), Throughput()]
+    observers += [Pictures(), RunProgress()]
     Training(tmp_path, At(end=look("before")), *observers, At(end=look("after"))).fit()
     assert len(states["before"]) == NUM_STEPS
     assert states["before"] == states["after"]
@@ -172,9 +177,11 @@ def test_observers_leave_the_generators_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: OnlineKNN(every=0),
-        lambda: OnlineKNN(every_n_steps=0),
-        lambda: OnlineKNN(max_images=1),
+        lambda: OnlineEval(every=0),
+        lambda: OnlineEval(every_n_steps=0),
+        lambda: OnlineEval(max_images=1),
+        lambda: Health(every_n_steps=0),
+        lambda: Health(on_collapse="panic"),
         lambda: Throughput(log_every=0),
         lambda: Pictures(num_images=0),
         lambda: Checkpoints(every_n_minutes=0),
@@ -187,7 +194,7 @@ def test_impossible_settings_are_refused(build: Callable[[], pl.Callback]) -> No
         build()
 
 
-# ------------------------------------------------------------------------------------ online k-NN
+# ------------------------------------------------------------------------- the teacher's features
 
 
 @pytest.mark.parametrize(
@@ -203,19 +210,24 @@ def test_knn_is_asked_when_it_is_due_and_at_the_end(
     tmp_path: Path, when: dict[str, Any], steps: list[int]
 ) -> None:
     """By fraction of the run or by steps; each figure stands in the row of the step it followed."""
-    run = Training(tmp_path, OnlineKNN(**when), log_every=2).fit()
-    assert list(run.column("knn")) == steps
-    assert list(run.column("knn_seconds")) == steps
+    run = Training(tmp_path, OnlineEval(**when), log_every=2).fit()
+    for name in ("knn", "probe", "rankme", "feature_std"):
+        assert list(run.column(name)) == steps
+    for name in ("features_seconds", "knn_seconds", "probe_seconds"):
+        assert list(run.column(name)) == steps
 
 
 def test_knn_is_the_teachers_on_train_without_itself(tmp_path: Path) -> None:
     """The figure of the last step is that of an evaluation made apart; test images are not read."""
-    run = Training(tmp_path, OnlineKNN(k=5)).fit()
+    run = Training(tmp_path, OnlineEval(k=5)).fit()
     source = run.data.splits.train
     data = CleanData(run.data.splits, 16, Normalize(), batch_size=7)
     bank = extract(run.method.export_backbone(), data, source, torch.device("cpu"))
     expected = knn_accuracy(bank, bank, [5], 0.07, leave_one_out=True)[5].top1
     assert run.column("knn")[NUM_STEPS - 1] == pytest.approx(expected)
+    probe = 100 * float(ridge_correct(bank).double().mean())
+    assert run.column("probe")[NUM_STEPS - 1] == pytest.approx(probe)
+    assert run.column("rankme")[NUM_STEPS - 1] == pytest.approx(rankme(bank.features), rel=1e-3)
     assert float(run.trainer.callback_metrics["knn"]) == pytest.approx(expected)
 
 
@@ -232,8 +244,11 @@ def test_images_are_decoded_once_and_broken_ones_left_out() -> None:
     source.read = read_image  # type: ignore[method-assign]
     data = CleanData(Splits(source, None, "x"), 8, Normalize(), batch_size=7)
     vit = ViT(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
-    online = OnlineKNN(k=3)
-    found = [online.accuracy(vit, data, source) for _ in range(2)]
+    online = OnlineEval(k=3)
+    found = [
+        online.measure(online.features(vit, data, source), torch.device("cpu"))["knn"]
+        for _ in range(2)
+    ]
     assert reads == list(range(40))
     bank = extract(vit, data, source, torch.device("cpu"))
     assert len(bank.labels) == 39
@@ -254,27 +269,30 @@ def test_a_batch_without_one_readable_image_is_passed_over(
         return whole(index)
 
     source.read = read_image  # type: ignore[method-assign]
-    monkeypatch.setattr(online_knn, "_BATCH_SIZE", 2)
-    kept = online_knn.in_memory(source, CleanData(Splits(source, None, "x"), 16, Normalize(), 2))
+    monkeypatch.setattr(online_eval, "_BATCH_SIZE", 2)
+    kept = online_eval.in_memory(source, CleanData(Splits(source, None, "x"), 16, Normalize(), 2))
     assert kept.labels is not None
     assert kept.labels.tolist() == [0, 1, 1, 2]
     assert all(np.array_equal(kept.read(i), whole(row)) for i, row in enumerate((0, 1, 4, 5)))
 
 
-def test_without_labels_there_is_no_knn(tmp_path: Path) -> None:
-    """Nothing is computed, logged or chosen."""
-    observers = [OnlineKNN(every_n_steps=1), Checkpoints(tmp_path)]
+def test_without_labels_there_is_no_accuracy(tmp_path: Path) -> None:
+    """No k-NN and no probe, and no best; the features' rank needs no labels."""
+    observers = [OnlineEval(every_n_steps=1), Checkpoints(tmp_path)]
     run = Training(tmp_path, *observers, labeled=False).fit()
-    assert run.column("knn") == {}
+    assert run.column("knn") == run.column("probe") == {}
+    assert len(run.column("rankme")) == len(run.column("feature_std")) == NUM_STEPS
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
 def test_a_diverged_teacher_has_no_knn(tmp_path: Path) -> None:
     """Features that are not finite give NaN, which is never the best."""
-    run = Training(tmp_path, OnlineKNN(), Checkpoints(tmp_path))
+    run = Training(tmp_path, OnlineEval(), Checkpoints(tmp_path))
     run.method.teachers.get_parameter("ema.module.backbone.norm.weight").data.fill_(torch.nan)
     run.fit()
     assert np.isnan(run.column("knn")[NUM_STEPS - 1])
+    assert np.isnan(run.column("probe")[NUM_STEPS - 1])
+    assert run.column("rankme") == {}
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
@@ -469,7 +487,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line now and then, the last at 100 %, with loss, k-NN and speed; nothing on stderr."""
-    monitors = [OnlineKNN(every_n_steps=1), Throughput(), RunProgress(line_seconds=0)]
+    monitors = [OnlineEval(every_n_steps=1), Throughput(), RunProgress(line_seconds=0)]
     Training(tmp_path, *monitors).fit()
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if "step" in line]

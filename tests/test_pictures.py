@@ -131,14 +131,19 @@ def test_unreadable_images_do_not_shift_the_neighbors(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_from_what_is_there(tmp_path: Path) -> None:
-    """One panel without k-NN, two with it."""
+    """One panel without k-NN, two with it, two rows of them with the health of the run."""
     rows = [f"{step},{9 - step / 100}," for step in range(0, 500, 10)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,loss,knn", *rows]))
     curves_picture(tmp_path / "metrics.csv", tmp_path / "one.png")
     (tmp_path / "metrics.csv").write_text("\n".join(["step,loss,knn", *rows, "499,,51.5"]))
     curves_picture(tmp_path / "metrics.csv", tmp_path / "two.png")
-    width = pixels_of(tmp_path / "one.png").shape[1]
+    height, width = pixels_of(tmp_path / "one.png").shape[:2]
     assert pixels_of(tmp_path / "two.png").shape[1] == pytest.approx(2 * width, abs=2)
+    columns = ["step,loss,knn,probe,teacher_entropy", "0,9,40,42,5", "9,8,50,51,6"]
+    (tmp_path / "metrics.csv").write_text("\n".join(columns))
+    curves_picture(tmp_path / "metrics.csv", tmp_path / "three.png")
+    found = pixels_of(tmp_path / "three.png").shape[:2]
+    assert found == (pytest.approx(2 * height, abs=2), pytest.approx(2 * width, abs=2))
 
 
 def test_rows_without_a_number_are_passed_over(tmp_path: Path) -> None:

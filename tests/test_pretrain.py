@@ -160,10 +160,10 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         "trainer.precision=64",
         "backbone.drop_path=0.0",
         "trainer.max_steps=5",
-        "~callbacks.online_knn",
+        "~callbacks.online_eval",
     ]
     plain = [option for option in options if not option.startswith("~")] + [
-        "callbacks.online_knn=null"
+        "callbacks.online_eval=null"
     ]
     whole = checkpoint(train(tmp_path / "1x1", *plain))
     others = {"1x4": checkpoint(train(tmp_path / "1x4", *plain, "trainer.micro_batch_size=2"))}

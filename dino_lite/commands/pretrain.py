@@ -68,9 +68,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     if resuming:
         config = resume_config(run, planned.config, request, splits)
         if run.results().get("finished"):
-            say(
-                f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it."
-            )
+            say(f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it")
             return run.results() | {"run": str(run.folder)}
     else:
         config = planned.config
@@ -93,6 +91,9 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             raise UserError(
                 f"{run.folder} was interrupted; the same command goes on from there."
             ) from None
+        finally:
+            if trainer.is_global_zero:
+                run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
         if not trainer.is_global_zero:
             return {}
         with alone():  # the other ranks are through
@@ -245,11 +246,8 @@ def baseline_table(results: dict[str, Any]) -> str:
 def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
     """What will happen, before it does."""
     data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
-    labels = (
-        f"{facts.num_classes} classes, {facts.num_test:,} test images"
-        if facts.num_classes
-        else "no labels"
-    )
+    labels = f"{facts.num_classes} classes, {facts.num_test:,} test images"
+    labels = labels if facts.num_classes else "no labels"
     say(
         f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "
         f"{facts.device_name}"

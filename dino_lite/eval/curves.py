@@ -12,10 +12,15 @@ from jaxtyping import Float
 from dino_lite.contracts import UserError
 from dino_lite.eval.sheets import write_whole
 
-_INK, _GRAY, _LINE, _BLUE = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa"
-_PANELS = (  # column of metrics.csv, title, color
-    ("loss", "Loss", _INK),
-    ("knn", "k-NN of the teacher, top-1 on train (%)", _BLUE),
+_INK, _GRAY, _LINE, _BLUE, _RUST = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa", "#b4530a"
+_PANELS = (  # title; column of metrics.csv, what to call it, color
+    ("Loss", (("loss", "", _INK),)),
+    (
+        "The teacher's features, top-1 on train (%)",
+        (("knn", "k-NN", _BLUE), ("probe", "linear probe", _RUST)),
+    ),
+    ("Entropy of the teacher's distributions (nats)", (("teacher_entropy", "", _INK),)),
+    ("Effective rank of the teacher's features", (("rankme", "", _BLUE),)),
 )
 _FEW = 40  # points up to which each gets a dot
 _STYLE: dict[str, Any] = {
@@ -35,19 +40,26 @@ _STYLE: dict[str, Any] = {
 
 
 def curves_picture(metrics: str | Path, path: str | Path) -> None:
-    """Loss and, where there is one, k-NN accuracy over optimizer steps, from a metrics.csv."""
+    """What a metrics.csv has of loss, accuracies and health, over optimizer steps."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    curves = [(read_curve(metrics, name), title, color) for name, title, color in _PANELS]
-    curves = [curve for curve in curves if len(curve[0])]
-    if not curves:
+    panels = []
+    for title, columns in _PANELS:
+        curves = [(read_curve(metrics, name), label, color) for name, label, color in columns]
+        if curves := [curve for curve in curves if len(curve[0])]:
+            panels.append((title, curves))
+    if not panels:
         raise UserError(f"{metrics} has no number under loss or knn: there is nothing to draw.")
+    wide = min(2, len(panels))
+    tall = -(-len(panels) // wide)
     with mpl.rc_context(cast(Any, _STYLE)):
-        figure = Figure(figsize=(4.6 * len(curves), 2.9), dpi=150, layout="constrained")
-        panels = figure.subplots(1, len(curves), squeeze=False)[0]
-        for axes, (points, title, color) in zip(panels, curves, strict=True):
-            _draw_curve(axes, points, title, color)
+        figure = Figure(figsize=(4.6 * wide, 2.9 * tall), dpi=150, layout="constrained")
+        places = figure.subplots(tall, wide, squeeze=False).flatten()
+        for axes, (title, curves) in zip(places, panels, strict=False):
+            _draw_panel(axes, title, curves)
+        for axes in places[len(panels) :]:
+            axes.set_axis_off()
         write_whole(path, lambda part: figure.savefig(part, format="png"))
 
 
@@ -71,16 +83,33 @@ def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray,
     return np.convolve(values, window, mode="same") / count
 
 
-def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], title: str, color: str) -> None:
-    """One panel: few points as dots and lines, many as a pale line under their running mean."""
+def _draw_panel(
+    axes: Any, title: str, curves: list[tuple[Float[np.ndarray, "n 2"], str, str]]
+) -> None:
+    """The curves of a title, each with its last value; named where there are several."""
     from matplotlib.ticker import MaxNLocator
 
+    for points, label, color in curves:
+        _draw_curve(axes, points, label, color)
+    if len(curves) > 1:
+        axes.legend(frameon=False, loc="lower right")
+    axes.margins(x=0.02, y=0.08)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK, pad=10)
+    axes.set_xlabel("optimizer steps")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", color=_LINE, linewidth=0.4)
+
+
+def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], label: str, color: str) -> None:
+    """Few points as dots and lines, many as a pale line under their running mean."""
     steps, values = points.T
     few = len(points) <= _FEW
     if not few:
         axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
         values = running_mean(values, max(3, len(points) // 30) // 2 * 2 + 1)
-    axes.plot(steps, values, color=color, linewidth=1.4, marker="o" if few else None, markersize=3)
+    marker = "o" if few else None
+    axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
     axes.annotate(
         f"{values[-1]:.4g}",
         (steps[-1], values[-1]),
@@ -90,9 +119,3 @@ def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], title: str, color: 
         va="center",
         annotation_clip=False,
     )
-    axes.margins(x=0.02, y=0.08)
-    axes.set_title(title, loc="left", fontsize=9, fontweight="bold", color=_INK, pad=10)
-    axes.set_xlabel("optimizer steps")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(axis="y", color=_LINE, linewidth=0.4)

@@ -12,7 +12,7 @@ import torch
 from dino_lite.contracts import Crops
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.method import Method
-from dino_lite.methods.step import Step
+from dino_lite.methods.step import Step, Watch
 from dino_lite.optim.param_groups import param_groups
 
 _CHECK_EVERY = (
@@ -40,6 +40,7 @@ class PretrainModule(pl.LightningModule):
         self.automatic_optimization = False
         self.method, self.clock = method, clock
         self.make_step, self._make_optimizer, self._decay_tokens = step, optimizer, decay_tokens
+        self.watch: Watch | None = None  # a callback's, for the steps it wants to see
         self._step: Step | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -69,7 +70,7 @@ class PretrainModule(pl.LightningModule):
         """One optimizer step."""
         assert self._step is not None
         at = self.clock.at(self._step.num_steps, self.device)
-        scalars = self._step(crops, at)
+        scalars = self._step(crops, at, self.watch)
         optimizer = self._step.optimizer
         rates = {"progress": at.fraction, "learning_rate": optimizer.param_groups[0]["lr"]}
         rates |= {name: schedule(at) for name, schedule in self.method.schedules().items()}

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lite.contracts import Crops, Loss, Progress, Schedule, StepTargets, UserError
+from dino_lite.contracts import Crops, Loss, Progress, Schedule, StepOutputs, StepTargets, UserError
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_
 from dino_lite.optim.schedules import Span, span_steps
+
+Watch = Callable[[StepOutputs], None]  # an observer of what a micro-batch made
 
 
 class Step:
@@ -63,8 +65,11 @@ class Step:
         self.trained = [p for p in student.values() if p.requires_grad]
         self.last_layer = [p for n, p in student.items() if "last_layer" in n and p.requires_grad]
 
-    def __call__(self, crops: Crops, at: Progress) -> dict[str, Tensor]:
-        """Detached scalars: "loss", each loss by name, "grad_norm" and "skipped"."""
+    def __call__(self, crops: Crops, at: Progress, watch: Watch | None = None) -> dict[str, Tensor]:
+        """Detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
+
+        `watch` is shown what the losses read, of each micro-batch, and keeps its hands off it.
+        """
         self._write_rates(at)
         # Drop path draws from the global generator: keyed by seed, step and rank, a resumed run
         # draws the same paths.
@@ -72,7 +77,7 @@ class Step:
         with self._autocast(crops):
             targets = self.method.targets(crops, at)
         self.optimizer.zero_grad(set_to_none=True)
-        scalars = self._accumulate(crops, targets, at)
+        scalars = self._accumulate(crops, targets, at, watch)
         if at.step < span_steps(self.freeze_last_layer, at):
             for parameter in self.last_layer:
                 parameter.grad = None  # AdamW then skips it entirely: no moments, no decay
@@ -97,7 +102,9 @@ class Step:
             return nullcontext()
         return torch.autocast(crops.globals_.device.type, dtype=self.autocast)
 
-    def _accumulate(self, crops: Crops, targets: StepTargets, at: Progress) -> dict[str, Tensor]:
+    def _accumulate(
+        self, crops: Crops, targets: StepTargets, at: Progress, watch: Watch | None
+    ) -> dict[str, Tensor]:
         """Backward through every micro-batch; ranks exchange gradients on the last."""
         size = self.micro_batch_size or crops.num_images
         starts = range(0, crops.num_images, size)
@@ -108,6 +115,8 @@ class Step:
                 with self._autocast(crops):
                     part = {name: target.part(start, stop) for name, target in targets.items()}
                     outputs = self.method.compare(crops.part(start, stop), part)
+                    if watch is not None:
+                        watch(outputs)
                     terms = {n: loss(outputs[loss.reads]) for n, loss in self.losses.items()}
                     weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
                     total = torch.stack(weighted).sum()

@@ -16,20 +16,24 @@ from dino_lite.data.clean import Batch, CleanData, CleanImages
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
-from dino_lite.eval.features import device_of, extract
+from dino_lite.eval.features import Features, device_of, extract
+from dino_lite.eval.health import rankme, relative_std
 from dino_lite.eval.knn import knn_accuracy
+from dino_lite.eval.ridge import ridge_correct
 
 _BATCH_SIZE = 256  # images at once through the backbone, without gradient
 _MOST_BYTES = 2**30  # of clean images held between two evaluations
 
 
-class OnlineKNN(pl.Callback):
-    """Logs `knn`, top-1 in percent of a leave-one-out weighted k-NN, and the `knn_seconds` it took.
+class OnlineEval(pl.Callback):
+    """Logs what the teacher's features of at most `max_images` clean training images are worth.
 
-    Asked each `every` (a fraction of the run), or where that is given each `every_n_steps`
-    optimizer steps, and at the end. At most `max_images` training images, spread over the set, are
-    classified by each other; test images are never read, so that best.ckpt may be chosen by it.
-    Does nothing where there are no labels. Rank 0 computes, the others wait.
+    With labels `knn`, top-1 in percent of a leave-one-out weighted k-NN, and `probe`, of a linear
+    classifier as `eval.ridge` has it; always `rankme` and `feature_std` of `eval.health`. Times
+    are `features_seconds`, `knn_seconds`, `probe_seconds`. Asked each `every` (a fraction of the
+    run), or where that is given each `every_n_steps` optimizer steps, and at the end. The images
+    are spread over the set; test images are never read, so that best.ckpt may be chosen by `knn`.
+    Rank 0 computes, the others wait.
     """
 
     def __init__(
@@ -42,12 +46,12 @@ class OnlineKNN(pl.Callback):
     ) -> None:
         if not 0 < every <= 1:
             raise UserError(
-                f"callbacks.online_knn.every={every}: it is a fraction of the run, in (0, 1]."
+                f"callbacks.online_eval.every={every}: it is a fraction of the run, in (0, 1]."
             )
         if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.online_knn.every_n_steps={every_n_steps}: give 1 or more.")
+            raise UserError(f"callbacks.online_eval.every_n_steps={every_n_steps}: give 1 or more.")
         if max_images < 2 or k < 1:
-            raise UserError("callbacks.online_knn: max_images must be 2 or more and k 1 or more.")
+            raise UserError("callbacks.online_eval: max_images must be 2 or more and k 1 or more.")
         self.every, self.every_n_steps, self.max_images = every, every_n_steps, max_images
         self.k, self.temperature = k, temperature
         self._turn = 0  # how many times `every` has passed
@@ -84,36 +88,55 @@ class OnlineKNN(pl.Callback):
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, source = trainer.global_step, cast(Any, trainer).datamodule.splits.train
-        if step == self._asked_at or source.labels is None:
+        if step == self._asked_at:
             return
         self._asked_at = step
-        started, knn = time.monotonic(), math.nan
+        values: dict[str, float] = {}
         if trainer.is_global_zero:
             backbone = cast(Any, pl_module).method.export_backbone()
             # A data loader draws a seed from the global generator, which belongs to the training.
             with torch.random.fork_rng(devices=[]):
-                knn = self.accuracy(backbone, clean_data(trainer), source)
-        knn = broadcast_value(knn, pl_module.device)  # the other ranks wait here
-        trainer.callback_metrics["knn"] = torch.tensor(knn, dtype=torch.float64)
-        values = {"knn": knn, "knn_seconds": time.monotonic() - started}
+                started = time.monotonic()
+                bank = self.features(backbone, clean_data(trainer), source)
+                seconds = time.monotonic() - started
+            values = {"features_seconds": seconds} | self.measure(bank, device_of(backbone))
+        if source.labels is not None:  # the other ranks wait here
+            knn = broadcast_value(values.get("knn", math.nan), pl_module.device)
+            trainer.callback_metrics["knn"] = torch.tensor(knn, dtype=torch.float64)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step - 1)  # the row of the step just done
             logger.save()
 
-    def accuracy(self, backbone: Backbone, data: CleanData, source: Source) -> float:
-        """Top-1 in percent; NaN where features are not finite or there are fewer than 2 classes."""
+    def features(self, backbone: Backbone, data: CleanData, source: Source) -> Features:
+        """Of the same images each time, decoded once if they fit."""
         if self._source is None:
             some = Subset(source, spread(len(source), self.max_images))
             fits = len(some) * len(data.normalize.mean) * data.size**2 <= _MOST_BYTES
             self._source = in_memory(some, data) if fits else some
-        bank = extract(backbone, data, self._source, device_of(backbone)).labeled()
-        if bank.num_classes < 2 or not bool(torch.isfinite(bank.features).all()):
-            return math.nan
-        k = min(self.k, len(bank.labels) - 1)
-        found = knn_accuracy(
-            bank, bank, [k], self.temperature, leave_one_out=True, device=device_of(backbone)
-        )
-        return found[k].top1
+        return extract(backbone, data, self._source, device_of(backbone))
+
+    def measure(self, bank: Features, device: torch.device) -> dict[str, float]:
+        """The numbers; no rank where features are not finite, k-NN and probe then NaN. Neither of
+        them without labels, NaN with fewer than two classes.
+        """
+        values: dict[str, float] = {}
+        finite = bool(torch.isfinite(bank.features).all())
+        if finite:
+            values = {"rankme": rankme(bank.features), "feature_std": relative_std(bank.features)}
+        if not bool((bank.labels >= 0).any()):
+            return values
+        bank = bank.labeled()
+        if bank.num_classes < 2 or not finite:
+            return values | {"knn": math.nan, "probe": math.nan}
+        k, started = min(self.k, len(bank.labels) - 1), time.monotonic()
+        found = knn_accuracy(bank, bank, [k], self.temperature, leave_one_out=True, device=device)
+        probed_at = time.monotonic()
+        values["probe"] = float(100.0 * ridge_correct(bank).double().mean())
+        seconds = {
+            "knn_seconds": probed_at - started,
+            "probe_seconds": time.monotonic() - probed_at,
+        }
+        return values | {"knn": found[k].top1} | seconds
 
 
 def clean_data(trainer: pl.Trainer) -> CleanData:
@@ -139,7 +162,7 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
         .contiguous()
     )
     labels = torch.cat([batch.labels for batch in batches]).numpy()
-    return ArraySource(images, labels, source.classes, "online k-NN")
+    return ArraySource(images, labels, source.classes, "online evaluation")
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,0 +1,139 @@
+"""Is the run alive? Statistics of what the step made anyway, and an alarm in a collapse."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any, cast
+
+import pytorch_lightning as pl
+from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dino_lite.callbacks.progress import run_fraction
+from dino_lite.contracts import Crops, Scores, StepOutputs, Targets, UserError
+from dino_lite.distributed import broadcast_value
+from dino_lite.eval.health import Alarm, Look, collapse, health, look
+
+_MOST_IMAGES = 256  # of rank 0's batch that a look takes in
+_WINDOW = 10  # looks over which prototypes are counted, and for which a collapse must last
+_EARLIEST = 0.1  # of the run: before that nearly constant features are no failure
+_LASTING = 0.05  # of the run that a collapse must last
+
+
+class Health(pl.Callback):
+    """Logs `eval.health.health` of the match `reads`, and the `health_seconds` that took, each
+    `every_n_steps` optimizer steps (none given: as often as the trainer logs).
+
+    Looks at what rank 0's step has made for its loss: nothing is computed anew, drawn or updated.
+    An alarm is said once a kind, and kept in `warnings`. `on_collapse`: "warn", or "stop" to end
+    the run, last.ckpt and all, with that sentence.
+    """
+
+    def __init__(
+        self,
+        reads: str = "cls",
+        every_n_steps: int | None = None,
+        on_collapse: str = "warn",
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"callbacks.health.every_n_steps={every_n_steps}: give 1 or more.")
+        if on_collapse not in ("warn", "stop"):
+            raise UserError(f"callbacks.health.on_collapse={on_collapse}: give warn or stop.")
+        self.reads, self.every_n_steps, self.on_collapse = reads, every_n_steps, on_collapse
+        self.warnings: list[dict[str, Any]] = []  # kind, step, text
+        self._looks: deque[Look] = deque(maxlen=_WINDOW)
+        self._now: Look | None = None
+        self._seconds = 0.0
+        self._streak, self._since = 0, 0.0  # looks in a row with a collapse; where they began
+        self._ending: Alarm | None = None  # what ends the run before its next step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A teacher that is the student is known before the first step."""
+        method = cast(Any, pl_module).method
+        for name, teacher in method.teachers.items():
+            if _storages(method.student) & _storages(teacher.module):
+                self._tell(trainer, _aliased(name))
+        if self._ending is not None:
+            raise UserError(self._ending.text)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Crops, batch_idx: int
+    ) -> None:
+        """Ask for a look where one is due; after one, end the run where that was asked for: between
+        two steps, so that last.ckpt is whole.
+        """
+        if self.on_collapse == "stop" and self._is_due(trainer.global_step, trainer):
+            ending = broadcast_value(float(self._ending is not None), pl_module.device)
+            if ending:
+                raise UserError(self._ending.text if self._ending else "rank 0 says why.")
+        due = trainer.is_global_zero and self._is_due(trainer.global_step + 1, trainer)
+        self._now, self._seconds = None, 0.0
+        cast(Any, pl_module).watch = self._look if due else None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Crops,
+        batch_idx: int,
+    ) -> None:
+        """Log what was seen, and judge it."""
+        if self._now is None:
+            return
+        started = time.monotonic()
+        self._looks.append(self._now)
+        values = health(self._looks)
+        alarm = collapse(values, len(self._now.probs), self._now.temp)
+        if self._lasts(alarm, run_fraction(trainer, pl_module)) and alarm is not None:
+            self._tell(trainer, alarm)
+        values["health_seconds"] = self._seconds + time.monotonic() - started
+        for logger in trainer.loggers:  # log_dict would repeat them in every row that follows
+            logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def _look(self, outputs: StepOutputs) -> None:
+        """A micro-batch passes by."""
+        started, match = time.monotonic(), outputs.get(self.reads)
+        room = _MOST_IMAGES - (0 if self._now is None else self._now.num_images)
+        if match is None or room <= 0:
+            return
+        if isinstance(match.student, Scores) and isinstance(match.target, Targets):
+            seen = look(match.student, match.target, room)
+            self._now = seen if self._now is None else self._now.plus(seen)
+        self._seconds += time.monotonic() - started
+
+    def _lasts(self, alarm: Alarm | None, fraction: float) -> bool:
+        """True where it is late enough, and has been so for long enough."""
+        if alarm is None or fraction < _EARLIEST:
+            self._streak = 0
+            return False
+        self._since = self._since if self._streak else fraction
+        self._streak += 1
+        return self._streak >= _WINDOW and fraction - self._since >= _LASTING
+
+    def _tell(self, trainer: pl.Trainer, alarm: Alarm) -> None:
+        if alarm.kind not in {warning["kind"] for warning in self.warnings}:
+            self.warnings.append({**alarm._asdict(), "step": trainer.global_step})
+            if self.on_collapse == "stop":
+                self._ending = alarm  # said where the run ends
+            elif trainer.is_global_zero:
+                tqdm.write(f"warning: {alarm.text}", file=sys.stderr)
+
+    def _is_due(self, step: int, trainer: pl.Trainer) -> bool:
+        every = self.every_n_steps or max(1, cast(Any, trainer).log_every_n_steps)
+        return step % every == 0
+
+
+def _storages(module: nn.Module) -> set[int]:
+    """Where the parameters lie that lie somewhere."""
+    return {p.untyped_storage().data_ptr() for p in module.parameters()} - {0}
+
+
+def _aliased(name: str) -> Alarm:
+    return Alarm(
+        "aliased_teacher",
+        f"collapse: the teacher {name!r} shares weights with the student, so each learns from "
+        "itself; give the method a copy (dino_lite.nn.teachers.frozen_copy).",
+    )
