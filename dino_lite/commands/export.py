@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, run_of
+from dino_lite.checkpoints import asked_data, find_checkpoint, open_backbone, open_data, run_of
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
@@ -32,7 +32,7 @@ def run_export(config: Config) -> dict[str, Any]:
     if run is None and not config["out"]:
         raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
     backbone, about = open_backbone(checkpoint)
-    splits = open_data(config, checkpoint, about)
+    splits = open_data(asked_data(config, checkpoint, about), about)
     normalize = Normalize(about["mean"], about["std"])
     data = CleanData(splits, about["image_size"], normalize, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # one at least is readable
