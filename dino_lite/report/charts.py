@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from fnmatch import fnmatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -100,8 +100,8 @@ def curve_sections(curves: dict[str, Points]) -> Markup:
     return join(*sections)
 
 
-def _same(points: Points, others: Points | None) -> bool:
-    return others is not None and points.shape == others.shape and bool((points == others).all())
+def _same(points: Points, others: Float[np.ndarray, "m 2"] | None) -> bool:
+    return others is not None and np.array_equal(points, others)
 
 
 def _grid(curves: dict[str, Points], large: bool) -> Markup:
@@ -187,7 +187,7 @@ def _grid_lines(place: _Place, axis_x: list[float], axis_y: list[float]) -> list
     return drawn
 
 
-def _thinned(points: Points) -> tuple[Points, Points]:
+def _thinned(points: Points) -> tuple[Float[np.ndarray, "b 2"], Float[np.ndarray, "l 2"]]:
     """The band (empty where points are few), and the line."""
     if len(points) <= _FEW:
         return np.empty((0, 2)), points
@@ -196,7 +196,7 @@ def _thinned(points: Points) -> tuple[Points, Points]:
     parts = np.array_split(np.arange(len(points)), min(_MOST, len(points)))
     if len(points) <= _MOST:
         return points, smooth
-    band: list[Points] = []
+    band: list[Any] = []
     for rows in parts:
         part = points[rows]
         ends = sorted({int(part[:, 1].argmin()), int(part[:, 1].argmax())})
