@@ -135,17 +135,22 @@ def _about(name: str, backbone: Any, opened: Opened) -> tuple[Any, Config]:
     }
 
 
-def open_data(config: Config, checkpoint: Path, about: Config) -> Splits:
-    """The data that was asked for, or where none was the run's own, in the backbone's channels."""
+def asked_data(config: Config, checkpoint: Path, about: Config) -> Config:
+    """The data configuration that was asked for, or where none was the run's own."""
     asked: Config = config["data"]
     if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
         if about["data"] is None:
             raise UserError(
                 f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
-        asked = about["data"]
-    elif asked.get("channels") == 3:  # what stands there where nobody asked
-        asked = asked | {"channels": about["in_chans"]}
+        return dict(about["data"])
+    if asked.get("channels") == 3:  # what stands there where nobody asked
+        return asked | {"channels": about["in_chans"]}
+    return asked
+
+
+def open_data(asked: Config, about: Config) -> Splits:
+    """The data, in the backbone's channels."""
     splits: Splits = instantiate(asked)
     found = first_readable(splits.train).shape[2]
     if found != about["in_chans"]:

@@ -13,6 +13,8 @@ COMMANDS = {
     "check": "look at the data before a run is paid for",
     "pretrain": "learn a backbone from a folder of images",
     "evaluate": "measure a frozen backbone",
+    "compare": "hold several backbones against each other and against none",
+    "report": "tell a run on one HTML page",
     "export": "write the backbone in a format other programs read",
 }
 USAGE = "usage: dino-lite COMMAND [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n" + "".join(

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,8 @@ from dino_lite.contracts import UserError
 Config = dict[str, Any]
 # Always strings, whatever they look like: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
 _VERBATIM = re.compile(
-    r"(.*\.root|checkpoint|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack|pictures)"
+    r"(.*\.root|checkpoints?|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack"
+    r"|pictures)"
 )
 _PLAIN = re.compile(r"[\w./+-]*")
 
@@ -64,6 +66,15 @@ def quote_override(argument: str) -> str:
     return argument if parses(argument) else f"{key}={quote(value)}"
 
 
+def unquote(override: str) -> str:
+    """`override` without the quotes that `quote_override` would put back."""
+    key, _, value = override.partition("=")
+    if not value.startswith("'"):
+        return override
+    plain = f"{key}={OverridesParser.create().parse_overrides([override])[0].value()}"
+    return plain if quote_override(plain) == override else override
+
+
 def parses(override: str) -> bool:
     """True where Hydra's grammar takes `override`."""
     try:
@@ -74,13 +85,14 @@ def parses(override: str) -> bool:
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:
-    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists;
-    mistakes are UserErrors.
+    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists, and
+    under "overrides" what was given; mistakes are UserErrors.
     """
     GlobalHydra.instance().clear()
+    quoted = [quote_override(override) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return to_plain(hydra.compose(primary, [quote_override(o) for o in overrides]))
+            return to_plain(hydra.compose(primary, quoted)) | {"overrides": quoted}
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, primary)) from None
 
@@ -175,7 +187,8 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
         @functools.wraps(function)
         def job(config: DictConfig) -> None:
             with user_errors():
-                function(to_plain(config))
+                given = list(HydraConfig.get().overrides.task)
+                function(to_plain(config) | {"overrides": given})
 
         def main() -> None:
             with user_errors():

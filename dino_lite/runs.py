@@ -23,6 +23,7 @@ from dino_lite.data.roots import absolute
 _SPEED = (
     "name",
     "runs_dir",
+    "overrides",  # how it was asked for, not what
     "baselines",
     "callbacks",
     "loader.num_workers",
@@ -33,6 +34,7 @@ _SPEED = (
     "trainer.memory",
     "trainer.compile",
 )
+_NUM_NAMED = 100  # classes
 _PATHS = (".base", ".pretrained")
 _FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
 
@@ -70,6 +72,19 @@ def requested(config: Config) -> Config:
     if request.get("method.head.batch_norm"):  # its statistics are those of a micro-batch
         request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
     return request
+
+
+def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
+    """What a run was trained on: which images (to know them again), and what kind."""
+    return {
+        "name": splits.name,
+        "num_images": len(splits.train),
+        "digest": splits.train.digest(),
+        "num_test": facts.num_test,
+        "size": [facts.width, facts.height, facts.channels],
+        "num_classes": facts.num_classes,
+        "classes": splits.train.classes[:_NUM_NAMED],
+    }
 
 
 def run_name(config: Config, request: Config, facts: Facts) -> str:
@@ -164,9 +179,18 @@ class Run:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all; what no file can hold becomes a question mark."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need (once), then holds lint, types and tests. Arguments go to pytest:
 #   scripts/test.sh -k knn
+# --browser, first, installs Debian's chromium where there is none, for the tests that open pages in it; without one they
+# are skipped and say so.
 # DINO_LITE_VENV names an environment other than .venv.
 set -euo pipefail
 
@@ -15,6 +17,18 @@ quietly() {
     local said
     said="$("$@" 2>&1)" || { printf '%s\n' "$said" >&2; echo "test.sh: failed: ${*:3}" >&2; exit 1; }
 }
+
+if [ "${1:-}" = --browser ]; then
+    shift
+    if ! command -v chromium >/dev/null; then
+        if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+            echo "test.sh: chromium can only be installed by root, with apt-get: its tests are skipped." >&2
+        elif ! { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
+            chromium fonts-dejavu-core; } >/dev/null 2>&1; then
+            echo "test.sh: apt-get could not install chromium: its tests are skipped." >&2
+        fi
+    fi
+fi
 
 quietly "$python" -m ruff check .
 quietly "$python" -m ruff format --check .

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("runs",),
     ("checkpoints",),
+    ("report",),
     ("commands",),
     ("cli",),
 )
@@ -50,7 +51,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "lightning": (),  # the same library by another name: one is enough
     "timm": ("backbones/*", "formats/timm*"),
-    "PIL": ("data/*", "eval/pictures*.py", "eval/sheets.py"),
+    "PIL": ("data/*", "eval/pictures*.py", "eval/sheets.py", "report/pictures.py"),
     "torchvision": ("data/*",),
 }
 LAZY = ("matplotlib", "sklearn")  # slow to import and seldom needed: inside functions only

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, results_file, run_of
+from dino_lite.checkpoints import (
+    asked_data,
+    find_checkpoint,
+    open_backbone,
+    open_data,
+    results_file,
+    run_of,
+)
 from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
@@ -24,14 +32,23 @@ from dino_lite.runs import absolute_paths, read_json, write_json
 
 
 class Subject(NamedTuple):
-    """What is measured: a checkpoint's backbone, the data it is measured on, and the name results
-    of other data than its own carry ("@name"; else "").
+    """What is measured: a checkpoint's backbone, the data it is measured on (opened, and as it was
+    asked for), and the name results of other data than its own carry ("@name"; else "").
     """
 
     checkpoint: Path
     backbone: Any
     store: FeatureStore
+    data: Config
     suffix: str
+
+
+class Baseline(NamedTuple):
+    """What a subject is compared with; baselines of equal `key` have equal results."""
+
+    title: str
+    key: str
+    build: Callable[[], Any]
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
@@ -47,11 +64,19 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     data = subject.store.data
     if rank() == 0:
         print(f"{subject.checkpoint} on {data.splits.name}, {data.size} pixels", flush=True)
-    results = measure(subject, evaluations, bool(config["baselines"]), int(config["seed"]))
+    results = measure(subject.backbone, subject.store, evaluations)
+    if config["baselines"]:
+        others = comparable(evaluations)
+        results = beside(
+            results,
+            {
+                baseline.title: measure(baseline.build(), subject.store, others)
+                for baseline in baselines_of(subject, int(config["seed"]))
+            },
+        )
     if rank() == 0:
         print_results({"": results})
-        named = {f"{name}{subject.suffix}": found for name, found in results.items()}
-        keep(named, subject.checkpoint)
+        keep(results, subject)
     if config["pictures"] is not None:
         draw_pictures(subject, evaluations, Path(config["pictures"]))
     return results
@@ -65,15 +90,23 @@ def build_evaluations(config: Config) -> dict[str, Any]:
     return evaluations
 
 
-def open_subject(config: Config, evaluations: Mapping[str, Any]) -> Subject:
-    """The backbone that `checkpoint` names on its device, and its features on the data."""
+def open_subject(
+    config: Config, evaluations: Mapping[str, Any], data: Config | None = None
+) -> Subject:
+    """The backbone that `checkpoint` names on its device, and its features on `data`; none given:
+    on what the configuration asks for.
+    """
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     backbone, about = open_backbone(checkpoint)
     for line in about.get("told", []) if rank() == 0 else []:
         print(line, flush=True)
-    splits = open_data(config, checkpoint, about)
+    if data is None:
+        data = asked_data(config, checkpoint, about)
+    elif "channels" in data:
+        data = data | {"channels": about["in_chans"]}
+    splits = open_data(data, about)
     size = about["image_size"] if config["image_size"] == "auto" else config["image_size"]
     if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
         raise UserError(
@@ -81,43 +114,81 @@ def open_subject(config: Config, evaluations: Mapping[str, Any]) -> Subject:
             f"{backbone.patch_size} is needed."
         )
     normalize = Normalize(about["mean"], about["std"])
-    data = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
+    images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
     most = max(int(getattr(evaluation, "num_blocks", 1)) for evaluation in evaluations.values())
-    own = about["data"] is not None and config["data"].get("root") is None
-    return Subject(
-        checkpoint, backbone, FeatureStore(data, folder, most), "" if own else f"@{splits.name}"
-    )
+    suffix = "" if data == about["data"] else f"@{splits.name}"
+    return Subject(checkpoint, backbone, FeatureStore(images, folder, most), data, suffix)
+
+
+def comparable(evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose number says something beside that of a baseline."""
+    return {
+        name: each for name, each in evaluations.items() if getattr(each, "has_baselines", True)
+    }
 
 
 def measure(
-    subject: Subject, evaluations: Mapping[str, Any], baselines: bool = False, seed: int = 0
-) -> dict[str, Any]:
-    """Each evaluation's result, with data, pixels, unreadable images and seconds; with `baselines`
-    those of raw pixels and of the network untrained as well, under "baselines".
-    """
-    data = subject.store.data
-    others: dict[str, Any] = {}
-    if baselines:
-        others["raw pixels"] = raw_pixels(data, subject.backbone.patch_size).to(
-            next(subject.backbone.parameters()).device
-        )
-        others["untrained"] = untrained(subject.backbone, seed)
-    results: dict[str, Any] = {}
+    backbone: Any, store: FeatureStore, evaluations: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Each evaluation's result, with data, pixels, unreadable images and seconds."""
+    results = {}
     for name, evaluation in evaluations.items():
-        started = time.monotonic()
-        found = evaluation(subject.backbone, subject.store)
+        started, data = time.monotonic(), store.data
+        found = evaluation(backbone, store)
         found |= {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
-        found["seconds"] = round(time.monotonic() - started, 2)
-        if others and getattr(evaluation, "has_baselines", True):
-            found["baselines"] = {
-                title: {key: other[key] for key in ("value", "interval")}
-                for title, network in others.items()
-                for other in [evaluation(network, subject.store)]
-            }
-        results[name] = found
+        results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
     return results
+
+
+def baselines_of(subject: Subject, seed: int) -> list[Baseline]:
+    """Raw pixels, and the subject's network untrained."""
+    backbone, data = subject.backbone, subject.store.data
+    scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]
+    device = next(backbone.parameters()).device
+    return [
+        Baseline(
+            "raw pixels",
+            json.dumps([data.size, backbone.patch_size, backbone.in_chans]),
+            lambda: raw_pixels(data, backbone.patch_size).to(device),
+        ),
+        Baseline(
+            "untrained",
+            json.dumps([backbone.spec, data.size, scale]),
+            lambda: untrained(backbone, seed),
+        ),
+    ]
+
+
+def beside(
+    results: Mapping[str, dict[str, Any]], baselines: Mapping[str, Mapping[str, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """`results` with those of each baseline under "baselines", as far as they are compared."""
+    return {
+        name: found
+        | {
+            "baselines": {
+                title: {key: others[name][key] for key in ("value", "interval")}
+                for title, others in baselines.items()
+                if name in others
+            }
+        }
+        for name, found in results.items()
+    }
+
+
+def keep(results: Mapping[str, Any], subject: Subject) -> None:
+    """Merge into results.json: under the checkpoint's name (last, best) where that is a run's."""
+    checkpoint = subject.checkpoint
+    named = {f"{name}{subject.suffix}": found for name, found in results.items()}
+    path = results_file(checkpoint)
+    before = read_json(path) if path.is_file() else {}
+    if run_of(checkpoint):
+        named = {checkpoint.stem: before.get(checkpoint.stem, {}) | named}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, before | named)
+    print(f"written to {path}")
 
 
 def draw_pictures(subject: Subject, evaluations: Mapping[str, Any], folder: Path) -> None:
@@ -131,17 +202,6 @@ def draw_pictures(subject: Subject, evaluations: Mapping[str, Any], folder: Path
     with alone():
         drawn = draw_all(subject.backbone, subject.store, folder, PICTURES | own, print)
     print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
-
-
-def keep(results: dict[str, Any], checkpoint: Path) -> None:
-    """Merge into results.json: under the checkpoint's name (last, best) where that is a run's."""
-    path = results_file(checkpoint)
-    before = read_json(path) if path.is_file() else {}
-    if run_of(checkpoint):
-        results = {checkpoint.stem: before.get(checkpoint.stem, {}) | results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, before | results)
-    print(f"written to {path}")
 
 
 @command("evaluate")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dino_lite.checkpoints import find_checkpoint, open_backbone, open_data, run_of
+from dino_lite.checkpoints import asked_data, find_checkpoint, open_backbone, open_data, run_of
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
@@ -34,7 +34,7 @@ def run_export(config: Config) -> dict[str, Any]:
     backbone, about = open_backbone(checkpoint)
     for line in about.get("told", []):
         print(line)
-    splits = open_data(config, checkpoint, about)
+    splits = open_data(asked_data(config, checkpoint, about), about)
     normalize = Normalize(about["mean"], about["std"])
     data = CleanData(splits, about["image_size"], normalize, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # one at least is readable

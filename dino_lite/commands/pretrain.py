@@ -39,6 +39,7 @@ from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import (
     Run,
     absolute_paths,
+    data_card,
     requested,
     resume_config,
     run_name,
@@ -194,8 +195,11 @@ def write_run(
     """What was asked for, what was decided, and on what; what it was thought to cost."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
-    data = {"name": splits.name, "num_images": len(splits.train), "digest": splits.train.digest()}
-    known = {"data": data, "request": request, "estimate": told and told._asdict()}
+    known = {
+        "data": data_card(splits, facts),
+        "request": request,
+        "estimate": told and told._asdict(),
+    }
     write_json(run.environment_file, environment(facts) | known)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,7 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
     """A row for each evaluation of each subject, its baselines below it; then what an evaluation
     has to tell beside its one number.
     """
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
+    console = _console()
     names = list(subjects)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "measured by", "value", "95 % interval", "train", "test", "seconds"):
@@ -44,6 +44,31 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
                 console.print(_records(found["table"]))
 
 
+def print_comparison(rows: Sequence[Any]) -> None:
+    """A line for each of `rows` (name, checkpoint, image_size, results), a column for each
+    evaluation; then how they were measured.
+    """
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("pixels", justify="right")
+    for key, found in rows[0].results.items():
+        table.add_column(f"{key}: {found['metric']}")
+    for row in rows:
+        cells = [
+            Text.assemble(f"{amount(found):>9}", (f"  {interval(found)}", "dim"))
+            for found in row.results.values()
+        ]
+        style = "" if row.checkpoint else "dim"
+        table.add_row(Text(row.name, style), Text(str(row.image_size), style), *cells)
+    console.print(table)
+    for key, found in rows[0].results.items():
+        told = f": {found['protocol']}{_settings(found)}"
+        console.print(Text.assemble((key, "bold"), told))
+    if any(found["interval"] for found in rows[0].results.values()):
+        console.print(Text("from .. to: 95 % interval of the mean over test images", "dim"))
+
+
 def amount(found: Mapping[str, Any]) -> str:
     """A value with its unit."""
     if found["unit"] == "%":
@@ -59,6 +84,10 @@ def interval(found: Mapping[str, Any]) -> str:
         return ""
     digits = ".2f" if found["unit"] == "%" else ".4g"
     return " to ".join(f"{bound:{digits}}" for bound in found["interval"])
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def _settings(found: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,15 +66,32 @@ def curves_picture(metrics: str | Path, path: str | Path) -> None:
 
 def read_curve(metrics: str | Path, name: str) -> Float[np.ndarray, "n 2"]:
     """Step and value of each row of a metrics.csv with a finite number under `name`, by step."""
+    return read_curves(metrics).get(name, np.empty((0, 2)))
+
+
+def read_curves(metrics: str | Path) -> dict[str, Float[np.ndarray, "n 2"]]:
+    """`read_curve` of every column that has a number."""
+    columns: dict[str, list[tuple[float, float]]] = {}
     try:
         with Path(metrics).open(newline="", encoding="utf-8") as file:
-            rows = [(row.get("step"), row.get(name)) for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                step = _number(row.pop("step", None))
+                for name, text in row.items():
+                    value = _number(text)
+                    if math.isfinite(step) and math.isfinite(value):
+                        columns.setdefault(name, []).append((step, value))
     except OSError as error:
         raise UserError(f"{metrics} cannot be read ({error.strerror}): nothing to draw.") from error
-    numbers = [(float(step), float(value)) for step, value in rows if step and value]
-    points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
-    points = points[np.isfinite(points).all(axis=1)]
-    return points[np.argsort(points[:, 0], kind="stable")]
+    arrays = {name: np.array(points, dtype=np.float64) for name, points in columns.items()}
+    return {name: a[np.argsort(a[:, 0], kind="stable")] for name, a in arrays.items()}
+
+
+def _number(text: object) -> float:
+    """NaN for what is none: a blank, half a line."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return math.nan
 
 
 def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray, "n"]:

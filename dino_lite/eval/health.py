@@ -132,7 +132,7 @@ def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alar
     if values["prototype_perplexity"] < _PERPLEXITY:
         return Alarm(
             "one_prototype",
-            f"collapse: of {num_prototypes:,} prototypes the teacher gives one to nearly every crop "
+            f"collapse: of {num_prototypes:,} prototypes the teacher gives one to nearly all crops "
             f"(perplexity {values['prototype_perplexity']:.2f}), which centering should prevent; "
             "lower method.center_momentum (0.9 in the paper) or raise "
             "method.teacher_temp.",

@@ -1,0 +1,184 @@
+"""`dino-lite compare`: several backbones and their baselines, side by side on the same images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dino_lite.checkpoints import find_checkpoint, run_of
+from dino_lite.commands.evaluate import (
+    Subject,
+    baselines_of,
+    beside,
+    build_evaluations,
+    comparable,
+    keep,
+    measure,
+    open_subject,
+)
+from dino_lite.commands.tables import amount, interval, print_comparison
+from dino_lite.config import Config, command, compose
+from dino_lite.contracts import UserError
+from dino_lite.data.roots import several
+from dino_lite.distributed import rank
+from dino_lite.runs import absolute_paths, read_json, write_text
+
+
+class Row(NamedTuple):
+    """One line of the comparison; `checkpoint` is None for a baseline."""
+
+    name: str
+    checkpoint: str | None
+    image_size: int
+    results: dict[str, dict[str, Any]]  # by evaluation
+
+
+def compare(*overrides: str) -> dict[str, Any]:
+    """Compare as `dino-lite compare OVERRIDES` does; returns what out=FILE.json holds."""
+    return run_compare(compose("compare", overrides))
+
+
+def run_compare(config: Config) -> dict[str, Any]:
+    """Print the table, and merge the results of each checkpoint into its results.json."""
+    config = absolute_paths(config)
+    evaluations = build_evaluations(config)
+    out = None if config["out"] is None else Path(config["out"])
+    if out is not None and out.suffix not in _WRITERS:
+        raise UserError(f"out={out}: name a file that ends in {', '.join(_WRITERS)}.")
+    subjects = open_subjects(config, evaluations)
+    data = next(iter(subjects.values())).store.data.splits
+    notes = [f"{name} was {other}" for name, s in subjects.items() if (other := elsewhere(s))]
+    if rank() == 0:
+        print("\n".join([f"on {data.name}", *notes]), flush=True)
+    rows = measure_all(config, subjects, evaluations)
+    told = {"data": data.name, "notes": notes, "rows": [row._asdict() for row in rows]}
+    if rank() == 0:
+        print_comparison(rows)
+        if out is not None:
+            write_text(out, _WRITERS[out.suffix](told))
+            print(f"written to {out}")
+    return told
+
+
+def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subject]:
+    """Each checkpoint by its name, all on the data of the first."""
+    asked = config["checkpoints"]
+    parts = several(asked) or ([asked] if asked else [])
+    if not parts:
+        raise UserError("checkpoints= is missing: name those to compare, 'checkpoints=[A,B]'.")
+    found = {find_checkpoint(str(part), config["runs_dir"]): str(part) for part in parts}
+    short = {path: _short_name(path, part) for path, part in found.items()}
+    often = Counter(short.values())
+    subjects: dict[str, Subject] = {}
+    data = None
+    for path, name in short.items():
+        subject = open_subject(config | {"checkpoint": str(path)}, evaluations, data)
+        subjects[name if often[name] == 1 else str(path)] = subject
+        data = subject.data
+    return subjects
+
+
+def _short_name(checkpoint: Path, asked: str) -> str:
+    """A run's name (and which of its checkpoints, but for the last), or what was asked for."""
+    run = run_of(checkpoint)
+    if run is None:
+        return asked
+    return run.folder.name + ("" if checkpoint.stem == "last" else f" ({checkpoint.stem})")
+
+
+def elsewhere(subject: Subject) -> str | None:
+    """What a run was trained on, where that is not what it is measured on."""
+    run = run_of(subject.checkpoint)
+    if run is None or not run.environment_file.is_file():
+        return None
+    data = read_json(run.environment_file)["data"]
+    if data["digest"] == subject.store.data.splits.train.digest():
+        return None
+    return f"trained on other data: {data['name']}, {data['num_images']:,} images"
+
+
+def measure_all(
+    config: Config, subjects: dict[str, Subject], evaluations: dict[str, Any]
+) -> list[Row]:
+    """Checkpoints first, then each distinct baseline, which is measured once."""
+    rows: list[Row] = []
+    known: dict[tuple[str, str], Row] = {}
+    for name, subject in subjects.items():
+        size, others = subject.store.data.size, {}
+        results = measure(subject.backbone, subject.store, evaluations)
+        for baseline in baselines_of(subject, int(config["seed"])) if config["baselines"] else []:
+            key = (baseline.title, baseline.key)
+            if key not in known:
+                found = measure(baseline.build(), subject.store, comparable(evaluations))
+                known[key] = Row(f"{baseline.title}, as {name}", None, size, found)
+            others[baseline.title] = known[key].results
+        results = beside(results, others) if others else results
+        rows.append(Row(name, str(subject.checkpoint), size, results))
+        if rank() == 0:
+            keep(results, subject)
+    often = Counter(title for title, _ in known)
+    alone = [
+        row if often[title] > 1 else row._replace(name=title) for (title, _), row in known.items()
+    ]
+    return rows + alone
+
+
+def as_json(told: dict[str, Any]) -> str:
+    """All of it."""
+    return json.dumps(told, indent=2) + "\n"
+
+
+def as_csv(told: dict[str, Any]) -> str:
+    """A line for each row and evaluation."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    titles = ("name", "checkpoint", "data", "image_size", "evaluation", "metric", "value")
+    writer.writerow([*titles, "low", "high", "unit", "num_train", "num_test"])
+    for row in told["rows"]:
+        for key, found in row["results"].items():
+            writer.writerow(
+                [
+                    *(row["name"], row["checkpoint"] or "", told["data"], row["image_size"]),
+                    *(key, found["metric"], found["value"]),
+                    *(found["interval"] or ("", "")),
+                    *(found["unit"], found["num_train"], found["num_test"]),
+                ]
+            )
+    return text.getvalue()
+
+
+def as_markdown(told: dict[str, Any]) -> str:
+    """The table as it is printed."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = told["rows"]
+    first = rows[0]["results"]
+    head = [told["data"], "pixels", *(f"{key}: {found['metric']}" for key, found in first.items())]
+    lines = [line(head), line(["---", *["--:"] * (len(head) - 1)])]
+    for row in rows:
+        cells = [
+            f"{amount(found)} ({interval(found)})" if found["interval"] else amount(found)
+            for found in row["results"].values()
+        ]
+        lines.append(line([row["name"], str(row["image_size"]), *cells]))
+    return "\n".join([*lines, *(f"\n{note}." for note in told["notes"])]) + "\n"
+
+
+_WRITERS = {".json": as_json, ".csv": as_csv, ".md": as_markdown}
+
+
+@command("compare")
+def main(config: Config) -> None:
+    """Command line."""
+    run_compare(config)
+
+
+if __name__ == "__main__":
+    main()

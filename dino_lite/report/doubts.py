@@ -1,0 +1,67 @@
+"""What a reader should know before the numbers are believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dino_lite.report.story import Result, Story, results_of
+
+
+def doubts(story: Story) -> list[str]:
+    """Sentences, the gravest first."""
+    return [
+        *_unfinished(story),
+        *(str(warning) for warning in story.results.get("warnings") or ()),
+        *(sentence for result in results_of(story.results) for sentence in _learned(result)),
+        *_unreadable(story),
+        *story.missing,
+    ]
+
+
+def _unfinished(story: Story) -> Iterator[str]:
+    if not story.is_run or story.results.get("finished"):
+        return
+    steps, progress = (story.curves.get(name) for name in ("loss", "progress"))
+    where = "before its first logged step"
+    if steps is not None:
+        where = f"at step {int(steps[-1, 0]) + 1:,}"
+        if progress is not None:
+            where += f" ({100 * progress[-1, 1]:.0f} %)"
+    yield (
+        f"The run is not finished: it stands {where}. The command below goes on from its last "
+        "checkpoint."
+    )
+
+
+def _learned(result: Result) -> Iterator[str]:
+    """Accuracies that are no better than without training."""
+    found = result.found
+    if found.get("unit") != "%":
+        return
+    others = found.get("baselines") or {}
+    names = {"untrained": "the same network untrained", "raw pixels": "raw pixels"}
+    above = [
+        f"{names.get(title, title)} ({other['value']:.2f} %)"
+        for title, other in others.items()
+        if isinstance(other.get("value"), int | float) and other["value"] >= found["value"]
+    ]
+    if above:
+        yield (
+            f"{found['metric']} of the trained backbone, {found['value']:.2f} %, is not above "
+            f"that of {' and '.join(above)}: as far as this can tell, nothing was learned yet."
+        )
+
+
+def _unreadable(story: Story) -> Iterator[str]:
+    if story.bad_files:
+        many = len(story.bad_files)
+        yield (
+            f"{many:,} image{'' if many == 1 else 's'} could not be read, and others stood in: "
+            "bad_files.csv lists the reasons."
+        )
+    for result in results_of(story.results):
+        if num := result.found.get("unreadable"):
+            yield (
+                f"{result.found['metric']} ({result.name}) leaves out {num:,} "
+                f"image{'' if num == 1 else 's'} that could not be read."
+            )

@@ -1,0 +1,239 @@
+"""The page: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from dino_lite import __version__
+from dino_lite.report.charts import curve_sections, number
+from dino_lite.report.doubts import doubts
+from dino_lite.report.markup import Markup, folded, join, listing, table, tag
+from dino_lite.report.pictures import find_pictures, picture_figures
+from dino_lite.report.story import Story, results_of
+from dino_lite.report.worth import amount, worth_section
+
+_LISTED = 20  # unreadable files
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(story: Story, now: datetime) -> str:
+    """All of a story as HTML."""
+    figures, unreadable = picture_figures(find_pictures(story.folder))
+    warnings = doubts(story._replace(missing=[*story.missing, *unreadable]))
+    sections = [
+        ("worth", "What it is worth", worth_section(results_of(story.results))),
+        ("curves", "How it went", _curves(story)),
+        (
+            "pictures",
+            "What it sees",
+            tag("div", figures, class_="pictures") if figures else figures,
+        ),
+        ("run", "What was run" if story.config else "What is known", _run_section(story)),
+    ]
+    shown = [(key, title, content) for key, title, content in sections if content]
+    links = [tag("a", title, href=f"#{key}") for key, title, _ in shown]
+    body = join(
+        tag("header", _headline(story), _tiles(story), tag("nav", *links, aria_label="Sections")),
+        tag("main", _doubts(warnings, story), *(_section(*section) for section in shown)),
+        tag("footer", f"Written by dino_lite {__version__} on {now:%Y-%m-%d at %H:%M}."),
+    )
+    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=tag("title", f"{story.title} · dino_lite"), body=body)
+
+
+def _section(key: str, title: str, content: Markup) -> Markup:
+    return tag("section", tag("h2", title), content, id=key)
+
+
+def _headline(story: Story) -> Markup:
+    """Name, what it is in a line, and whether it is done."""
+    state = Markup()
+    if story.is_run:
+        done = bool(story.results.get("finished"))
+        state = tag("span", "finished" if done else "not finished", class_="done" if done else "on")
+    data = _data(story)
+    parts = [_method(story), _backbone(story), data and f"on {data}"]
+    line = ", ".join(part for part in parts if part)
+    return join(
+        tag("p", "dino_lite report ", state, class_="over"),
+        tag("h1", story.title),
+        tag("p", line, class_="line") if line else Markup(),
+    )
+
+
+def _tiles(story: Story) -> Markup:
+    """The few numbers that people ask for first."""
+    tiles: list[tuple[str, str, str]] = []
+    for result in results_of(story.results)[:2]:
+        found = result.found
+        others = (found.get("baselines") or {}).items()
+        beside = ", ".join(f"{title} {amount(o['value'], found)}" for title, o in others)
+        tiles.append((found.get("metric", result.name), amount(found["value"], found), beside))
+    if "loss" in story.curves:
+        points = story.curves["loss"]
+        begun = f"{number(points[0, 1])} at the start"
+        tiles.append(("Loss", number(points[-1, 1]), begun))
+    steps, batch = story.results.get("steps"), story.at("loader.batch_size")
+    if isinstance(steps, int):
+        tiles.append(("Optimizer steps", f"{steps:,}", f"of {batch} images" if batch else ""))
+    if isinstance(seconds := story.results.get("train_seconds"), int | float):
+        device = (story.environment.get("machine") or {}).get("device") or ""
+        tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
+    told = [
+        tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", text)))
+        for name, value, text in tiles
+    ]
+    return tag("dl", *told, class_="tiles") if told else Markup()
+
+
+def _curves(story: Story) -> Markup:
+    told = "Over optimizer steps; the last value stands beside the name, others at the pointer."
+    return (
+        join(tag("p", told, class_="note"), drawn)
+        if (drawn := curve_sections(story.curves))
+        else Markup()
+    )
+
+
+def _doubts(warnings: list[str], story: Story) -> Markup:
+    if not warnings:
+        return Markup()
+    rows = [row[:2] for row in story.bad_files[:_LISTED]]
+    told = [tag("ul", *(tag("li", warning) for warning in warnings))]
+    if rows:
+        title = f"Images that could not be read, {len(rows)} of {len(story.bad_files):,}"
+        told.append(folded(title, table(["path", "reason"], rows, numeric=2)))
+    return tag("aside", tag("h2", "Before you believe it"), *told, aria_label="Warnings")
+
+
+def _run_section(story: Story) -> Markup:
+    """Settings, data, machine, and the command that asks for the same again."""
+    parts = [_command(story), listing(_settings(story)), _classes(story), _automatic(story)]
+    if story.config_text:
+        title = "Full configuration" if story.is_run else "What is written in it"
+        parts.append(folded(title, tag("pre", story.config_text, tabindex=0)))
+    return join(*parts)
+
+
+def _command(story: Story) -> Markup:
+    if not story.config:
+        return Markup()
+    if story.command is None:
+        told = (
+            "The command line was not kept, or would ask for something else by now: the full "
+            "configuration below is what was run."
+        )
+        return tag("p", told, class_="note")
+    box = tag("div", tag("pre", story.command, tabindex=0, id="command"), class_="command")
+    told = "The same command finds this run again; with another name=… it trains anew."
+    return join(tag("h3", "To reproduce it"), box, tag("p", told, class_="note"))
+
+
+def _settings(story: Story) -> list[tuple[str, str]]:
+    """Terms and values, those that are known."""
+    at, machine = story.at, story.environment.get("machine") or {}
+    versions = story.environment.get("versions") or {}
+    about, git = story.about, story.environment.get("git")
+    spec = about.get("spec")
+    local = f" and {at('augment.num_local')} of {at('augment.local_size')}"
+    crops = f"2 of {at('augment.global_size')}{local if at('augment.num_local') else ''} pixels"
+    lengths = {"max_time": "", "max_steps": " steps", "max_epochs": " epochs"}
+    length = next((f"{v}{u}" for k, u in lengths.items() if (v := at(f"trainer.{k}"))), "")
+    rate = at("optim.learning_rate.base")
+    last = story.curves.get("images_per_second")
+    return [
+        ("Data", _data(story, long=True)),
+        ("Root", _text(at("data.root"))),
+        ("Method", _method(story)),
+        ("Backbone", _backbone(story)),
+        ("Network", json.dumps(spec) if spec else ""),
+        ("Parameters", f"{n:,}" if (n := about.get("num_parameters")) else ""),
+        ("Image size", _text(about.get("image_size"))),
+        ("Mean", _text(about.get("mean"))),
+        ("Standard deviation", _text(about.get("std"))),
+        ("From", _text(about.get("path"))),
+        ("Optimizer steps", number(s) if (s := about.get("steps")) else ""),
+        ("Crops", crops if at("augment.global_size") else ""),
+        ("Batch", f"{b} images" if (b := at("loader.batch_size")) else ""),
+        ("Length", length),
+        ("Learning rate", number(rate) if isinstance(rate, float) else ""),
+        ("Precision", _text(at("trainer.precision"))),
+        ("Seed", _text(at("seed"))),
+        ("Device", " · ".join(_text(machine[k]) for k in ("device", "platform") if k in machine)),
+        ("Cores", _text(machine.get("cores"))),
+        ("Speed", f"{number(float(last[-1, 1]))} images a second" if last is not None else ""),
+        ("dino_lite", " at commit ".join(filter(None, [story.environment.get("dino_lite"), git]))),
+        ("Python", _text(story.environment.get("python"))),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+
+
+def _classes(story: Story) -> Markup:
+    """Their names, where there are any."""
+    data = story.environment.get("data") or {}
+    names = data.get("classes") or []
+    more = int(data.get("num_classes") or 0) - len(names)
+    if not names:
+        return Markup()
+    told = ", ".join(map(str, names)) + (f" and {more:,} more" if more > 0 else "")
+    return folded("Classes", tag("p", told))
+
+
+def _automatic(story: Story) -> Markup:
+    """What was asked for as auto, and what became of it."""
+    request = story.environment.get("request") or {}
+    rows = [
+        [key, _text(story.at(key))]
+        for key, value in request.items()
+        if value == "auto" and story.at(key) not in (None, "auto")
+    ]
+    return folded("Settled automatically", table(["key", "value"], rows)) if rows else Markup()
+
+
+def _data(story: Story, long: bool = False) -> str:
+    data: dict[str, Any] = story.environment.get("data") or {}
+    if not data:
+        return ""
+    told = [f"{data.get('name')}: {data.get('num_images', 0):,} images"]
+    if long and (size := data.get("size")):
+        told.append(f"about {size[0]}×{size[1]} pixels, {size[2]} channels")
+    if num := data.get("num_test"):
+        told.append(f"{num:,} for tests")
+    if "num_classes" in data:
+        told.append(f"{data['num_classes']:,} classes" if data["num_classes"] else "no labels")
+    return ", ".join(told)
+
+
+def _method(story: Story) -> str:
+    return str(story.at("method._target_") or "").rpartition(".")[2]
+
+
+def _backbone(story: Story) -> str:
+    """Its name and sizes, as far as they are known."""
+    spec = story.about.get("spec") or {}
+    name, width, depth, patch = (
+        story.at(f"backbone.{key}") or spec.get(key)
+        for key in ("name", "embed_dim", "depth", "patch_size")
+    )
+    sizes = [f"{width} wide" if width else "", f"{depth} blocks" if depth else ""]
+    told = ", ".join(filter(None, [*sizes, f"patch {patch}" if patch else ""]))
+    return " ".join(filter(None, [_text(name), f"({told})" if told else ""]))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 12 min 5 s, 3 h 7 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{rest} s"

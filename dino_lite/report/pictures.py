@@ -1,0 +1,98 @@
+"""Pictures of a run's folder, made small enough to travel inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from dino_lite.report.markup import Markup, join, tag
+
+_BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
+_TRIES = ((1800, 86), (1800, 72), (1400, 66), (1000, 60), (700, 50), (400, 40))  # width, quality
+_LARGEST = 200_000_000  # pixels; more is no picture of ours
+
+
+class Kind(NamedTuple):
+    """What a picture shows, by the beginning of its name."""
+
+    name: str
+    title: str
+    text: str
+
+
+_KINDS = (
+    Kind("crops", "Crops", "What student and teacher saw in the first step, a row an image."),
+    Kind("attention", "Attention", "Where the class token looks in the last block."),
+    Kind(
+        "pca",
+        "Patch features as colors",
+        "Three main directions of the patch tokens as red, green and blue: equal color, alike.",
+    ),
+    Kind("neighbors", "Nearest neighbors", "Images whose features are most alike."),
+    Kind("map", "Map of the images", "Features in two dimensions: near is alike."),
+    Kind("confusion", "Confusion", "Which class is taken for which by k-NN."),
+    Kind("segmentation", "Segmentation", "What a linear layer on patch tokens finds."),
+)
+
+
+class Picture(NamedTuple):
+    """A file and what it shows."""
+
+    path: Path
+    kind: Kind
+
+
+def find_pictures(folder: Path | None) -> list[Picture]:
+    """Every known picture of a folder: crops.png, pca.png, pca_2.png, … in the order of _KINDS."""
+    if folder is None:
+        return []
+    return [
+        Picture(path, kind)
+        for kind in _KINDS
+        for path in sorted(folder.glob(f"{kind.name}*"))
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        and not path.stem[len(kind.name) :][:1].isalpha()
+    ]
+
+
+def picture_figures(pictures: list[Picture]) -> tuple[Markup, list[str]]:
+    """A figure for each, which opens at full size where it is clicked; sentences on those that
+    cannot be read.
+    """
+    figures, unreadable = [], []
+    for picture in pictures:
+        try:
+            source, width, height = data_uri(picture.path, _BYTES // len(pictures))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            unreadable.append(f"{picture.path.name} cannot be shown: {error}.")
+            continue
+        kind, detail = picture.kind, picture.path.stem[len(picture.kind.name) :].strip("_-@ ")
+        title = f"{kind.title}: {detail}" if detail else kind.title
+        image = tag("img", src=source, alt=f"{title}. {kind.text}", width=width, height=height)
+        opens = tag("button", image, type="button", aria_label=f"Enlarge: {title}")
+        told = tag("figcaption", tag("h3", title), tag("p", kind.text, class_="note"))
+        figures.append(tag("figure", told, opens, class_="picture"))
+    return join(*figures), unreadable
+
+
+def data_uri(path: Path, most: int) -> tuple[str, int, int]:
+    """The picture as a data: address of at most about `most` bytes, its width and height."""
+    with Image.open(path) as opened:
+        if opened.width * opened.height > _LARGEST:
+            raise ValueError(f"{opened.width}x{opened.height} pixels are too many")
+        image = opened.convert("RGB")
+    for width, quality in _TRIES:
+        small = image
+        if image.width > width:
+            height = max(1, round(image.height * width / image.width))
+            small = image.resize((width, height), Image.Resampling.LANCZOS)
+        written = io.BytesIO()
+        small.save(written, "WEBP", quality=quality, method=4)
+        if written.tell() <= most:
+            break
+    code = base64.b64encode(written.getvalue()).decode("ascii")
+    return f"data:image/webp;base64,{code}", small.width, small.height

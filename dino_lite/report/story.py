@@ -1,0 +1,177 @@
+"""What is known of a checkpoint: of its run, or of an export or a foreign file without one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from dino_lite.checkpoints import open_backbone, results_file, run_of
+from dino_lite.config import Config, compose, differences, get, load, unquote
+from dino_lite.contracts import UserError
+from dino_lite.eval.curves import read_curves
+from dino_lite.runs import Run, absolute_paths, read_json, requested
+
+T = TypeVar("T")
+
+
+class Story(NamedTuple):
+    """All that a report tells; what is not known is empty."""
+
+    title: str
+    folder: Path | None  # of the run or the export, where its pictures lie
+    is_run: bool
+    config: Config
+    config_text: str
+    environment: dict[str, Any]
+    results: dict[str, Any]
+    curves: dict[str, np.ndarray]  # by column of metrics.csv: "n 2", step and value
+    bad_files: list[list[str]]  # path, reason
+    about: dict[str, Any]  # of a backbone without a run
+    command: str | None
+    missing: list[str]  # what should have been there, in sentences
+
+    def at(self, key: str) -> Any:
+        """The configuration's value at a dotted key, None where there is none."""
+        try:
+            return get(self.config, key)
+        except (KeyError, TypeError):
+            return None
+
+
+class Result(NamedTuple):
+    """One evaluation's result, and of which checkpoint it is ("last", "best", "")."""
+
+    name: str
+    checkpoint: str
+    found: dict[str, Any]
+
+
+def read_story(checkpoint: Path) -> Story:
+    """Whatever there is to tell; a file that cannot be read is told of, and no more."""
+    run = run_of(checkpoint)
+    return _of_backbone(checkpoint) if run is None else _of_run(run)
+
+
+def _of_run(run: Run) -> Story:
+    missing: list[str] = []
+
+    def tried(read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except UserError as error:
+            missing.append(str(error))
+            return otherwise
+
+    config = load(run.config_file)
+    nothing: dict[str, Any] = {}
+    environment = tried(lambda: read_json(run.environment_file), nothing)
+    return Story(
+        title=run.folder.name,
+        folder=run.folder,
+        is_run=True,
+        config=config,
+        config_text=run.config_file.read_text(encoding="utf-8"),
+        environment=environment,
+        results=tried(run.results, nothing),
+        curves=tried(lambda: read_curves(run.folder / "metrics.csv"), {}),
+        bad_files=_bad_files(run.folder / "bad_files.csv"),
+        about={},
+        command=reproduce(config, environment.get("request")),
+        missing=missing,
+    )
+
+
+def _of_backbone(checkpoint: Path) -> Story:
+    backbone, about = open_backbone(checkpoint)
+    card = about.get("card") or {}
+    config = card.get("config") or {}
+    path = results_file(checkpoint)
+    results = read_json(path) if path.is_file() else {}
+    return Story(
+        title=str(card.get("run") or checkpoint.stem),
+        folder=checkpoint if checkpoint.is_dir() else None,
+        is_run=False,
+        config=config,
+        config_text=json.dumps(card, indent=2) if card else "",
+        environment={},
+        results=results if checkpoint.is_dir() else results.get(checkpoint.stem, {}),
+        curves={},
+        bad_files=[],
+        about={
+            **{"path": str(checkpoint), "spec": backbone.spec},
+            **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
+            **{key: about.get(key) for key in ("in_chans", "image_size", "mean", "std")},
+            **{key: card.get(key) for key in ("steps", "checkpoint")},
+        },
+        command=reproduce(config, None),
+        missing=[],
+    )
+
+
+def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
+    """The command line that asks for the same again, from any folder; None where it was not kept.
+
+    With `request`, what was asked for by dotted key, it is composed anew and compared with that:
+    None also where it would ask for something else by now.
+    """
+    words = []
+    for override in config.get("overrides") or ():
+        spoken = unquote(override)
+        key = spoken.partition("=")[0].lstrip("+")
+        known = None if request is None else request.get(key)
+        paths = known if isinstance(known, list) else [known]
+        if all(isinstance(path, str) and Path(path).is_absolute() for path in paths):
+            whole = f"[{','.join(paths)}]" if isinstance(known, list) else known
+            spoken = f"{spoken.partition('=')[0]}={whole}"
+        words.append(spoken)
+    if request is not None:
+        try:
+            again = requested(absolute_paths(compose("pretrain", words)))
+        except UserError:
+            return None
+        if differences(dict(request), again):
+            return None
+    elif not words:
+        return None
+    return shlex.join(["dino-lite", "pretrain", *words])
+
+
+def results_of(results: Mapping[str, Any]) -> list[Result]:
+    """Every evaluation in a results.json, those of the last checkpoint first."""
+    found = []
+    for group in ("last", "", *(key for key in results if key != "last")):
+        part = results if group == "" else results.get(group)
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, dict) and isinstance(value.get("value"), int | float):
+                found.append(Result(str(name), group, value))
+    known = {(result.name, "baselines" in result.found) for result in found}
+    if "knn_trained" in results and ("knn", True) not in known:
+        found.append(Result("knn", "last", _floors(results)))
+    return found
+
+
+def _floors(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run measures of itself at its end, as a result."""
+    names = {"raw pixels": "knn_raw_pixels", "untrained": "knn_untrained"}
+    return {
+        "metric": "k-NN top-1",
+        "value": results["knn_trained"],
+        "unit": "%",
+        "protocol": results.get("knn_protocol", ""),
+        "baselines": {
+            title: {"value": results[key]} for title, key in names.items() if key in results
+        },
+    }
+
+
+def _bad_files(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return [row for row in csv.reader(file) if row][1:]

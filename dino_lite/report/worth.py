@@ -1,0 +1,131 @@
+"""results.json as bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dino_lite.report.charts import number
+from dino_lite.report.markup import Markup, folded, join, table, tag
+from dino_lite.report.story import Result
+
+_BAR, _HIGH = 240, 18  # pixels of a bar's box
+_TITLES = ("value", "95 % interval", "train", "test", "seconds")
+
+
+class _Line(NamedTuple):
+    """A row of the table: what is measured, or a baseline of it."""
+
+    title: str
+    bar: Markup
+    cells: list[str]  # as _TITLES
+    own: bool
+
+
+def worth_section(results: list[Result]) -> Markup:
+    """Every evaluation beside its baselines, how it was measured, and what else it has to tell."""
+    if not results:
+        told = "Nothing was measured yet: dino-lite evaluate checkpoint=… writes results here."
+        return tag("p", told, class_="note")
+    several = len({result.checkpoint for result in results}) > 1
+    lines = [line for result in results for line in _lines(result, several)]
+    used = [place for place in range(len(_TITLES)) if any(line.cells[place] for line in lines)]
+    head = [tag("th", "measured"), tag("th"), *(tag("th", _TITLES[place]) for place in used)]
+    rows = [
+        tag(
+            "tr",
+            tag("th", line.title, scope="row"),
+            tag("td", line.bar),
+            *(tag("td", line.cells[place], class_="number") for place in used),
+            class_="own" if line.own else "baseline",
+        )
+        for line in lines
+    ]
+    body = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows))
+    details = [_protocol(result, several) for result in results]
+    return join(
+        tag("div", body, class_="scroll worth", tabindex=0),
+        folded("How each was measured", *details),
+    )
+
+
+def _lines(result: Result, several: bool) -> list[_Line]:
+    """The result, and below it its baselines."""
+    found = result.found
+    entries = [(title_of(result, several), found), *(found.get("baselines") or {}).items()]
+    values = [entry["value"] for _, entry in entries] + [
+        bound for _, entry in entries for bound in entry.get("interval") or ()
+    ]
+    most = 100.0 if found.get("unit") == "%" else max(map(abs, values)) or 1.0
+    counts = [found.get(key) for key in ("num_train", "num_test", "seconds")]
+    told = ["" if count is None else number(count) for count in counts]
+    return [
+        _Line(
+            title,
+            _bar(entry, most),
+            [amount(entry["value"], found), _interval(entry), *([""] * 3 if place else told)],
+            place == 0,
+        )
+        for place, (title, entry) in enumerate(entries)
+    ]
+
+
+def title_of(result: Result, several: bool) -> str:
+    """The metric, where it was measured on other data that too, and of which checkpoint."""
+    _, at, data = result.name.partition("@")
+    title = str(result.found.get("metric", result.name))
+    title += f" on {data}" if at else ""
+    return f"{title} ({result.checkpoint})" if several and result.checkpoint else title
+
+
+def amount(value: float, found: Mapping[str, Any]) -> str:
+    """A value with the unit of its result, on one line."""
+    unit = str(found.get("unit", ""))
+    return f"{value:.2f}\u00a0%" if unit == "%" else f"{value:.4g} {unit}".rstrip()
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    low_high = entry.get("interval")
+    return "" if not low_high else f"{low_high[0]:.4g} to {low_high[1]:.4g}"
+
+
+def _bar(entry: Mapping[str, Any], most: float) -> Markup:
+    """A bar from 0 to the value, its interval as a thin line; the numbers stand beside it."""
+
+    def x(value: float) -> float:
+        return round(_BAR * min(max(value / most, 0.0), 1.0), 1)
+
+    parts = [
+        tag("rect", width=_BAR, height=_HIGH, rx=3, class_="track"),
+        tag("rect", width=x(entry["value"]), height=_HIGH, rx=3, class_="value"),
+    ]
+    if entry.get("interval"):
+        low, high = (x(bound) for bound in entry["interval"])
+        parts.append(tag("path", d=f"M{low} 5V13M{low} 9H{high}M{high} 5V13", class_="whisker"))
+    return tag(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {_BAR} {_HIGH}",
+        class_="bar",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+    )
+
+
+def _protocol(result: Result, several: bool) -> Markup:
+    found = result.found
+    settings = ", ".join(f"{key} = {_short(v)}" for key, v in (found.get("settings") or {}).items())
+    told = "; ".join(part for part in (str(found.get("protocol", "")), settings) if part)
+    parts = [tag("h3", title_of(result, several)), tag("p", told, class_="note")]
+    records = found.get("table")
+    if isinstance(records, list) and records and all(isinstance(r, dict) for r in records):
+        head = list(records[0])
+        rows = [[_short(record.get(key, "")) for key in head] for record in records]
+        parts.append(table([str(key) for key in head], rows))
+    return join(*parts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return str(value)
