@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ def run_blocks(
     # ones where others draw.
     ones = compiled and any(_drop_prob(block.drop_path1) for block in blocks)
     for i, block in enumerate(blocks):
-        again = memory == "normal" and not compiled and not any(block.mlp.act.parameters())
+        act: Any = cast(Any, block).mlp.act
+        again = memory == "normal" and not compiled and not any(act.parameters())
         project = _project_again if again else _project
         queries = last_queries if i == len(blocks) - 1 else None
         scales = _draw_scales(block, tokens, ones)
