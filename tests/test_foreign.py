@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.weights import load_pretrained
 from dino_lite.checkpoints import find_checkpoint, open_backbone, results_file, run_of
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
@@ -109,10 +110,16 @@ def test_a_timm_model_is_evaluated_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_runs_checkpoint_outside_its_run_is_refused(tmp_path: Path) -> None:
     """Its sizes and switches stand in the run's config; inside, it is a run's as ever."""
-    run = train(tmp_path / "runs", "trainer.max_steps=1", "callbacks.knn=null")
+    run = train(tmp_path / "runs", "trainer.max_steps=2")
     inside = run / "checkpoints" / "last.ckpt"
     assert run_of(inside) is not None
     assert results_file(inside) == run / "results.json"
+    content = torch.load(inside, weights_only=True)["state_dict"]
+    start = ViT(image_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    load_pretrained(start, inside)  # of a run as of others, the teacher
+    teachers = content["method.teachers.ema.module.backbone.cls_token"]
+    assert torch.equal(start.cls_token, teachers)
+    assert not torch.equal(start.cls_token, content["method.student.backbone.cls_token"])
     away = tmp_path / "away.ckpt"
     away.write_bytes(inside.read_bytes())
     with pytest.raises(UserError, match="not two folders up; keep checkpoints in their run"):

@@ -40,10 +40,9 @@ class Opened(NamedTuple):
 
     def sentences(self) -> list[str]:
         """What matched, what did not, and what was read out of the shapes."""
-        spec = {key: value for key, value in self.spec.items() if value not in (None, False)}
         told = [
             f"weights in {self.layout}'s layout: all {self.num_weights} of the backbone are there",
-            "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
+            "built as " + ", ".join(f"{key}={value}" for key, value in self.spec.items()),
         ]
         if self.fit.unused:
             told.append(f"left unused: {_summary(self.fit.unused, 2)}")
@@ -98,7 +97,8 @@ def open_timm(name: str) -> tuple[ViT, Opened]:
     spec = {"name": name, "image_size": image_size, "patch_size": stem.patch_size[0]}
     _empty(spec)  # refuses what is not ours before anything is downloaded
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of the network, the hub, its cache, or for want of weights
         raise UserError(
             f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
@@ -196,7 +196,7 @@ def _normalization(
     about: dict[str, Any], in_chans: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
-    about = about | about.get("pretrained_cfg", {})
+    about = about | (about.get("pretrained_cfg") or {})
     found = []
     for names, usual in ((("mean", "image_mean"), _MEAN), (("std", "image_std"), _STD)):
         told = next((about[name] for name in names if name in about), usual)
