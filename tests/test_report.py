@@ -179,6 +179,10 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
         ({"environment.json": None}, "environment.json cannot be read"),
         ({"results.json": "{"}, "results.json cannot be read"),
         ({"results.json": {"finished": True, "warnings": ["The teacher fell asleep."]}}, "asleep."),
+        (
+            {"metrics.csv": "step,loss,skipped\n1,2,0\n2,2,3\n3,2,0\n"},
+            "Up to 3 optimizer steps in a row had a gradient that is not finite",
+        ),
         ({"crops.png": "no picture"}, "crops.png cannot be shown"),
         ({"bad_files.csv": "path,reason\na,b\nc,d\n"}, "2 images could not be read, and others"),
         ({"bad_files.csv": "path,reason\na,b\n"}, "1 image could not be read, and others"),
@@ -379,7 +383,7 @@ def test_a_real_run_and_its_export_are_told(
     assert f"written to {path}" in capsys.readouterr().out
     _, text = read(path.read_text(encoding="utf-8"))
     assert "shapes: 44 images" in text
-    assert "rings" in text
+    assert "waves, checks" in text
     run_export(compose("export", [f"checkpoint={run}"]))
     export = (run / "export" / "safetensors").rename(tmp_path / "export")
     (export / "results.json").write_text(json.dumps({"knn": result(33.0)}))
