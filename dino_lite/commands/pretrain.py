@@ -21,6 +21,7 @@ from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
+from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -219,6 +220,7 @@ def finish(
         run.add_results(knn_against_baselines(trained, data, int(config["seed"])))
         say(baseline_table(run.results()))
     say(f"pictures, curves and results: {run.folder}")
+    say(f"dino-lite report checkpoint={run.folder} tells them on one page")
     return run.results() | {"run": str(run.folder)}
 
 
@@ -238,17 +240,6 @@ def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
     neighbors_picture(bank, few, run.folder / "neighbors.png")
     images, _ = next(iter(few.batches(part, device_of(backbone))))
     attention_picture(backbone, images[:6], run.folder / "attention.png", data.normalize)
-
-
-def baseline_table(results: dict[str, Any]) -> str:
-    """The three numbers that say whether anything was learned."""
-    rows = [
-        ("raw pixels", "knn_raw_pixels"),
-        ("untrained network", "knn_untrained"),
-        ("trained (teacher)", "knn_trained"),
-    ]
-    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
-    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
 
 
 def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:

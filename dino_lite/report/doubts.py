@@ -38,8 +38,8 @@ def _skipped(story: Story) -> Iterator[str]:
     skipped = story.curves.get("skipped")
     if skipped is not None and (most := int(skipped[:, 1].max())):
         yield (
-            f"Up to {most} optimizer step{'' if most == 1 else 's'} in a row had a gradient that is "
-            "not finite, and were skipped: a lower optim.rate, or trainer.precision=32, may help."
+            f"Up to {most} optimizer step{'' if most == 1 else 's'} in a row had a gradient that "
+            "is not finite, and were skipped: a lower optim.rate or trainer.precision=32 may help."
         )
 
 
