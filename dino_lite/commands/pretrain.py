@@ -21,6 +21,7 @@ from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
+from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Facts, Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -220,6 +221,7 @@ def finish(
         run.add_results(knn_against_baselines(trained, data, int(config["seed"])))
         say(baseline_table(run.results()))
     say(f"pictures, curves and results: {run.folder}")
+    say(f"dino-lite report checkpoint={run.folder} tells them on one page")
     return run.results() | {"run": str(run.folder)}
 
 
@@ -234,17 +236,6 @@ def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
     part = Subset(data.splits.train, spread(len(data.splits.train), _NUM_DRAWN))
     few = CleanData(Splits(part, None, data.splits.name), data.size, data.normalize, 256)
     draw_all(backbone, FeatureStore(few), run.folder, QUICK, say)
-
-
-def baseline_table(results: dict[str, Any]) -> str:
-    """The three numbers that say whether anything was learned."""
-    rows = [
-        ("raw pixels", "knn_raw_pixels"),
-        ("untrained network", "knn_untrained"),
-        ("trained (teacher)", "knn_trained"),
-    ]
-    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
-    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
 
 
 def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:

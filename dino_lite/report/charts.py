@@ -54,6 +54,7 @@ _TITLES = {
     "agreement": "Agreement of student and teacher",
     "center_norm": "Norm of the center",
     "grad_norm": "Norm of the gradient",
+    "skipped": "Steps skipped in a row",
     "learning_rate": "Learning rate",
     "weight_decay": "Weight decay",
     "momentum": "Momentum of the teacher",

@@ -11,6 +11,7 @@ def doubts(story: Story) -> list[str]:
     """Sentences, the gravest first."""
     return [
         *_unfinished(story),
+        *_skipped(story),
         *(str(warning) for warning in story.results.get("warnings") or ()),
         *(sentence for result in results_of(story.results) for sentence in _learned(result)),
         *_unreadable(story),
@@ -31,6 +32,15 @@ def _unfinished(story: Story) -> Iterator[str]:
         f"The run is not finished: it stands {where}. The command below goes on from its last "
         "checkpoint."
     )
+
+
+def _skipped(story: Story) -> Iterator[str]:
+    skipped = story.curves.get("skipped")
+    if skipped is not None and (most := int(skipped[:, 1].max())):
+        yield (
+            f"Up to {most} optimizer step{'' if most == 1 else 's'} in a row had a gradient that "
+            "is not finite, and were skipped: a lower optim.rate or trainer.precision=32 may help."
+        )
 
 
 def _learned(result: Result) -> Iterator[str]:

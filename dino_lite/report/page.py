@@ -68,11 +68,13 @@ def _headline(story: Story) -> Markup:
 def _tiles(story: Story) -> Markup:
     """The few numbers that people ask for first."""
     tiles: list[tuple[str, str, str]] = []
-    for result in results_of(story.results)[:2]:
-        found = result.found
+    results: dict[str, dict[str, Any]] = {}
+    for result in results_of(story.results):
+        results.setdefault(result.name, result.found)  # of the last checkpoint, if there are more
+    for name, found in list(results.items())[:2]:
         others = (found.get("baselines") or {}).items()
         beside = ", ".join(f"{title} {amount(o['value'], found)}" for title, o in others)
-        tiles.append((found.get("metric", result.name), amount(found["value"], found), beside))
+        tiles.append((found.get("metric", name), amount(found["value"], found), beside))
     if "loss" in story.curves:
         points = story.curves["loss"]
         begun = f"{number(points[0, 1])} at the start"

@@ -13,6 +13,7 @@ from dino_lite.report.markup import Markup, join, tag
 
 _BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
 _TRIES = ((1800, 86), (1800, 72), (1400, 66), (1000, 60), (700, 50), (400, 40))  # width, quality
+_WIDE = 1.25  # times as wide as high: a line of its own
 _LARGEST = 200_000_000  # pixels; more is no picture of ours
 
 
@@ -75,7 +76,8 @@ def picture_figures(pictures: list[Picture]) -> tuple[Markup, list[str]]:
         image = tag("img", src=source, alt=f"{title}. {kind.text}", width=width, height=height)
         opens = tag("button", image, type="button", aria_label=f"Enlarge: {title}")
         told = tag("figcaption", tag("h3", title), tag("p", kind.text, class_="note"))
-        figures.append(tag("figure", told, opens, class_="picture"))
+        shape = "picture wide" if width > _WIDE * height else "picture"
+        figures.append(tag("figure", told, opens, class_=shape))
     return join(*figures), unreadable
 
 

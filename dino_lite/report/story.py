@@ -125,9 +125,9 @@ def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
         spoken = unquote(override)
         key = spoken.partition("=")[0].lstrip("+")
         known = None if request is None else request.get(key)
-        paths = known if isinstance(known, list) else [known]
-        if all(isinstance(path, str) and Path(path).is_absolute() for path in paths):
-            whole = f"[{','.join(paths)}]" if isinstance(known, list) else known
+        paths = [str(path) for path in known] if isinstance(known, list) else [str(known)]
+        if all(Path(path).is_absolute() for path in paths):
+            whole = f"[{','.join(paths)}]" if isinstance(known, list) else paths[0]
             spoken = f"{spoken.partition('=')[0]}={whole}"
         words.append(spoken)
     if request is not None:

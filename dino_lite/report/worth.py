@@ -30,13 +30,15 @@ def worth_section(results: list[Result]) -> Markup:
     several = len({result.checkpoint for result in results}) > 1
     lines = [line for result in results for line in _lines(result, several)]
     used = [place for place in range(len(_TITLES)) if any(line.cells[place] for line in lines)]
-    head = [tag("th", "measured"), tag("th"), *(tag("th", _TITLES[place]) for place in used)]
+    head = [tag("th", _TITLES[place]) for place in used]
+    head = [tag("th", "measured"), head[0], tag("th"), *head[1:]]
     rows = [
         tag(
             "tr",
             tag("th", line.title, scope="row"),
+            tag("td", line.cells[0], class_="number"),
             tag("td", line.bar),
-            *(tag("td", line.cells[place], class_="number") for place in used),
+            *(tag("td", line.cells[place], class_="number") for place in used[1:]),
             class_="own" if line.own else "baseline",
         )
         for line in lines
