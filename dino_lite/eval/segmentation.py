@@ -53,8 +53,8 @@ class Segmentation:
         shorter: int | None = None,
         num_pixels: int = 200_000,
         rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        num_steps: int = 1000,
-        batch_size: int = 4096,
+        num_steps: int = 2000,
+        batch_size: int = 2048,
         weight_decay: float = 1e-3,
         seed: int = 0,
     ) -> None:
