@@ -138,3 +138,30 @@ def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -
     store = store_of(images, None)
     with pytest.raises(UserError, match=r"eval\.duplicates\.out=.* cannot be written"):
         Duplicates(out=str(tmp_path))(pixels_of(store), store)
+
+
+def test_it_is_not_asked_of_baselines(images: np.ndarray, tmp_path: Path) -> None:
+    """What the file lists are the pairs of the backbone asked for, not those of another."""
+    from dino_lite.backbones.vit import ViT
+    from dino_lite.commands.evaluate import Subject, measure
+
+    store = store_of(images, None)
+    vit = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    subject = Subject(tmp_path, vit, store, "")
+    found = measure(subject, {"duplicates": Duplicates(threshold=0.2)}, baselines=True)
+    assert "baselines" not in found["duplicates"]
+
+
+def test_the_file_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` in eval.duplicates.out is expanded; the configurations build what they name."""
+    from dino_lite.commands.evaluate import build_evaluations
+    from dino_lite.config import compose
+    from dino_lite.runs import absolute_paths
+
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = compose(
+        "evaluate", ["eval=[knn,fewshot,retrieval,duplicates]", "eval.duplicates.out='~/x.csv'"]
+    )
+    built = build_evaluations(absolute_paths(config))
+    assert list(built) == ["knn", "fewshot", "retrieval", "duplicates"]
+    assert built["duplicates"].out == Path("/somewhere/x.csv")

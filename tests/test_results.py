@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from dino_lite.commands.tables import amount
 from dino_lite.eval.results import bootstrap, percent, result
 
 
@@ -46,3 +47,10 @@ def test_a_result_is_plain_json() -> None:
     assert found["interval"][0] < 50 < found["interval"][1]
     assert found["table"][0]["k"] == 3
     assert result("x", 1.0, protocol="", settings={}, num_train=1, num_test=1)["interval"] is None
+
+
+def test_amounts_are_told_with_their_unit() -> None:
+    """Percent with two digits, counts whole, anything else with four."""
+    assert amount({"value": 71.234, "unit": "%"}) == "71.23 %"
+    assert amount({"value": 12345, "unit": "pairs"}) == "12,345 pairs"
+    assert amount({"value": 0.12345, "unit": "R2"}) == "0.1235 R2"

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _CELLS = 2**22  # similarities held at once: 16 MB, whatever the sizes of bank and queries
-_ALIGNED = 16  # numbers in a row, or several times so many: others cost products a third more
+_ALIGNED = 16  # rows of similarities begin at multiples of it: else products take a third longer
 _GROUP = 8  # columns whose largest value is looked at first
 
 
@@ -56,9 +56,8 @@ def nearest(
     Of each part only what is not below the k-th best so far is kept, and the k best are chosen anew
     when as much again has come together.
     """
-    every_row = torch.arange(len(bank), device=queries.device)
     values = queries.new_empty(len(queries), 0)
-    index = every_row.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     floor = None
     for rows, tile in similarities(queries, bank):
         if exclude is not None:
@@ -67,23 +66,22 @@ def nearest(
         floor = _bound(tile, k) if floor is None else floor
         found, columns = _not_below(tile, floor)
         values = torch.cat([values, found], dim=1)
-        index = torch.cat([index, every_row[rows][columns]], dim=1)
+        index = torch.cat([index, rows.start + rows.step * columns], dim=1)
         if values.shape[1] >= 2 * k:
             values, index = _best(values, index, k)
             floor = values[:, -1:]
     return _in_order(*_best(values, index, k))
 
 
-def _maxima(tile: Float[Tensor, "n T"]) -> Float[Tensor, "n G"]:
-    """Of groups of columns: group j is columns j, j + G, j + 2 G ... A last few are in none."""
+def _groups(tile: Float[Tensor, "n T"]) -> Float[Tensor, "n g G"]:
+    """Group j is columns j, j + G, j + 2 G ...; the last few are in none."""
     num_groups = tile.shape[1] // _GROUP
-    grouped = tile[:, : _GROUP * num_groups].view(len(tile), _GROUP, num_groups)
-    return grouped.amax(dim=1)
+    return tile[:, : _GROUP * num_groups].view(len(tile), _GROUP, num_groups)
 
 
 def _bound(tile: Float[Tensor, "n T"], k: int) -> Float[Tensor, "n 1"]:
     """What k values at least of each row are not below: the least of the k largest maxima."""
-    maxima = _maxima(tile)
+    maxima = _groups(tile).amax(dim=1)
     if maxima.shape[1] < k:
         return tile.new_full((len(tile), 1), -torch.inf)
     return maxima.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
@@ -95,14 +93,12 @@ def _not_below(
     """The values of each row that are not below its floor, and their columns; rows with fewer of
     them than others are filled up with -inf.
     """
-    maxima = _maxima(tile)
-    num_groups = maxima.shape[1]
-    row, group = (maxima >= floor).nonzero(as_tuple=True)  # most are below, and done with
-    stripes = torch.arange(_GROUP, device=tile.device)
-    column = group[:, None] + num_groups * stripes
-    value = tile[row[:, None], column]
+    groups = _groups(tile)
+    num_groups = groups.shape[2]
+    row, group = (groups.amax(dim=1) >= floor).nonzero(as_tuple=True)  # most are below: done with
+    value = groups[row, :, group]
     pair, stripe = (value >= floor[row]).nonzero(as_tuple=True)
-    row, column, value = row[pair], column[pair, stripe], value[pair, stripe]
+    row, column, value = row[pair], group[pair] + num_groups * stripe, value[pair, stripe]
     counts = row.bincount(minlength=len(tile))
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     most = int(counts.max()) if len(row) else 0
@@ -110,7 +106,7 @@ def _not_below(
     columns = row.new_zeros(len(tile), most).index_put((row, place), column)
     rest = torch.arange(_GROUP * num_groups, tile.shape[1], device=tile.device)
     return (
-        torch.cat([values, tile[:, rest]], dim=1),
+        torch.cat([values, tile[:, _GROUP * num_groups :]], dim=1),
         torch.cat([columns, rest.expand(len(tile), -1)], dim=1),
     )
 
