@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_lite.commands.evaluate import evaluate
 from dino_lite.contracts import Backbone, Splits, Tokens, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
@@ -19,7 +20,7 @@ from dino_lite.data.sources import ArraySource
 from dino_lite.eval import pictures_map
 from dino_lite.eval.baselines import RawPixels, pixel_features
 from dino_lite.eval.features import Features
-from dino_lite.eval.gallery import PICTURES, draw_all
+from dino_lite.eval.gallery import PICTURES, QUICK, draw_all
 from dino_lite.eval.heat import palette
 from dino_lite.eval.pictures_classes import confusion_picture, most_confused
 from dino_lite.eval.pictures_map import map_picture, project
@@ -36,6 +37,7 @@ from dino_lite.eval.sheets import shortened, start_page
 from dino_lite.eval.store import FeatureStore
 from test_features import vit
 from test_pictures import Broken, colors_of, pixels_of, stripes
+from tiny import train
 
 PIXELS = cast(Backbone, RawPixels(Normalize(), 8))
 
@@ -77,6 +79,19 @@ def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     """In a split of which one cannot be read, all pictures are drawn."""
     data = CleanData(Splits(stripes(24, True, Broken), None, "x"), 32, Normalize(), batch_size=8)
     assert list(draw_all(PIXELS, FeatureStore(data), tmp_path)) == list(PICTURES)
+
+
+def test_pretrain_and_evaluate_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run ends with the quick ones; evaluate draws all into `pictures`, and names them."""
+    run = train(tmp_path)
+    assert all((run / f"{name}.png").is_file() for name in QUICK)
+    capsys.readouterr()
+    folder = tmp_path / "pictures"
+    evaluate(f"checkpoint={run}", f"pictures={folder}", f"runs_dir={tmp_path}", "accelerator=cpu")
+    assert {path.stem for path in folder.iterdir()} == set(PICTURES)
+    assert (
+        "attention.png, pca.png, neighbors.png, confusion.png, map.png" in capsys.readouterr().out
+    )
 
 
 # -------------------------------------------------------------------------------------- components

@@ -255,6 +255,15 @@ def test_a_head_tells_dark_from_pale(scenes: Path, name: str) -> None:
     assert evaluation(cast(Backbone, backbone), store()) == found
 
 
+def test_it_draws_what_it_predicts(scenes: Path, tmp_path: Path) -> None:
+    """A row for each of its three test images, 384 pixels wide and in proportion high."""
+    path = tmp_path / "segmentation.png"
+    segmentation(scenes).draw(cast(Backbone, RawPixels(Normalize(), 8)), store(), path)
+    with Image.open(path) as image:
+        assert image.height > 144 + 3 * 384 * 24 // 40
+        assert image.width > 3 * 384
+
+
 def test_one_split_is_taken_apart(scenes: Path) -> None:
     """Every fifth image is asked, and not learned from."""
     for kind in ("images", "masks"):

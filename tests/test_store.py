@@ -19,6 +19,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
+from dino_lite.distributed import alone
 from dino_lite.eval import store as store_file
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Pooled
@@ -206,3 +207,26 @@ def test_ranks_share_the_work_and_all_get_all(tmp_path: Path, kind: str) -> None
         assert bad == sorted(data.bad)
         for part, wanted in zip(found, alone, strict=True):
             torch.testing.assert_close(part, wanted)
+
+
+def _first_alone(rank: int, world: int, folder: str) -> None:
+    """Rank 0 extracts by itself, what nobody else is asked for."""
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world, init_method=f"file://{folder}/group"
+    )
+    if rank == 0:
+        torch.manual_seed(0)
+        source = images(7)
+        with alone():
+            found = FeatureStore(data_of(source)).pooled(vit_of(0), source)
+        torch.save(found.index, f"{folder}/index.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
+    """It extracts every image, as rank 0 does when a run of several has ended."""
+    mp.spawn(_first_alone, (2, str(tmp_path)), nprocs=2)
+    index = torch.load(tmp_path / "index.pt", weights_only=True)
+    assert index.tolist() == list(range(7))
