@@ -17,7 +17,8 @@ from dino_lite.eval import health as module
 from dino_lite.eval.health import collapse, health, look, rankme, relative_std
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods import dino
-from tiny import checkpoint, train
+from test_pretrain import command
+from tiny import checkpoint, tiny_command, train
 
 T, S, N, E, K = 2, 4, 6, 5, 7
 
@@ -178,6 +179,16 @@ def test_a_planted_collapse_stops_the_run_with_its_sentence(tmp_path: Path, kind
     assert warning["text"] == str(stopped.value)
     assert 20 <= warning["step"] < 100
     assert checkpoint(run)["global_step"] == warning["step"]
+
+
+def test_all_processes_stop_together(tmp_path: Path) -> None:
+    """What rank 0 sees ends the others too, between the same two steps."""
+    options = [*QUICK[:1], STOP, *PLANTED["uniform_teacher"], "trainer.max_steps=60"]
+    result = command("pretrain", *tiny_command(tmp_path, *options, "trainer.devices=2"))
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert result.stderr.count("collapse: ") == 1
+    (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert checkpoint(run)["global_step"] == warnings_of(run)[0]["step"]
 
 
 def test_an_aliased_teacher_is_known_before_the_first_step(

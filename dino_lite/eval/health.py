@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -42,8 +42,8 @@ class Look(NamedTuple):
 
     def plus(self, other: Look) -> Look:
         """Of both micro-batches."""
-        sums = [a + b for a, b in zip(self[:-1], other[:-1], strict=True)]
-        return Look(*sums, temp=self.temp)
+        parts: Any = zip(self, other, strict=True)
+        return Look(*(a + b for a, b in parts))._replace(temp=self.temp)
 
 
 @torch.no_grad()
@@ -159,7 +159,8 @@ def relative_std(features: Float[Tensor, "N D"]) -> float:
     they point everywhere, 0 where all are the same (Chen and He 2021, section 4.1).
     """
     rows = torch.nn.functional.normalize(features.double(), dim=1)
-    return float(rows.std(0, correction=0).mean()) * features.shape[1] ** 0.5
+    root: float = features.shape[1] ** 0.5
+    return float(rows.std(0, correction=0).mean()) * root
 
 
 def rankme(features: Float[Tensor, "N D"]) -> float:
@@ -168,10 +169,11 @@ def rankme(features: Float[Tensor, "N D"]) -> float:
     """
     wide = features.double()
     gram = wide.T @ wide if len(wide) >= wide.shape[1] else wide @ wide.T
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
     return float(_entropy(share).exp())
 
 
 def _entropy(probs: Float[Tensor, "K"]) -> Float[Tensor, ""]:
-    return -torch.special.xlogy(probs, probs).sum()
+    total: Tensor = torch.special.xlogy(probs, probs).sum()
+    return -total

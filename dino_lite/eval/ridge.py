@@ -32,4 +32,5 @@ def ridge_correct(bank: Features, penalty: float = 1e-3) -> Bool[Tensor, "N"]:
     fitted = x @ torch.cholesky_solve(x.T @ (y - center), root) + center
     hat = torch.linalg.solve_triangular(root, x.T, upper=False).square().sum(0) + 1 / len(x)
     left_out = y - (y - fitted) / (1 - hat).clamp(min=1e-9)[:, None]
-    return left_out.argmax(1) == numbers
+    correct: Tensor = left_out.argmax(1) == numbers
+    return correct
