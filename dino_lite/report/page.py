@@ -139,7 +139,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
     """Terms and values, those that are known."""
     at, machine = story.at, story.environment.get("machine") or {}
     versions = story.environment.get("versions") or {}
-    about, git = story.about, story.environment.get("git")
+    about, git = story.about, str(story.environment.get("git") or "")[:12]
     spec = about.get("spec")
     local = f" and {at('augment.num_local')} of {at('augment.local_size')}"
     crops = f"2 of {at('augment.global_size')}{local if at('augment.num_local') else ''} pixels"

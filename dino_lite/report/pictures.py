@@ -13,7 +13,7 @@ from dino_lite.report.markup import Markup, join, tag
 
 _BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
 _TRIES = ((1800, 86), (1800, 72), (1400, 66), (1000, 60), (700, 50), (400, 40))  # width, quality
-_WIDE = 1.25  # times as wide as high: a line of its own
+_WIDE = 1.15  # times as wide as high: a line of its own
 _LARGEST = 200_000_000  # pixels; more is no picture of ours
 
 
