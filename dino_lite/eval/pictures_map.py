@@ -87,7 +87,7 @@ def project(features: Float[Tensor, "n D"], method: str = "t-SNE") -> Float[np.n
             n_neighbors=min(15, len(array) - 1), random_state=0, n_jobs=1
         )
     elif method == "t-SNE":
-        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+        from sklearn.manifold import TSNE
 
         perplexity = min(30.0, (len(array) - 1) / 3)
         init = "pca" if min(array.shape) > 1 else "random"
