@@ -28,18 +28,20 @@ def overlay(
 
 
 def palette(num: int) -> list[str]:
-    """Colors for `num` classes: matplotlib's ten, then the ten lighter ones, while they last; of
-    more, hues a golden angle apart in three depths.
+    """Colors for `num` classes: matplotlib's ten but for gray, which means none, then the same
+    lighter, while they last; of more, hues a golden angle apart in three depths.
     """
     from matplotlib import colormaps
     from matplotlib.colors import hsv_to_rgb, to_hex
 
-    if num <= 20:
+    hues = [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    if num <= 2 * len(hues):
         pairs: Any = colormaps["tab20"]  # a color, and the same lighter
-        return [to_hex(pairs(2 * i % 20 + i // 10)) for i in range(num)]
+        places = [2 * hue + lighter for lighter in (0, 1) for hue in hues]
+        return [to_hex(pairs(place)) for place in places[:num]]
     depths = ((0.75, 0.85), (0.55, 0.95), (0.9, 0.6))
-    hues: Any = [hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3])) for i in range(num)]
-    return [to_hex(hue) for hue in hues]
+    colors: Any = [hsv_to_rgb((i * 0.618034 % 1, *depths[i % 3])) for i in range(num)]
+    return [to_hex(color) for color in colors]
 
 
 def gray(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 1"]:
