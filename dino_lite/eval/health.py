@@ -15,10 +15,11 @@ from torch import Tensor
 from dino_lite.contracts import Scores, Targets
 
 # Measured on the embedded set, 300 steps, after a tenth of the run. teacher_information, healthy:
-# 0.05 or more (512 and 4,096 prototypes, two seeds), 0.38 with batch norm in the head, 0.017 under
+# 0.03 or more (512 and 4,096 prototypes, two seeds), 0.38 with batch norm in the head, 0.017 under
 # compat=dino, 0.0046 at temperature 0.07; in tests' tiny runs 0.0056 or more. Collapsed: below 1e-3
-# by a sixth of the run, soon below 1e-5 (rate x 10 and x 100; temperature 0.2 and 1; momentum 0.9;
-# no centering). prototype_perplexity without centering 2.0 and falling; healthy 15 and more.
+# by a sixth of the run, often below 1e-5 (rate x 10 and x 100; temperature 0.2 and 1; momentum 0.9;
+# no centering); an aliased teacher's comes back now and then. prototype_perplexity
+# without centering: 2.0 and falling; healthy: 15 and more.
 _INFORMATION = 0.002  # nats
 _PERPLEXITY = 2.5  # prototypes
 _HIGHEST_TEMP = 0.07  # the paper's (Caron et al. 2021, section 3.2)
