@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,13 +168,17 @@ class Run:
 
     def add_results(self, results: dict[str, Any]) -> None:
         """Merge `results` into results.json."""
-        write_json(self.results_file, self.results() | results)
+        merge_json(self.results_file, lambda before: before | results)
 
     def add_warnings(self, warnings: list[dict[str, Any]]) -> None:
         """Keep the latest of each kind under "warnings" in results.json."""
+
+        def merged(before: dict[str, Any]) -> dict[str, Any]:
+            by_kind = {w["kind"]: w for w in [*before.get("warnings", []), *warnings]}
+            return before | {"warnings": list(by_kind.values())}
+
         if warnings:
-            by_kind = {w["kind"]: w for w in [*self.results().get("warnings", []), *warnings]}
-            self.add_results({"warnings": list(by_kind.values())})
+            merge_json(self.results_file, merged)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -184,11 +188,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all; what no file can hold becomes a question mark."""
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace what a file holds (nothing, where it is not there) by what `change` makes of it; of
+    several processes each waits for the others.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(path, change(read_json(path) if path.is_file() else {}))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 

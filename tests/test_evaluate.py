@@ -98,3 +98,36 @@ def test_several_processes_measure_what_one_does(whole: Path, tmp_path: Path) ->
     assert together["value"] == pytest.approx(alone["value"], abs=5.01)  # a tie may turn: one of 20
     assert (together["num_train"], together["num_test"]) == (44, 20)
     assert len(list(copy.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    "asked", ["eval.knn.ks=20", "eval.linear.rates=0.1", "eval.retrieval.ks=1"]
+)
+def test_a_value_of_another_kind_is_a_sentence(whole: Path, asked: str) -> None:
+    """Which key, and where its default stands."""
+    name = asked.split(".")[1]
+    with pytest.raises(UserError, match=rf"eval\.{name}.*conf/eval/{name}\.yaml"):
+        evaluated(whole, f"eval=[{name}]", asked)
+
+
+def test_another_size_has_a_name_of_its_own_and_baselines_stay(whole: Path) -> None:
+    """What was measured before is not thrown away."""
+    evaluated(whole, "baselines=true")
+    evaluated(whole)
+    evaluated(whole, "image_size=24")
+    kept = json.loads((whole / "results.json").read_text())["last"]
+    assert kept["knn"]["baselines"].keys() == {"raw pixels", "untrained"}
+    assert kept["knn@24px"]["image_size"] == 24
+
+
+def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
+    """Two processes that add results lose none, and leave no half of a file."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dino_lite.runs import merge_json\n"
+        "for i in range(100):\n"
+        "    merge_json(Path(sys.argv[1]), lambda before: before | {f'{sys.argv[2]}{i}': i})\n"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "results.json")]
+    writers = [subprocess.Popen([*line, name]) for name in "ab"]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 200

@@ -538,11 +538,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "unknown heads": (
         spoiled(lambda w: None, embed_dim=24),
-        "how many heads a width of 24.*config.json beside",
+        "how many heads a width of 24.*NAME.json beside",
     ),
     "another activation": (
         lambda folder: with_config(spoiled(lambda w: None)(folder), hidden_act="gelu_new"),
         "gelu_new",
+    ),
+    "words about other weights": (
+        lambda folder: with_config(spoiled(lambda w: None)(folder), hidden_size=48),
+        "hidden_size=48: it belongs to other weights",
     ),
     "our own checkpoint": (
         spoiled(
@@ -554,8 +558,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 def with_config(file: Path, **about: Any) -> Path:
-    """Write config.json beside it."""
-    (file.parent / "config.json").write_text(json.dumps(about))
+    """Write what is said of it beside it."""
+    file.with_suffix(".json").write_text(json.dumps(about))
     return file
 
 
@@ -572,11 +576,26 @@ def test_what_cannot_be_opened_is_a_sentence(kind: str, tmp_path: Path) -> None:
     assert text.endswith(".")
 
 
+def test_a_strangers_config_changes_nothing(tmp_path: Path) -> None:
+    """config.json in a folder of downloads belongs to another file."""
+    path = saved(small().state_dict(), tmp_path)
+    before, _ = open_weights(path, num_heads=2)
+    about = {
+        "num_attention_heads": 4,
+        "layer_norm_eps": 0.1,
+        "architecture": "x",
+        "mean": [0, 0, 0],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    after, _ = open_weights(path, num_heads=2)
+    assert before.spec == after.spec
+
+
 @pytest.mark.parametrize("told", [{"num_attention_heads": 3}, None])
 def test_heads_of_an_odd_width_are_said_beside_or_by_the_caller(
     told: dict[str, int] | None, tmp_path: Path
 ) -> None:
-    """24 wide with 3 heads, as config.json says or the call."""
+    """24 wide with 3 heads, as the file beside it says or the call."""
     source = small(embed_dim=24, num_heads=3)
     path = saved(source.state_dict(), tmp_path)
     if told:

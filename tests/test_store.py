@@ -19,6 +19,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
+from dino_lite.data.subset import Subset
 from dino_lite.distributed import alone
 from dino_lite.eval import store as store_file
 from dino_lite.eval.baselines import raw_pixels
@@ -104,10 +105,8 @@ def test_the_key_knows_all_that_features_depend_on(tmp_path: Path) -> None:
     """Weights, images, labels, size, normalization, number of blocks; the same gives the same."""
     source, backbone = images(4), vit_of(0)
 
-    def key(
-        backbone: Any = backbone, source: Any = source, num_blocks: int = 1, **changes: Any
-    ) -> str:
-        return content_key(backbone, data_of(source, **changes), source, num_blocks)
+    def key(backbone: Any = backbone, source: Any = source, **changes: Any) -> str:
+        return content_key(backbone, data_of(source, **changes), source)
 
     assert key() == key(vit_of(0))
     moved = vit_of(0)
@@ -121,7 +120,6 @@ def test_the_key_knows_all_that_features_depend_on(tmp_path: Path) -> None:
         key(vit_of(0, position_offset=0.1)),
         key(source=images(4)),
         key(source=others),
-        key(num_blocks=2),
         key(size=24),
         key(normalize=Normalize((0.5,) * 3, (0.5,) * 3)),
         key(raw_pixels(data_of(source))),
@@ -135,12 +133,14 @@ def test_a_file_that_was_changed_is_seen(tmp_path: Path) -> None:
     source = open_folder(str(folder)).train
 
     def key() -> str:
-        return content_key(vit_of(0), data_of(source), source, 1)
+        return content_key(vit_of(0), data_of(source), source)
 
-    before = key()
+    before, part = key(), Subset(source, np.array([0, 2]))
     assert key() == before
+    before_part = content_key(vit_of(0), data_of(part), part)
     Image.new("RGB", (41, 30)).save(folder / "a" / "1.png")
     assert key() != before
+    assert content_key(vit_of(0), data_of(part), part) != before_part
 
 
 def test_half_a_file_is_extracted_anew(tmp_path: Path, count: list[int]) -> None:
@@ -230,3 +230,12 @@ def test_a_rank_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
     mp.spawn(_first_alone, (2, str(tmp_path)), nprocs=2)
     index = torch.load(tmp_path / "index.pt", weights_only=True)
     assert index.tolist() == list(range(7))
+
+
+def test_fewer_blocks_than_are_kept_cost_nothing(tmp_path: Path, count: list[int]) -> None:
+    """In the next process too; more are extracted once, and take the smaller file's place."""
+    source, backbone = images(4), vit_of(0)
+    for num_blocks in (1, 2, 1, 2):
+        FeatureStore(data_of(source), tmp_path).pooled(backbone, source, num_blocks)
+    assert count == [4, 4]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -50,9 +50,12 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_about(file: Path) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json beside `file` say, where they are."""
+    """What is said of `file`: by config.json and preprocessor_config.json beside a file that is
+    called as they are in a folder of their own, by NAME.json beside any other.
+    """
     about: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "config.json"):
+    names = ("preprocessor_config.json", "config.json")
+    for name in names if file.name in WEIGHTS else (f"{file.stem}.json",):
         try:
             content = json.loads((file.parent / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):

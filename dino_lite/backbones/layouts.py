@@ -188,6 +188,12 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
         )
     width, cells = weights["cls_token"].shape[-1], weights["pos_embed"].shape[1] - 1
     patch = weights[STEM].shape[-1]
+    for word, own in (("hidden_size", width), ("embed_dim", width)):
+        if about.get(word, own) != own:
+            raise UserError(
+                f"{asked} is {own} wide, but what is written beside it says {word}="
+                f"{about[word]}: it belongs to other weights; remove it."
+            )
     act = about.get("hidden_act", "gelu")
     if isqrt(cells) ** 2 != cells or weights[STEM].shape[-2] != patch or act != "gelu":
         raise UserError(
@@ -218,10 +224,10 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
 
 def _num_heads(width: int, about: dict[str, Any], asked: str) -> int:
     told = about.get("num_attention_heads") or _HEADS.get(width)
-    if told is None and width % 64:
+    if (told is None and width % 64) or not isinstance(told, int | None):
         raise UserError(
             f"{asked}: how many heads a width of {width} has cannot be told from the weights; "
-            'write {"num_attention_heads": N} into config.json beside the file.'
+            'write {"num_attention_heads": N} into NAME.json beside the file NAME.'
         )
     return int(told or width // 64)
 

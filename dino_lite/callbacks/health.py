@@ -24,7 +24,8 @@ _LASTING = 0.05  # of the run that a collapse must last
 
 class Health(pl.Callback):
     """Logs `eval.health.health` of the match `reads`, and the `health_seconds` that took, each
-    `every_n_steps` optimizer steps (none given: as often as the trainer logs).
+    `every_n_steps` optimizer steps (none given: as often as the trainer logs, in short runs
+    oftener).
 
     Looks at what rank 0's step has made for its loss: nothing is computed anew, drawn or updated.
     An alarm is said once a kind, and kept in `warnings`. `on_collapse`: "warn", or "stop" to end
@@ -67,7 +68,9 @@ class Health(pl.Callback):
         if self.on_collapse == "stop" and self._is_due(trainer.global_step, trainer):
             ending = broadcast_value(float(self._ending is not None), pl_module.device)
             if ending:
-                raise UserError(self._ending.text if self._ending else "rank 0 says why.")
+                raise UserError(
+                    self._ending.text if self._ending else "the run has collapsed; rank 0 says how."
+                )
         due = trainer.is_global_zero and self._is_due(trainer.global_step + 1, trainer)
         self._now, self._seconds = None, 0.0
         cast(Any, pl_module).watch = self._look if due else None
@@ -122,7 +125,10 @@ class Health(pl.Callback):
                 tqdm.write(f"warning: {alarm.text}", file=sys.stderr)
 
     def _is_due(self, step: int, trainer: pl.Trainer) -> bool:
-        every = self.every_n_steps or max(1, cast(Any, trainer).log_every_n_steps)
+        if (every := self.every_n_steps) is None:
+            every = max(1, cast(Any, trainer).log_every_n_steps)
+            if trainer.max_steps > 0:  # a short run must have time for a window of looks
+                every = min(every, max(1, int(trainer.max_steps * _LASTING) // _WINDOW))
         return step % every == 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hydra.errors import HydraException
 
 from dino_lite.checkpoints import (
     asked_data,
@@ -28,7 +29,7 @@ from dino_lite.eval.baselines import raw_pixels, untrained
 from dino_lite.eval.gallery import PICTURES, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
-from dino_lite.runs import absolute_paths, read_json, write_json
+from dino_lite.runs import absolute_paths, merge_json
 
 
 class Subject(NamedTuple):
@@ -84,7 +85,15 @@ def run_evaluate(config: Config) -> dict[str, Any]:
 
 def build_evaluations(config: Config) -> dict[str, Any]:
     """What `eval` names, by name."""
-    evaluations = {name: instantiate(node) for name, node in (config.get("eval") or {}).items()}
+    evaluations = {}
+    for name, node in (config.get("eval") or {}).items():
+        try:
+            evaluations[name] = instantiate(node)
+        except HydraException as error:
+            raise UserError(
+                f"eval.{name}: a value is of another kind than its default "
+                f"({str(error.__cause__ or error).splitlines()[0]}); see conf/eval/{name}.yaml."
+            ) from error
     if not evaluations:
         raise UserError("eval= names no evaluation: choose eval=knn.")
     return evaluations
@@ -119,6 +128,7 @@ def open_subject(
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
     most = max(int(getattr(evaluation, "num_blocks", 1)) for evaluation in evaluations.values())
     suffix = "" if data == about["data"] else f"@{splits.name}"
+    suffix += "" if size == about["image_size"] else f"@{size}px"
     return Subject(checkpoint, backbone, FeatureStore(images, folder, most), data, suffix)
 
 
@@ -137,7 +147,8 @@ def measure(
     for name, evaluation in evaluations.items():
         started, data = time.monotonic(), store.data
         found = evaluation(backbone, store)
-        found |= {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
+        about = {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
+        found = about | found  # one that brings its own images says so
         results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
     return results
 
@@ -181,13 +192,21 @@ def beside(
 def keep(results: Mapping[str, Any], subject: Subject) -> None:
     """Merge into results.json: under the checkpoint's name (last, best) where that is a run's."""
     checkpoint = subject.checkpoint
-    named = {f"{name}{subject.suffix}": found for name, found in results.items()}
-    path = results_file(checkpoint)
-    before = read_json(path) if path.is_file() else {}
-    if run_of(checkpoint):
-        named = {checkpoint.stem: before.get(checkpoint.stem, {}) | named}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, before | named)
+    own, path = subject.store.data.splits.name, results_file(checkpoint)
+    named = {
+        name + (subject.suffix if found["data"] == own else f"@{found['data']}"): found
+        for name, found in results.items()
+    }
+
+    def merged(before: dict[str, Any]) -> dict[str, Any]:
+        there = before.get(checkpoint.stem, {}) if run_of(checkpoint) else before
+        for name, found in named.items():  # baselines measured before are not thrown away
+            old = there.get(name, {})
+            if "baselines" in old and old["protocol"] == found["protocol"]:
+                found.setdefault("baselines", old["baselines"])
+        return before | ({checkpoint.stem: there | named} if run_of(checkpoint) else named)
+
+    merge_json(path, merged)
     print(f"written to {path}")
 
 

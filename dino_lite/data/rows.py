@@ -25,6 +25,7 @@ class Table(Protocol):
     """
 
     features: Any
+    files: list[str]
 
     @property
     def groups(self) -> Int64[np.ndarray, "bounds"] | None: ...
@@ -47,6 +48,7 @@ class Rows:
 
     def __init__(self, dataset: Any) -> None:
         self.features = dataset.features
+        self.files = [part["filename"] for part in dataset.cache_files]
         self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -102,6 +104,10 @@ class RowSource:
     def name(self, index: int) -> str:
         """The set's title and the row: `cats/train[17]`."""
         return f"{self.title}[{index}]"
+
+    def files(self) -> list[str]:
+        """The paths or URLs of the files that hold the rows."""
+        return list(self.table.files)
 
     def digest(self) -> str:
         """16 hex digits over the labels, and the bytes of a few images spread over all."""

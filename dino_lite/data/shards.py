@@ -131,6 +131,10 @@ class ShardSource:
         """Path of the shard, and the name within it."""
         return f"{self._place(index)}/{self._member(index)}"
 
+    def files(self) -> list[str]:
+        """The shards' paths or URLs."""
+        return [f"{self.base}/{shard}" for shard in self.shards]
+
     def digest(self) -> str:
         """16 hex digits over names and sizes, by shard; the folder itself may move."""
         if self._digest is None:  # seconds, where there are millions

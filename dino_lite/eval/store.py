@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -36,19 +37,25 @@ class FeatureStore:
     def __init__(self, data: CleanData, folder: Path | None = None, num_blocks: int = 1) -> None:
         self.data, self.folder, self.num_blocks = data, folder, num_blocks
         self._kept: dict[str, Pooled] = {}
+        # What a key was made of is kept beside it: no other object can come to the same place.
+        self._keys: dict[tuple[int, int], tuple[Backbone, Source, str]] = {}
 
     def pooled(self, backbone: Backbone, source: Source, num_blocks: int = 1) -> Pooled:
         """Features of every readable image of `source`, a split of `data`, in its order."""
         most = min(max(num_blocks, self.num_blocks), backbone.num_blocks)
-        key = content_key(backbone, self.data, source, most)
-        if key not in self._kept:
-            found = self._read(key)
-            if found is None:
-                found = self._extract(backbone, source, most)
-                if rank() == 0:
-                    self._write(key, found, source)
-            self._kept[key] = found
-        return self._kept[key]
+        at = (id(backbone), id(source))
+        if at not in self._keys:
+            self._keys[at] = (backbone, source, content_key(backbone, self.data, source))
+        key = self._keys[at][2]
+        if key in self._kept and self._kept[key].cls.shape[1] >= most:
+            return self._kept[key]
+        found = self._read(key, most)
+        if found is None:
+            found = self._extract(backbone, source, most)
+            if rank() == 0:
+                self._write(key, found, source)
+        self._kept[key] = found
+        return found
 
     def labeled(
         self, backbone: Backbone, what: str, num_blocks: int = 1
@@ -83,8 +90,10 @@ class FeatureStore:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.safetensors"
 
-    def _read(self, key: str) -> Pooled | None:
-        """What lies on disk; all ranks agree, as those without it would extract alone."""
+    def _read(self, key: str, num_blocks: int) -> Pooled | None:
+        """What lies on disk, if it has enough blocks; all ranks agree, as those without it would
+        extract alone.
+        """
         path, found = self._path(key), None
         if path is not None and path.is_file():
             try:
@@ -93,6 +102,8 @@ class FeatureStore:
                     bad = json.loads(file.metadata()["bad"])
             except (OSError, SafetensorError, KeyError, ValueError):
                 found = None  # half a file, or none of ours: extracted anew
+        if found is not None and found.cls.shape[1] < num_blocks:
+            found = None
         if not all(all_gather_objects(found is not None)):
             return None
         self.data.bad.update(bad)
@@ -126,11 +137,11 @@ def demand_labels(train: Source, what: str) -> Int[np.ndarray, "N"]:
     return train.labels
 
 
-def content_key(backbone: Backbone, data: CleanData, source: Source, num_blocks: int) -> str:
-    """32 hex digits over everything that features depend on."""
+def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
+    """32 hex digits over everything that features depend on, but for the number of blocks."""
     total = blake2b(digest_size=16)
     about: list[Any] = [
-        *(_FORMAT, backbone.spec, str(dtype_of(backbone)), num_blocks, data.size),
+        *(_FORMAT, backbone.spec, str(dtype_of(backbone)), data.size),
         *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
         *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
     ]
@@ -149,18 +160,25 @@ def _rows(source: Source) -> bytes:
 
 
 def _stamps(source: Source) -> bytes:
-    """Sizes and times of local files: the digest of paths knows nothing of what lies in them."""
-    path = getattr(source, "path", None)
-    if path is None:
-        return b""
+    """Sizes and times of local files: digests of paths know nothing of what lies in them."""
     total = blake2b(digest_size=16)
-    for i in range(len(source)):
+    for path in _files(source):
         try:
-            seen = os.stat(path(i))
+            seen = os.stat(path)
             total.update(f"{seen.st_size} {seen.st_mtime_ns}".encode())
-        except OSError:
+        except (OSError, ValueError):
             total.update(b"-")  # behind a URL, or gone
     return total.digest()
+
+
+def _files(source: Source) -> Iterable[str | bytes]:
+    """The files that a source reads, as far as it has any."""
+    if isinstance(source, Subset):
+        return _files(source.source)
+    if hasattr(source, "files"):
+        return list(source.files())
+    path = getattr(source, "path", None)
+    return () if path is None else (path(i) for i in range(len(source)))
 
 
 def _bytes(tensor: Tensor) -> bytes:
