@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from dino_lite.commands import evaluate as evaluate_file
-from dino_lite.commands.compare import run_compare
+from dino_lite.commands.compare import Row, as_markdown, run_compare
 from dino_lite.commands.export import run_export
+from dino_lite.commands.tables import print_comparison
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
+from dino_lite.eval.results import result
+from test_importers import pretend_download, saved, small
 from tiny import photos, tiny, train
 
 
@@ -149,6 +152,42 @@ def test_intervals_are_shown_where_they_are_known(
         run_compare(config)
     assert "40.00 to 60.00" in capsys.readouterr().out
     assert "| é | 16 | 50.00 % (40.00 to 60.00) |" in (tmp_path / "t.md").read_text()
+
+
+def test_foreign_files_and_names_of_timm_can_be_compared(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each at its own size."""
+    pretend_download(monkeypatch)
+    file = saved(small().state_dict(), tmp_path)
+    data = ["data=shapes", "data.num_train=24", "data.num_test=12", "baselines=false"]
+    told = run_compare(asked(runs, f"checkpoints=['{file}','timm:test_vit']", *data))
+    rows = [(row["name"], row["image_size"]) for row in told["rows"]]
+    assert rows == [(str(file), 32), ("timm:test_vit", 160)]
+    (runs / "timm_test_vit.results.json").unlink()
+
+
+def row(name: str, **settings: Any) -> Row:
+    """A result by hand, with a name and settings."""
+    found = result("top-1", 50.0, protocol="by hand", settings=settings, num_train=1, num_test=2)
+    return Row(name, name, 16, {"first": found, "second": found})
+
+
+def test_settings_are_told_where_they_hold_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that were chosen for each are not."""
+    print_comparison([row("a", k=20, C=0.1), row("b", k=20, C=10.0)])
+    assert "first: by hand (k=20)\n" in capsys.readouterr().out
+
+
+def test_a_cell_stays_below_its_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    """A baseline that has no first result has its second one in the second column."""
+    rows = [row("a"), row("b")]
+    del rows[1].results["first"]
+    print_comparison(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].index("50.00") == lines[1].rindex("50.00")
+    told = {"data": "x", "notes": [], "rows": [each._asdict() for each in rows]}
+    assert "| b | 16 |  | 50.00 % |" in as_markdown(told)
 
 
 def test_data_of_a_run_is_known_as_its_own(runs: Path) -> None:

@@ -58,7 +58,8 @@ def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_every_evaluation_builds(name: str) -> None:
     """Each file holds one, under its own name, with settings that it takes."""
-    evaluations = build_evaluations(compose("evaluate", [f"eval=[{name}]"]))
+    root = [f"eval.{name}.root=masks"] if name == "segmentation" else []  # it has no default
+    evaluations = build_evaluations(compose("evaluate", [f"eval=[{name}]", *root]))
     assert list(evaluations) == [name]
     assert isinstance(evaluations[name], Evaluation)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from dino_lite.commands.evaluate import run_evaluate
+from dino_lite.commands.tables import print_results
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
+from dino_lite.eval.results import result
 from tiny import photos, train
 
 
@@ -72,6 +74,39 @@ def test_features_are_kept_below_the_runs_and_may_be_kept_nowhere(
     before = list(whole.parent.rglob("*.safetensors"))
     evaluated(whole, "features_dir=null")
     assert list(whole.parent.rglob("*.safetensors")) == before
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets and colons in files and classes are no markup."""
+    names = ["holiday [final].jpg", "[/x]", ":smile:"]
+    found = result(
+        "[bold]",
+        1.0,
+        protocol="[/y]",
+        settings={"on": "[/z]"},
+        num_train=1,
+        num_test=1,
+        table=[{"[/t]": name} for name in names],
+    )
+    print_results({"": {"knn": found | {"seconds": 1.0, "unreadable": 0}}})
+    told = capsys.readouterr().out
+    for words in (*names, "[bold]", "[/y]", "on=[/z]", "[/t]"):
+        assert words in told, words
+
+
+def test_a_result_that_cannot_be_printed_is_kept(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What took hours to measure is written first."""
+
+    def failing(_: object) -> None:
+        raise BrokenPipeError
+
+    (whole / "results.json").unlink()
+    monkeypatch.setattr("dino_lite.commands.evaluate.print_results", failing)
+    with pytest.raises(BrokenPipeError):
+        evaluated(whole)
+    assert "knn" in json.loads((whole / "results.json").read_text())["last"]
 
 
 def test_nothing_to_measure_is_a_sentence(whole: Path) -> None:

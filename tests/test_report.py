@@ -16,18 +16,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_lite.checkpoints import find_checkpoint, results_file
 from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
 from dino_lite.config import compose, put, quote_override, save, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
+from dino_lite.eval.gallery import PICTURES
 from dino_lite.report.charts import line_chart, number
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page
 from dino_lite.report.pictures import data_uri, find_pictures
 from dino_lite.report.story import read_story, reproduce, results_of
-from dino_lite.runs import absolute_paths, requested
-from tiny import train
+from dino_lite.report.worth import worth_section
+from dino_lite.runs import Run, absolute_paths, requested
+from test_importers import pretend_download, saved, small
+from tiny import photos, train
 
 _EVIL = "<script>alert(1)</script> & é"
 _NOW = datetime(2026, 1, 2, 3, 4)
@@ -127,7 +131,7 @@ def test_a_page_tells_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
             "abc123",
             "torch 2",
             "49.70\u00a0%",
-            "48.7 to 50.7",
+            "48.70 to 50.70",
             "raw pixels",
             "24.00\u00a0%",
             "by hand",
@@ -160,7 +164,11 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
     found = result(50.0, metric=_EVIL, protocol=_EVIL, settings={_EVIL: _EVIL}, table=records)
     found["baselines"] = {_EVIL: {"value": 60.0}}
     files = {
-        "results.json": {"warnings": [_EVIL], "finished": True, "last": {_EVIL: found}},
+        "results.json": {
+            "warnings": [{"kind": _EVIL, "text": _EVIL, "step": 1}],
+            "finished": True,
+            "last": {_EVIL: found},
+        },
         "metrics.csv": f"step,{_EVIL}\n1,2\n2,3\n",
         "bad_files.csv": f'path,reason\n"{_EVIL}","{_EVIL}"\n',
     }
@@ -178,7 +186,6 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
         ({"metrics.csv": None}, "metrics.csv cannot be read (No such file or directory)"),
         ({"environment.json": None}, "environment.json cannot be read"),
         ({"results.json": "{"}, "results.json cannot be read"),
-        ({"results.json": {"finished": True, "warnings": ["The teacher fell asleep."]}}, "asleep."),
         (
             {"metrics.csv": "step,loss,skipped\n1,2,0\n2,2,3\n3,2,0\n"},
             "Up to 3 optimizer steps in a row had a gradient that is not finite",
@@ -208,6 +215,16 @@ def test_doubts_stand_first(tmp_path: Path, changes: dict[str, Any], words: str)
     assert "Before you believe it" in text
     assert words in text
     assert text.index(words) < text.rindex("What was run")
+
+
+def test_alarms_are_sentences_with_their_step(tmp_path: Path) -> None:
+    """As a run keeps them."""
+    checkpoint = write_run(tmp_path / "run")
+    alarm = {"kind": "uniform_teacher", "text": "collapse: it fell asleep.", "step": 1200}
+    Run(tmp_path / "run").add_warnings([alarm])
+    _, text = told(checkpoint)
+    assert "At step 1,200, collapse: it fell asleep." in text
+    assert "uniform_teacher" not in text
 
 
 def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
@@ -347,6 +364,9 @@ def test_results_are_found_at_the_top_and_below_checkpoints() -> None:
     assert [(r.name, r.checkpoint) for r in results_of({"knn": plain})] == [("knn", "")]
     both = {"best": {"knn": plain}, "last": {"knn": full}, **floors}
     assert [r.checkpoint for r in results_of(both)] == ["last", "best"]
+    chosen = result(3.0, reference_choice={"value": 2.0, "rate": 0.1})
+    assert [r.name for r in results_of({"linear": chosen})] == ["linear"]
+    assert results_of({"last": {"odd": {"value": 1.0}}}) == []
     alone = results_of(floors)[0].found
     assert (alone["value"], alone["baselines"]) == (5.0, {"untrained": {"value": 4.0}})
 
@@ -367,6 +387,14 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
+def test_counts_and_baselines_have_the_unit_of_their_result() -> None:
+    """A large count is written out."""
+    pairs = result(12345, unit="pairs", interval=None, baselines={"chance": {"value": 3}})
+    _, text = read(worth_section(results_of({"duplicates": pairs})))
+    assert "12,345\u00a0pairs" in text
+    assert "3\u00a0pairs" in text
+
+
 def test_durations_are_said_in_words() -> None:
     """Seconds, minutes, hours."""
     said = [duration(seconds) for seconds in (3.2, 60, 83, 7260)]
@@ -384,6 +412,15 @@ def test_a_real_run_and_its_export_are_told(
     _, text = read(path.read_text(encoding="utf-8"))
     assert "shapes: 44 images" in text
     assert "waves, checks" in text
+    for title in ("Map of the images", "Confusion", "Patch features as colors"):
+        assert title in text
+    drawn = {name: (run / f"{name}.png").stat().st_mtime_ns for name in PICTURES}
+    (run / "map.png").unlink()
+    run_report(compose("report", [f"checkpoint={run}", f"runs_dir={tmp_path}", "draw=false"]))
+    assert not (run / "map.png").exists()
+    run_report(compose("report", [f"checkpoint={run}", f"runs_dir={tmp_path}"]))
+    again = {name: (run / f"{name}.png").stat().st_mtime_ns for name in PICTURES}
+    assert [name for name in PICTURES if again[name] != drawn[name]] == ["map"]
     run_export(compose("export", [f"checkpoint={run}"]))
     export = (run / "export" / "safetensors").rename(tmp_path / "export")
     (export / "results.json").write_text(json.dumps({"knn": result(33.0)}))
@@ -392,6 +429,37 @@ def test_a_real_run_and_its_export_are_told(
     _, text = read(out.read_text(encoding="utf-8"))
     for words in (run.name, "33.00\u00a0%", '"embed_dim": 32', "Parameters", "not finished"):
         assert (words in text) is (words != "not finished"), words
+
+
+def test_data_that_is_gone_costs_the_pictures_and_no_more(tmp_path: Path) -> None:
+    """A sentence says so."""
+    root = photos(tmp_path / "photos", [f"{c}/{i}.png" for c in "xy" for i in range(6)])
+    run = train(tmp_path, f"data.root={root}", "trainer.max_steps=2", data="folder")
+    for name in PICTURES:
+        (run / f"{name}.png").unlink(missing_ok=True)
+    root.rename(tmp_path / "elsewhere")
+    path = run_report(compose("report", [f"checkpoint={run}", f"runs_dir={tmp_path}"]))
+    _, text = read(path.read_text(encoding="utf-8"))
+    assert "Pictures of it could not be drawn: " in text
+    assert "photos: 12 images" in text
+
+
+def test_foreign_weights_have_a_page_each_with_their_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files beside each other, and a name of timm."""
+    pretend_download(monkeypatch)
+    files = [saved(small().state_dict(), tmp_path, name) for name in ("a.pth", "b.pth")]
+    pages = []
+    for place, checkpoint in enumerate([*files, "timm:test_vit"]):
+        results = results_file(find_checkpoint(str(checkpoint), tmp_path))
+        results.write_text(json.dumps({"knn@shapes": result(31.0 + place)}))
+        asked = compose("report", [f"checkpoint='{checkpoint}'", f"runs_dir={tmp_path}"])
+        pages.append(run_report(asked))
+    names = ["a.pth.report.html", "b.pth.report.html", "timm_test_vit.report.html"]
+    assert [page.name for page in pages] == names
+    for place, page_file in enumerate(pages):
+        assert f"3{1 + place}.00\u00a0%" in read(page_file.read_text(encoding="utf-8"))[1]
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:

@@ -76,9 +76,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in names
     }
     floors = {"raw pixels": {"value": 24.0}, "untrained": {"value": 58.0, "interval": [57.0, 59.0]}}
+    warning = {"kind": "path", "text": "/a/path/without/a/space" * 12, "step": 7}
     table = [{f"a column {i}": i * 1.5 for i in range(12)}]
     results = {
-        **{"steps": 500, "train_seconds": 83.0, "warnings": ["/a/path/without/a/space" * 12]},
+        **{"steps": 500, "train_seconds": 83.0, "warnings": [warning]},
         "last": {
             "knn": result(49.7, baselines=floors, table=table),
             "retrieval": result(0.31, metric="mAP", unit="", interval=None),
@@ -90,7 +91,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad = "path,reason\n" + "\n".join(f"{'/long' * 40}/{i}.png,truncated" for i in range(30))
     changes = {"results.json": results, "metrics.csv": metrics, "bad_files.csv": bad} | pictures
     checkpoint = write_run(folder, **changes)
-    return run_report(compose("report", [f"checkpoint={checkpoint}"]))
+    return run_report(compose("report", [f"checkpoint={checkpoint}", "draw=false"]))
 
 
 def look(report: Path, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:

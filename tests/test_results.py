@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from dino_lite.commands.tables import amount
-from dino_lite.eval.results import bootstrap, percent, result
+from dino_lite.eval.results import amount, bootstrap, percent, result
 
 
 @pytest.mark.parametrize(("num", "share"), [(50, 0.5), (1000, 0.9), (20_000, 0.3)])

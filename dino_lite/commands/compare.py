@@ -21,11 +21,12 @@ from dino_lite.commands.evaluate import (
     measure,
     open_subject,
 )
-from dino_lite.commands.tables import amount, interval, print_comparison
+from dino_lite.commands.tables import print_comparison
 from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.data.roots import several
 from dino_lite.distributed import rank
+from dino_lite.eval.results import amount, interval
 from dino_lite.runs import absolute_paths, read_json, write_text
 
 
@@ -77,7 +78,7 @@ def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subj
     subjects: dict[str, Subject] = {}
     data = None
     for path, name in short.items():
-        subject = open_subject(config | {"checkpoint": str(path)}, evaluations, data)
+        subject = open_subject(config | {"checkpoint": found[path]}, evaluations, data)
         subjects[name if often[name] == 1 else str(path)] = subject
         data = subject.data
     return subjects
@@ -163,12 +164,16 @@ def as_markdown(told: dict[str, Any]) -> str:
     head = [told["data"], "pixels", *(f"{key}: {found['metric']}" for key, found in first.items())]
     lines = [line(head), line(["---", *["--:"] * (len(head) - 1)])]
     for row in rows:
-        cells = [
-            f"{amount(found)} ({interval(found)})" if found["interval"] else amount(found)
-            for found in row["results"].values()
-        ]
+        cells = [_cell(row["results"].get(key)) for key in first]
         lines.append(line([row["name"], str(row["image_size"]), *cells]))
     return "\n".join([*lines, *(f"\n{note}." for note in told["notes"])]) + "\n"
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    """Empty where a baseline was not measured."""
+    if found is None:
+        return ""
+    return f"{amount(found)} ({interval(found)})" if found["interval"] else amount(found)
 
 
 _WRITERS = {".json": as_json, ".csv": as_csv, ".md": as_markdown}

@@ -26,7 +26,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.distributed import alone, rank, start_group
 from dino_lite.eval.baselines import raw_pixels, untrained
-from dino_lite.eval.gallery import PICTURES, draw_all
+from dino_lite.eval.gallery import PICTURES, Picture, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
 from dino_lite.runs import absolute_paths, merge_json
@@ -76,10 +76,11 @@ def run_evaluate(config: Config) -> dict[str, Any]:
             },
         )
     if rank() == 0:
-        print_results({"": results})
         keep(results, subject)
+        print_results({"": results})
     if config["pictures"] is not None:
-        draw_pictures(subject, evaluations, Path(config["pictures"]))
+        own = {name: each.draw for name, each in evaluations.items() if hasattr(each, "draw")}
+        draw_pictures(subject, PICTURES | own, Path(config["pictures"]))
     return results
 
 
@@ -126,7 +127,7 @@ def open_subject(
     images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
-    most = max(int(getattr(evaluation, "num_blocks", 1)) for evaluation in evaluations.values())
+    most = max((int(getattr(each, "num_blocks", 1)) for each in evaluations.values()), default=1)
     suffix = "" if data == about["data"] else f"@{splits.name}"
     suffix += "" if size == about["image_size"] else f"@{size}px"
     return Subject(checkpoint, backbone, FeatureStore(images, folder, most), data, suffix)
@@ -210,16 +211,15 @@ def keep(results: Mapping[str, Any], subject: Subject) -> None:
     print(f"written to {path}")
 
 
-def draw_pictures(subject: Subject, evaluations: Mapping[str, Any], folder: Path) -> None:
-    """What the gallery shows, and of each evaluation that draws its own picture."""
+def draw_pictures(subject: Subject, pictures: Mapping[str, Picture], folder: Path) -> None:
+    """Each of `pictures` as NAME.png, and say which were drawn."""
     for source in subject.store.data.splits[:2]:
         if source is not None:  # all ranks extract, whatever is kept already
             subject.store.pooled(subject.backbone, source)
     if rank() > 0:
         return
-    own = {name: each.draw for name, each in evaluations.items() if hasattr(each, "draw")}
     with alone():
-        drawn = draw_all(subject.backbone, subject.store, folder, PICTURES | own, print)
+        drawn = draw_all(subject.backbone, subject.store, folder, pictures, print)
     print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 
 

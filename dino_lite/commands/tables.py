@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dino_lite.eval.results import amount, interval, short
+
 _WIDTH = 120  # columns, where the output is no terminal
 
 
@@ -57,7 +59,7 @@ def baseline_table(results: Mapping[str, Any]) -> str:
 
 def print_comparison(rows: Sequence[Any]) -> None:
     """A line for each of `rows` (name, checkpoint, image_size, results), a column for each
-    evaluation; then how they were measured.
+    evaluation; then how they were measured, with those settings that hold for all.
     """
     console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -67,42 +69,33 @@ def print_comparison(rows: Sequence[Any]) -> None:
         table.add_column(f"{key}: {found['metric']}")
     for row in rows:
         cells = [
-            Text.assemble(f"{amount(found):>9}", (f"  {interval(found)}", "dim"))
-            for found in row.results.values()
+            Text.assemble(f"{amount(found):>9}", (f"  {interval(found)}", "dim")) if found else ""
+            for found in map(row.results.get, rows[0].results)
         ]
         style = "" if row.checkpoint else "dim"
         table.add_row(Text(row.name, style), Text(str(row.image_size), style), *cells)
     console.print(table)
     for key, found in rows[0].results.items():
-        told = f": {found['protocol']}{_settings(found)}"
+        each = [row.results[key] for row in rows if key in row.results]
+        told = f": {found['protocol']}{_settings(*each)}"
         console.print(Text.assemble((key, "bold"), told))
     if any(found["interval"] for found in rows[0].results.values()):
         console.print(Text("from .. to: 95 % interval of the mean over test images", "dim"))
 
 
-def amount(found: Mapping[str, Any]) -> str:
-    """A value with its unit."""
-    if found["unit"] == "%":
-        return f"{found['value']:.2f} %"
-    if isinstance(found["value"], int):  # a count
-        return f"{found['value']:,} {found['unit']}"
-    return f"{found['value']:.4g} {found['unit']}".rstrip()
-
-
-def interval(found: Mapping[str, Any]) -> str:
-    """From where to where, or nothing."""
-    if found["interval"] is None:
-        return ""
-    digits = ".2f" if found["unit"] == "%" else ".4g"
-    return " to ".join(f"{bound:{digits}}" for bound in found["interval"])
-
-
 def _console() -> Console:
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
+    """Where names are text: [final] and :smile: stand as they are."""
+    width = None if sys.stdout.isatty() else _WIDTH
+    return Console(file=sys.stdout, width=width, markup=False, emoji=False)
 
 
-def _settings(found: Mapping[str, Any]) -> str:
-    told = ", ".join(f"{key}={_short(value)}" for key, value in found["settings"].items())
+def _settings(*results: Mapping[str, Any]) -> str:
+    """Those settings that are the same in all `results`, as (k=20, …)."""
+    told = ", ".join(
+        f"{key}={short(value)}"
+        for key, value in results[0]["settings"].items()
+        if all(other["settings"].get(key) == value for other in results)
+    )
     return f" ({told})" if told else ""
 
 
@@ -111,11 +104,5 @@ def _records(records: list[dict[str, Any]]) -> Table:
     for title, value in records[0].items():
         table.add_column(title, justify="left" if isinstance(value, str) else "right")
     for record in records:
-        table.add_row(*(_short(value) for value in record.values()))
+        table.add_row(*(short(value) for value in record.values()))
     return table
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
-    return str(value)

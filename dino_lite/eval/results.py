@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,3 +65,27 @@ def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:
 def percent(correct: Tensor) -> Float[Tensor, "n"]:
     """100 where true, 0 where false."""
     return 100.0 * correct.to(torch.float64)
+
+
+def amount(found: Mapping[str, Any]) -> str:
+    """A result's value with its unit."""
+    if found["unit"] == "%":
+        return f"{found['value']:.2f} %"
+    if isinstance(found["value"], int):  # a count
+        return f"{found['value']:,} {found['unit']}".rstrip()
+    return f"{found['value']:.4g} {found['unit']}".rstrip()
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """From where to where, or nothing."""
+    if found["interval"] is None:
+        return ""
+    digits = ".2f" if found["unit"] == "%" else ".4g"
+    return " to ".join(f"{bound:{digits}}" for bound in found["interval"])
+
+
+def short(value: Any) -> str:
+    """A setting, or a cell of a result's table."""
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return str(value)

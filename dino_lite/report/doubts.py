@@ -12,7 +12,7 @@ def doubts(story: Story) -> list[str]:
     return [
         *_unfinished(story),
         *_skipped(story),
-        *(str(warning) for warning in story.results.get("warnings") or ()),
+        *_alarms(story),
         *(sentence for result in results_of(story.results) for sentence in _learned(result)),
         *_unreadable(story),
         *story.missing,
@@ -41,6 +41,12 @@ def _skipped(story: Story) -> Iterator[str]:
             f"Up to {most} optimizer step{'' if most == 1 else 's'} in a row had a gradient that "
             "is not finite, and were skipped: a lower optim.rate or trainer.precision=32 may help."
         )
+
+
+def _alarms(story: Story) -> Iterator[str]:
+    """What a run said while it trained (Run.add_warnings)."""
+    for warning in story.results.get("warnings") or ():
+        yield f"At step {warning['step']:,}, {warning['text']}"
 
 
 def _learned(result: Result) -> Iterator[str]:

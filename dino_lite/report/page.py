@@ -14,7 +14,7 @@ from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
 from dino_lite.report.pictures import find_pictures, picture_figures
 from dino_lite.report.story import Story, results_of
-from dino_lite.report.worth import amount, worth_section
+from dino_lite.report.worth import value_of, worth_section
 
 _LISTED = 20  # unreadable files
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -73,8 +73,8 @@ def _tiles(story: Story) -> Markup:
         results.setdefault(result.name, result.found)  # of the last checkpoint, if there are more
     for name, found in list(results.items())[:2]:
         others = (found.get("baselines") or {}).items()
-        beside = ", ".join(f"{title} {amount(o['value'], found)}" for title, o in others)
-        tiles.append((found.get("metric", name), amount(found["value"], found), beside))
+        beside = ", ".join(f"{title} {value_of(o, found)}" for title, o in others)
+        tiles.append((found.get("metric", name), value_of(found, found), beside))
     if "loss" in story.curves:
         points = story.curves["loss"]
         begun = f"{number(points[0, 1])} at the start"

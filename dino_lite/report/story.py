@@ -94,13 +94,13 @@ def _of_backbone(checkpoint: Path) -> Story:
     path = results_file(checkpoint)
     results = read_json(path) if path.is_file() else {}
     return Story(
-        title=str(card.get("run") or checkpoint.stem),
+        title=str(card.get("run") or checkpoint.name),
         folder=checkpoint if checkpoint.is_dir() else None,
         is_run=False,
         config=config,
         config_text=json.dumps(card, indent=2) if card else "",
         environment={},
-        results=results if checkpoint.is_dir() else results.get(checkpoint.stem, {}),
+        results=results,
         curves={},
         bad_files=[],
         about={
@@ -144,16 +144,27 @@ def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
 
 def results_of(results: Mapping[str, Any]) -> list[Result]:
     """Every evaluation in a results.json, those of the last checkpoint first."""
-    found = []
-    for group in ("last", "", *(key for key in results if key != "last")):
-        part = results if group == "" else results.get(group)
-        for name, value in part.items() if isinstance(part, dict) else ():
-            if isinstance(value, dict) and isinstance(value.get("value"), int | float):
-                found.append(Result(str(name), group, value))
+    groups = {"last": results.get("last"), "": results} | dict(results)
+    found = [
+        Result(str(name), group, value)
+        for group, part in groups.items()
+        if isinstance(part, dict) and not _is_result(part)
+        for name, value in part.items()
+        if _is_result(value)
+    ]
     known = {(result.name, "baselines" in result.found) for result in found}
     if "knn_trained" in results and ("knn", True) not in known:
         found.append(Result("knn", "last", _floors(results)))
     return found
+
+
+def _is_result(value: Any) -> bool:
+    """Whether it is what an evaluation gives back; a part of one has no metric."""
+    return (
+        isinstance(value, dict)
+        and "metric" in value
+        and isinstance(value.get("value"), int | float)
+    )
 
 
 def _floors(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dino_lite.eval.results import amount, interval, short
 from dino_lite.report.charts import number
 from dino_lite.report.markup import Markup, folded, join, table, tag
 from dino_lite.report.story import Result
@@ -65,7 +66,7 @@ def _lines(result: Result, several: bool) -> list[_Line]:
         _Line(
             title,
             _bar(entry, most),
-            [amount(entry["value"], found), _interval(entry), *([""] * 3 if place else told)],
+            [value_of(entry, found), _interval(entry, found), *([""] * 3 if place else told)],
             place == 0,
         )
         for place, (title, entry) in enumerate(entries)
@@ -80,15 +81,14 @@ def title_of(result: Result, several: bool) -> str:
     return f"{title} ({result.checkpoint})" if several and result.checkpoint else title
 
 
-def amount(value: float, found: Mapping[str, Any]) -> str:
-    """A value with the unit of its result, on one line."""
-    unit = str(found.get("unit", ""))
-    return f"{value:.2f}\u00a0%" if unit == "%" else f"{value:.4g} {unit}".rstrip()
+def value_of(entry: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The value of a result or a baseline of it in the result's unit, on one line."""
+    told = amount({"value": entry["value"], "unit": str(found.get("unit", ""))})
+    return told.replace(" ", "\u00a0")
 
 
-def _interval(entry: Mapping[str, Any]) -> str:
-    low_high = entry.get("interval")
-    return "" if not low_high else f"{low_high[0]:.4g} to {low_high[1]:.4g}"
+def _interval(entry: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    return interval({"interval": entry.get("interval"), "unit": found.get("unit", "")})
 
 
 def _bar(entry: Mapping[str, Any], most: float) -> Markup:
@@ -116,18 +116,12 @@ def _bar(entry: Mapping[str, Any], most: float) -> Markup:
 
 def _protocol(result: Result, several: bool) -> Markup:
     found = result.found
-    settings = ", ".join(f"{key} = {_short(v)}" for key, v in (found.get("settings") or {}).items())
+    settings = ", ".join(f"{key} = {short(v)}" for key, v in (found.get("settings") or {}).items())
     told = "; ".join(part for part in (str(found.get("protocol", "")), settings) if part)
     parts = [tag("h3", title_of(result, several)), tag("p", told, class_="note")]
     records = found.get("table")
     if isinstance(records, list) and records and all(isinstance(r, dict) for r in records):
         head = list(records[0])
-        rows = [[_short(record.get(key, "")) for key in head] for record in records]
+        rows = [[short(record.get(key, "")) for key in head] for record in records]
         parts.append(table([str(key) for key in head], rows))
     return join(*parts)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
-    return str(value)
