@@ -101,7 +101,8 @@ def test_accuracy_does_not_depend_on_the_block(
     near = bank.features[:40] + 0.01
     queries = bank if leave_one_out else Features(near, bank.labels[:40])
     at_once = knn_accuracy(queries, bank, [7, 50], 0.07, leave_one_out=leave_one_out)
-    monkeypatch.setattr(module, "_CELLS", 11_000)
+    monkeypatch.setattr(module, "_VOTES", 11_000)
+    monkeypatch.setattr(module, "_QUERIES", 30)
     monkeypatch.setattr(neighbors, "_CELLS", 3000)
     in_blocks = knn_accuracy(queries, bank, [7, 50], 0.07, leave_one_out=leave_one_out)
     assert in_blocks == at_once

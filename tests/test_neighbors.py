@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dino_lite.eval import neighbors
-from dino_lite.eval.neighbors import nearest, similarities, unit
+from dino_lite.eval.neighbors import Bank, nearest, unit
 
 
 def in_quarters(num: int, dim: int, seed: int) -> Tensor:
@@ -35,6 +35,7 @@ def sorted_all(similarity: Tensor, k: int, exclude: list[int] | None) -> list[li
     dim=st.integers(4, 9),
     k=st.integers(1, 20),
     cells=st.integers(1, 700),
+    num_rows=st.integers(1, 10),
     leave_one_out=st.booleans(),
     in_blocks=st.booleans(),
     seed=st.integers(0, 100),
@@ -45,6 +46,7 @@ def test_nearest_equals_sorting_everything(
     dim: int,
     k: int,
     cells: int,
+    num_rows: int,
     leave_one_out: bool,
     in_blocks: bool,
     seed: int,
@@ -59,6 +61,7 @@ def test_nearest_equals_sorting_everything(
     k = min(k, num_bank - leave_one_out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, "_CELLS", cells)
+        patch.setattr(neighbors, "_ROWS", num_rows)
         similarity, index = nearest(queries, bank, k, exclude)
     exact = queries @ bank.T
     assert index.tolist() == sorted_all(exact, k, None if exclude is None else exclude.tolist())
@@ -98,7 +101,7 @@ def test_similarities_cover_the_bank_once(monkeypatch: pytest.MonkeyPatch) -> No
     queries, bank = torch.randn(3, 5), torch.randn(10, 5)
     monkeypatch.setattr(neighbors, "_CELLS", 12)
     whole, parts = torch.full((3, 10), torch.nan), []
-    for rows, tile in similarities(queries, bank):
+    for rows, tile in Bank(bank, 3).similarities(queries):
         whole[:, rows] = tile
         parts.append(torch.arange(10)[rows].tolist())
     assert parts == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]

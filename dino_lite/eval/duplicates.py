@@ -22,7 +22,7 @@ from dino_lite.data.statistics import count_duplicates
 from dino_lite.distributed import rank
 from dino_lite.eval.features import device_of
 from dino_lite.eval.knn import check_finite
-from dino_lite.eval.neighbors import similarities
+from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import result
 from dino_lite.eval.store import FeatureStore
 
@@ -112,9 +112,9 @@ def similar_pairs(
     total = 0
     for top in range(0, len(rows), _QUERIES):
         asked = torch.arange(top, min(top + _QUERIES, len(rows)), device=device)
-        before = rows[: min(num_train, top + _QUERIES)]
-        for part, tile in similarities(rows[asked], before):
-            columns = torch.arange(len(before), device=device)[part]
+        before = Bank(rows[: min(num_train, top + _QUERIES)], len(asked))
+        for part, tile in before.similarities(rows[asked]):
+            columns = torch.arange(len(before.features), device=device)[part]
             tile.masked_fill_(columns >= asked[:, None], -torch.inf)
             second, first = (tile >= threshold - _ROUNDING).nonzero(as_tuple=True)
             found = (columns[first], asked[second], tile[second, first])

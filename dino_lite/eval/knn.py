@@ -16,12 +16,12 @@ from torch import Tensor
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.features import Features, device_of
 from dino_lite.eval.metrics import mean_per_class
-from dino_lite.eval.neighbors import nearest
+from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 
 _QUERIES = 1024  # at once: enough for a fast product with the bank
-_CELLS = 2**20  # votes held at once: 8 MB, whatever the number of classes
+_VOTES = 2**17  # held at once: 1 MB, whatever the number of classes
 _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
 
 
@@ -178,28 +178,25 @@ def knn_answers(
     `leave_one_out`: query i is row i of the bank, and not its own neighbor. Of classes with equal
     votes the lower number comes first, those without votes included, as in the reference (so where
     a small k leaves fewer than five classes with votes, top-5 also counts the lowest numbers of the
-    rest). Memory is bounded: queries go through in blocks, their votes in a block x classes table.
+    rest). Memory is bounded: queries go through in blocks, and their votes in smaller ones.
     """
     device = device or torch.device("cpu")
     every_label = torch.cat([bank.labels, queries.labels])
     labels, numbers = torch.unique(every_label, return_inverse=True)
     bank_classes, query_classes = numbers.split([len(bank.labels), len(queries.labels)])
-    rows_of_bank = bank.features.to(device)
-    block = max(1, min(_QUERIES, _CELLS // len(labels)))
+    whole = Bank(bank.features.to(device), min(_QUERIES, len(query_classes)))
     parts: dict[int, list[Answers]] = {k: [] for k in ks}
-    for start in range(0, len(query_classes), block):
-        rows = torch.arange(start, min(start + block, len(query_classes)))
-        similarity, index = nearest(
-            queries.features[rows].to(device),
-            rows_of_bank,
-            max(ks),
-            exclude=rows.to(device) if leave_one_out else None,
+    for rows in _blocks(len(query_classes), _QUERIES):
+        asked = torch.arange(rows.start, rows.stop, device=device)
+        similarity, index = whole.nearest(
+            queries.features[rows].to(device), max(ks), exclude=asked if leave_one_out else None
         )
-        neighbors = bank_classes[index.cpu()]
-        votes_of = knn_probs(similarity.cpu(), neighbors, ks, temperature, len(labels))
-        for k, votes in votes_of:
-            place = _place(votes, query_classes[rows])
-            parts[k].append(Answers(labels[votes.argmax(dim=1)], place))
+        similarity, neighbors = similarity.cpu(), bank_classes[index.cpu()]
+        for few in _blocks(len(asked), max(1, _VOTES // len(labels))):
+            own = query_classes[rows][few]
+            votes_of = knn_probs(similarity[few], neighbors[few], ks, temperature, len(labels))
+            for k, votes in votes_of:
+                parts[k].append(Answers(labels[votes.argmax(dim=1)], _place(votes, own)))
     return {k: Answers(*map(torch.cat, zip(*found, strict=True))) for k, found in parts.items()}
 
 
@@ -238,6 +235,11 @@ def check_finite(features: Features, what: str) -> None:
             f"{what} got features that are not finite: the network has diverged; evaluate an "
             "earlier checkpoint, or train anew with a lower optim.rate."
         )
+
+
+def _blocks(num: int, size: int) -> list[slice]:
+    """Of at most so many rows, one after the other."""
+    return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
 
 def _place(votes: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Int[Tensor, "n"]:

@@ -11,35 +11,68 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CELLS = 2**22  # similarities held at once: 16 MB, whatever the sizes of bank and queries
+_CELLS = 2**23  # similarities held at once: 32 MB, whatever the sizes of bank and queries
+_SHORTEST = 1e-12  # lengths below count as so much
 _ALIGNED = 16  # rows of similarities begin at multiples of it: else products take a third longer
+_ROWS = 256  # queries whose best are looked for at once: little beside the similarities
 _GROUP = 8  # columns whose largest value is looked at first
 
 
 def unit(features: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
     """Rows of length 1; a row of zeros stays one."""
-    return F.normalize(features, dim=1, eps=1e-12)
+    return F.normalize(features, dim=1, eps=_SHORTEST)
 
 
-def similarities(
-    queries: Float[Tensor, "n D"], bank: Float[Tensor, "N D"]
-) -> Iterator[tuple[slice, Float[Tensor, "n T"]]]:
-    """Which rows of the bank, and the cosines of all queries with them: part after part.
+class Bank:
+    """Features that at most `num_queries` others at once are held against, part after part.
 
-    Parts are spread over the bank, so that each is a sample of it where it is sorted by class. The
-    cosines of a part are overwritten by the next.
+    Parts are spread over the bank, so that each is a sample of it where it is sorted by class. Room
+    for one is taken once: large arrays that come and go leave holes as large.
     """
-    queries = unit(queries)
-    num_parts = min(len(bank), max(1, math.ceil(len(bank) * len(queries) / _CELLS)))
-    width = math.ceil(len(bank) / max(1, num_parts))
-    room = queries.new_empty(len(queries), math.ceil(width / _ALIGNED) * _ALIGNED)
-    for start in range(num_parts):
-        rows = slice(start, None, num_parts)
-        part = unit(bank[rows])
-        tile = room[:, : len(part)]
-        with _full_precision():
-            torch.mm(queries, part.T, out=tile)
-        yield rows, tile
+
+    def __init__(self, features: Float[Tensor, "N D"], num_queries: int) -> None:
+        self.features = features
+        wanted = math.ceil(len(features) * num_queries / _CELLS)
+        self.num_parts = min(len(features), max(1, wanted))
+        width = math.ceil(len(features) / max(1, self.num_parts))
+        self._rows = features.new_empty(width, features.shape[1])
+        self._tile = features.new_empty(num_queries, math.ceil(width / _ALIGNED) * _ALIGNED)
+
+    def similarities(
+        self, queries: Float[Tensor, "n D"]
+    ) -> Iterator[tuple[slice, Float[Tensor, "n T"]]]:
+        """Which rows of the bank, and the cosines of all queries with them, which the next ones
+        overwrite.
+        """
+        queries = unit(queries)
+        for start in range(self.num_parts):
+            part = slice(start, None, self.num_parts)
+            rows = self.features[part]
+            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(_SHORTEST)
+            rows = torch.div(rows, length, out=self._rows[: len(rows)])
+            tile = self._tile[: len(queries), : len(rows)]
+            with _full_precision():
+                torch.mm(queries, rows.T, out=tile)
+            yield part, tile
+
+    def nearest(
+        self, queries: Float[Tensor, "n D"], k: int, exclude: Int[Tensor, "n"] | None = None
+    ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Cosine and index of the k rows most similar to each query, most similar first.
+
+        Of equally similar rows the one with the lower index comes first, and is kept. `exclude`
+        names a row for each query to pass by.
+        """
+        blocks = range(0, len(queries), _ROWS)
+        best = [_Best(k) for _ in blocks]
+        for part, tile in self.similarities(queries):
+            if exclude is not None:
+                here = (exclude % part.step == part.start).nonzero()[:, 0]
+                tile[here, exclude[here] // part.step] = -torch.inf
+            for start, of_block in zip(blocks, best, strict=True):
+                of_block.look(tile[start : start + _ROWS], part)
+        found = [of_block.in_order() for of_block in best]
+        return torch.cat([values for values, _ in found]), torch.cat([index for _, index in found])
 
 
 def nearest(
@@ -48,29 +81,35 @@ def nearest(
     k: int,
     exclude: Int[Tensor, "n"] | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Cosine and index of the k rows of `bank` most similar to each query, most similar first.
+    """As `Bank.nearest`, of queries few enough to be asked at once."""
+    return Bank(bank, len(queries)).nearest(queries, k, exclude)
 
-    Of equally similar rows the one with the lower index comes first, and is kept. `exclude` names
-    a row for each query to pass by.
 
-    Of each part only what is not below the k-th best so far is kept, and the k best are chosen anew
-    when as much again has come together.
+class _Best:
+    """The k best of each query so far, and what may be among them: whatever was not below the k-th
+    best when it came. When as much again has come together, the k best are chosen anew.
     """
-    values = queries.new_empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    floor = None
-    for rows, tile in similarities(queries, bank):
-        if exclude is not None:
-            here = (exclude % rows.step == rows.start).nonzero()[:, 0]
-            tile[here, exclude[here] // rows.step] = -torch.inf
-        floor = _bound(tile, k) if floor is None else floor
-        found, columns = _not_below(tile, floor)
-        values = torch.cat([values, found], dim=1)
-        index = torch.cat([index, rows.start + rows.step * columns], dim=1)
-        if values.shape[1] >= 2 * k:
-            values, index = _best(values, index, k)
-            floor = values[:, -1:]
-    return _in_order(*_best(values, index, k))
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.floor: Tensor | None = None
+
+    def look(self, tile: Float[Tensor, "n T"], part: slice) -> None:
+        """At the similarities to one part of the bank."""
+        if self.floor is None:
+            self.floor = _bound(tile, self.k)
+            self.values = tile.new_empty(len(tile), 0)
+            self.index = torch.empty(len(tile), 0, dtype=torch.int64, device=tile.device)
+        values, columns = _not_below(tile, self.floor)
+        self.values = torch.cat([self.values, values], dim=1)
+        self.index = torch.cat([self.index, part.start + part.step * columns], dim=1)
+        if self.values.shape[1] >= 2 * self.k:
+            self.values, self.index = _largest(self.values, self.index, self.k)
+            self.floor = self.values[:, -1:]
+
+    def in_order(self) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """The k best, the best first, equals by index."""
+        return _in_order(*_largest(self.values, self.index, self.k))
 
 
 def _groups(tile: Float[Tensor, "n T"]) -> Float[Tensor, "n g G"]:
@@ -102,8 +141,8 @@ def _not_below(
     counts = row.bincount(minlength=len(tile))
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     most = int(counts.max()) if len(row) else 0
-    values = tile.new_full((len(tile), most), -torch.inf).index_put((row, place), value)
-    columns = row.new_zeros(len(tile), most).index_put((row, place), column)
+    values, columns = tile.new_full((len(tile), most), -torch.inf), row.new_zeros(len(tile), most)
+    values[row, place], columns[row, place] = value, column
     rest = torch.arange(_GROUP * num_groups, tile.shape[1], device=tile.device)
     return (
         torch.cat([values, tile[:, _GROUP * num_groups :]], dim=1),
@@ -111,7 +150,7 @@ def _not_below(
     )
 
 
-def _best(
+def _largest(
     values: Float[Tensor, "n m"], index: Int[Tensor, "n m"], k: int
 ) -> tuple[Float[Tensor, "n l"], Int[Tensor, "n l"]]:
     """The k largest, largest first, or all where there are no more; of equals those of the lower

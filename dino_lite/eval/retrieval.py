@@ -12,7 +12,7 @@ from torch import Tensor
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.features import Features, device_of
 from dino_lite.eval.knn import check_finite
-from dino_lite.eval.neighbors import similarities
+from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 
@@ -97,14 +97,15 @@ def rank_classes(
     `leave_one_out`: query i is row i of the bank and ranks all the others.
     """
     device = device or torch.device("cpu")
-    rows_of_bank, labels = bank.features.to(device), bank.labels.to(device)
-    block = max(1, _CELLS // max(1, len(labels)))
+    labels = bank.labels.to(device)
+    block = min(len(queries.labels), max(1, _CELLS // max(1, len(labels))))
+    whole = Bank(bank.features.to(device), block)
     parts = []
-    for start in range(0, len(queries.labels), block):
+    for start in range(0, len(queries.labels), max(1, block)):
         rows = torch.arange(start, min(start + block, len(queries.labels)))
         asked, wanted = queries.features[rows].to(device), queries.labels[rows].to(device)
         similarity = asked.new_empty(len(asked), len(labels))
-        for part, tile in similarities(asked, rows_of_bank):
+        for part, tile in whole.similarities(asked):
             similarity[:, part] = tile
         own = labels == wanted[:, None]  # n N
         if leave_one_out:  # last of all, and of no class
