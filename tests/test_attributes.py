@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
 
 from dino_lite.contracts import UserError
 from dino_lite.eval.attributes import MultiLabel, Regression
@@ -96,3 +97,36 @@ def test_what_cannot_be_learned_is_a_sentence(
     with pytest.raises(UserError, match=words) as caught:
         kind(name)(small_vit(), store_of(shades(12)))
     assert "targets" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(MultiLabel, "num_cs"), (Regression, "num_alphas")])
+def test_impossible_settings_are_refused_by_their_own_keys(kind: type, count: str) -> None:
+    """Not by those of the evaluation they are built on."""
+    with pytest.raises(UserError, match=rf"eval\.{kind.__name__.lower()}\.powers=.*{count}="):
+        kind(powers=[-1])
+
+
+def test_the_interval_of_r2_draws_its_variance_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are images drawn anew, each with its own variance: plain loops over scikit-learn's
+    R² give the same.
+    """
+    name, draw = table(tmp_path / "t.csv", 48, 12, "numbers"), np.random.default_rng(0)
+    times = draw.multinomial(12, np.full(12, 1 / 12), 1000)
+    asked: list[np.ndarray] = []
+    plain = RidgeCV.predict
+
+    def predict(self: RidgeCV, features: np.ndarray) -> np.ndarray:
+        asked.append(plain(self, features))
+        return asked[-1]
+
+    monkeypatch.setattr(RidgeCV, "predict", predict)
+    found = Regression(name)(small_vit(), store_of(shades(48), shades(12, seed=1)))
+    rows = [row.split(",")[1:] for row in Path(name).read_text().splitlines()[-12:]]
+    wanted = np.array(rows, dtype=float)
+    values = [
+        r2_score(np.repeat(wanted, each, axis=0), np.repeat(asked[-1], each, axis=0))
+        for each in times
+    ]
+    assert found["interval"] == pytest.approx(np.percentile(values, (2.5, 97.5)), rel=1e-4)

@@ -129,6 +129,10 @@ def test_what_cannot_be_learned_or_set_is_a_sentence() -> None:
         {"rate": 0.0},
         {"layer_decay": 1.5},
         {"mixup": -1.0},
+        {"scale": [0.9, 0.1]},
+        {"scale": [0.0, 1.0]},
+        {"warmup": "x"},
+        {"warmup": 2.0},
     ):
-        with pytest.raises(UserError, match=next(iter(wrong))):
+        with pytest.raises(UserError, match=rf"eval\.finetune.*{next(iter(wrong))}"):
             Finetune(**wrong)

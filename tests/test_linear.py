@@ -9,6 +9,8 @@ from typing import cast
 import pytest
 import torch
 
+from dino_lite.commands.evaluate import build_evaluations
+from dino_lite.config import compose
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
@@ -28,9 +30,12 @@ def test_classes_that_lie_apart_are_told_apart() -> None:
     assert found["interval"] == [100.0, 100.0]
     assert [record["head"] for record in found["heads"]] == list(range(8))
     assert found["reference_choice"]["chosen_on"] == "test"
-    assert found["num_train"] == 54
+    assert found["num_train"] == 60
     assert "best of 8 linear heads" in found["protocol"]
-    assert "judged on 6 images held out of train" in found["protocol"]
+    assert (
+        "judged on 6 images held out of train (a tenth of each class, at least one)"
+        in found["protocol"]
+    )
     assert "not augmented" in found["protocol"]
     assert len(found["table"]) == 4
 
@@ -48,6 +53,24 @@ def test_the_test_images_choose_nothing() -> None:
         assert found["chosen"]["test %"] == pytest.approx(found["value"])
         most = max(record["held out %"] for record in found["heads"])
         assert found["chosen"]["held out %"] == most
+
+
+def test_what_is_chosen_is_trained_anew_on_all_of_train() -> None:
+    """The heads' numbers on test are those of a grid that held nothing out."""
+    task = draw_task(60, 45, noise=2.0)
+    found, all_of_it = (Linear(choose=how, **QUICK).score(task) for how in ("held_out", "test"))
+    assert [h["test %"] for h in found["heads"]] == [h["test %"] for h in all_of_it["heads"]]
+    assert found["reference_choice"]["value"] == all_of_it["value"]
+    assert "then trained anew on all of train" in found["protocol"]
+
+
+def test_classes_of_one_image_are_told() -> None:
+    """They are learned, but choose nothing."""
+    task = draw_task(60, 30, noise=0.1)
+    labels = task.train.labels.clone()
+    labels[0] = 3
+    lone = task._replace(train=task.train._replace(labels=labels), num_classes=4)
+    assert "none of 1 classes with one image" in Linear(**QUICK).score(lone)["protocol"]
 
 
 def test_the_same_seed_gives_the_same_result() -> None:
@@ -126,6 +149,14 @@ def test_what_cannot_be_learned_is_a_sentence() -> None:
     task = draw_task(3, 3)
     with pytest.raises(UserError, match="two labeled"):
         Linear().score(task)
+
+
+def test_messages_name_the_evaluation_that_was_asked_for() -> None:
+    """As its YAML names itself; patches are no numbers."""
+    with pytest.raises(UserError, match=r"eval\.linear_dino\.rates"):
+        build_evaluations(compose("evaluate", ["eval=linear_dino", "eval.linear_dino.rates=[]"]))
+    with pytest.raises(UserError, match="true, false or both"):
+        Linear(patches=[])
 
 
 @pytest.mark.parametrize(

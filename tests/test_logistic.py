@@ -52,6 +52,13 @@ def test_without_a_test_split_a_fifth_of_train_is_the_test() -> None:
     assert (found["num_train"], found["num_test"]) == (48, 12)
 
 
+def test_nothing_to_choose_by_is_told_by_name() -> None:
+    """Classes of one image each."""
+    train = shades(3, labels=[0, 1, 2])
+    with pytest.raises(UserError, match="Logistic regression needs a class with two"):
+        Logistic()(small_vit(), store_of(train, shades(6, seed=1)))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"powers": [1]}, {"powers": [5, -6]}, {"num_cs": 0}, {"tol": 0.0}, {"max_iter": 0}]
 )

@@ -18,6 +18,7 @@ from sklearn.metrics import (
 from dino_lite.eval.metrics import (
     average_precision,
     explained,
+    last_equal,
     mean_average_precision,
     mean_per_class,
 )
@@ -59,10 +60,24 @@ def test_labels_that_no_image_has_are_left_out_of_the_mean() -> None:
 
 
 @given(st.integers(2, 30), st.integers(0, 100))
-def test_what_is_explained_has_r2_as_its_mean(num: int, seed: int) -> None:
+def test_what_is_explained_is_r2_of_each_sample(num: int, seed: int) -> None:
     """As scikit-learn has it, worse than nothing included."""
     draw = np.random.default_rng(seed)
     wanted, predicted = draw.normal(size=num), draw.normal(size=num)
-    found = explained(torch.from_numpy(predicted), torch.from_numpy(wanted))
-    assert float(found.mean()) == pytest.approx(r2_score(wanted, predicted))
-    assert explained(torch.ones(2), torch.ones(2)).isnan().all()
+    times = np.stack([np.ones(num), draw.multinomial(num, np.full(num, 1 / num))])
+    columns = (torch.from_numpy(each)[:, None] for each in (predicted, wanted))
+    found = explained(*columns, torch.from_numpy(times).double())[:, 0]
+    assert float(found[0]) == pytest.approx(r2_score(wanted, predicted))
+    rows = np.repeat(np.arange(num), times[1].astype(int))
+    if len(set(rows)) > 1:
+        assert float(found[1]) == pytest.approx(r2_score(wanted[rows], predicted[rows]))
+    else:
+        assert math.isnan(found[1])
+    same = torch.full((2, 1), 0.1)
+    assert explained(torch.ones(2, 1), same, torch.ones(1, 2).double()).isnan().all()
+
+
+def test_the_last_of_equals_is_found_row_by_row() -> None:
+    """None equal, all equal, some."""
+    rows = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 1.0, 1.0]])
+    assert last_equal(rows).tolist() == [[0, 1, 2, 3], [3, 3, 3, 3], [1, 1, 3, 3]]

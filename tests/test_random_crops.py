@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+import pytest
 import torch
 
+from dino_lite.data import random_crops as module
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from pooled import shades
 from test_features import HalfBroken, images
@@ -56,3 +61,11 @@ def test_images_that_cannot_be_read_are_told() -> None:
     assert batch.index.tolist() == [1]
     assert batch.bad == [(0, "truncated")]
     assert len(crops.__getitems__([(0, 3)]).images) == 0
+
+
+def test_spawned_workers_can_load_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes a batch can be pickled."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "DataLoader", lambda *_, **kwargs: made.append(kwargs) or [])
+    list(random_batches(RandomCrops(shades(4), 8, (0.5, 1.0), seed=0), 2, 1, seed=0))
+    assert pickle.loads(pickle.dumps(made[0]["collate_fn"])) is made[0]["collate_fn"]

@@ -18,19 +18,19 @@ from test_neighbors import in_quarters
 
 
 def loops(queries: Features, bank: Features, leave_one_out: bool) -> list[tuple[float, int]]:
-    """Average precision and the first hit's place, query by query, down the whole ranking."""
+    """Average precision and the first hit's place, query by query, equals all at once."""
     similarity = (queries.features @ bank.features.T).tolist()
     found = []
     for i, row in enumerate(similarity):
-        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
-        order = [j for j in order if not (leave_one_out and j == i)]
-        hits, precisions, first = 0, [], len(row)
-        for place, j in enumerate(order):
+        others = [j for j in range(len(row)) if not (leave_one_out and j == i)]
+        precisions, first = [], len(row)
+        for j in others:
             if bank.labels[j] == queries.labels[i]:
-                hits += 1
-                precisions.append(hits / (place + 1))
-                first = min(first, place)
-        precision = sum(precisions) / hits if hits else math.nan
+                before = [other for other in others if row[other] >= row[j]]
+                own = [other for other in before if bank.labels[other] == queries.labels[i]]
+                precisions.append(len(own) / len(before))
+                first = min(first, len(before) - 1)
+        precision = sum(precisions) / len(precisions) if precisions else math.nan
         found.append((precision, first))
     return found
 
@@ -77,6 +77,16 @@ def test_without_test_images_each_of_train_is_left_out_once() -> None:
     result = Retrieval().score(bank, None)
     assert result["value"] == 100.0
     assert "leave-one-out" in result["protocol"]
+
+
+def test_equal_features_are_no_better_than_chance() -> None:
+    """However the classes lie in the bank: a collapsed network finds what there is to find by
+    chance, and nothing among the first.
+    """
+    bank = Features(torch.ones(40, 3), torch.arange(8).repeat_interleave(5))
+    result = Retrieval().score(bank, None)
+    assert result["value"] == pytest.approx(100 * 4 / 39)
+    assert result["recall"] == {"1": 0.0, "5": 0.0, "10": 0.0}
 
 
 def test_unlabeled_rows_take_no_part() -> None:

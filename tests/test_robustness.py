@@ -97,6 +97,14 @@ def test_the_table_holds_every_corruption(name: str, with_test: bool) -> None:
     assert evaluation(backbone, store(train, test)) == found
 
 
+def test_the_k_that_was_used_is_told() -> None:
+    """A bank smaller than k is used whole."""
+    backbone = cast(Backbone, RawPixels(Normalize(), 8))
+    found = Robustness(k=20)(backbone, store(images(9), images(6)))
+    assert found["settings"]["k"] == 9
+    assert "k=9," in found["protocol"]
+
+
 @pytest.mark.parametrize("changes", [{"k": 0}, {"max_images": 0}, {"temperature": 0.0}])
 def test_impossible_settings_are_refused(changes: dict[str, Any]) -> None:
     """By their key."""

@@ -238,6 +238,19 @@ def test_the_interval_is_that_of_images_drawn_anew() -> None:
     assert alike[0] == pytest.approx(alike[1])
 
 
+def test_a_rare_class_stays_in_every_sample() -> None:
+    """One image of 30 has a class that is hardly found: samples without it do not lift the mean;
+    class 3 is predicted but nowhere true, and no class of it.
+    """
+    counts = torch.zeros(30, 4, 4, dtype=torch.int64)
+    counts[:, 0, 0], counts[:, 1, 1], counts[:, 0, 3] = 80, 80, 2
+    counts[0, 2] = torch.tensor([90, 0, 10, 0])
+    value = 100 * float(iou(counts.sum(dim=0).double())[:3].mean())
+    low, high = iou_interval(counts)
+    assert low <= value <= high
+    assert high - low < 4
+
+
 @pytest.mark.parametrize("name", ["raw pixels", "untrained"])
 def test_a_head_tells_dark_from_pale(scenes: Path, name: str) -> None:
     """Far better than one class everywhere, by any network, on images of several sizes; the result
@@ -262,6 +275,19 @@ def test_it_draws_what_it_predicts(scenes: Path, tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.height > 144 + 3 * 384 * 24 // 40
         assert image.width > 3 * 384
+
+
+def test_it_draws_from_the_head_it_trained(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the backbone it draws, another measured since or not."""
+    evaluation = segmentation(scenes)
+    own, other = (cast(Backbone, RawPixels(Normalize(), 8)) for _ in range(2))
+    for backbone in (own, other):
+        evaluation(backbone, store())
+    monkeypatch.setattr(evaluation, "fit", None)
+    evaluation.draw(own, store(), tmp_path / "segmentation.png")
+    assert evaluation._segmenters[own] is not evaluation._segmenters[other]
 
 
 def test_one_split_is_taken_apart(scenes: Path) -> None:

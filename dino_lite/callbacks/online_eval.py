@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Backbone, Source, UserError
-from dino_lite.data.clean import Batch, CleanData, CleanImages
+from dino_lite.data.clean import Batch, CleanData, CleanImages, as_read
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
@@ -153,7 +153,7 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
         CleanImages(source, data.size),
         batch_size=_BATCH_SIZE,
         num_workers=data.num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_read,
     )
     batches: list[Batch] = list(loader)
     images = (
@@ -163,7 +163,3 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
     )
     labels = torch.cat([batch.labels for batch in batches]).numpy()
     return ArraySource(images, labels, source.classes, "online evaluation")
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

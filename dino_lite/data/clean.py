@@ -117,7 +117,7 @@ class CleanData:
             CleanImages(source, self.size),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=_as_read,
+            collate_fn=as_read,
             pin_memory=pin,
         )
         for images, labels, index, bad in loader:
@@ -127,6 +127,6 @@ class CleanData:
                 yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
 
 
-def _as_read(batch: Any) -> Any:
+def as_read(batch: Any) -> Any:
     """Keep the DataLoader from stacking what `__getitems__` has put together."""
     return batch

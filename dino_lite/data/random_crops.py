@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
-from dino_lite.data.clean import Batch
+from dino_lite.data.clean import Batch, as_read
 from dino_lite.data.crops import MultiCrop, Photometric
 from dino_lite.data.resample import resized_crop
 from dino_lite.data.sources import prefetch, reason
@@ -69,7 +69,7 @@ def random_batches(
         crops,
         batch_sampler=keys,
         num_workers=num_workers,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_read,
         generator=generator,  # else it draws from the global one
     )
     yield from loader

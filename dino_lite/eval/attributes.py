@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.targets import Targets, read_targets
-from dino_lite.eval.features import Pooled
-from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE, check_finite, hold_out
+from dino_lite.eval.features import Pooled, check_finite
+from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE, hold_out
 from dino_lite.eval.logistic import Logistic, double, powers_of_ten
 from dino_lite.eval.metrics import explained, mean_average_precision
-from dino_lite.eval.results import result
+from dino_lite.eval.results import resampled, result
 from dino_lite.eval.store import FeatureStore
 
 
@@ -48,6 +48,7 @@ class MultiLabel:
         seed: int = 0,
     ) -> None:
         self.targets, self.seed = targets, seed
+        powers_of_ten("multilabel", powers, num_cs=num_cs)  # its own sentence, not Logistic's
         self.regression = Logistic(powers, num_cs)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
@@ -141,29 +142,38 @@ class Regression:
         num_alphas: int = 19,
     ) -> None:
         self.targets = targets
-        self.alphas = powers_of_ten("regression", powers, num_alphas)
+        self.alphas = powers_of_ten("regression", powers, num_alphas=num_alphas)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """R², averaged over the columns; each one's R² and mean absolute error in the table."""
+        """R², averaged over the columns; each one's R² and mean absolute error in the table.
+
+        Its interval is of test images drawn anew, errors and variance together; a column that is
+        the same for all of a sample keeps its R² of all images there.
+        """
         from sklearn.linear_model import RidgeCV
 
         parts = divide("regression", self.targets, backbone, store)
         fit = RidgeCV(self.alphas, alpha_per_target=True).fit(parts.train, parts.known.numpy())
         found = fit.predict(parts.test).reshape(len(parts.test), -1)
         predicted = torch.from_numpy(found)
-        part_of = [explained(predicted[:, i], parts.wanted[:, i]) for i in range(len(parts.titles))]
-        same = [t for t, part in zip(parts.titles, part_of, strict=True) if part.isnan().any()]
+        num = len(parts.test)
+        whole = explained(predicted, parts.wanted, torch.ones(1, num, dtype=torch.float64))[0]
+        same = [t for t, value in zip(parts.titles, whole.tolist(), strict=True) if value != value]
         if same:
             raise UserError(
                 f"eval.regression.targets={self.targets}: column {same[0]} is the same for all "
                 "images to test on, so nothing of it can be explained; leave it out."
             )
-        scores = torch.stack(part_of, dim=1)  # n L
+
+        def mean(times: Float[Tensor, "m n"]) -> Float[Tensor, "m"]:
+            found = explained(predicted, parts.wanted, times)
+            return torch.where(found.isnan(), whole, found).mean(dim=1)
+
         errors = (predicted - parts.wanted).abs().mean(dim=0)
         alphas = np.atleast_1d(fit.alpha_).tolist()
         return result(
             "regression R²",
-            float(scores.mean()),
+            float(whole.mean()),
             unit="",
             protocol=(
                 f"ridge regression on CLS features, the penalty of {len(self.alphas)} chosen by "
@@ -171,13 +181,13 @@ class Regression:
             ),
             settings={"columns": len(parts.titles)},
             num_train=len(parts.train),
-            num_test=len(parts.test),
-            scores=scores.mean(dim=1),
+            num_test=num,
+            interval=list(resampled(mean, num)),
             without_row=parts.num_without,
             table=[
                 {
                     "column": title,
-                    "R²": float(scores[:, i].mean()),
+                    "R²": float(whole[i]),
                     "mean absolute error": float(errors[i]),
                     "penalty": alphas[i],
                 }
@@ -215,7 +225,7 @@ def divide(name: str, table: str | None, backbone: Backbone, store: FeatureStore
             f"eval.{name}.targets={table} names {len(known) + len(wanted)} readable images: too "
             "few to learn from and to test on."
         )
-    check_finite(f"eval={name}", train, test)
+    check_finite(f"eval={name}", train.cls, train.patches, test.cls, test.patches)
     features = (double(part.features().features) for part in (train, test))
     images = f"{len(known):,} images of train, tested on {len(wanted):,} {where}"
     if num_without:

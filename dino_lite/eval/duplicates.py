@@ -20,8 +20,7 @@ from dino_lite.data.duplicates import linked_groups
 from dino_lite.data.sources import reason
 from dino_lite.data.statistics import count_duplicates
 from dino_lite.distributed import rank
-from dino_lite.eval.features import device_of
-from dino_lite.eval.knn import check_finite
+from dino_lite.eval.features import check_finite, device_of
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import result
 from dino_lite.eval.store import FeatureStore
@@ -66,7 +65,7 @@ class Duplicates:
         sources = [train] if test is None else [train, test]
         parts = [store.pooled(backbone, source).features() for source in sources]
         for part in parts:
-            check_finite(part, "The search for duplicates")
+            check_finite("The search for duplicates", part.features)
         rows, num_train = torch.cat([part.features for part in parts]), len(parts[0].labels)
         pairs = similar_pairs(rows, num_train, self.threshold, device_of(backbone))
         images = [

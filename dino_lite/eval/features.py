@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -139,3 +140,13 @@ def _first_tensor(backbone: Backbone) -> Tensor:
 
 
 _NOTHING = "The evaluation found no image it could read; check data.root."
+
+
+def check_finite(what: str, *features: Tensor) -> None:
+    """Refuse what a network that has diverged puts out; `what` is said of in the message."""
+    for each in features:
+        if each.numel() and not all(map(math.isfinite, torch.aminmax(each))):
+            raise UserError(
+                f"{what} got features that are not finite: the network has diverged; evaluate an "
+                "earlier checkpoint, or train anew with a lower optim.rate."
+            )

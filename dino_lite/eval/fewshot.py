@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.eval.features import Features, device_of
-from dino_lite.eval.knn import check_finite, knn_answers
+from dino_lite.eval.features import Features, check_finite, device_of
+from dino_lite.eval.knn import check_temperature, knn_answers
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 
@@ -50,8 +49,7 @@ class FewShot:
             raise UserError(
                 f"eval.fewshot: num_tries={num_tries} and k={k} must both be 1 or more."
             )
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"eval.fewshot.temperature={temperature}: it must be greater than 0.")
+        check_temperature("fewshot", temperature)
         self.nums, self.num_tries = sorted(set(nums)), num_tries
         self.k, self.temperature = k, temperature
 
@@ -72,7 +70,7 @@ class FewShot:
             raise UserError("Few-shot k-NN found no labeled test image; see data.labels.")
         for part in (train, test):
             if part is not None:
-                check_finite(part, "Few-shot k-NN")
+                check_finite("Few-shot k-NN", part.features)
         found = {num: self._tries(train, test, num, device) for num in self.nums}
         most = found[self.nums[-1]]
         whom = "the training images left over" if test is None else f"test ({len(test.labels)})"
@@ -81,7 +79,8 @@ class FewShot:
             float(most.top1.mean()),
             protocol=(
                 f"weighted k-NN, cosine, T={self.temperature:g}, CLS features, bank = n images a "
-                f"class of train, drawn {self.num_tries} times, queries = {whom}"
+                f"class of train, drawn {self.num_tries} times, queries = {whom}; the "
+                "interval is of the images asked, not of the draws, whose deviation is ± std"
             ),
             settings={"n": self.nums[-1], "tries": self.num_tries, "k": most.k},
             num_train=most.num_train,

@@ -22,12 +22,12 @@ from dino_lite.data.random_crops import RandomCrops, random_batches
 from dino_lite.data.subset import Subset
 from dino_lite.distributed import rank
 from dino_lite.eval.features import device_of
-from dino_lite.eval.holdout import TEST_SHARE, hold_out
+from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes, hold_out
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore, demand_labels
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.optim.schedules import Cosine, scale_rate
+from dino_lite.optim.schedules import Cosine, check_span, scale_rate
 
 
 class Labeled(NamedTuple):
@@ -71,6 +71,12 @@ class Finetune:
                 f"eval.finetune: mixup={mixup}, cutmix={cutmix} and weight_decay={weight_decay}: "
                 "none may be below 0."
             )
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(
+                f"eval.finetune.scale={list(scale)}: give two shares of an image's area, the "
+                "smaller first, above 0 and at most 1."
+            )
+        check_span(warmup, "eval.finetune.warmup")
         self.num_epochs, self.batch_size, self.rate = num_epochs, batch_size, rate
         self.layer_decay, self.weight_decay = layer_decay, weight_decay
         self.warmup, self.scale = warmup, list(scale)
@@ -147,14 +153,11 @@ def find_labeled(store: FeatureStore) -> Labeled:
     if test is None or test.labels is None:
         kept, held = hold_out(_labels(train), TEST_SHARE, seed=0)
         train, test = Subset(train, kept.numpy()), Subset(train, held.numpy())
-        where = "held out of train (no test split has labels)"
+        where = OUT_OF_TRAIN
     test = _known(test)
-    if len(torch.unique(_labels(train))) < 2 or not len(test):
-        raise UserError(
-            "Fine-tuning needs labeled training images of at least 2 classes and a labeled image "
-            "to test on; see data.labels."
-        )
-    return Labeled(train, test, torch.unique(torch.cat([_labels(train), _labels(test)])), where)
+    known = _labels(train), _labels(test)
+    check_classes("Fine-tuning", *known)
+    return Labeled(train, test, torch.unique(torch.cat(known)), where)
 
 
 def layer_groups(network: Any, head: nn.Module, layer_decay: float) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.eval.features import Pooled
+from dino_lite.eval.features import Pooled, check_finite
 from dino_lite.eval.store import FeatureStore
 
 TEST_SHARE = 0.2  # of train, where there is no labeled test split
 CHOICE_SHARE = 0.1  # of what is trained on, to choose hyper-parameters (DINOv2, for its logistic)
+
+OUT_OF_TRAIN = "held out of train (no test split has labels)"  # where such a test is from
 
 
 class Task(NamedTuple):
@@ -35,20 +37,25 @@ def classification(backbone: Backbone, store: FeatureStore, what: str, num_block
     if test is None:
         kept, held = hold_out(train.labels, TEST_SHARE, seed=0)
         train, test = train.rows(kept), train.rows(held)
-        source = "held out of train (no test split has labels)"
+        source = OUT_OF_TRAIN
     else:
         test = test.rows(test.labels >= 0)
         source = "of test"
-    if len(torch.unique(train.labels)) < 2 or not len(test.labels):
-        raise UserError(
-            f"{what} needs labeled training images of at least 2 classes and a labeled image to "
-            "test on; see data.labels."
-        )
-    check_finite(what, train, test)
+    check_classes(what, train.labels, test.labels)
+    check_finite(what, train.cls, train.patches, test.cls, test.patches)
     classes, numbers = torch.unique(torch.cat([train.labels, test.labels]), return_inverse=True)
     own, asked = numbers.split([len(train.labels), len(test.labels)])
     images = f"{len(own):,} images of train, tested on {len(asked):,} {source}"
     return Task(train._replace(labels=own), test._replace(labels=asked), len(classes), images)
+
+
+def check_classes(what: str, train: Int[Tensor, "N"], test: Int[Tensor, "n"]) -> None:
+    """Refuse labels of which nothing can be learned or tested."""
+    if len(torch.unique(train)) < 2 or not len(test):
+        raise UserError(
+            f"{what} needs labeled training images of at least 2 classes and a labeled image to "
+            "test on; see data.labels."
+        )
 
 
 def hold_out(
@@ -81,13 +88,3 @@ def chooser(
             "settings by; see data.labels."
         )
     return kept, held
-
-
-def check_finite(what: str, *parts: Pooled) -> None:
-    """Refuse what a network that has diverged puts out."""
-    for part in parts:
-        if not bool(torch.isfinite(part.cls).all() and torch.isfinite(part.patches).all()):
-            raise UserError(
-                f"{what} got features that are not finite: the network has diverged; evaluate an "
-                "earlier checkpoint, or train anew with a lower optim.rate."
-            )

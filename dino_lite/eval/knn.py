@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.eval.features import Features, device_of
+from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
@@ -59,8 +59,7 @@ class KNN:
     def __init__(self, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> None:
         if not ks or min(ks) < 1:
             raise UserError(f"eval.knn.ks={list(ks)}: give at least one number, each 1 or more.")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"eval.knn.temperature={temperature}: it must be greater than 0.")
+        check_temperature("knn", temperature)
         self.ks, self.temperature = list(ks), temperature
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class KNN:
         if len(asked_of.labels) == 0:
             raise UserError("k-NN found no labeled test image; see data.labels.")
         for part in (bank, asked_of):
-            check_finite(part, "k-NN")
+            check_finite("k-NN", part.features)
         limit = len(bank.labels) - (queries is None)
         used = {k: min(k, limit) for k in self.ks}
         answers = knn_answers(
@@ -228,13 +227,10 @@ def knn_votes(
     return votes.scatter_add_(1, classes, weight)
 
 
-def check_finite(features: Features, what: str) -> None:
-    """Refuse what a diverged network gives; `what` is said of in the message."""
-    if len(features.labels) and not all(map(math.isfinite, torch.aminmax(features.features))):
-        raise UserError(
-            f"{what} got features that are not finite: the network has diverged; evaluate an "
-            "earlier checkpoint, or train anew with a lower optim.rate."
-        )
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuse one that is not above 0; `name` is the evaluation's."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise UserError(f"eval.{name}.temperature={temperature}: it must be greater than 0.")
 
 
 def _blocks(num: int, size: int) -> list[slice]:

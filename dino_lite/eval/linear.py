@@ -7,7 +7,8 @@ appendix F.2), on features of images that are not augmented.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.eval.features import device_of
+from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.heads import Head, LinearHeads, make_grid, train
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
@@ -28,7 +29,8 @@ _AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # where that would be too few to learn 
 
 
 class Linear:
-    """The evaluation: the head that a held-out part of train likes best, on test.
+    """The evaluation: the head that a held-out part of train likes best, trained anew on all of
+    train, on test.
 
     With `choose="test"` nothing is held out, and the best on test is reported: the references'
     number, which flatters. `cosine` names what the rates move with; after each epoch of one that
@@ -47,18 +49,21 @@ class Linear:
         cosine: str = "step",
         choose: str = "held_out",
         seed: int = 0,
+        name: str = "linear",  # under conf/eval, for its messages
     ) -> None:
-        for name, values in (("blocks", blocks), ("patches", patches), ("rates", rates)):
-            if not values or (name != "patches" and min(values) <= 0):
-                raise UserError(f"eval.linear.{name}={list(values)}: give numbers above 0.")
-        for name, value in (
+        for key, values in (("blocks", blocks), ("rates", rates)):
+            if not values or min(values) <= 0:
+                raise UserError(f"eval.{name}.{key}={list(values)}: give numbers above 0.")
+        if not patches:
+            raise UserError(f"eval.{name}.patches=[]: give true, false or both.")
+        for key, value in (
             *(("batch_size", batch_size), ("num_steps", num_steps), ("num_epochs", num_epochs)),
         ):
             if value not in ("auto", None) and not (isinstance(value, int) and value > 0):
-                raise UserError(f"eval.linear.{name}={value}: give a whole number above 0.")
+                raise UserError(f"eval.{name}.{key}={value}: give a whole number above 0.")
         if cosine not in ("step", "epoch") or choose not in ("held_out", "test"):
             raise UserError(
-                f"eval.linear.cosine={cosine} and choose={choose}: choose step or epoch, and "
+                f"eval.{name}.cosine={cosine} and choose={choose}: choose step or epoch, and "
                 "held_out or test."
             )
         self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
@@ -75,42 +80,39 @@ class Linear:
 
     def score(self, task: Task, device: torch.device | None = None) -> dict[str, Any]:
         """As calling it, from features."""
-        fit, held = task.train, None
+        device, held, judged = device or torch.device("cpu"), None, None
         if self.choose == "held_out":
-            kept, rest = chooser("The linear probe", fit.labels, self.seed + 1)
-            fit, held = fit.rows(kept), fit.rows(rest)
-        batch_size, num_steps = self.length(len(fit.labels))
-        blocks = sorted({min(num, fit.cls.shape[1]) for num in self.blocks})
-        grid = make_grid(blocks, self.patches, self.rates, batch_size)
-        cpu = torch.device("cpu")
-        heads = LinearHeads(grid, fit, task.num_classes, device or cpu, self.seed)
+            kept, rest = chooser("The linear probe", task.train.labels, self.seed + 1)
+            held = task.train.rows(rest)
+            judges = self._train(task.train.rows(kept), task.num_classes, device)
+            chosen, judged = _choose(*judges.measure(held))
         looks: list[Tensor] = []  # at the test: which images each head gets right, "n H"
 
-        def look() -> None:
+        def look(heads: LinearHeads) -> None:
             looks.append(heads.measure(task.test)[0])
 
         each_epoch = self.cosine == "epoch" and held is None
-        every = look if each_epoch else None
-        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every)
+        heads = self._train(task.train, task.num_classes, device, look if each_epoch else None)
         if not looks:
-            look()
+            look(heads)
         epoch, favorite = _best(looks)
-        chosen, judged, right = favorite, None, looks[epoch][:, favorite]
-        if held is not None:
-            chosen, judged = _choose(*heads.measure(held))
+        if held is None:
+            chosen, right = favorite, looks[epoch][:, favorite]
+        else:
             right = looks[-1][:, chosen]
+        grid, (batch_size, num_steps) = heads.grid, self.length(len(task.train.labels))
         records, head = _records(grid, _accuracy(looks[-1]), judged), grid[chosen]
         return result(
             "linear top-1",
             float(percent(right).mean()),
-            protocol=self._protocol(task, len(grid), 0 if held is None else len(held.labels)),
+            protocol=self._protocol(task, len(grid), held),
             settings={
                 "features": _name(head),
                 "rate": head.base_rate,
                 "batch": batch_size,
                 "steps": num_steps,
             },
-            num_train=len(fit.labels),
+            num_train=len(task.train.labels),
             num_test=len(task.test.labels),
             scores=percent(right),
             mean_per_class=mean_per_class(right, task.test.labels),
@@ -125,6 +127,22 @@ class Linear:
             table=_best_of_each(records, "test %" if held is None else "held out %"),
         )
 
+    def _train(
+        self,
+        fit: Pooled,
+        num_classes: int,
+        device: torch.device,
+        look: Callable[[LinearHeads], None] | None = None,
+    ) -> LinearHeads:
+        """The whole grid, trained on `fit`; `look` after each epoch."""
+        batch_size, num_steps = self.length(len(fit.labels))
+        blocks = sorted({min(num, fit.cls.shape[1]) for num in self.blocks})
+        grid = make_grid(blocks, self.patches, self.rates, batch_size)
+        heads = LinearHeads(grid, fit, num_classes, device, self.seed)
+        every = None if look is None else partial(look, heads)
+        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every)
+        return heads
+
     def length(self, num_images: int) -> tuple[int, int]:
         """Images a step and steps for so many to train on, as the YAML explains."""
         quarter = 2 ** int(math.log2(max(1.0, num_images / 4)))
@@ -137,10 +155,17 @@ class Linear:
             return batch, self.num_epochs * epoch
         return batch, min(PUBLISHED_STEPS, max(_FEWEST_STEPS, _AUTO_EPOCHS * epoch))
 
-    def _protocol(self, task: Task, num_heads: int, num_held: int) -> str:
+    def _protocol(self, task: Task, num_heads: int, held: Pooled | None) -> str:
         what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
-        epochs = ", the best of its epochs," if self.cosine == "epoch" and not num_held else ""
-        judge = f"{num_held:,} images held out of train" if num_held else "the test images"
+        epochs = ", the best of its epochs," if self.cosine == "epoch" and held is None else ""
+        judge = "the test images"
+        if held is not None:
+            lone = len(torch.unique(task.train.labels)) - len(torch.unique(held.labels))
+            none = f", none of {lone:,} classes with one image" if lone else ""
+            judge = (
+                f"{len(held.labels):,} images held out of train (a tenth of each class, at least "
+                f"one{none}), then trained anew on all of train"
+            )
         return (
             f"{what} on frozen features{epochs} as judged on {judge}; SGD, {task.images}; not "
             "augmented (the references train on random crops)"

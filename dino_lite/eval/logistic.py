@@ -34,7 +34,7 @@ class Logistic:
         max_iter: int = 300,
         seed: int = 0,
     ) -> None:
-        self.cs = powers_of_ten("logistic", powers, num_cs)
+        self.cs = powers_of_ten("logistic", powers, num_cs=num_cs)
         self.tol, self.max_iter, self.seed = tol, max_iter, seed
         if not (tol > 0 and max_iter > 0):
             raise UserError(
@@ -45,7 +45,9 @@ class Logistic:
         """Accuracy on test, of the fit to all of train with the C that a tenth of it chose."""
         task = classification(backbone, store, "Logistic regression")
         features, labels = double(task.train.features().features), task.train.labels.numpy()
-        kept, held = (rows.numpy() for rows in chooser("It", task.train.labels, self.seed))
+        kept, held = (
+            rows.numpy() for rows in chooser("Logistic regression", task.train.labels, self.seed)
+        )
         judged: dict[float, float] = {}
         for c, fit in self.path(features[kept], labels[kept], self.cs):
             judged[c] = 100 * float((fit.predict(features[held]) == labels[held]).mean())
@@ -90,11 +92,14 @@ class Logistic:
             yield c, fit
 
 
-def powers_of_ten(name: str, powers: Sequence[float], num: int) -> list[float]:
-    """`num` numbers from 10^powers[0] to 10^powers[1], each the same times the one before."""
+def powers_of_ten(name: str, powers: Sequence[float], **count: int) -> list[float]:
+    """Numbers from 10^powers[0] to 10^powers[1], each the same times the one before: as many as the
+    one further key of the evaluation `name` says.
+    """
+    ((key, num),) = count.items()
     if len(powers) != 2 or powers[0] > powers[1] or num < 1:
         raise UserError(
-            f"eval.{name}.powers={list(powers)}, num_cs={num}: give two rising powers of ten, and "
+            f"eval.{name}.powers={list(powers)}, {key}={num}: give two rising powers of ten, and "
             "how many numbers from one to the other, 1 or more."
         )
     return [float(value) for value in np.logspace(powers[0], powers[1], num)]

@@ -22,12 +22,16 @@ def average_precision(scores: Float[Tensor, "n"], truth: Bool[Tensor, "n"]) -> f
     score come in together. NaN where nothing is true.
     """
     scores, order = scores.double().sort(descending=True, stable=True)
-    hits = truth[order].double().cumsum(0)
-    last = torch.ones(len(scores), dtype=torch.bool)
-    last[:-1] = scores[1:] != scores[:-1]  # of those that are equal
-    hits, taken = hits[last], torch.arange(1, len(scores) + 1)[last]
-    gained = torch.diff(hits, prepend=hits.new_zeros(1))
-    return float((gained * hits / taken).sum() / truth.sum())
+    found = truth[order].double()
+    last = last_equal(scores)
+    return float((found * found.cumsum(0)[last] / (last + 1)).sum() / truth.sum())
+
+
+def last_equal(scores: Float[Tensor, "*n N"]) -> Int[Tensor, "*n N"]:
+    """The place of the last of each score's equals, of rows that are sorted."""
+    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape).clone()
+    places[..., :-1].masked_fill_(scores[..., 1:] == scores[..., :-1], scores.shape[-1])
+    return places.flip(-1).cummin(-1).values.flip(-1)
 
 
 def mean_average_precision(
@@ -41,11 +45,14 @@ def mean_average_precision(
     return (sum(known) / len(known) if known else float("nan")), each
 
 
-def explained(predicted: Float[Tensor, "n"], wanted: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Each image's part of R², which is the mean: 1 - squared error / variance of what is wanted.
-
-    NaN where that is the same for all images.
+def explained(
+    predicted: Float[Tensor, "n L"], wanted: Float[Tensor, "n L"], times: Float[Tensor, "m n"]
+) -> Float[Tensor, "m L"]:
+    """R² of each column, 1 - squared error / variance of what is wanted, in m samples that hold
+    each image so many times; NaN where what is wanted is the same for a whole sample.
     """
-    wanted = wanted.double()
-    errors = (predicted.double() - wanted).square()
-    return 1 - errors / (wanted - wanted.mean()).square().mean()
+    errors = times @ (predicted.double() - wanted.double()).square()
+    away = wanted.double() - wanted.double().median(dim=0).values  # small numbers cancel less
+    squares = times @ away.square()
+    spread = squares - (times @ away).square() / times.sum(dim=1, keepdim=True)
+    return 1 - errors / spread.where(spread > 1e-12 * squares, torch.nan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _RESAMPLES = 1000
 _CELLS = 2**24  # draws held at once
+_BLOCK = 50  # samples counted at once
 
 
 def result(
@@ -59,6 +60,21 @@ def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:
         for done in range(0, _RESAMPLES, block)
     ]
     low, high = np.percentile([mean for part in means for mean in part], (2.5, 97.5))
+    return float(low), float(high)
+
+
+def resampled(
+    statistic: Callable[[Float[Tensor, "m n"]], Float[Tensor, "m"]], num: int, seed: int = 0
+) -> tuple[float, float]:
+    """As `bootstrap`, of a number that is no mean of scores: `statistic` makes it of how often each
+    of `num` images is in a sample, for m samples at once.
+    """
+    generator, shares = np.random.default_rng(seed), np.full(num, 1 / num)
+    found = [
+        statistic(torch.from_numpy(generator.multinomial(num, shares, _BLOCK)).double())
+        for _ in range(0, _RESAMPLES, _BLOCK)
+    ]
+    low, high = np.percentile(torch.cat(found).numpy(), (2.5, 97.5))
     return float(low), float(high)
 
 

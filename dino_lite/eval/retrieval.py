@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.eval.features import Features, device_of
-from dino_lite.eval.knn import check_finite
+from dino_lite.eval.features import Features, check_finite, device_of
+from dino_lite.eval.metrics import last_equal
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
@@ -55,7 +55,7 @@ class Retrieval:
         bank = bank.labeled()
         asked = bank if queries is None else queries.labeled()
         for part in (bank, asked):
-            check_finite(part, "Retrieval")
+            check_finite("Retrieval", part.features)
         ranking = rank_classes(asked, bank, leave_one_out=queries is None, device=device)
         found = ~ranking.precision.isnan()
         if not bool(found.any()):
@@ -75,7 +75,10 @@ class Retrieval:
         return result(
             "retrieval mAP",
             float(scores.mean()),
-            protocol=f"same class, cosine, whole ranking, CLS features, {images}{left_out}",
+            protocol=(
+                f"same class, cosine, whole ranking, equals together, CLS features, "
+                f"{images}{left_out}"
+            ),
             settings={},
             num_train=len(bank.labels),
             num_test=len(scores),
@@ -92,7 +95,8 @@ def rank_classes(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> Ranking:
-    """Rank the bank for each query: most similar first, equals in the order of the bank.
+    """Rank the bank for each query: most similar first; equals come in together, at the place
+    of the last of them, so that the order of the bank is worth nothing.
 
     `leave_one_out`: query i is row i of the bank and ranks all the others.
     """
@@ -112,16 +116,19 @@ def rank_classes(
             place = rows.to(device)[:, None]
             similarity.scatter_(1, place, -torch.inf)
             own.scatter_(1, place, False)
-        order = similarity.sort(dim=1, descending=True, stable=True).indices
-        parts.append(_ranking(own.gather(1, order)))
+        ranked, order = similarity.sort(dim=1, descending=True)
+        parts.append(_ranking(own.gather(1, order), last_equal(ranked)))
     empty = Ranking(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
     return Ranking(*map(torch.cat, zip(empty, *parts, strict=True)))
 
 
-def _ranking(own: Bool[Tensor, "n N"]) -> Ranking:
-    """Of who is of the query's class, in the order found."""
+def _ranking(own: Bool[Tensor, "n N"], last: Int[Tensor, "n N"]) -> Ranking:
+    """Of who is of the query's class, in the order found, and where the last of its equals is."""
     hits = own.cumsum(dim=1, dtype=torch.int32)
     row, place = own.nonzero(as_tuple=True)
-    precision = hits[row, place].cpu().double() / (place.cpu() + 1)
+    end = last[row, place]
+    precision = hits[row, end].cpu().double() / (end.cpu() + 1)
     total = torch.zeros(len(own), dtype=torch.float64).index_add_(0, row.cpu(), precision)
-    return Ranking(total / hits[:, -1].cpu(), (hits == 0).sum(dim=1).cpu())
+    first = torch.full((len(own),), own.shape[1])
+    first.scatter_reduce_(0, row.cpu(), end.cpu(), "amin")
+    return Ranking(total / hits[:, -1].cpu(), first)

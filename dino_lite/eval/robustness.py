@@ -20,7 +20,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.draws import uniforms
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
-from dino_lite.eval.knn import knn_predict
+from dino_lite.eval.knn import check_temperature, knn_predict
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 
@@ -84,14 +84,13 @@ class Robustness:
             raise UserError(
                 f"eval.robustness: k={k} and max_images={max_images} must be 1 or more."
             )
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"eval.robustness.temperature={temperature}: give more than 0.")
+        check_temperature("robustness", temperature)
         self.k, self.temperature, self.max_images = k, temperature, max_images
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """The mean accuracy under corruption, `clean`, `drop`, and a row for each corruption."""
         bank, source, rows, whence = self._parts(backbone, store)
-        data = store.data
+        data, k = store.data, min(self.k, len(bank.labels))
 
         def hits(corruption: Corruption | None = None, strength: float = 0.0) -> Tensor:
             found = corrupted(backbone, data, source, rows, corruption, strength)
@@ -99,7 +98,6 @@ class Robustness:
             if not len(found.labels):
                 raise UserError("robustness found no labeled test image; see data.labels.")
             device = device_of(backbone)
-            k = min(self.k, len(bank.labels))
             told = knn_predict(found, bank, k, self.temperature, device=device)
             return percent(told == found.labels)
 
@@ -117,11 +115,11 @@ class Robustness:
             "k-NN top-1 under corruption",
             float(mean.mean()),
             protocol=(
-                f"weighted k-NN, k={self.k}, T={self.temperature:g}, bank = train, clean "
+                f"weighted k-NN, k={k}, T={self.temperature:g}, bank = train, clean "
                 f"({len(bank.labels)} images), queries = {whence} ({len(clean)} images), "
                 "corrupted; mean over 4 corruptions in 3 severities"
             ),
-            settings={"k": self.k, "temperature": self.temperature},
+            settings={"k": k, "temperature": self.temperature},
             num_train=len(bank.labels),
             num_test=len(clean),
             scores=mean,

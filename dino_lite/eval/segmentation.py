@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,16 +18,15 @@ from dino_lite.data.masks import MaskedImages, open_masks
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import expand
 from dino_lite.data.subset import spread
-from dino_lite.eval.features import device_of, frozen
+from dino_lite.eval.features import check_finite, device_of, frozen
 from dino_lite.eval.pictures_patches import segmentation_picture
-from dino_lite.eval.results import result
+from dino_lite.eval.results import resampled, result
 from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
 from dino_lite.eval.store import FeatureStore
 
 _HELD_OUT = 5  # every fifth image
 _MOST_CLASSES = 256
 _NUM_DRAWN = 4
-_RESAMPLES, _BLOCK = 1000, 50  # of the interval; how many are counted at once
 
 
 class Scenes(NamedTuple):
@@ -73,11 +73,13 @@ class Segmentation:
         self.ignore = [ignore] if isinstance(ignore, int) else list(ignore)
         self.num_pixels, self.rates, self.seed = num_pixels, list(rates), seed
         self.num_steps, self.batch_size, self.weight_decay = num_steps, batch_size, weight_decay
+        self._segmenters = WeakKeyDictionary[Backbone, Segmenter]()  # to draw from
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """Mean IoU over the classes of the test masks, pixel accuracy, and IoU by class."""
         scenes, normalize = self.open(backbone.in_chans), store.data.normalize
         segmenter, rate = self.fit(backbone, normalize, scenes)
+        self._segmenters[backbone] = segmenter
         confusions = self.confusions(backbone, normalize, segmenter, scenes)
         total = confusions.sum(dim=0).double()
         ious = 100 * iou(total)
@@ -85,7 +87,7 @@ class Segmentation:
         return result(
             "mIoU",
             float(ious[present].mean()),
-            protocol=self._protocol(scenes),
+            protocol=self._protocol(len(present)),
             settings={"rate": rate, "steps": self.num_steps},
             num_train=len(scenes.train),
             num_test=len(scenes.test),
@@ -127,11 +129,7 @@ class Segmentation:
         pixels = draw_pixels(
             backbone, scenes.train, numbers, normalize, num_pixels, self.shorter, self.seed
         )
-        if not bool(torch.isfinite(pixels.features).all()):
-            raise UserError(
-                "segmentation got features that are not finite: the network has diverged; evaluate "
-                "an earlier checkpoint, or train anew with a lower optim.rate."
-            )
+        check_finite("segmentation", pixels.features)
         held = pixels.image % _HELD_OUT == min(_HELD_OUT, len(scenes.train)) - 1
         rate = self.rates[0]
         if len(self.rates) > 1:
@@ -157,9 +155,13 @@ class Segmentation:
         return torch.stack(found)
 
     def draw(self, backbone: Backbone, store: FeatureStore, path: Path) -> None:
-        """A few test images with their masks and what a head, trained for it, makes of them."""
+        """A few test images with their masks and what the head makes of them: the head that was
+        trained for this backbone when it was called, else one trained here.
+        """
         scenes, normalize = self.open(backbone.in_chans), store.data.normalize
-        segmenter, _ = self.fit(backbone, normalize, scenes)
+        segmenter = self._segmenters.get(backbone)
+        if segmenter is None:
+            segmenter, _ = self.fit(backbone, normalize, scenes)
         some = scenes.test.part(spread(len(scenes.test), _NUM_DRAWN).tolist())
         images, truths, predictions = [], [], []
         with frozen(backbone):
@@ -182,13 +184,13 @@ class Segmentation:
         sizes = (self.num_steps, self.batch_size, self.weight_decay)
         return train_heads(pixels, num_classes, rates, *sizes, device_of(backbone), self.seed)
 
-    def _protocol(self, scenes: Scenes) -> str:
+    def _protocol(self, num_classes: int) -> str:
         size = "as they are" if self.shorter is None else f"of {self.shorter} px"
         return (
             f"linear head on the last block's patch tokens, bilinear to each pixel; images {size}, "
             f"learned from {self.num_pixels:,} pixels of train; AdamW, weight decay "
             f"{self.weight_decay:g}, rate chosen on every fifth image of train; mean over the "
-            f"{len(scenes.numbers)} classes, IoU of all test pixels"
+            f"{num_classes} classes of the test masks, IoU of all test pixels"
         )
 
 
@@ -201,7 +203,9 @@ def confusion(
 
 
 def iou(confusion: Float[Tensor, "*n C C"]) -> Float[Tensor, "*n C"]:
-    """Intersection over union of each class; NaN for one that no pixel has."""
+    """Intersection over union of each class; NaN, and so none of the mean, for one that no pixel
+    has: pixels that are taken for it are missed by their own classes.
+    """
     hits = confusion.diagonal(dim1=-2, dim2=-1)
     truth, predicted = confusion.sum(dim=-1), confusion.sum(dim=-2)
     return torch.where(truth > 0, hits / (truth + predicted - hits), torch.nan)
@@ -210,17 +214,18 @@ def iou(confusion: Float[Tensor, "*n C C"]) -> Float[Tensor, "*n C"]:
 def iou_interval(confusions: Int[Tensor, "n C C"], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean IoU in percent: images are drawn anew 1,000 times, as many as there
     are, with replacement, and their confusions added up.
+
+    The classes of the mean are always those of all images; one that no pixel of a sample has keeps
+    its IoU of all images there: left out, it would lift or lower the mean by its difficulty.
     """
-    num = len(confusions)
-    generator = np.random.default_rng(seed)
-    counts = torch.from_numpy(generator.multinomial(num, np.full(num, 1 / num), _RESAMPLES))
     flat = confusions.double().flatten(1)
-    means = [
-        iou((part.double() @ flat).reshape(-1, *confusions.shape[1:])).nanmean(dim=1)
-        for part in torch.split(counts, _BLOCK)
-    ]
-    low, high = np.percentile(100 * torch.cat(means).numpy(), (2.5, 97.5))
-    return float(low), float(high)
+    whole = iou(confusions.sum(dim=0).double())
+
+    def mean(times: Float[Tensor, "m n"]) -> Float[Tensor, "m"]:
+        found = iou((times @ flat).reshape(-1, *confusions.shape[1:]))
+        return 100 * torch.where(found.isnan(), whole, found).nanmean(dim=1)
+
+    return resampled(mean, len(confusions), seed)
 
 
 def _places(classes: Int[np.ndarray, "H W"], numbers: Sequence[int]) -> Int[np.ndarray, "H W"]:
