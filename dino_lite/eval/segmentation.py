@@ -155,8 +155,8 @@ class Segmentation:
         return torch.stack(found)
 
     def draw(self, backbone: Backbone, store: FeatureStore, path: Path) -> None:
-        """A few test images with their masks and what the head makes of them: the one trained for this
-        backbone when it was called, else one trained here.
+        """A few test images with their masks and what the head makes of them: the head that was
+        trained for this backbone when it was called, else one trained here.
         """
         scenes, normalize = self.open(backbone.in_chans), store.data.normalize
         segmenter = self._segmenters.get(backbone)
