@@ -24,7 +24,10 @@ from torch import Tensor, nn
 RATE, DECAY, CLIP, MOMENTUM = 5e-4, 0.04, 3.0, 0.996
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM = 0.1, 0.04, 0.9
 
-_OURS_ONLY = ("name", "image_size", "position_offset", "position_antialias")
+_OURS_ONLY = (
+    *("name", "image_size", "position_offset", "position_antialias"),
+    *("num_registers", "mask_token"),  # none, in DINO's own networks
+)
 _RENAMED = {
     "head.last_layer.weight_g": "head.last_layer.parametrizations.weight.original0",
     "head.last_layer.weight_v": "head.last_layer.parametrizations.weight.original1",
