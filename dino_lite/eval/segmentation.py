@@ -92,7 +92,7 @@ class Segmentation:
             num_train=len(scenes.train),
             num_test=len(scenes.test),
             interval=list(iou_interval(confusions, self.seed)),
-            masks=expand(self.root).name,
+            data=expand(self.root).name,  # not those of the store
             pixel_accuracy=float(100 * total.diagonal().sum() / total.sum()),
             table=[
                 {
