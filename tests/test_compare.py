@@ -196,6 +196,6 @@ def test_data_of_a_run_is_known_as_its_own(runs: Path) -> None:
     config = put(put(config, "data.num_train", 12), "data.num_test", 8)
     evaluate_file.run_evaluate(config | {"image_size": 16})
     kept = json.loads((runs / "other" / "results.json").read_text())["last"]
-    assert kept["knn@shapes"]["num_test"] == 8
+    assert kept["knn@shapes@16px"]["num_test"] == 8
     assert "knn" not in kept
     assert tiny(runs)["overrides"] == ["data=shapes"]

@@ -140,16 +140,18 @@ def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -
         Duplicates(out=str(tmp_path))(pixels_of(store), store)
 
 
-def test_it_is_not_asked_of_baselines(images: np.ndarray, tmp_path: Path) -> None:
+def test_it_is_not_asked_of_baselines() -> None:
     """What the file lists are the pairs of the backbone asked for, not those of another."""
-    from dino_lite.backbones.vit import ViT
-    from dino_lite.commands.evaluate import Subject, measure
+    from dino_lite.commands.evaluate import beside, comparable
+    from dino_lite.eval.knn import KNN
 
-    store = store_of(images, None)
-    vit = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
-    subject = Subject(tmp_path, vit, store, "")
-    found = measure(subject, {"duplicates": Duplicates(threshold=0.2)}, baselines=True)
-    assert "baselines" not in found["duplicates"]
+    asked = {"duplicates": Duplicates(threshold=0.2), "knn": KNN()}
+    assert comparable(asked).keys() == {"knn"}
+    measured = {"duplicates": {"value": 3}, "knn": {"value": 50.0}}
+    others = {"untrained": {"knn": {"value": 20.0, "interval": None}}}
+    found = beside(measured, others)
+    assert found["knn"]["baselines"] == {"untrained": {"value": 20.0, "interval": None}}
+    assert found["duplicates"]["baselines"] == {}
 
 
 def test_the_file_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
