@@ -83,7 +83,7 @@ def test_equal_features_are_no_better_than_chance() -> None:
     """However the classes lie in the bank: a collapsed network finds what there is to find by
     chance, and nothing among the first.
     """
-    bank = Features(torch.ones(40, 3), torch.arange(8).repeat_interleave(5))
+    bank = Features(torch.ones(40, 4), torch.arange(8).repeat_interleave(5))
     result = Retrieval().score(bank, None)
     assert result["value"] == pytest.approx(100 * 4 / 39)
     assert result["recall"] == {"1": 0.0, "5": 0.0, "10": 0.0}
