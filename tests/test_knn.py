@@ -49,9 +49,7 @@ def draw(num: int, dim: int, num_classes: int, seed: int, coarse: bool = False) 
     labels = torch.randint(num_classes, (num,), generator=generator)
     if coarse:
         features = features.sign()
-        features[:, 4 if dim >= 4 else 1 :] = (
-            0.0  # of length 2 or 1: exact
-        )
+        features[:, 4 if dim >= 4 else 1 :] = 0.0  # of length 2 or 1: exact
     return Features(features, labels)
 
 
