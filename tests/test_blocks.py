@@ -149,14 +149,17 @@ def test_under_bfloat16_autocast_the_slopes_are_near_float32s(changes: dict[str,
             assert float((a - b).norm()) < 0.05 * float(b.norm()) + 1e-6
 
 
-def test_an_activation_with_weights_is_trained_whatever_is_kept() -> None:
-    """A PReLU's slope gets its gradient in all three."""
+@pytest.mark.parametrize("learned", [[0.25], [0.0], [0.1, 0.2, 0.0, 0.4, 0.5]])
+def test_an_activation_with_weights_is_trained_whatever_is_kept(learned: list[float]) -> None:
+    """A PReLU's slopes get their gradient in all three, one or many, also where they are 0."""
     found = []
     for memory in ("high", "normal", "low"):
         torch.manual_seed(0)
         vit = ViT(
             image_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, act_layer="prelu"
         )
+        for block in vit.blocks:  # several slopes are those of the tokens
+            block.mlp.act.weight = nn.Parameter(torch.tensor(learned))
         run_blocks(list(vit.blocks), torch.randn(2, 5, 12), None, memory).square().sum().backward()
         found.append([block.mlp.act.weight.grad for block in vit.blocks])
     torch.testing.assert_close(found[1], found[0])

@@ -23,10 +23,9 @@ from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.shapes import open_shapes
-from dino_lite.eval.baselines import pixel_features
 from dino_lite.formats.safetensors import read_config
 from images import sentence
-from tiny import photos, tiny, train
+from tiny import photos, pixel_features, tiny, train
 
 NUM = 24
 FIVE = ("data.channels=5", "baselines=true", "loader.num_workers=1")

@@ -11,8 +11,8 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
-from dino_lite.eval.baselines import pixel_features
 from dino_lite.eval.features import extract
+from tiny import pixel_features
 
 CPU = torch.device("cpu")
 

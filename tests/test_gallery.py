@@ -18,7 +18,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval import pictures_map
-from dino_lite.eval.baselines import RawPixels, pixel_features
+from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.features import Features
 from dino_lite.eval.gallery import PICTURES, QUICK, draw_all
 from dino_lite.eval.heat import palette
@@ -37,7 +37,7 @@ from dino_lite.eval.sheets import shortened, start_page
 from dino_lite.eval.store import FeatureStore
 from test_features import vit
 from test_pictures import Broken, colors_of, pixels_of, stripes
-from tiny import train
+from tiny import pixel_features, train
 
 PIXELS = cast(Backbone, RawPixels(Normalize(), 8))
 

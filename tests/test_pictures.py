@@ -14,10 +14,10 @@ from dino_lite.contracts import Crops, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
-from dino_lite.eval.baselines import pixel_features
 from dino_lite.eval.curves import curves_picture, read_curve, running_mean
 from dino_lite.eval.heat import heat, overlay
 from dino_lite.eval.pictures import attention_picture, crops_picture, neighbors_picture
+from tiny import pixel_features
 
 
 def crops(num_local: int = 4, num_images: int = 3) -> Crops:

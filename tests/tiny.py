@@ -16,6 +16,9 @@ from PIL import Image
 
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
+from dino_lite.data.clean import CleanData
+from dino_lite.eval.baselines import raw_pixels
+from dino_lite.eval.features import Features, extract
 
 TINY = {
     "data.num_train": 44,
@@ -86,6 +89,13 @@ def photos(folder: Path, names: list[str], size: tuple[int, int] = (40, 30)) -> 
         pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
     return folder
+
+
+def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
+    """Pixels of train and test at size x size, less train's mean image."""
+    pixels, (train, test, _) = raw_pixels(data, 8, size), data.splits
+    cpu = torch.device("cpu")
+    return extract(pixels, data, train, cpu), test and extract(pixels, data, test, cpu)
 
 
 class StopAt(pl.Callback):

@@ -52,7 +52,7 @@ def run_blocks(
     ones = compiled and any(_drop_prob(block.drop_path1) for block in blocks)
     for i, block in enumerate(blocks):
         act: Any = cast(Any, block).mlp.act
-        again = memory == "normal" and not compiled and not any(act.parameters())
+        again = memory == "normal" and not compiled and next(act.parameters(), None) is None
         project = _project_again if again else _project
         queries = last_queries if i == len(blocks) - 1 else None
         scales = _draw_scales(block, tokens, ones)

@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
 
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Backbone, Source, UserError
-from dino_lite.data.clean import Batch, CleanData, CleanImages, as_read
+from dino_lite.data.clean import CleanData
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
@@ -149,17 +148,7 @@ def clean_data(trainer: pl.Trainer) -> CleanData:
 
 def in_memory(source: Source, data: CleanData) -> ArraySource:
     """The readable images of a source as `data` sees them: decoding may cost more than features."""
-    loader = DataLoader(
-        CleanImages(source, data.size),
-        batch_size=_BATCH_SIZE,
-        num_workers=data.num_workers,
-        collate_fn=as_read,
-    )
-    batches: list[Batch] = list(loader)
-    images = (
-        torch.cat([batch.images for batch in batches if len(batch.images)])
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
+    batches = list(data.read(source))
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).contiguous()
     labels = torch.cat([batch.labels for batch in batches]).numpy()
     return ArraySource(images, labels, source.classes, "online evaluation")

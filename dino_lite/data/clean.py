@@ -113,6 +113,12 @@ class CleanData:
     ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"], Int[Tensor, "b"]]]:
         """As `batches`, and the number of each image in the source, on the host."""
         pin = device.type == "cuda"
+        for images, labels, index, _ in self.read(source, pin):
+            images = images.to(device, non_blocking=pin)
+            yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
+
+    def read(self, source: Source, pin: bool = False) -> Iterator[Batch]:
+        """Images as bytes on the host, in order; a batch of which none can be read is left out."""
         loader = DataLoader(
             CleanImages(source, self.size),
             batch_size=self.batch_size,
@@ -120,11 +126,10 @@ class CleanData:
             collate_fn=as_read,
             pin_memory=pin,
         )
-        for images, labels, index, bad in loader:
-            self.bad.update((source.name(i), reason) for i, reason in bad)
-            if len(images):
-                images = images.to(device, non_blocking=pin)
-                yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
+        for batch in loader:
+            self.bad.update((source.name(i), reason) for i, reason in batch.bad)
+            if len(batch.images):
+                yield batch
 
 
 def as_read(batch: Any) -> Any:

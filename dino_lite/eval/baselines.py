@@ -15,7 +15,7 @@ from dino_lite.backbones.build import build_backbone
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.eval.features import Features, device_of, extract
+from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import KNN
 from dino_lite.eval.store import FeatureStore
 
@@ -76,14 +76,6 @@ def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixel
     everything = extract(cast(Backbone, pixels), data, data.splits.train, torch.device("cpu"))
     pixels.mean.copy_(everything.features.mean(dim=0))
     return pixels
-
-
-def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
-    """What needs no learning: pixels of train and test at size x size, less train's mean image."""
-    pixels, (train, test, _) = cast(Backbone, raw_pixels(data, 8, size)), data.splits
-    cpu = torch.device("cpu")
-    found = extract(pixels, data, train, cpu)
-    return found, None if test is None else extract(pixels, data, test, cpu)
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> nn.Module:
