@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 
 from dino_lite.config import Config, get, leaves
-from dino_lite.contracts import Facts, UserError
+from dino_lite.contracts import UserError
+from dino_lite.machine import Facts
 from dino_lite.optim.schedules import check_span, parse_span
 
 TRAINER_KEYS = {

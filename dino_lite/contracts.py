@@ -80,26 +80,6 @@ class Splits(NamedTuple):
     name: str
 
 
-class Facts(NamedTuple):
-    """What `plan` may know of the data and the machine; the same facts give the same plan."""
-
-    source: str
-    num_images: int
-    num_test: int
-    num_classes: int
-    height: int  # median, pixels
-    width: int
-    channels: int
-    mean: tuple[float, ...]  # of each channel, in [0, 1], over a part of the images
-    std: tuple[float, ...]
-    accelerator: str  # "cpu", "cuda" or "mps"
-    device_name: str
-    num_devices: int
-    num_cores: int
-    bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
-    compiler: bool = False  # torch.compile finds what it needs for the device
-
-
 class Crops(NamedTuple):
     """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` makes
     floats of it on the device.
@@ -115,7 +95,6 @@ class Crops(NamedTuple):
     labels: Int[Tensor, "B"] | None
     boxes: Float[Tensor, "S B 4"]
     draws: Float[Tensor, "S B A"]
-    masks: Bool[Tensor, "G B P"] | None = None
     extra: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never written to
 
     @property
@@ -133,7 +112,6 @@ class Crops(NamedTuple):
             labels=None if self.labels is None else self.labels[cut],
             boxes=self.boxes[:, cut],
             draws=self.draws[:, cut],
-            masks=None if self.masks is None else self.masks[:, cut],
             extra={name: crops[:, cut] for name, crops in self.extra.items()},
         )
 
@@ -248,15 +226,40 @@ class Targets(NamedTuple):
         return self._replace(z=self.z[:, cut], row=self.row[:, cut], weight=self.weight[cut])
 
 
+class Anchor(NamedTuple):
+    """Patches of the G global crops of n images as another network has them, and what each image
+    weighs: the relations among them are held (Gram anchoring).
+    """
+
+    patches: Float[Tensor, "G n P D"]
+    grid: tuple[int, int]  # rows, columns; may be finer than the student's
+    weight: Float[Tensor, "n"]
+
+    def part(self, start: int, stop: int) -> Anchor:
+        """Images start to stop (exclusive), their weights as in the whole batch."""
+        cut = slice(start, stop)
+        return Anchor(self.patches[:, cut], self.grid, self.weight[cut])
+
+
 class Match(NamedTuple):
-    """What the student made beside what it is held against: the one thing a loss reads."""
+    """What the student made beside what it is held against: the one thing a loss reads.
+
+    Tokens of several crops of each image are crop-major: rows "G*n".
+    """
 
     student: Scores | Tokens
-    target: Targets | Tokens
+    target: Targets | Anchor
 
 
-StepOutputs = dict[str, Match]
-StepTargets = dict[str, Targets | Tokens]
+@runtime_checkable
+class Divisible(Protocol):
+    """What is made for a whole batch; `part` is that of images start to stop (exclusive)."""
+
+    def part(self, start: int, stop: int) -> Any: ...
+
+
+StepOutputs = dict[str, Match]  # a loss whose match is not there has its time still to come
+StepTargets = dict[str, Divisible]
 
 
 @runtime_checkable

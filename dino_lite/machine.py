@@ -1,4 +1,6 @@
-"""What this machine has: devices, cores, and whether bfloat16 is worth using."""
+"""What this machine has: devices, cores, and whether bfloat16 is worth using. With what is known of
+the data, that makes the facts a plan rests on.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,32 @@ import subprocess
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dino_lite import __version__
-from dino_lite.contracts import Facts, UserError
+from dino_lite.contracts import UserError
+
+
+class Facts(NamedTuple):
+    """What `plan` may know of the data and the machine; the same facts give the same plan."""
+
+    source: str
+    num_images: int
+    num_test: int
+    num_classes: int
+    height: int  # median, pixels
+    width: int
+    channels: int
+    mean: tuple[float, ...]  # of each channel, in [0, 1], over a part of the images
+    std: tuple[float, ...]
+    accelerator: str  # "cpu", "cuda" or "mps"
+    device_name: str
+    num_devices: int
+    num_cores: int
+    bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
+    compiler: bool = False  # torch.compile finds what it needs for the device
 
 
 def pick_accelerator(asked: str, key: str) -> str:

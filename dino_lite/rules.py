@@ -10,9 +10,10 @@ import math
 from typing import Any
 
 from dino_lite.config import Config, get, put
-from dino_lite.contracts import Facts, UserError
+from dino_lite.contracts import UserError
 from dino_lite.cost import kept_bytes, sizes
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from dino_lite.machine import Facts
 from dino_lite.optim.schedules import scale_rate
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}

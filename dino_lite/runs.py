@@ -16,8 +16,9 @@ except ImportError:  # Windows has none: two processes may then train one run
     fcntl = None  # type: ignore[assignment]
 
 from dino_lite.config import Config, differences, get, leaves, load, put
-from dino_lite.contracts import Facts, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
+from dino_lite.machine import Facts
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
 _SPEED = (

@@ -25,10 +25,10 @@ import torch
 from step_process import Memory, build_ours, noise_crops
 
 from dino_lite.config import Config, compose
-from dino_lite.contracts import Facts, Progress
+from dino_lite.contracts import Progress
 from dino_lite.cost import sizes, work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
-from dino_lite.machine import has_compiler, has_fast_bf16
+from dino_lite.machine import Facts, has_compiler, has_fast_bf16
 from dino_lite.methods.timing import wait_for
 from dino_lite.peaks import measure_peaks
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from dino_lite.commands.pretrain import build_module
 from dino_lite.config import Config, compose, get, instantiate, put
-from dino_lite.contracts import Crops, Facts, Progress, Splits
-from dino_lite.machine import keep_freed_memory
+from dino_lite.contracts import Crops, Progress, Splits
+from dino_lite.machine import Facts, keep_freed_memory
 from dino_lite.methods.step import Step
 from dino_lite.methods.timing import wait_for
 from dino_lite.plan import gather_facts, plan

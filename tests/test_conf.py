@@ -9,7 +9,8 @@ import pytest
 from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.commands.pretrain import build
 from dino_lite.config import compose, config_dir, get, leaves
-from dino_lite.contracts import Evaluation, Facts
+from dino_lite.contracts import Evaluation
+from dino_lite.machine import Facts
 from dino_lite.plan import plan
 from dino_lite.runs import Run
 

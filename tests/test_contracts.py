@@ -47,7 +47,6 @@ def crops() -> Crops:
         labels=torch.arange(5) + 20,
         boxes=fill(5, 5, 4),
         draws=fill(5, 5, 9),
-        masks=fill(2, 5, 6) > 2,
         extra={"gram": fill(2, 5, 3, 8, 8)},
     )
 
@@ -58,14 +57,12 @@ def test_a_part_of_a_batch_is_those_images_in_every_field() -> None:
     assert part.num_images == 2
     assert part.locals_ is not None
     assert part.labels is not None
-    assert part.masks is not None
     for field in (part.globals_, part.locals_, part.boxes, part.draws, part.extra["gram"]):
         assert field.shape[1] == 2
         assert field[:, 0].unique().tolist() == [1.0]
         assert field[:, 1].unique().tolist() == [2.0]
     assert part.index.tolist() == [11, 12]
     assert part.labels.tolist() == [21, 22]
-    assert part.masks.shape == (2, 2, 6)
 
 
 def test_parts_cover_the_batch() -> None:
@@ -77,9 +74,9 @@ def test_parts_cover_the_batch() -> None:
 
 
 def test_a_batch_without_the_optional_fields_has_parts_too() -> None:
-    """No local crops, labels, masks."""
-    part = crops()._replace(locals_=None, labels=None, masks=None, extra={}).part(0, 1)
-    assert part[1] is part[3] is part[6] is None
+    """No local crops, no labels."""
+    part = crops()._replace(locals_=None, labels=None, extra={}).part(0, 1)
+    assert part[1] is part[3] is None
     assert part.extra == {}
 
 

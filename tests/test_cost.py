@@ -24,9 +24,10 @@ from dino_lite.backbones.blocks import set_memory
 from dino_lite.checkpoints import build_method
 from dino_lite.commands.pretrain import build_module
 from dino_lite.config import Config, compose, put
-from dino_lite.contracts import Crops, Facts, Progress
+from dino_lite.contracts import Crops, Progress
 from dino_lite.cost import Group, Sizes, memory, sizes, work
 from dino_lite.estimate import EFFICIENCY, Estimate, peak_memory, predict, step_seconds
+from dino_lite.machine import Facts
 from dino_lite.methods.step import Step
 from dino_lite.peaks import Peaks, free_memory, measure_peaks
 from dino_lite.plan import plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,11 @@ def vit(pretrained: str | None = None, **spec: Any) -> ViT:
     return backbone
 
 
+# By `kind` in a backbone's spec; a spec without one is a ViT's.
+_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT}
+
+
 def build_backbone(spec: dict[str, Any]) -> nn.Module:
     """The backbone that `spec` (a Backbone's own, plain JSON) describes, with fresh weights."""
-    return ViT(**spec)
+    keywords = dict(spec)
+    return _KINDS[keywords.pop("kind", "vit")](**keywords)

@@ -19,7 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dino_lite.checks import check_values
 from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, command, compose, get, instantiate, put
-from dino_lite.contracts import Facts, Source, Splits, UserError
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.findings import (
     Finding,
     judge_classes,
@@ -43,7 +43,7 @@ from dino_lite.data.subset import spread
 from dino_lite.data.tables import class_table, duplicate_table, speed_table, split_table
 from dino_lite.estimate import estimate
 from dino_lite.eval.pictures import crops_picture
-from dino_lite.machine import num_cores
+from dino_lite.machine import Facts, num_cores
 from dino_lite.methods.timing import compare, time_loading, time_training
 from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import Run, absolute_paths, write_json

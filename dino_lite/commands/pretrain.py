@@ -23,7 +23,7 @@ from dino_lite.checkpoints import build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
 from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate
-from dino_lite.contracts import Facts, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.subset import Subset, spread
@@ -32,7 +32,7 @@ from dino_lite.estimate import Estimate, estimate
 from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
-from dino_lite.machine import environment, keep_freed_memory
+from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step

@@ -207,6 +207,5 @@ def join(parts: Sequence[Crops]) -> Crops:
         labels=along(0, "labels"),
         boxes=along(1, "boxes"),
         draws=along(1, "draws"),
-        masks=along(1, "masks"),
         extra={name: torch.cat([p.extra[name] for p in parts], 1) for name in parts[0].extra},
     )

@@ -94,7 +94,7 @@ class DINO(Method):
         """The student's scores for all crops of a micro-batch, beside its targets."""
         groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
         scores = Scores(z=self.student(groups), prototypes=self.student.head.prototypes())
-        return {"cls": Match(student=scores, target=targets["cls"])}
+        return {"cls": Match(student=scores, target=cast(Targets, targets["cls"]))}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Teacher and center follow, and the step is counted."""

@@ -117,7 +117,8 @@ class Step:
                     outputs = self.method.compare(crops.part(start, stop), part)
                     if watch is not None:
                         watch(outputs)
-                    terms = {n: loss(outputs[loss.reads]) for n, loss in self.losses.items()}
+                    due = {n: x for n, x in self.losses.items() if x.reads in outputs}
+                    terms = {n: loss(outputs[loss.reads]) for n, loss in due.items()}
                     weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
                     total = torch.stack(weighted).sum()
                 self.backward(total)
