@@ -36,7 +36,7 @@ _SPEED = (
     "trainer.compile",
 )
 _NUM_NAMED = 100  # classes
-_PATHS = (".base", ".pretrained")
+_PATHS = (".base", ".pretrained", "checkpoint")
 _FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
 
 
