@@ -64,8 +64,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "baselines": (True, False),
     "loader.draft": (True, False),
     "method.teacher_temp.per": ("step", "epoch"),
-    "optim.clip_by": ("global", "parameter"),
+    "optim.clip_by": ("global", "module", "parameter"),
     "optim.decay_tokens": (True, False),
+    "optim.freeze_by": ("gradient", "rate"),
     "optim.rate_rule": ("linear", "sqrt", "none"),
     "trainer.compile": (True, False),
     "trainer.memory": ("high", "normal", "low"),
@@ -81,8 +82,10 @@ NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
     ),
     (r"backbone\.drop_path", lambda v: 0 <= v < 1, "it lies in [0, 1)"),
     (r"loader\.max_bad_fraction", lambda v: 0 <= v <= 1, "a fraction lies in [0, 1]"),
+    (r"optim\.layer_decay", lambda v: 0 < v <= 1, "it lies in (0, 1]"),
     (
-        r"optim\.(rate|clip|(learning_rate|weight_decay)\.(base|end|start))|trainer\.max_epochs",
+        r"optim\.(rate|clip|patch_embed_scale|(learning_rate|weight_decay)\.(base|end|start))"
+        r"|trainer\.max_epochs",
         lambda v: v >= 0,
         "this cannot be negative",
     ),

@@ -186,6 +186,11 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images a step, {rule}"
 
 
+def _constant(schedule: str) -> Any:
+    """A rule: the schedule's end is its base."""
+    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: it stays there")
+
+
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.1, "a tenth of the run, the paper's 10 of 100 epochs"
 
@@ -266,5 +271,9 @@ RULES: dict[str, Any] = {
     "trainer.micro_batch_size": _micro_batch_size,
     "optim.learning_rate.base": _learning_rate,
     "optim.learning_rate.warmup": _warmup,
+    **{
+        f"{schedule}.end": _constant(schedule)
+        for schedule in ("optim.learning_rate", "optim.weight_decay", "method.momentum")
+    },
     "optim.freeze_last_layer": _freeze,
 }

@@ -212,7 +212,7 @@ def train(first: int, last: int, micro: int, exchange: bool) -> dict[str, Tensor
     step = Step(
         method,
         {"dino": PrototypeLoss("cls", Constant(1.0))},
-        torch.optim.AdamW(param_groups(method.student.named_parameters()), fused=True),
+        torch.optim.AdamW(param_groups(method.student), fused=True),
         learning_rate=Cosine(1e-2, 1e-4, warmup="1 step"),
         weight_decay=Cosine(0.04, 0.4),
         clip=0.1,
