@@ -40,7 +40,7 @@ WHOLE = {
     "method.head.bottleneck_dim": 1,
     "method.head.hidden_dim": 1,
     "method.head.num_layers": 1,
-    "method.head.num_prototypes": 1,
+    "method.head.num_prototypes": 0,
     "optim.max_skipped": 1,
     "seed": 0,
     "trainer.devices": 1,

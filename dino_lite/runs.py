@@ -25,6 +25,7 @@ _SPEED = (
     "name",
     "runs_dir",
     "overrides",  # how it was asked for, not what
+    "choices",
     "baselines",
     "callbacks",
     "loader.num_workers",
@@ -89,7 +90,9 @@ def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
 
 
 def run_name(config: Config, request: Config, facts: Facts) -> str:
-    """method_source_backbone_hash, or what `name=` says."""
+    """method_source_backbone_hash, or what `name=` says; a method is called as in conf/method, in
+    configurations that do not tell by its class.
+    """
     if config["name"] != "auto":
         name = str(config["name"])
         if not name or Path(name).name != name or name.startswith("."):
@@ -99,6 +102,7 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
         return name
     digest = hashlib.sha1(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
     method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
+    method = config.get("choices", {}).get("method", method).rpartition("/")[2]
     backbone = str(config["backbone"]["name"]).partition("_patch")[0]
     source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
     return f"{method}_{source}_{backbone}_{digest}"
