@@ -15,6 +15,7 @@ try:
 except ImportError:  # Windows has none: two processes may then train one run
     fcntl = None  # type: ignore[assignment]
 
+from dino_lite.checks import mixes_images
 from dino_lite.config import Config, differences, get, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
@@ -71,7 +72,7 @@ def absolute_paths(config: Config) -> Config:
 def requested(config: Config) -> Config:
     """What was asked for, speed left out, by dotted key: the same request finds the same run."""
     request = {key: value for key, value in leaves(config) if not is_speed(key)}
-    if request.get("method.head.batch_norm"):  # its statistics are those of a micro-batch
+    if mixes_images(config):
         request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
     return request
 

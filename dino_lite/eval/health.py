@@ -22,7 +22,7 @@ from dino_lite.contracts import Scores, Targets
 # without centering: 2.0 and falling; healthy: 15 and more.
 _INFORMATION = 0.002  # nats
 _PERPLEXITY = 2.5  # prototypes
-_SPREAD = 0.1  # TODO
+_SPREAD = 0.05  # of 1
 _HIGHEST_TEMP = 0.07  # the paper's (Caron et al. 2021, section 3.2)
 
 _LOGITS_BYTES = 64 * 2**20  # of logits held at once

@@ -79,6 +79,7 @@ class CodingRateLoss:
         if eps <= 0:
             raise UserError(f"loss eps={eps}: a distance is positive (0.05 in SimDINO).")
         self.reads, self.weight, self.gamma, self.eps = reads, weight, gamma, eps
+        self.mixes_images = gamma > 0  # so a run keeps its micro-batches
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target
