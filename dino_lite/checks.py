@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from dino_lite.config import Config, get, leaves
+from dino_lite.config import Config, get, instantiate, leaves
 from dino_lite.contracts import UserError
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import check_span, parse_span
@@ -40,7 +40,7 @@ WHOLE = {
     "method.head.bottleneck_dim": 1,
     "method.head.hidden_dim": 1,
     "method.head.num_layers": 1,
-    "method.head.num_prototypes": 1,
+    "method.head.num_prototypes": 0,
     "optim.max_skipped": 1,
     "seed": 0,
     "trainer.devices": 1,
@@ -110,6 +110,15 @@ def check_values(config: Config) -> None:
     if unknown:
         known = ", ".join(sorted(TRAINER_KEYS))
         raise UserError(f"trainer.{unknown[0]}: there is no such key; known are {known}.")
+
+
+def mixes_images(config: Config) -> bool:
+    """Whether it changes results which images share a micro-batch: by batch normalization, or by a
+    loss that says so in its `mixes_images`.
+    """
+    losses = instantiate(config["loss"]).values()
+    across = any(getattr(loss, "mixes_images", False) for loss in losses)
+    return bool(get(config, "method.head.batch_norm")) or across
 
 
 def check(config: Config, facts: Facts) -> None:

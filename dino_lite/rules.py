@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dino_lite.checks import mixes_images
 from dino_lite.config import Config, get, put
 from dino_lite.contracts import UserError
 from dino_lite.cost import kept_bytes, sizes
@@ -209,7 +210,7 @@ _KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a ba
 
 
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.accelerator != "cpu" or get(config, "method.head.batch_norm"):
+    if facts.accelerator != "cpu" or mixes_images(config):
         return 0, "the whole batch"
     try:
         size = sizes(put(config, "trainer.micro_batch_size", 0))
