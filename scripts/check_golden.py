@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
+from golden.adapters_dinov2_steps import b18  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
 from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
@@ -50,6 +51,7 @@ ADAPTERS: dict[str, Adapter] = {
     "B15b": b15b,
     "B16": b16,
     "B17": b17,
+    "B18": b18,
     "D25": d25,
     "D24": d24,
 }

@@ -50,8 +50,8 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(scores: Scores, targets: Targets, most: int) -> Look:
-    """What teacher and student make of at most `most` images, in at least float32. Without prototypes
-    only z is looked at.
+    """What teacher and student make of at most `most` images, in at least float32. Without
+    prototypes only z is looked at.
 
     The student's crops that are the teacher's too (the first T) are held against those they learn
     from.
@@ -98,8 +98,8 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
     Entropies in nats. `teacher_information`: what a crop's distribution says of the crop, entropy
     of the mean minus mean of the entropies; nothing in every kind of collapse.
     `prototype_perplexity`: exp of the entropy of the mean distribution, K at most.
-    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; without prototypes there
-    is nothing else.
+    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; without prototypes
+    there is nothing else.
     """
     last, crops = looks[-1], sum(seen.num_crops for seen in looks)
     variance = last.squares / last.num_crops - (last.z / last.num_crops).square()

@@ -71,9 +71,7 @@ class CodingRateLoss:
     the scale, `rate_scale`.
     """
 
-    def __init__(
-        self, reads: str, weight: Schedule, gamma: float = 1.0, eps: float = 0.05
-    ) -> None:
+    def __init__(self, reads: str, weight: Schedule, gamma: float = 1.0, eps: float = 0.05) -> None:
         if gamma < 0:
             raise UserError(f"loss gamma={gamma}: it cannot be negative (0: alignment alone).")
         if eps <= 0:

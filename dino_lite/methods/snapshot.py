@@ -14,8 +14,8 @@ from dino_lite.optim.schedules import Span, check_span, span_steps
 
 
 class SnapshotTeacher(nn.Module):
-    """Another teacher as it was when the run reached `start_step`, taken anew `every` so often, `most`
-    times in all (Gram anchoring: DINOv3, section 4.2). Without a `start_step` it is not used.
+    """Another teacher as it was when the run reached `start_step`, taken anew `every` so often,
+    `most` times in all (Gram anchoring: DINOv3, section 4.2). Without a start it is not used.
 
     From a start of 0 on it is, at first, what the run began with. How often it was taken is kept
     with the weights, so a resumed run goes on with the same.
