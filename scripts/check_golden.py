@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 
 from golden.adapters_augmentation import a10, a11  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
+from golden.adapters_dinov2 import b11, b12, b13  # noqa: E402
 from golden.adapters_dinov2_steps import b18  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
 from golden.adapters_linear import d24  # noqa: E402
@@ -47,6 +48,9 @@ ADAPTERS: dict[str, Adapter] = {
     "A09": a09,
     "A10": a10,
     "A11": a11,
+    "B11": b11,
+    "B12": b12,
+    "B13": b13,
     "B15": b15,
     "B15b": b15b,
     "B16": b16,

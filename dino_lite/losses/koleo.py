@@ -34,7 +34,8 @@ def koleo(
             likeness.diagonal(first).fill_(-torch.inf)
             neighbor = likeness.argmax(1)
         distance = torch.linalg.vector_norm(x - everyone[neighbor] + _EPS, dim=-1)
-        return -(weight.to(wide) * (distance + _EPS).log()).sum()
+        loss: Tensor = -(weight.to(wide) * (distance + _EPS).log()).sum()
+        return loss
 
 
 class KoLeoLoss:
@@ -51,5 +52,5 @@ class KoLeoLoss:
         if not isinstance(match.student, Tokens) or not isinstance(match.target, Targets):
             raise TypeError(f"{self.reads}: KoLeo reads Tokens, and the weights of Targets")
         weight = match.target.weight
-        crops = match.student.cls.unflatten(0, (len(match.target.z), len(weight)))
+        crops = match.student.cls.view(len(match.target.z), len(weight), -1)  # G n D
         return torch.stack([koleo(crop, weight, self.across_ranks) for crop in crops]).sum()

@@ -16,8 +16,7 @@ from dino_lite.backbones.blocks import run_block, run_blocks
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import open_weights
 from dino_lite.contracts import Tokens
-from golden.adapters_core import below
-from golden.check import Bound, Check, bound, compare
+from golden.check import Bound, Check, below, bound, compare
 
 Case = dict[str, Any]
 Tensors = dict[str, Tensor]
