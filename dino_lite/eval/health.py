@@ -22,7 +22,7 @@ from dino_lite.contracts import Scores, Targets
 # without centering: 2.0 and falling; healthy: 15 and more.
 _INFORMATION = 0.002  # nats
 _PERPLEXITY = 2.5  # prototypes
-_SPREAD = 0.05  # of 1
+_SPREAD = 0.05  # of embeddings, without prototypes; see below
 _HIGHEST_TEMP = 0.07  # the paper's (Caron et al. 2021, section 3.2)
 
 _LOGITS_BYTES = 64 * 2**20  # of logits held at once
@@ -50,8 +50,8 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(scores: Scores, targets: Targets, most: int) -> Look:
-    """What teacher and student make of at most `most` images, in at least float32. Without
-    prototypes only z is looked at.
+    """What teacher and student make of at most `most` images, in at least float32; without
+    prototypes z alone is looked at.
 
     The student's crops that are the teacher's too (the first T) are held against those they learn
     from.
@@ -98,8 +98,8 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
     Entropies in nats. `teacher_information`: what a crop's distribution says of the crop, entropy
     of the mean minus mean of the entropies; nothing in every kind of collapse.
     `prototype_perplexity`: exp of the entropy of the mean distribution, K at most.
-    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; without prototypes
-    there is nothing else.
+    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; nothing else is known
+    where there are no prototypes.
     """
     last, crops = looks[-1], sum(seen.num_crops for seen in looks)
     variance = last.squares / last.num_crops - (last.z / last.num_crops).square()
