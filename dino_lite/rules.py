@@ -74,6 +74,12 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
     return list(measured), "measured on some of the images"
 
 
+def uses_batch_norm(config: Config) -> bool:
+    """Whether the images of a micro-batch are normalized by one another."""
+    head = config["method"].get("head") or {}
+    return bool(head.get("batch_norm")) or config["backbone"].get("norm") == "batch"
+
+
 def _is_small(config: Config) -> bool:
     """Whether the backbone is the small ViT of a CPU run."""
     return bool(get(config, "backbone.name") == "vit")
@@ -204,7 +210,7 @@ _KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a ba
 
 
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.accelerator != "cpu" or get(config, "method.head.batch_norm"):
+    if facts.accelerator != "cpu" or uses_batch_norm(config):
         return 0, "the whole batch"
     try:
         size = sizes(put(config, "trainer.micro_batch_size", 0))

@@ -19,6 +19,7 @@ from dino_lite.config import Config, differences, get, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
+from dino_lite.rules import uses_batch_norm
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
 _SPEED = (
@@ -70,7 +71,7 @@ def absolute_paths(config: Config) -> Config:
 def requested(config: Config) -> Config:
     """What was asked for, speed left out, by dotted key: the same request finds the same run."""
     request = {key: value for key, value in leaves(config) if not is_speed(key)}
-    if request.get("method.head.batch_norm"):  # its statistics are those of a micro-batch
+    if uses_batch_norm(config):  # its statistics are those of a micro-batch
         request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
     return request
 
