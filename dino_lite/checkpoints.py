@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dino_lite.backbones.files import read_about, weights_file
-from dino_lite.backbones.weights import Opened, open_timm, open_weights
+from dino_lite.backbones.weights import Opened, fit_positions, open_timm, open_weights
 from dino_lite.config import Config, instantiate, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import first_readable
@@ -20,6 +20,7 @@ from dino_lite.methods.method import Method
 from dino_lite.runs import Run
 
 _TIMM = "timm:"
+_NOT_BEGUN_WITH = ("step", "teachers.gram.")
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
@@ -103,8 +104,8 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
         return _about(name, *(open_timm(name[len(_TIMM) :]) if timms else open_weights(checkpoint)))
     config = load(run.config_file)
     content = read_checkpoint(checkpoint)
-    method = build_method(put(config, "backbone.pretrained", None))
-    weights = {n.removeprefix("method."): value for n, value in content["state_dict"].items()}
+    without = put(put(config, "backbone.pretrained", None), "checkpoint", None)
+    method, weights = build_method(without), _weights_of_method(content)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -174,8 +175,50 @@ def results_file(checkpoint: Path) -> Path:
 
 
 def build_method(config: Config) -> Method:
-    """The method of a planned configuration, fresh weights drawn from its seed."""
+    """The method of a planned configuration: fresh weights drawn from its seed, or those of the run
+    that `checkpoint` names.
+    """
     torch.manual_seed(int(config["seed"]))
     method = instantiate(config["method"])(backbone=instantiate(config["backbone"]))
     assert isinstance(method, Method)
+    if config.get("checkpoint"):
+        _begin_with(method, config["checkpoint"], config["runs_dir"])
     return method.double() if str(config["trainer"]["precision"]) == "64" else method
+
+
+def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
+    """Student, heads, teacher and centers of an earlier run; the count of steps begins anew.
+
+    Crops may be of another size: positions are resampled. A Gram teacher is made of the teacher.
+    """
+    if asked == "latest":
+        raise UserError(
+            "checkpoint=latest: name the run to begin with; when this one is resumed, it is the "
+            "latest itself."
+        )
+    file = find_checkpoint(asked, runs_dir)
+    if run_of(file) is None:
+        raise UserError(
+            f"checkpoint={asked}: pretraining goes on from a run of dino_lite; to begin with the "
+            f"weights of a backbone alone set backbone.pretrained={asked}."
+        )
+    weights, own = _weights_of_method(read_checkpoint(file)), method.state_dict()
+    for name, value in weights.items():
+        part, _, last = name.rpartition(".")
+        if last == "pos_embed" and name in own:
+            weights[name] = fit_positions(value, method.get_submodule(part))
+    weights = {n: value for n, value in weights.items() if not n.startswith(_NOT_BEGUN_WITH)}
+    own = {n: value for n, value in own.items() if not n.startswith(_NOT_BEGUN_WITH)}
+    wrong = [n for n in own if n not in weights or own[n].shape != weights[n].shape]
+    if wrong or weights.keys() - own.keys():
+        name = (wrong or sorted(weights.keys() - own.keys()))[0]
+        raise UserError(
+            f"checkpoint={asked} does not fit this run, {name} being the first that differs: take "
+            "its method, backbone and heads."
+        )
+    method.load_state_dict(weights, strict=False)
+    method.begin()
+
+
+def _weights_of_method(content: dict[str, Any]) -> dict[str, Any]:
+    return {n.removeprefix("method."): value for n, value in content["state_dict"].items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from dino_lite.config import Config, get, leaves
+from dino_lite.config import Config, get, instantiate, leaves
 from dino_lite.contracts import UserError
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import check_span, parse_span
@@ -40,7 +40,7 @@ WHOLE = {
     "method.head.bottleneck_dim": 1,
     "method.head.hidden_dim": 1,
     "method.head.num_layers": 1,
-    "method.head.num_prototypes": 1,
+    "method.head.num_prototypes": 0,
     "optim.max_skipped": 1,
     "seed": 0,
     "trainer.devices": 1,
@@ -64,8 +64,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "baselines": (True, False),
     "loader.draft": (True, False),
     "method.teacher_temp.per": ("step", "epoch"),
-    "optim.clip_by": ("global", "parameter"),
+    "optim.clip_by": ("global", "module", "parameter"),
     "optim.decay_tokens": (True, False),
+    "optim.freeze_by": ("gradient", "rate"),
     "optim.rate_rule": ("linear", "sqrt", "none"),
     "trainer.compile": (True, False),
     "trainer.memory": ("high", "normal", "low"),
@@ -81,8 +82,10 @@ NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
     ),
     (r"backbone\.drop_path", lambda v: 0 <= v < 1, "it lies in [0, 1)"),
     (r"loader\.max_bad_fraction", lambda v: 0 <= v <= 1, "a fraction lies in [0, 1]"),
+    (r"optim\.layer_decay", lambda v: 0 < v <= 1, "it lies in (0, 1]"),
     (
-        r"optim\.(rate|clip|(learning_rate|weight_decay)\.(base|end|start))|trainer\.max_epochs",
+        r"optim\.(rate|clip|patch_embed_scale|(learning_rate|weight_decay)\.(base|end|start))"
+        r"|trainer\.max_epochs",
         lambda v: v >= 0,
         "this cannot be negative",
     ),
@@ -107,6 +110,16 @@ def check_values(config: Config) -> None:
     if unknown:
         known = ", ".join(sorted(TRAINER_KEYS))
         raise UserError(f"trainer.{unknown[0]}: there is no such key; known are {known}.")
+
+
+def mixes_images(config: Config) -> bool:
+    """Whether it changes results which images share a micro-batch: by batch normalization in head
+    or backbone, or by a loss that says so in its `mixes_images`.
+    """
+    losses = instantiate(config["loss"]).values()
+    across = any(getattr(loss, "mixes_images", False) for loss in losses)
+    in_backbone = config["backbone"].get("norm") == "batch"
+    return bool(get(config, "method.head.batch_norm")) or in_backbone or across
 
 
 def check(config: Config, facts: Facts) -> None:

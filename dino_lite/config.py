@@ -7,7 +7,7 @@ import errno
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,22 +86,29 @@ def parses(override: str) -> bool:
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:
     """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists, and
-    under "overrides" what was given; mistakes are UserErrors.
+    under "overrides" and "choices" how it was asked for; mistakes are UserErrors.
     """
     GlobalHydra.instance().clear()
     quoted = [quote_override(override) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return to_plain(hydra.compose(primary, quoted)) | {"overrides": quoted}
+            config = hydra.compose(primary, quoted, return_hydra_config=True)
+            return to_plain(config) | asked(quoted, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, primary)) from None
 
 
+def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
+    """How a configuration was asked for: the overrides, and which of conf/method it is."""
+    chosen = {group: choices[group] for group in ("method",) if group in choices}
+    return {"overrides": list(overrides), "choices": chosen}
+
+
 def to_plain(config: DictConfig) -> Config:
     """Plain dicts and lists, interpolations resolved, without Hydra's own node."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    plain = OmegaConf.to_container(ours, resolve=True)
     assert isinstance(plain, dict)
-    plain.pop("hydra", None)
     return {str(key): value for key, value in plain.items()}
 
 
@@ -187,8 +194,8 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
         @functools.wraps(function)
         def job(config: DictConfig) -> None:
             with user_errors():
-                given = list(HydraConfig.get().overrides.task)
-                function(to_plain(config) | {"overrides": given})
+                given = HydraConfig.get()
+                function(to_plain(config) | asked(given.overrides.task, given.runtime.choices))
 
         def main() -> None:
             with user_errors():

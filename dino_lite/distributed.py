@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
@@ -60,17 +61,46 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     """The rows of every process, in the order of ranks; processes may have different numbers of
     them.
     """
+    return _gather(tensor)[0]
+
+
+def all_gather_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """`all_gather_cat`, and where this process's rows begin. The gradients of a row come back to
+    its owner from all processes, summed: all of them take part in the backward pass.
+    """
     if not is_distributed():
-        return tensor
+        return tensor, 0
+    everyone, first = _GatherRows.apply(tensor)
+    return everyone, first
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> tuple[Tensor, int]:
+        everyone, first = _gather(tensor)
+        ctx.own = slice(first, first + len(tensor))
+        return everyone, first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: None) -> Tensor:
+        return all_reduce_sum_(slope.clone())[ctx.own]
+
+
+def _gather(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of every process, and where this one's begin."""
+    if not is_distributed():
+        return tensor, 0
     count = torch.tensor([len(tensor)], device=tensor.device)
-    counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    most = max(int(n) for n in counts)
-    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    found = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(found, count)
+    counts = [int(n) for n in found]
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return everyone, sum(counts[: rank()])
 
 
 def all_gather_objects(value: T) -> list[T]:
@@ -82,14 +112,30 @@ def all_gather_objects(value: T) -> list[T]:
     return found
 
 
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Add up `tensor` over all processes in place. Returns it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
     """Average `tensor` over all processes in place (a sum divided here: gloo has no mean). Returns
     it.
     """
     if is_distributed():
-        dist.all_reduce(tensor)
-        tensor /= world_size()
+        all_reduce_sum_(tensor).div_(world_size())
     return tensor
+
+
+def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
+    """log Σ exp of each element over all processes. −inf is what one without rows has to add."""
+    if not is_distributed():
+        return tensor
+    peak = tensor.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    peak.clamp_(min=torch.finfo(peak.dtype).min)  # −inf − (−inf) is no number
+    return peak + all_reduce_sum_((tensor - peak).exp()).log()
 
 
 def broadcast_value(value: float, device: torch.device) -> float:

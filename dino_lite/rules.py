@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dino_lite.checks import mixes_images
 from dino_lite.config import Config, get, put
 from dino_lite.contracts import UserError
 from dino_lite.cost import kept_bytes, sizes
@@ -72,12 +73,6 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
     if facts.channels == 3:
         return list(usual), "ImageNet's, which weights of others expect"
     return list(measured), "measured on some of the images"
-
-
-def uses_batch_norm(config: Config) -> bool:
-    """Whether the images of a micro-batch are normalized by one another."""
-    head = config["method"].get("head") or {}
-    return bool(head.get("batch_norm")) or config["backbone"].get("norm") == "batch"
 
 
 def _is_small(config: Config) -> bool:
@@ -192,6 +187,11 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images a step, {rule}"
 
 
+def _constant(schedule: str) -> Any:
+    """A rule: the schedule's end is its base."""
+    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: it stays there")
+
+
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.1, "a tenth of the run, the paper's 10 of 100 epochs"
 
@@ -210,7 +210,7 @@ _KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a ba
 
 
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.accelerator != "cpu" or uses_batch_norm(config):
+    if facts.accelerator != "cpu" or mixes_images(config):
         return 0, "the whole batch"
     try:
         size = sizes(put(config, "trainer.micro_batch_size", 0))
@@ -272,5 +272,9 @@ RULES: dict[str, Any] = {
     "trainer.micro_batch_size": _micro_batch_size,
     "optim.learning_rate.base": _learning_rate,
     "optim.learning_rate.warmup": _warmup,
+    **{
+        f"{schedule}.end": _constant(schedule)
+        for schedule in ("optim.learning_rate", "optim.weight_decay", "method.momentum")
+    },
     "optim.freeze_last_layer": _freeze,
 }

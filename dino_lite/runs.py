@@ -15,17 +15,18 @@ try:
 except ImportError:  # Windows has none: two processes may then train one run
     fcntl = None  # type: ignore[assignment]
 
+from dino_lite.checks import mixes_images
 from dino_lite.config import Config, differences, get, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
-from dino_lite.rules import uses_batch_norm
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
 _SPEED = (
     "name",
     "runs_dir",
     "overrides",  # how it was asked for, not what
+    "choices",
     "baselines",
     "callbacks",
     "loader.num_workers",
@@ -37,7 +38,7 @@ _SPEED = (
     "trainer.compile",
 )
 _NUM_NAMED = 100  # classes
-_PATHS = (".base", ".pretrained")
+_PATHS = (".base", ".pretrained", "checkpoint")
 _FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
 
 
@@ -71,7 +72,7 @@ def absolute_paths(config: Config) -> Config:
 def requested(config: Config) -> Config:
     """What was asked for, speed left out, by dotted key: the same request finds the same run."""
     request = {key: value for key, value in leaves(config) if not is_speed(key)}
-    if uses_batch_norm(config):  # its statistics are those of a micro-batch
+    if mixes_images(config):
         request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
     return request
 
@@ -90,7 +91,9 @@ def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
 
 
 def run_name(config: Config, request: Config, facts: Facts) -> str:
-    """method_source_backbone_hash, or what `name=` says."""
+    """method_source_backbone_hash, or what `name=` says; a method is called as in conf/method, in
+    configurations that do not tell by its class.
+    """
     if config["name"] != "auto":
         name = str(config["name"])
         if not name or Path(name).name != name or name.startswith("."):
@@ -100,6 +103,7 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
         return name
     digest = hashlib.sha1(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
     method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
+    method = config.get("choices", {}).get("method", method).rpartition("/")[2]
     backbone = str(config["backbone"]["name"]).partition("_patch")[0]
     source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
     return f"{method}_{source}_{backbone}_{digest}"

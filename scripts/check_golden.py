@@ -29,6 +29,7 @@ from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
 from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
+from golden.adapters_optim import b16, b17  # noqa: E402
 from golden.adapters_vit import b15, b15b  # noqa: E402
 from golden.check import Check  # noqa: E402
 
@@ -47,6 +48,8 @@ ADAPTERS: dict[str, Adapter] = {
     "A11": a11,
     "B15": b15,
     "B15b": b15b,
+    "B16": b16,
+    "B17": b17,
     "D25": d25,
     "D24": d24,
 }

@@ -54,6 +54,42 @@ def center_ema(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
     return momentum * center + (1 - momentum) * sum(rows) / len(rows)
 
 
+def sinkhorn(logits: Tensor, temp: float, num_iterations: int) -> Tensor:
+    """SwAV's Sinkhorn-Knopp as DINOv2 has it: rows n K, distributions over K prototypes."""
+    num_rows, num_prototypes = logits.shape
+    q = (logits / temp).exp()
+    q = q / q.sum()
+    for _ in range(num_iterations):
+        for k in range(num_prototypes):
+            q[:, k] = q[:, k] / q[:, k].sum() / num_prototypes
+        for i in range(num_rows):
+            q[i] = q[i] / q[i].sum() / num_rows
+    return q * num_rows
+
+
+def koleo(features: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
+    """DINOv2's section 4: −log of the distance to the nearest other row, weighed, rows n D."""
+    x = [row / row.norm() for row in features]
+    total = features.new_zeros(())
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i] or [i]
+        nearest = max(others, key=lambda j: float(x[i].detach() @ x[j].detach()))
+        distance = ((x[i] - x[nearest] + eps) ** 2).sum().sqrt()
+        total = total - weight[i] * (distance + eps).log()
+    return total
+
+
+def gram(student: Tensor, anchor: Tensor) -> Tensor:
+    """DINOv3's section 4.2 on one image, patches P D and P D': the mean over pairs of patches."""
+    num_patches = len(student)
+    total = student.new_zeros(())
+    for i in range(num_patches):
+        for j in range(num_patches):
+            ours, theirs = (x[i] @ x[j] / (x[i].norm() * x[j].norm()) for x in (student, anchor))
+            total = total + (ours - theirs) ** 2
+    return total / num_patches**2
+
+
 # ------------------------------------------------------------------------------------ schedules
 
 
@@ -172,3 +208,24 @@ def bicubic(cells: Tensor, rows: int, columns: int, scale: tuple[float, float]) 
     tall = torch.stack([line(list(cells), (i + 0.5) / scale[0] - 0.5) for i in range(rows)])
     wide = [line(list(tall.T), (j + 0.5) / scale[1] - 0.5) for j in range(columns)]
     return torch.stack(wide, dim=1)
+
+
+def shrink(cells: Tensor, rows: int, columns: int) -> Tensor:
+    """Resample a map H W to a coarser one by Keys' cubic (a = −1/2) as wide as a coarse cell."""
+
+    def weigh(distance: float) -> float:
+        d = abs(distance)
+        if d <= 1:
+            return 1.5 * d**3 - 2.5 * d**2 + 1
+        return -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 if d < 2 else 0.0
+
+    def line(values: Sequence[Tensor], num: int) -> Tensor:
+        scale = len(values) / num
+        made = []
+        for i in range(num):
+            weights = [weigh((j + 0.5) / scale - (i + 0.5)) for j in range(len(values))]
+            mixed = sum(w * v for w, v in zip(weights, values, strict=True))
+            made.append(mixed / sum(weights))
+        return torch.stack(made)
+
+    return line(list(line(list(cells), rows).T), columns).T

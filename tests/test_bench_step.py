@@ -57,7 +57,7 @@ def plain_of(method: DINO) -> Any:
 
 def our_step(method: DINO) -> Step:
     """Ours with the published code's clipping and decay."""
-    groups = param_groups(method.student.named_parameters(), decay_tokens=True)
+    groups = param_groups(method.student, decay_tokens=True)
     return Step(
         method,
         {"dino": PrototypeLoss("cls", Constant(1.0), 0.1)},

@@ -1,31 +1,34 @@
-"""The EMA center by formula, skipped steps, half precision; and two processes against one."""
+"""The EMA center and Sinkhorn-Knopp by formula, skipped steps, half precision, bounded memory; and
+two processes against one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from dino_lite import distributed
-from dino_lite.contracts import Crops, Progress, Prototypes, Targets, Tokens
+from dino_lite.contracts import Crops, Progress, Prototypes, Targets, Tokens, UserError
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
-from dino_lite.nn.centering import EMACentering
+from dino_lite.nn.centering import LOGITS_BYTES, EMACentering, SinkhornKnopp
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine
+from ranks import on_ranks
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -35,7 +38,7 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
 
 
-def probs(centering: EMACentering, z: Tensor, rows: Tensor, temp: float) -> Tensor:
+def probs(centering: EMACentering | SinkhornKnopp, z: Tensor, rows: Tensor, temp: float) -> Tensor:
     """The distributions that a forward pass stands for."""
     prototypes = Prototypes(rows)
     row, col = centering(z, prototypes, temp)
@@ -124,6 +127,150 @@ def test_sharp_temperatures_stay_finite(temp: float) -> None:
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 3), rtol=1e-3, atol=0.0)
 
 
+def test_no_rows_leave_the_center() -> None:
+    """A batch without masked patches: a mean over nothing is not taken, and nothing is NaN."""
+    centering = EMACentering(10).double()
+    prototypes = Prototypes(unit(10, 6))
+    centering(unit(2, 3, 6), prototypes, 0.04)
+    centering.after_step(YES)
+    before = centering.center.clone()
+    row, col = centering(unit(1, 0, 6), prototypes, 0.04)
+    centering.after_step(YES)
+    assert row.shape == (1, 0)
+    assert torch.isfinite(col).all()
+    assert torch.equal(centering.center, before)
+
+
+# ------------------------------------------------------------------------------------ Sinkhorn-Knopp
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    num_crops=st.integers(1, 3),
+    num_images=st.integers(1, 5),
+    num_prototypes=st.integers(1, 20),
+    num_iterations=st.integers(1, 5),
+    temp=st.floats(0.04, 1.0),
+    scaled=st.booleans(),
+)
+def test_sinkhorn_is_the_papers_divisions(
+    seed: int,
+    num_crops: int,
+    num_images: int,
+    num_prototypes: int,
+    num_iterations: int,
+    temp: float,
+    scaled: bool,
+) -> None:
+    """All crops' rows in one matrix, divided by its total, by prototypes, by rows, in turn."""
+    torch.manual_seed(seed)
+    z, direction = unit(num_crops, num_images, 6), unit(num_prototypes, 6)
+    length = torch.rand(num_prototypes, 1, dtype=torch.float64) + 0.5 if scaled else None
+    prototypes = Prototypes(direction, length)
+    sinkhorn = SinkhornKnopp(num_prototypes, num_iterations)
+    logits = (z @ prototypes.rows().T).flatten(0, 1)
+    wanted = oracle.sinkhorn(logits, temp, num_iterations).view(num_crops, num_images, -1)
+    row, col = sinkhorn(z, prototypes, temp)
+    found = (z @ prototypes.rows().T / temp + row[..., None] + col).exp()
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_sinkhorn_gives_the_references_numbers() -> None:
+    """What the official code makes of sin(0), sin(1), ... at temperature 0.07."""
+    z = torch.sin(torch.arange(48.0)).view(2, 3, 8)
+    three = [1e-6, 0.208390, 0.760046, 8e-6, 0, 0, 0, 0.031555]
+    sums = [0.690824, 0.650131, 0.850070, 0.910574, 0.781161, 0.787878, 0.731894, 0.597468]
+    one = [1e-6, 0.094796, 0.892917, 9e-6, 0, 0, 0, 0.012277]
+    q = probs(SinkhornKnopp(8), z, torch.eye(8), 0.07)
+    assert q[0, 0].tolist() == pytest.approx(three, abs=1e-6)
+    assert q.sum((0, 1)).tolist() == pytest.approx(sums, abs=2e-6)
+    q = probs(SinkhornKnopp(8, num_iterations=1), z, torch.eye(8), 0.07)
+    assert q[0, 0].tolist() == pytest.approx(one, abs=1e-6)
+
+
+def test_many_iterations_give_every_prototype_the_same_share() -> None:
+    """And every row a distribution: the matrix is doubly stochastic but for a factor."""
+    q = probs(SinkhornKnopp(10, num_iterations=500), unit(2, 15, 6), unit(10, 6), 0.2)
+    torch.testing.assert_close(q.sum((0, 1)), torch.full((10,), 3.0).double(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(q.sum(-1), torch.ones(2, 15).double())
+
+
+def test_sinkhorn_of_logits_of_a_thousand_is_finite() -> None:
+    """In float32, over a temperature of 0.04: rows sum to one within the logits' own roundings."""
+    z = 1e3 * (2 * torch.rand(2, 9, 7) - 1)
+    z[0, 0], z[0, 1], z[0, 2, 0] = 1e3, -1e3, 1e3
+    row, col = SinkhornKnopp(7)(z, Prototypes(torch.eye(7)), 0.04)
+    assert torch.isfinite(row).all()
+    assert torch.isfinite(col).all()
+    q = probs(SinkhornKnopp(7), z, torch.eye(7), 0.04)
+    torch.testing.assert_close(q.sum(-1), torch.ones(2, 9), rtol=0.02, atol=0.0)
+
+
+def test_sinkhorn_of_no_rows_is_finite() -> None:
+    """A batch without masked patches."""
+    row, col = SinkhornKnopp(10)(unit(1, 0, 6), Prototypes(unit(10, 6)), 0.04)
+    assert row.shape == (1, 0)
+    assert torch.isfinite(col).all()
+
+
+def test_sinkhorn_keeps_nothing() -> None:
+    """No state in a checkpoint, no gradient, and a step that is skipped or not leaves it as it is."""
+    sinkhorn = SinkhornKnopp(10)
+    z, prototypes = unit(2, 3, 6).requires_grad_(), Prototypes(unit(10, 6).requires_grad_())
+    first = sinkhorn(z, prototypes, 0.04)
+    sinkhorn.after_step(YES)
+    assert not sinkhorn.state_dict()
+    assert not any(term.requires_grad for term in first)
+    torch.testing.assert_close(sinkhorn(z, prototypes, 0.04), first, rtol=0.0, atol=0.0)
+
+
+def test_sinkhorn_of_bfloat16_is_float32() -> None:
+    """The same as of the rounded numbers in float32, with autocast or without."""
+    z, rows = unit(2, 5, 6).bfloat16(), unit(10, 6).bfloat16()
+    wanted = SinkhornKnopp(10)(z.float(), Prototypes(rows.float()), 0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = SinkhornKnopp(10)(z, Prototypes(rows), 0.04)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+
+
+def test_sinkhorn_without_iterations_is_refused() -> None:
+    """In a sentence, when it is built."""
+    with pytest.raises(UserError, match="num_iterations=0"):
+        SinkhornKnopp(10, num_iterations=0)
+
+
+class Largest(TorchDispatchMode):
+    """Watches the number of values of the largest tensor that anything makes."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, Tensor):
+                self.num_values = max(self.num_values, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["ema", "sinkhorn"])
+@pytest.mark.parametrize("num_rows", [1, 3, 7])
+def test_chunks_bound_the_logits_and_change_nothing(
+    name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty rows of a hundred prototypes: no more than `num_rows` of them are held at once."""
+    z = unit(2, 10, 6)
+    prototypes = Prototypes(unit(100, 6), torch.rand(100, 1).double() + 0.5)
+    make = {"ema": lambda: EMACentering(100).double(), "sinkhorn": lambda: SinkhornKnopp(100)}[name]
+    wanted = make()(z, prototypes, 0.1)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", num_rows * 100 * 8)
+    with Largest() as largest:
+        found = make()(z, prototypes, 0.1)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert largest.num_values <= max(num_rows * 100, prototypes.direction.numel())
+
+
 # ------------------------------------------------------------------------------------ one process
 
 
@@ -159,6 +306,30 @@ def test_before_the_group_is_up_the_launcher_tells_the_rank(
 
 
 # ------------------------------------------------------------------------------------ two processes
+
+# Logarithms of what each of two processes has to add: nothing, little, more than exp can hold.
+NONE = -math.inf
+MASS = torch.tensor([[NONE, NONE, 0.0, -800.0, 900.0], [NONE, 3.0, math.log(2), -801.0, 100.0]])
+SHARES = [(0, 4, 7), (0, 7, 7), (0, 0, 7), (0, 0, 0)]  # rows of the first end, then the second's
+
+
+def centerings() -> dict[str, Any]:
+    """One of each kind, the EMA's with a past."""
+    ema = EMACentering(10).double()
+    ema.center.copy_(torch.arange(10.0) / 10)
+    return {"ema": ema, "sinkhorn": SinkhornKnopp(10).double()}
+
+
+def step_of(centering: Any, own: slice) -> dict[str, Tensor]:
+    """Distributions, column term and the center after a step on some rows of two crops' seven."""
+    torch.manual_seed(0)
+    z, prototypes = unit(2, 7, 6), Prototypes(unit(10, 6))
+    row, col = centering(z[:, own], prototypes, 0.1)
+    centering.after_step(YES)
+    logits = z[:, own] @ prototypes.rows().T / 0.1
+    q = (logits + row[..., None] + col).exp()
+    return {"q": q, "col": col, **centering.state_dict()}
+
 
 NUM_STEPS, NUM_IMAGES = 3, 4
 
@@ -212,7 +383,7 @@ def train(first: int, last: int, micro: int, exchange: bool) -> dict[str, Tensor
     step = Step(
         method,
         {"dino": PrototypeLoss("cls", Constant(1.0))},
-        torch.optim.AdamW(param_groups(method.student.named_parameters()), fused=True),
+        torch.optim.AdamW(param_groups(method.student), fused=True),
         learning_rate=Cosine(1e-2, 1e-4, warmup="1 step"),
         weight_decay=Cosine(0.04, 0.4),
         clip=0.1,
@@ -228,36 +399,57 @@ def train(first: int, last: int, micro: int, exchange: bool) -> dict[str, Tensor
     return {**method.state_dict(), "losses": torch.stack(losses)}
 
 
-def worker(rank: int, folder: str) -> None:
+def two_ranks(rank: int) -> dict[str, Any]:
     """One of two processes: every collective of the core, then training on half of each batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world_size()}
     found["mean"] = distributed.all_reduce_mean_(torch.tensor([1.0, 10.0]) * (rank + 1))
+    found["sum"] = distributed.all_reduce_sum_(torch.tensor([1.0, 10.0]) * (rank + 1))
     found["broadcast"] = distributed.broadcast_value(0.1 + rank, torch.device("cpu"))
+    found["logsumexp"] = distributed.all_reduce_logsumexp(MASS[rank])
     half = NUM_IMAGES // 2
     for micro in (0, 1):
         found[f"train{micro}"] = train(rank * half, (rank + 1) * half, micro, exchange=True)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for bounds in SHARES:
+        for name, centering in centerings().items():
+            own = slice(bounds[rank], bounds[rank + 1])
+            found[f"{name}{bounds}"] = step_of(centering, own)
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks() -> list[dict[str, Any]]:
     """What two gloo processes found."""
-    folder = tmp_path_factory.mktemp("gloo")
-    spawn: Callable[..., Any] = mp.spawn
-    spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_ranks(2, two_ranks)
 
 
 def test_two_processes_average_and_listen_to_rank_0(ranks: list[dict[str, Any]]) -> None:
-    """A sum divided by the world's size, and rank 0's number to float64's last bit."""
+    """A sum, the same divided by the world's size, and rank 0's number to float64's last bit."""
     for rank, found in enumerate(ranks):
         assert (found["rank"], found["world"]) == (rank, 2)
+        assert found["sum"].tolist() == [3.0, 30.0]
         assert found["mean"].tolist() == [1.5, 15.0]
         assert found["broadcast"] == 0.1
+
+
+def test_two_processes_add_up_what_they_have_the_logarithms_of(ranks: list[dict[str, Any]]) -> None:
+    """However large or small, and where one of them, or both, have nothing."""
+    for found in ranks:
+        torch.testing.assert_close(found["logsumexp"], MASS.logsumexp(0))
+
+
+@pytest.mark.parametrize("bounds", SHARES)
+@pytest.mark.parametrize("name", ["ema", "sinkhorn"])
+def test_rows_are_centered_alike_however_two_processes_share_them(
+    ranks: list[dict[str, Any]], name: str, bounds: tuple[int, ...]
+) -> None:
+    """Unequal shares, all rows on one of them, none at all: the same as in one process."""
+    wanted = step_of(centerings()[name], slice(0, bounds[-1]))
+    found = [rank[f"{name}{bounds}"] for rank in ranks]
+    q = torch.cat([one.pop("q") for one in found], dim=1)
+    torch.testing.assert_close(q, wanted.pop("q"), rtol=1e-12, atol=1e-15)
+    for one in found:
+        torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-14)
+        assert all(torch.isfinite(value).all() for value in one.values())
 
 
 @pytest.mark.parametrize("micro", [0, 1])

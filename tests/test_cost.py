@@ -151,7 +151,7 @@ def test_memory_is_that_of_the_tensors_of_a_step(overrides: tuple[str, ...]) -> 
     step, crops = build(config)
     state = [crops, list(step.method.parameters()), list(step.method.buffers())]
     state += [list(values.values()) for values in step.optimizer.state.values()]
-    state += [[p.grad for p in step.trained]]
+    state += [[p.grad for group in step.clip_groups for p in group]]
     live = LiveBytes(state)
     del state  # the last step's gradients go when this one begins
     with live:

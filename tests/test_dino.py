@@ -75,7 +75,7 @@ def random_crops(
 
 def make_step(method: DINO, fused: bool = True, **settings: Any) -> Step:
     """One step of that method as a run would make it: AdamW, one DINO loss, moving rates."""
-    groups = param_groups(method.student.named_parameters())
+    groups = param_groups(method.student)
     optimizer = torch.optim.AdamW(groups, fused=fused)
     settings = {
         "learning_rate": Cosine(1e-2, 1e-4, warmup=0.2),

@@ -59,7 +59,7 @@ def test_four_steps_are_algorithm_1(fused: bool, learn_norm: bool) -> None:
     """Losses, student, teacher and center, in float64; every rate moves and clipping bites."""
     method = tiny_dino(learn_norm=learn_norm).double()
     student, teacher = copy.deepcopy(method.student), copy.deepcopy(method.student)
-    groups = param_groups(method.student.named_parameters())
+    groups = param_groups(method.student)
     decayed = {name for group in groups if group["decay"] for name in group["names"]}
     rate, decay = Cosine(1e-2, 1e-4, warmup=0.3), Cosine(0.04, 0.4)
     step = make_step(
@@ -138,7 +138,7 @@ def test_losses_are_weighted_and_told_apart() -> None:
     """Two terms: "loss" and the gradient are of their weighted sum, each is told as itself."""
     method = tiny_dino().double()
     twin, crops = copy.deepcopy(method), random_crops(dtype=torch.float64)
-    groups = param_groups(method.student.named_parameters())
+    groups = param_groups(method.student)
     losses = {
         "sharp": PrototypeLoss("cls", Constant(0.5)),
         "soft": PrototypeLoss("cls", Constant(2.0), student_temp=0.5),
@@ -168,7 +168,7 @@ def test_rates_are_written_to_their_groups() -> None:
 def test_a_loss_that_reads_what_is_not_made_is_refused() -> None:
     """In a sentence that names the loss, what it reads, and what there is."""
     method = tiny_dino()
-    optimizer = torch.optim.SGD(param_groups(method.student.named_parameters()), lr=1.0)
+    optimizer = torch.optim.SGD(param_groups(method.student), lr=1.0)
     rates = {"learning_rate": Constant(1.0), "weight_decay": Constant(0.0)}
     with pytest.raises(UserError, match=r"loss\.ibot reads 'patch', but DINO provides cls\."):
         Step(method, {"ibot": PrototypeLoss("patch", Constant(1.0))}, optimizer, **rates)
@@ -229,12 +229,12 @@ def test_without_a_span_the_prototypes_learn_at_once() -> None:
 
 def sgd(method: DINO) -> torch.optim.Optimizer:
     """An optimizer with a memory, and no fused form."""
-    return torch.optim.SGD(param_groups(method.student.named_parameters()), lr=1.0, momentum=0.9)
+    return torch.optim.SGD(param_groups(method.student), lr=1.0, momentum=0.9)
 
 
 def adamw(fused: bool) -> Callable[[DINO], torch.optim.Optimizer]:
     """AdamW over the method's groups."""
-    return lambda m: torch.optim.AdamW(param_groups(m.student.named_parameters()), fused=fused)
+    return lambda m: torch.optim.AdamW(param_groups(m.student), fused=fused)
 
 
 OPTIMIZERS = {"fused": adamw(True), "not fused": adamw(False), "sgd": sgd}

@@ -142,7 +142,7 @@ def _fill(backbone: ViT, found: Found, asked: str) -> Fit:
     if "mask_token" not in own and weights.pop("mask_token", None) is not None:
         unused.append("mask_token")
     if "pos_embed" in weights:
-        weights["pos_embed"] = _fit_positions(weights["pos_embed"], backbone)
+        weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
     if STEM in weights:
         weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
     missing = sorted(own.keys() - weights.keys())
@@ -182,7 +182,7 @@ def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
     return adapted
 
 
-def _fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
+def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     """Resample a [1, 1+cells, D] position embedding of a square grid to the backbone's grid."""
     cells = round((learned.shape[1] - 1) ** 0.5)
     if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:

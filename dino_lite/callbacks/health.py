@@ -34,7 +34,7 @@ class Health(pl.Callback):
 
     def __init__(
         self,
-        reads: str = "cls",
+        reads: str = "embedding",
         every_n_steps: int | None = None,
         on_collapse: str = "warn",
     ) -> None:

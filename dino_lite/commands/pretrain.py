@@ -36,6 +36,7 @@ from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
+from dino_lite.optim.param_groups import param_groups
 from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import (
     Run,
@@ -146,12 +147,17 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
         autocast=torch.bfloat16 if str(trainer["precision"]) == "bf16" else None,
         seed=config["seed"],
     )
+    groups = functools.partial(
+        param_groups,
+        decay_tokens=optim["decay_tokens"],
+        layer_decay=optim["layer_decay"],
+        patch_embed_scale=optim["patch_embed_scale"],
+        freeze_by=optim["freeze_by"],
+    )
     method = build_method(config)
     set_memory(method, trainer["memory"], trainer["compile"])
     clock = Clock(num_steps, max_seconds, steps_per_epoch)
-    module = PretrainModule(
-        method, step, instantiate(optim["optimizer"]), clock, optim["decay_tokens"]
-    )
+    module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, groups)
     module.bare_step()  # refuses what does not fit, now
     return module
 

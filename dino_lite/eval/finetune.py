@@ -43,8 +43,8 @@ class Finetune:
     """The evaluation: a copy of the backbone and a linear layer on its class token, trained for
     `num_epochs`; the last epoch's accuracy on test, nothing chosen.
 
-    `rate` is for 256 images a step, and that of the linear layer; a layer of the backbone has
-    `layer_decay` times the rate of the one above it. `mixup` and `cutmix` are the parameters of
+    `rate` is for 256 images a step, and that of the linear layer and the last norm; a block has
+    `layer_decay` times the rate of what is above it. `mixup` and `cutmix` are the parameters of
     their Beta distributions, 0: off; with both, a coin decides batch by batch.
     """
 
@@ -118,7 +118,9 @@ class Finetune:
         batch_size = min(self.batch_size, len(labeled.train))
         per_epoch = len(labeled.train) // batch_size
         total = per_epoch * self.num_epochs
-        optimizer = torch.optim.AdamW(layer_groups(network, head, self.layer_decay), lr=0.0)
+        whole = nn.ModuleDict({"backbone": network, "head": head})
+        groups = param_groups(whole, layer_decay=self.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0)
         base = scale_rate(self.rate, batch_size, "linear")
         schedule = Cosine(base, 0.0, warmup=self.warmup)
         crops = RandomCrops(labeled.train, data.size, self.scale, self.seed)
@@ -132,7 +134,7 @@ class Finetune:
                 continue
             rate = schedule(Progress(step, total, per_epoch))
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
+                group["lr"] = rate * group["rate_scale"]
                 group["weight_decay"] = self.weight_decay if group["decay"] else 0.0
             images = data.normalize(batch.images.to(device))
             numbers = torch.searchsorted(labeled.classes, batch.labels)
@@ -158,22 +160,6 @@ def find_labeled(store: FeatureStore) -> Labeled:
     known = _labels(train), _labels(test)
     check_classes("Fine-tuning", *known)
     return Labeled(train, test, torch.unique(torch.cat(known)), where)
-
-
-def layer_groups(network: Any, head: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameters by layer, decayed or not; `scale` is what the rate is multiplied by: 1 for the
-    head, `layer_decay` for the last layer below it, its square for the next.
-    """
-    by_depth: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in network.named_parameters():
-        by_depth.setdefault(network.depth_of(name), []).append((name, parameter))
-    top = max(by_depth, default=0) + 1
-    layers = {top: list(head.named_parameters())} | by_depth
-    return [
-        group | {"scale": layer_decay ** (top - depth)}
-        for depth, named in layers.items()
-        for group in param_groups((f"layer.{name}", parameter) for name, parameter in named)
-    ]
 
 
 def mix(

@@ -22,6 +22,7 @@ from dino_lite.contracts import Scores, Targets
 # without centering: 2.0 and falling; healthy: 15 and more.
 _INFORMATION = 0.002  # nats
 _PERPLEXITY = 2.5  # prototypes
+_SPREAD = 0.05  # of 1
 _HIGHEST_TEMP = 0.07  # the paper's (Caron et al. 2021, section 3.2)
 
 _LOGITS_BYTES = 64 * 2**20  # of logits held at once
@@ -49,7 +50,8 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(scores: Scores, targets: Targets, most: int) -> Look:
-    """What teacher and student make of at most `most` images, in at least float32.
+    """What teacher and student make of at most `most` images, in at least float32. Without prototypes
+    only z is looked at.
 
     The student's crops that are the teacher's too (the first T) are held against those they learn
     from.
@@ -61,8 +63,8 @@ def look(scores: Scores, targets: Targets, most: int) -> Look:
         probs, chosen = theirs.new_zeros(len(theirs)), torch.zeros_like(theirs[:, 0]).long()
         entropy, agreement = theirs.new_zeros(()), theirs.new_zeros(())
         pairs = (targets.pairs[:, :num_teacher] > 0).to(theirs)
-        step = max(1, _LOGITS_BYTES // (theirs[:, 0].nbytes * num_teacher))
-        for start in range(0, num_images, step):
+        step = max(1, _LOGITS_BYTES // max(1, theirs[:, 0].nbytes * num_teacher))
+        for start in range(0, num_images if len(theirs) else 0, step):
             cut = slice(start, min(start + step, num_images))
             logits = targets.z[:, cut].to(wide) @ theirs.T / targets.temp
             logits += targets.row[:, cut, None].to(wide) + targets.col.to(wide)
@@ -96,14 +98,18 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
     Entropies in nats. `teacher_information`: what a crop's distribution says of the crop, entropy
     of the mean minus mean of the entropies; nothing in every kind of collapse.
     `prototype_perplexity`: exp of the entropy of the mean distribution, K at most.
-    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors.
+    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; without prototypes there
+    is nothing else.
     """
     last, crops = looks[-1], sum(seen.num_crops for seen in looks)
+    variance = last.squares / last.num_crops - (last.z / last.num_crops).square()
+    embedding_std = variance.clamp(min=0).sqrt().mean() * len(variance) ** 0.5
+    if not len(last.probs):
+        return {"embedding_std": float(embedding_std)}
     mean = torch.stack([seen.probs for seen in looks]).sum(0) / crops
     spread = _entropy(mean)
     used = torch.stack([seen.chosen for seen in looks]).sum(0).count_nonzero()
     information = _entropy(last.probs / last.num_crops) - last.entropy / last.num_crops
-    variance = last.squares / last.num_crops - (last.z / last.num_crops).square()
     values = {
         "teacher_entropy": last.entropy / last.num_crops,
         "teacher_information": information.clamp(min=0),
@@ -111,7 +117,7 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
         "prototypes_used": used,
         "prototype_perplexity": spread.exp(),
         "center_norm": last.center / last.num_images,
-        "embedding_std": variance.clamp(min=0).sqrt().mean() * len(variance) ** 0.5,
+        "embedding_std": embedding_std,
         "agreement": last.agreement / last.num_images,
     }
     numbers = torch.stack([value.double() for value in values.values()]).tolist()  # waits once
@@ -129,7 +135,10 @@ def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alar
     """Which collapse `values` of `health` show, if any; `temp` is the teacher's.
 
     That the teacher tells crops apart no more is seen by two numbers; why, the others suggest.
+    Without prototypes the spread of embeddings says it.
     """
+    if not num_prototypes:
+        return _constant(values) if values["embedding_std"] < _SPREAD else None
     if values["prototype_perplexity"] < _PERPLEXITY:
         return Alarm(
             "one_prototype",
@@ -147,6 +156,10 @@ def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alar
             f"so the loss stays near ln {num_prototypes:,} = {math.log(num_prototypes):.2f}; lower "
             f"method.teacher_temp from {temp:g} (0.04 to 0.07 in the paper).",
         )
+    return _constant(values)
+
+
+def _constant(values: dict[str, float]) -> Alarm:
     return Alarm(
         "constant_features",
         "collapse: the network makes the same of every image (spread of embeddings "

@@ -43,10 +43,10 @@ class Student(nn.Module):
 class DINO(Method):
     """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all of them.
 
-    `head` makes a projection head from the backbone's width. Provides the match "cls".
+    `head` makes a projection head from the backbone's width. Provides the match "embedding" and,
+    where the head has prototypes, the same again as "cls".
     """
 
-    provides = ("cls",)
     student: Student
     step: Tensor
 
@@ -61,7 +61,9 @@ class DINO(Method):
         super().__init__()
         self.student = Student(backbone, head(backbone.embed_dim))
         self.teachers = nn.ModuleDict({"ema": EMATeacher(self.student, momentum)})
-        self.centering = EMACentering(self.student.head.num_prototypes, center_momentum)
+        self.num_prototypes = self.student.head.num_prototypes
+        self.provides = ("embedding", "cls") if self.num_prototypes else ("embedding",)
+        self.centering = EMACentering(self.num_prototypes, center_momentum)
         self.teacher_temp = teacher_temp
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
@@ -72,29 +74,32 @@ class DINO(Method):
 
     @torch.no_grad()
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """The teacher's centered, sharpened distributions over the batch's global crops."""
+        """The teacher's centered, sharpened distributions over the batch's global crops; without
+        prototypes its vectors alone.
+        """
         z = self.ema.module([crops.globals_])  # T n E
         prototypes = self.ema.module.head.prototypes()
         temp = self.teacher_temp(at)
-        row, col = self.centering(z, prototypes, temp)
-        num_student = len(crops.boxes)
-        return {
-            "cls": Targets(
-                z=z,
-                prototypes=prototypes,
-                row=row,
-                col=col,
-                temp=temp,
-                pairs=cross_view_pairs(len(z), num_student),
-                weight=torch.full_like(row[0], 1.0 / crops.num_images),
-            )
-        }
+        row, col = torch.zeros_like(z[..., 0]), z.new_zeros(0)
+        if self.num_prototypes:
+            row, col = self.centering(z, prototypes, temp)
+        targets = Targets(
+            z=z,
+            prototypes=prototypes,
+            row=row,
+            col=col,
+            temp=temp,
+            pairs=cross_view_pairs(len(z), len(crops.boxes)),
+            weight=torch.full_like(row[0], 1.0 / crops.num_images),
+        )
+        return dict.fromkeys(self.provides, targets)
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""
         groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
         scores = Scores(z=self.student(groups), prototypes=self.student.head.prototypes())
-        return {"cls": Match(student=scores, target=cast(Targets, targets["cls"]))}
+        match = Match(student=scores, target=cast(Targets, targets["embedding"]))
+        return dict.fromkeys(self.provides, match)
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Teacher and center follow, and the step is counted."""
@@ -104,7 +109,8 @@ class DINO(Method):
 
     def schedules(self) -> dict[str, Schedule]:
         """What moves with the run, by the name it is logged under."""
-        return {"momentum": self.ema.momentum, "teacher_temp": self.teacher_temp}
+        temp = {"teacher_temp": self.teacher_temp} if self.num_prototypes else {}
+        return {"momentum": self.ema.momentum} | temp
 
     def export_backbone(self) -> Any:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""

@@ -34,6 +34,11 @@ class Method(nn.Module):
         """Move teachers and centers; where `ok` is false (a skipped step) nothing may change."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """The weights of an earlier run have been loaded: what copies others at the start of a run
+        does so again.
+        """
+
     def schedules(self) -> dict[str, Schedule]:
         """What moves with the run, by the name it is logged under."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from dino_lite.contracts import Crops
 from dino_lite.methods.clock import Clock
@@ -24,8 +25,8 @@ class PretrainModule(pl.LightningModule):
     """Final. Manual optimization: one `training_step` is one optimizer step on the rank's whole
     batch.
 
-    `optimizer` makes an optimizer from parameter groups; `step` makes a Step from method and
-    optimizer.
+    `groups` makes parameter groups of the student, `optimizer` an optimizer of those; `step` makes
+    a Step of method and optimizer.
     """
 
     def __init__(
@@ -34,19 +35,18 @@ class PretrainModule(pl.LightningModule):
         step: Callable[..., Step],
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         clock: Clock,
-        decay_tokens: bool = False,
+        groups: Callable[[nn.Module], list[dict[str, Any]]] = param_groups,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.method, self.clock = method, clock
-        self.make_step, self._make_optimizer, self._decay_tokens = step, optimizer, decay_tokens
+        self.make_step, self._make_optimizer, self._make_groups = step, optimizer, groups
         self.watch: Watch | None = None  # a callback's, for the steps it wants to see
         self._step: Step | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over the student's two groups, decayed and not."""
-        groups = param_groups(self.method.student.named_parameters(), self._decay_tokens)
-        return self._make_optimizer(groups)
+        """The optimizer over the student's parameter groups."""
+        return self._make_optimizer(self._make_groups(self.method.student))
 
     def bare_step(self) -> Step:
         """The step without a trainer: of one process, with an optimizer of its own."""
@@ -71,8 +71,7 @@ class PretrainModule(pl.LightningModule):
         assert self._step is not None
         at = self.clock.at(self._step.num_steps, self.device)
         scalars = self._step(crops, at, self.watch)
-        optimizer = self._step.optimizer
-        rates = {"progress": at.fraction, "learning_rate": optimizer.param_groups[0]["lr"]}
+        rates = {"progress": at.fraction, "learning_rate": self._step.learning_rate(at)}
         rates |= {name: schedule(at) for name, schedule in self.method.schedules().items()}
         # Tensors on the host: Lightning would send floats to the device one by one, and wait.
         host = {name: torch.tensor(value) for name, value in rates.items()}

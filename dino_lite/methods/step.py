@@ -12,7 +12,7 @@ from torch import Tensor
 from dino_lite.contracts import Crops, Loss, Progress, Schedule, StepOutputs, StepTargets, UserError
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
-from dino_lite.optim.param_groups import ClipBy, clip_gradients_
+from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
 from dino_lite.optim.schedules import Span, span_steps
 
 Watch = Callable[[StepOutputs], None]  # an observer of what a micro-batch made
@@ -23,9 +23,11 @@ class Step:
 
     Schedules are read at the step's own `Progress`. The teacher sees the whole batch once; the
     student sees it in micro-batches of `micro_batch_size` images (0: whole), whose gradients add up
-    to the whole batch's. A gradient that is not finite skips the update and all that follows it;
-    `max_skipped` such steps in a row end the run. `backward` and `no_sync` are handed in by whoever
-    synchronizes ranks.
+    to the whole batch's. For `freeze_last_layer` the prototypes stand still: parameter groups that
+    are marked `last_layer` have a rate of 0 and gather moments (DINOv2), last layers in other
+    groups have no gradient (DINO). A gradient that is not finite skips the update and all that
+    follows it; `max_skipped` such steps in a row end the run. `backward` and `no_sync` are handed
+    in by whoever synchronizes ranks.
     """
 
     def __init__(
@@ -54,23 +56,25 @@ class Step:
                 )
         self.method, self.losses, self.optimizer = method, dict(losses), optimizer
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.clip, self.clip_by, self.freeze_last_layer = clip, clip_by, freeze_last_layer
+        self.clip, self.freeze_last_layer = clip, freeze_last_layer
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
         self.max_skipped, self.backward, self.no_sync = max_skipped, backward, no_sync
         self.skipped: Tensor | None = (
             None  # steps in a row without a finite gradient; on the device
         )
         self.num_steps = int(method.step)  # the host's copy of method.step
-        student = dict(method.student.named_parameters())
-        self.trained = [p for p in student.values() if p.requires_grad]
-        self.last_layer = [p for n, p in student.items() if "last_layer" in n and p.requires_grad]
+        self.clip_groups = clip_groups(method.student, clip_by)
+        apart = {p for g in optimizer.param_groups if g.get("last_layer") for p in g["params"]}
+        last = [p for n, p in method.student.named_parameters() if is_last_layer(n)]
+        self.last_layer = [p for p in last if p not in apart]
 
     def __call__(self, crops: Crops, at: Progress, watch: Watch | None = None) -> dict[str, Tensor]:
         """Detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
 
         `watch` is shown what the losses read, of each micro-batch, and keeps its hands off it.
         """
-        self._write_rates(at)
+        frozen = at.step < span_steps(self.freeze_last_layer, at)
+        self._write_rates(at, frozen)
         # Drop path draws from the global generator: keyed by seed, step and rank, a resumed run
         # draws the same paths.
         torch.manual_seed(hash((self.seed, self.num_steps, rank())))
@@ -78,11 +82,11 @@ class Step:
             targets = self.method.targets(crops, at)
         self.optimizer.zero_grad(set_to_none=True)
         scalars = self._accumulate(crops, targets, at, watch)
-        if at.step < span_steps(self.freeze_last_layer, at):
+        if frozen:
             for parameter in self.last_layer:
                 parameter.grad = None  # AdamW then skips it entirely: no moments, no decay
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        norm = clip_gradients_(gradients, self.clip, self.clip_by)
+        gradients = [[p.grad for p in g if p.grad is not None] for g in self.clip_groups]
+        norm = clip_gradients_(gradients, self.clip)
         ok = torch.isfinite(norm)
         self._update(ok)
         self.method.after_step(at, ok)
@@ -90,10 +94,11 @@ class Step:
         self.skipped = self._count_skipped(ok)
         return scalars | {"grad_norm": norm, "skipped": self.skipped.float()}
 
-    def _write_rates(self, at: Progress) -> None:
+    def _write_rates(self, at: Progress, frozen: bool) -> None:
         rate, decay = self.learning_rate(at), self.weight_decay(at)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            held = frozen and group.get("last_layer", False)
+            group["lr"] = 0.0 if held else rate * group.get("rate_scale", 1.0)
             if group["decay"]:
                 group["weight_decay"] = decay
 

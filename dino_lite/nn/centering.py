@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.contracts import Prototypes
-from dino_lite.distributed import all_reduce_mean_
+from dino_lite.contracts import Prototypes, UserError
+from dino_lite.distributed import all_reduce_logsumexp, all_reduce_sum_
+
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
 class EMACentering(nn.Module):
     """Subtract a running mean of the teacher's logits (DINO, section 3.1, eq. 4): c ← m·c +
-    (1−m)·mean over all ranks.
+    (1−m)·mean over all rows of all ranks, which may have different numbers of them, or none.
 
     A step uses the center of the steps before it; its own mean is kept in `batch_center` until the
     step is known good.
@@ -32,27 +36,97 @@ class EMACentering(nn.Module):
         self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float
     ) -> tuple[Float[Tensor, "T n"], Float[Tensor, "K"]]:
         """Row and column terms of log softmax((z·Pᵀ − c) / temp), for `contracts.Targets`."""
-        wide = torch.promote_types(z.dtype, torch.float32)
-        col = -self.center.to(wide) / temp
         # Cosines are divided by temp: no bfloat16.
         with torch.autocast(z.device.type, enabled=False):
-            # Prototype-major, "K T*n": the product is quickest so.
-            logits = prototypes.direction.to(wide) @ (z.to(wide) / temp).flatten(0, 1).T
-            scale = prototypes.scale()
-            if scale is not None:
-                logits.mul_(scale)
-            row = -logits.add_(col[:, None]).logsumexp(0).view(z.shape[:2])
-            # The mean of logits is the logits of the mean: E numbers travel between the ranks
-            # instead of K.
-            mean = all_reduce_mean_(z.to(wide).mean(dim=(0, 1)))
-            mean = prototypes.direction.to(wide) @ mean
-            self.batch_center = (mean if scale is None else scale[:, 0] * mean).to(
-                self.center.dtype
-            )
-        return row, col
+            logits = _Logits(z, prototypes, temp)
+            col = -self.center.to(logits.rows.dtype) / temp
+            row = torch.cat([-part.add_(col[:, None]).logsumexp(0) for part in logits])
+            # The mean of logits is the logits of the mean: E numbers and the count of rows travel
+            # between the ranks instead of K.
+            rows = z.to(logits.rows.dtype).flatten(0, 1)
+            total = all_reduce_sum_(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
+            mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
+            mean = logits.direction @ mean
+            mean = mean if logits.scale is None else logits.scale[:, 0] * mean
+            self.batch_center = torch.where(count > 0, mean.to(self.center.dtype), self.center)
+        return row.view(z.shape[:2]), col
 
     @torch.no_grad()
     def after_step(self, ok: Bool[Tensor, ""]) -> None:
         """Fold the step's mean into the center, unless the step was skipped."""
         moved = torch.lerp(self.batch_center, self.center, self.momentum)
         self.center.copy_(torch.where(ok, moved, self.center))
+
+
+class SinkhornKnopp(nn.Module):
+    """Give every prototype the same share of the rows of all crops and all ranks, and every row a
+    distribution (SwAV, arXiv 2006.09882, section 3.1; DINOv2, arXiv 2304.07193, section 4).
+
+    With s = z·Pᵀ/temp and row = 0 at first: col_k = −logsumexp_i(s_ik + row_i), then row_i =
+    −logsumexp_k(s_ik + col_k), `num_iterations` times. These are the logarithms of the paper's
+    divisions, so no exponential overflows. Its factors are left out: one that all prototypes share
+    (K, or the total at the start) moves all col_k alike, which the next row_i takes back; one that
+    all rows share (their number) moves all row_i alike, which the next col_k takes back, and the
+    last row_i makes every row sum to one as the paper's last product does.
+
+    Nothing is kept from step to step: `num_prototypes` is taken because every centering is told.
+    """
+
+    def __init__(self, num_prototypes: int, num_iterations: int = 3) -> None:
+        super().__init__()
+        if num_iterations < 1:
+            raise UserError(
+                f"centering num_iterations={num_iterations}: Sinkhorn-Knopp needs one at least "
+                "(3 in the paper)."
+            )
+        self.num_iterations = num_iterations
+
+    @torch.no_grad()
+    def forward(
+        self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float
+    ) -> tuple[Float[Tensor, "T n"], Float[Tensor, "K"]]:
+        """Row and column terms of the balanced distributions, for `contracts.Targets`."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = _Logits(z, prototypes, temp)
+            parts: Iterable[Tensor] = list(logits) if logits.fit else logits
+            row = torch.zeros_like(logits.rows[:, 0])
+            col = row.new_zeros(len(logits.direction))
+            # The first pass makes columns only, the last rows only; each other makes rows of the
+            # old column and, from them, its part of the next.
+            for i in range(self.num_iterations + 1):
+                mass = torch.full_like(col, -torch.inf)
+                for part, own in zip(parts, row.split(logits.num_rows), strict=True):
+                    if i > 0:
+                        own.copy_(-(part + col[:, None]).logsumexp(0))
+                    if i < self.num_iterations:
+                        mass = torch.logaddexp(mass, (part + own).logsumexp(1))
+                if i < self.num_iterations:
+                    mass = all_reduce_logsumexp(mass)
+                    col = torch.where(mass == -torch.inf, 0.0, -mass)  # no rows: no share
+        return row.view(z.shape[:2]), col
+
+    def after_step(self, ok: Bool[Tensor, ""]) -> None:
+        """Nothing follows a step."""
+
+
+class _Logits:
+    """z·Pᵀ/temp in at least float32, `num_rows` rows at a time, made anew each time they are asked
+    for.
+
+    They lie prototype-major, "K num_rows": the product is quickest so.
+    """
+
+    def __init__(self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float) -> None:
+        wide = torch.promote_types(z.dtype, torch.float32)
+        length = prototypes.length
+        self.direction = prototypes.direction.to(wide)
+        self.scale = Prototypes(self.direction, None if length is None else length.to(wide)).scale()
+        self.rows = (z.to(wide) / temp).flatten(0, 1)
+        held = LOGITS_BYTES.get(z.device.type, LOGITS_BYTES["cuda"])
+        self.num_rows = max(1, held // self.direction[:, 0].nbytes)
+        self.fit = len(self.rows) <= self.num_rows
+
+    def __iter__(self) -> Iterator[Float[Tensor, "K _"]]:
+        for rows in self.rows.split(self.num_rows):
+            logits = self.direction @ rows.T
+            yield logits if self.scale is None else logits.mul_(self.scale)

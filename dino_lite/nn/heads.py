@@ -35,7 +35,7 @@ class DINOHead(nn.Module):
     """MLP to a bottleneck of unit norm, then prototypes (DINO, section 3.1 and appendix C).
 
     `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they
-    are needed.
+    are needed. With `num_prototypes` 0 there are none, nor weights for them.
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class DINOHead(nn.Module):
                 layers += [nn.BatchNorm1d(widths[i + 1])] if batch_norm else []
                 layers.append(nn.GELU())
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
-        self.num_prototypes = num_prototypes
-        self.last_layer = LastLayer(bottleneck_dim, num_prototypes, learn_norm)
+        self.num_prototypes, self.bottleneck_dim = num_prototypes, bottleneck_dim
+        self.last_layer = (
+            LastLayer(bottleneck_dim, num_prototypes, learn_norm) if num_prototypes else None
+        )
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
         # Unit norm in at least float32: half precision would leave norms off by 1e-3.
@@ -70,5 +72,7 @@ class DINOHead(nn.Module):
 
     def prototypes(self) -> Prototypes:
         """The K prototypes."""
+        if self.last_layer is None:
+            return Prototypes(next(self.parameters()).new_zeros(0, self.bottleneck_dim))
         prototypes: Prototypes = self.last_layer()
         return prototypes

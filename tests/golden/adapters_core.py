@@ -166,7 +166,7 @@ def a04(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         switches = {"norm_last_layer": "normlast1" in variant, "use_bn": "bn1" in variant}
         head = build_head(case["hyper"]["head"], **switches)
         student = Student(build_vit(case["hyper"]["vit"]), head)
-        groups = param_groups(student.named_parameters(), decay_tokens)
+        groups = param_groups(student, decay_tokens=decay_tokens)
         names = {group["decay"]: set(group["names"]) for group in groups}
         frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
         for label, found, key in (
@@ -203,7 +203,7 @@ def a05(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
                 tensors[f"out{suffix}.norms_before_clip.step{i}"],
                 limit,
             )
-            clip_gradients_(clipped, hyper["clip"], step.clip_by)
+            clip_gradients_([[gradient] for gradient in clipped], hyper["clip"])
             wanted = below(tensors, f"out{suffix}.clipped.step{i}.")
             for name, gradient in zip(order, clipped, strict=True):
                 if name in wanted:
@@ -386,7 +386,7 @@ def trajectory_step(method: DINO, hyper: Case, backward: Any) -> Step:
     optimizer = instantiate(
         put(optim["optimizer"], "betas", hyper["adamw"]["betas"]), eps=hyper["adamw"]["eps"]
     )
-    groups = param_groups(method.student.named_parameters(), optim["decay_tokens"])
+    groups = param_groups(method.student, decay_tokens=optim["decay_tokens"])
     rate = {
         "base": hyper["lr"],
         "end": hyper.get("min_lr", hyper["lr"]),

@@ -4,22 +4,18 @@ several.
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 
 from dino_lite.contracts import Prototypes, Scores, Targets
 from dino_lite.losses.prototype import cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering
 from golden.adapters_core import Case, Tensors, below, compat_config, temperature
 from golden.check import Check, bound, compare
+from ranks import on_ranks
 
 
 def a02(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
@@ -38,15 +34,11 @@ def a02(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         else:
             yield from held_against(case, name, own, run_calls(case, hyper, own, temps))
     for world_size, names in joint.items():
-        hypers = {rank: case["hyper"]["variants"][name] for rank, name in names.items()}
-        parts = {rank: below(tensors, f"{name}/") for rank, name in names.items()}
-        with tempfile.TemporaryDirectory() as scratch:
-            mp.spawn(
-                _one_rank, (world_size, scratch, case, hypers, parts, temps), nprocs=world_size
-            )
-            for rank, name in names.items():
-                found = torch.load(Path(scratch) / f"{rank}.pt", weights_only=True)
-                yield from held_against(case, name, parts[rank], found)
+        parts = [below(tensors, f"{names[rank]}/") for rank in range(world_size)]
+        hypers = [case["hyper"]["variants"][names[rank]] for rank in range(world_size)]
+        calls = on_ranks(world_size, _calls_of_rank, case, hypers, parts, temps)
+        for rank, found in enumerate(calls):
+            yield from held_against(case, names[rank], parts[rank], found)
 
 
 def run_calls(case: Case, hyper: Case, own: Tensors, temps: list[float]) -> Tensors:
@@ -99,18 +91,7 @@ def held_against(case: Case, name: str, own: Tensors, found: Tensors) -> Iterato
         yield compare(f"{name}.{key}", value, own[key], limit)
 
 
-def _one_rank(
-    rank: int,
-    world_size: int,
-    scratch: str,
-    case: Case,
-    hypers: dict[int, Any],
-    parts: dict[int, Tensors],
-    temps: list[float],
-) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{scratch}/group", rank=rank, world_size=world_size
-    )
-    found: dict[str, Tensor] = run_calls(case, hypers[rank], parts[rank], temps)
-    torch.save(found, Path(scratch) / f"{rank}.pt")
-    dist.destroy_process_group()
+def _calls_of_rank(
+    rank: int, case: Case, hypers: list[Case], parts: list[Tensors], temps: list[float]
+) -> Tensors:
+    return run_calls(case, hypers[rank], parts[rank], temps)

@@ -1,0 +1,94 @@
+"""SimDINO: crops of an image agree, and the coding rate keeps images apart. No prototypes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dino_lite.contracts import Match, Schedule, Scores, Targets, UserError
+
+
+def alignment(z: Float[Tensor, "S n E"], targets: Targets) -> Float[Tensor, ""]:
+    """Σ_n weight_n Σ_ts pairs_ts·½‖z_s − z_t‖²: of unit rows 1 − cosine. In at least float32.
+
+    Multiplied out, ½a_s‖z_s‖² + ½Σ_t pairs_ts‖z_t‖² − ⟨z_s, Σ_t pairs_ts·z_t⟩ with
+    a_s = Σ_t pairs_ts, so that no "T S n E" is held.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    ours, theirs = z.to(wide), targets.z.to(wide)
+    pairs, weight = targets.pairs.to(theirs), targets.weight.to(theirs)
+    with torch.autocast(z.device.type, enabled=False):
+        taught = torch.einsum("ts,tne->sne", pairs, theirs)
+        apart = 0.5 * torch.einsum("ts,sn->n", pairs, ours.square().sum(-1))
+        apart = apart + 0.5 * torch.einsum("ts,tn->n", pairs, theirs.square().sum(-1))
+        total: Tensor = (weight * (apart - (ours * taught).sum((0, 2)))).sum()
+    return total
+
+
+def coding_rate(z: Float[Tensor, "*crops n E"], eps: float) -> Float[Tensor, "*crops"]:
+    """R_ε = ½·logdet(I + E/(n·ε²)·ZᵀZ) of the n rows of each Z, in nats and at least float32.
+
+    About how many nats the rows take when each is told within a distance of ε; largest where their
+    directions are spread evenly (Yu et al. 2020, arXiv 2006.08558, section 2.1). Rows are not
+    centered. From the smaller of ZᵀZ and ZZᵀ, whose determinants are the same; not a number where
+    that matrix is beyond the precision (ε of 1e-3 and less in float32).
+    """
+    num, width = z.shape[-2:]
+    wide = torch.promote_types(z.dtype, torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        rows = z.to(wide) * (math.sqrt(width / num) / eps)
+        gram = rows.mT @ rows if width < num else rows @ rows.mT
+        unit = torch.eye(min(num, width), dtype=wide, device=z.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + unit)  # asks no device to wait
+        half: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return half.masked_fill(failed > 0, math.nan)
+
+
+def rate_scale(num: int, width: int, eps: float) -> float:
+    """ε·√(n / (E·min(n, E))): the rate times this has a gradient by its n rows of at most ½.
+
+    A singular value σ of Z has the slope aσ/(1 + aσ²) ≤ √a/2 with a = E/(n·ε²), and Z has
+    min(n, E) of them.
+    """
+    return eps * math.sqrt(num / (width * min(num, width)))
+
+
+class CodingRateLoss:
+    """Adapter: alignment of the Match called `reads`, less `gamma` times the scaled coding rate of
+    the student's crops that are the teacher's too, a rate a crop, their mean.
+
+    `gamma=0` is alignment alone: SimDINOv2's masked patches. The rate is no sum over images: it is
+    that of a micro-batch on its rank, weighed by the share of the batch that it holds. So micro-
+    batches and ranks must not be small: fewer images than the bottleneck is wide can tell less.
+
+    Source: SimDINO (Wu et al. 2025, arXiv 2502.10385): squared distances in place of the
+    cross-entropy, and an expansion of the class token alone. From its authors' README and answers:
+    ε = 0.05 and coefficient 1 (0.05 to 1 made little difference), no centering, each GPU's own
+    covariance. Ours, as the paper's text was not at hand: each global crop's rate on its own, and
+    the scale, `rate_scale`.
+    """
+
+    def __init__(
+        self, reads: str, weight: Schedule, gamma: float = 1.0, eps: float = 0.05
+    ) -> None:
+        if gamma < 0:
+            raise UserError(f"loss gamma={gamma}: it cannot be negative (0: alignment alone).")
+        if eps <= 0:
+            raise UserError(f"loss eps={eps}: a distance is positive (0.05 in SimDINO).")
+        self.reads, self.weight, self.gamma, self.eps = reads, weight, gamma, eps
+        self.mixes_images = gamma > 0  # so a run keeps its micro-batches
+
+    def __call__(self, match: Match) -> Float[Tensor, ""]:
+        scores, targets = match.student, match.target
+        if not isinstance(scores, Scores) or not isinstance(targets, Targets):
+            raise TypeError(f"{self.reads}: a coding rate loss compares Scores with Targets")
+        apart = alignment(scores.z, targets)
+        if not self.gamma:
+            return apart
+        shared = scores.z[: len(targets.z)]
+        share = targets.weight.to(apart).sum()
+        scale = self.gamma * rate_scale(*shared.shape[1:], self.eps)
+        return apart - share * scale * coding_rate(shared, self.eps).mean()

@@ -1,0 +1,64 @@
+"""Gram anchoring: how patches resemble each other is held where an earlier network has it, whatever
+becomes of the patches themselves (DINOv3, arXiv 2508.10104, section 4.2).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dino_lite.contracts import Anchor, Match, Schedule, Tokens
+
+
+def gram_distance(
+    student: Float[Tensor, "n P D"], anchor: Float[Tensor, "n P A"], remove_negative: bool = False
+) -> Float[Tensor, "n"]:
+    """Mean squared difference of the cosines of all pairs of patches, of each image.
+
+    Computed in at least float32; widths D and A may differ. With `remove_negative`, cosines below 0
+    count as 0 in both. No gradient of `anchor`.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        ours, theirs = (
+            x @ x.mT for x in (F.normalize(y.to(wide), dim=-1) for y in (student, anchor.detach()))
+        )
+        if remove_negative:
+            ours, theirs = ours.clamp(min=0), theirs.clamp(min=0)
+        return (ours - theirs).square().mean((1, 2))
+
+
+@torch.no_grad()
+def regrid(
+    patches: Float[Tensor, "n P D"], grid: tuple[int, int], wanted: tuple[int, int]
+) -> Float[Tensor, "n Q D"]:
+    """Patches of another grid, by antialiased bicubic resampling in at least float32."""
+    if grid == wanted:
+        return patches
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    cells = patches.to(wide).mT.unflatten(2, grid)  # n D rows columns
+    cells = F.interpolate(cells, size=wanted, mode="bicubic", antialias=True)
+    return cells.flatten(2).mT
+
+
+class GramLoss:
+    """Adapter: `gram_distance` of every global crop, the mean over crops, by the images' weights.
+
+    Of the reference's forms this is the one its recipes use: the matrix of one image (`img_level`),
+    of unit rows (`normalized`), over all tokens. The anchor's patches come to the student's grid
+    before they are normalized.
+    """
+
+    def __init__(self, reads: str, weight: Schedule, remove_negative: bool = False) -> None:
+        self.reads, self.weight, self.remove_negative = reads, weight, remove_negative
+
+    def __call__(self, match: Match) -> Float[Tensor, ""]:
+        student, anchor = match.student, match.target
+        if not isinstance(student, Tokens) or not isinstance(anchor, Anchor):
+            raise TypeError(f"{self.reads}: Gram anchoring compares Tokens with an Anchor")
+        theirs = regrid(anchor.patches.flatten(0, 1), anchor.grid, student.grid)
+        distance = gram_distance(student.patches, theirs, self.remove_negative)
+        by_crop = distance.unflatten(0, anchor.patches.shape[:2])  # G n
+        return (anchor.weight.to(by_crop) * by_crop.mean(0)).sum()

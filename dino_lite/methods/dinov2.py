@@ -1,0 +1,230 @@
+"""DINOv2: DINO on class tokens, iBOT on masked patches, features spread by KoLeo (Oquab et al. 2023);
+with Gram anchoring, DINOv3's objective (Siméoni et al. 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dino_lite.contracts import (
+    Anchor,
+    Crops,
+    Match,
+    Progress,
+    Schedule,
+    Scores,
+    StepOutputs,
+    StepTargets,
+    Targets,
+    Tokens,
+    UserError,
+)
+from dino_lite.distributed import rank, world_size
+from dino_lite.losses.prototype import cross_view_pairs
+from dino_lite.methods.method import Method
+from dino_lite.methods.snapshot import SnapshotTeacher
+from dino_lite.nn.heads import DINOHead
+from dino_lite.nn.masking import BlockMasking
+from dino_lite.nn.masks import Masks, masks_of
+from dino_lite.nn.teachers import EMATeacher
+
+
+class Student(nn.Module):
+    """Backbone and heads, of class tokens and of patches; without the latter one serves both."""
+
+    def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        if patch_head is not None:
+            self.patch_head = patch_head
+
+    @property
+    def of_patches(self) -> DINOHead:
+        """The head that patches go through."""
+        return cast(DINOHead, self.patch_head if hasattr(self, "patch_head") else self.head)
+
+
+class Masked(NamedTuple):
+    """A batch's masks, and what the masked patches shall be: rows of `targets`, image by image."""
+
+    masks: Masks
+    targets: Targets  # T = 1 and n = M: every masked patch of every crop is a row
+
+    def part(self, start: int, stop: int) -> Masked:
+        """Images start to stop (exclusive)."""
+        first, last = self.masks.bounds[start], self.masks.bounds[stop]
+        return Masked(self.masks.part(start, stop), self.targets.part(first, last))
+
+
+class DINOv2(Method):
+    """Section 4 of arXiv 2304.07193: the teacher sees whole global crops, the student masked ones.
+
+    `head` and `patch_head` make projection heads from the backbone's width (None: one serves both),
+    `centering` a centering from a number of prototypes, one for class tokens and one for patches.
+    Without `masking` there is no patch objective. `gram` makes the teacher that patches are
+    anchored to (DINOv3, section 4), from the backbone. Provides the matches "cls", "koleo" (tokens
+    of the student's global crops), with masks "patch", with a Gram teacher "gram".
+    """
+
+    student: Student
+    step: Tensor
+
+    def __init__(
+        self,
+        backbone: Any,
+        head: Callable[[int], DINOHead],
+        momentum: Schedule,
+        teacher_temp: Schedule,
+        centering: Callable[[int], Any],
+        masking: BlockMasking | None = None,
+        patch_head: Callable[[int], DINOHead] | None = None,
+        gram: Callable[[nn.Module], SnapshotTeacher] | None = None,
+    ) -> None:
+        super().__init__()
+        if masking is not None and getattr(backbone, "mask_token", None) is None:
+            raise UserError(
+                "method.masking: this backbone has no mask token; set backbone.mask_token=true (a "
+                "vision transformer), or method.masking=null and ~loss.ibot."
+            )
+        width = backbone.embed_dim
+        of_patches = None if patch_head is None or masking is None else patch_head(width)
+        self.student = Student(backbone, head(width), of_patches)
+        teachers: dict[str, nn.Module] = {"ema": EMATeacher(self.student, momentum)}
+        anchor = None if gram is None else gram(backbone)
+        if anchor is not None and anchor.is_used:
+            teachers["gram"] = anchor
+        self.teachers = nn.ModuleDict(teachers)
+        self.centering = centering(self.student.head.num_prototypes)
+        self.patch_centering = None
+        if masking is not None:
+            self.patch_centering = centering(self.student.of_patches.num_prototypes)
+        self.masking, self.teacher_temp = masking, teacher_temp
+        self.provides = (
+            *("cls", "koleo"),
+            *(("patch",) if masking is not None else ()),
+            *(("gram",) if gram is not None else ()),
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    @property
+    def ema(self) -> EMATeacher:
+        """The teacher of class tokens and patches."""
+        return cast(EMATeacher, self.teachers["ema"])
+
+    @property
+    def gram(self) -> SnapshotTeacher | None:
+        """The teacher of relations among patches."""
+        found = self.teachers["gram"] if "gram" in self.teachers else None
+        return cast("SnapshotTeacher | None", found)
+
+    @torch.no_grad()
+    def targets(self, crops: Crops, at: Progress) -> StepTargets:
+        """The teacher's distributions: over global crops by class token, over masked patches; and,
+        from its start on, the Gram teacher's patches.
+        """
+        teacher, temp = self.ema.module, self.teacher_temp(at)
+        globals_ = crops.globals_.flatten(0, 1)  # G*n C H W
+        tokens: Tokens = teacher.backbone(globals_, cls_only=self.masking is None)
+        z = teacher.head(tokens.cls).unflatten(0, crops.globals_.shape[:2])  # G n E
+        weight = torch.full_like(z[0, :, 0], 1.0 / crops.num_images)
+        pairs = cross_view_pairs(len(z), len(crops.boxes))
+        found: StepTargets = {
+            "cls": _targets(z, teacher.head, self.centering, temp, pairs, weight)
+        }
+        if self.masking is not None:
+            masks = self._draw_masks(self.masking, crops, tokens.grid, at)
+            z = teacher.of_patches(masks.select(tokens.patches))[None]  # 1 M E
+            one = torch.ones(1, 1, dtype=torch.float64)
+            found["patch"] = Masked(
+                masks,
+                _targets(z, teacher.of_patches, self.patch_centering, temp, one, masks.weight),
+            )
+        if self.gram is not None and self.gram.is_on(at):
+            # Where the data module delivers them, larger crops without distortions.
+            anchors = crops.extra.get("gram", crops.globals_)
+            tokens = self.gram.module(anchors.flatten(0, 1))
+            patches = tokens.patches.unflatten(0, anchors.shape[:2])  # G n P D
+            found["gram"] = Anchor(patches, tokens.grid, weight)
+        return found
+
+    def _draw_masks(
+        self, masking: BlockMasking, crops: Crops, grid: tuple[int, int], at: Progress
+    ) -> Masks:
+        """This rank's part of the masks of all ranks' global crops, crop-major: the same as one
+        process has.
+        """
+        num_crops, num_images = crops.globals_.shape[:2]
+        num_all, first = num_images * world_size(), num_images * rank()
+        drawn = masking.draw(num_crops * num_all, grid, int(at.step))  # G*B rows columns
+        drawn = drawn.reshape(num_crops, num_all, -1)
+        return masks_of(drawn[:, first : first + num_images], crops.globals_)
+
+    def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
+        """The student's scores of all crops and of the patches that it did not see, beside their
+        targets.
+        """
+        student, masked = self.student, cast("Masked | None", targets.get("patch"))
+        mask = None if masked is None else masked.masks.mask.flatten(0, 1)  # G*n P
+        whole = masked is not None or "gram" in targets
+        tokens: Tokens = student.backbone(
+            crops.globals_.flatten(0, 1), mask=mask, cls_only=not whole
+        )
+        cls = [tokens.cls]
+        if crops.locals_ is not None:
+            cls.append(student.backbone(crops.locals_.flatten(0, 1), cls_only=True).cls)
+        z = student.head(torch.cat(cls))  # S*n E
+        z = z.reshape(-1, crops.num_images, z.shape[-1])
+        of_cls = cast(Targets, targets["cls"])
+        outputs = {
+            "cls": Match(Scores(z, student.head.prototypes()), of_cls),
+            "koleo": Match(tokens, of_cls),
+        }
+        if masked is not None:
+            z = student.of_patches(masked.masks.select(tokens.patches))[None]  # 1 M E
+            scores = Scores(z, student.of_patches.prototypes())
+            outputs["patch"] = Match(scores, masked.targets)
+        if "gram" in targets:
+            outputs["gram"] = Match(tokens, cast(Anchor, targets["gram"]))
+        return outputs
+
+    def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
+        """Teachers and centers follow, and the step is counted."""
+        self.ema.after_step(self.student, at, ok)
+        if self.gram is not None:
+            self.gram.after_step(self.ema.module.backbone, at, ok)
+        self.centering.after_step(ok)
+        if self.patch_centering is not None:
+            self.patch_centering.after_step(ok)
+        self.step += 1
+
+    def begin(self) -> None:
+        """The Gram teacher is the teacher that the run begins with."""
+        if self.gram is not None:
+            self.gram.module.load_state_dict(self.ema.module.backbone.state_dict())
+
+    def schedules(self) -> dict[str, Schedule]:
+        """What moves with the run, by the name it is logged under."""
+        return {"momentum": self.ema.momentum, "teacher_temp": self.teacher_temp}
+
+    def export_backbone(self) -> Any:
+        """The teacher's backbone."""
+        return self.ema.module.backbone
+
+
+def _targets(
+    z: Float[Tensor, "T n E"],
+    head: DINOHead,
+    centering: Any,
+    temp: float,
+    pairs: Float[Tensor, "T S"],
+    weight: Float[Tensor, "n"],
+) -> Targets:
+    """Centered, sharpened distributions over the head's prototypes."""
+    prototypes = head.prototypes()
+    row, col = centering(z, prototypes, temp)
+    return Targets(z, prototypes, row, col, temp, pairs, weight)

@@ -1,0 +1,54 @@
+"""Which patches of a batch the student does not see."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Masks(NamedTuple):
+    """Masks of the G global crops of n images, and the M masked patches as a list, image by image."""
+
+    mask: Bool[Tensor, "G n P"]
+    rows: Int[Tensor, "M"]  # among "G*n*P"
+    bounds: tuple[int, ...]  # n+1: masked patches before each image, and in all; on the host
+    weight: Float[Tensor, "M"]  # 1 / masked patches of its crop / (G·n)
+
+    def part(self, start: int, stop: int) -> Masks:
+        """Images start to stop (exclusive), their weights as in the whole batch."""
+        first, last = self.bounds[start], self.bounds[stop]
+        _, num_images, num_patches = self.mask.shape
+        rows = self.rows[first:last]
+        crop = rows // (num_images * num_patches)
+        before = crop * (num_images - (stop - start)) + start  # images left out before a row
+        return Masks(
+            self.mask[:, start:stop],
+            rows - before * num_patches,
+            tuple(bound - first for bound in self.bounds[start : stop + 1]),
+            self.weight[first:last],
+        )
+
+    def select(self, patches: Float[Tensor, "_ P D"]) -> Float[Tensor, "M D"]:
+        """The masked ones among the patches of all crops, rows crop-major "G*n"."""
+        return patches.flatten(0, 1)[self.rows]
+
+
+def masks_of(mask: Bool[np.ndarray, "G n P"], like: Tensor) -> Masks:
+    """The noun of masks that lie on the host, on the device of `like` and in its precision; nothing
+    waits for it.
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    counts = mask.sum(-1).T  # n G
+    image, crop, patch = np.nonzero(mask.transpose(1, 0, 2))
+    rows = (crop * mask.shape[1] + image) * mask.shape[2] + patch
+    bounds = (0, *np.cumsum(counts.sum(1)).tolist())
+    weight = np.repeat(1.0 / np.maximum(counts, 1).ravel() / counts.size, counts.ravel())
+
+    def send(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(like.device, non_blocking=True)
+
+    return Masks(send(mask), send(rows), bounds, send(weight).to(wide))

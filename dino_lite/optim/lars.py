@@ -1,0 +1,80 @@
+"""LARS: every tensor moves by a share of its own length (You et al. 2017, arXiv 1708.03888)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """LARS as DINO has it: μ ← momentum·μ + q·d, p ← p − lr·μ.
+
+    d is the gradient with weight_decay·p added, q the trust ratio eta·‖p‖/‖d‖ (1 where either norm
+    is 0). One-dimensional parameters, biases and norms, have neither: d is the gradient, q is 1.
+    Where `found_inf`, set from outside as for torch's fused optimizers, is not 0, a step changes
+    nothing. Nothing waits for the device.
+    """
+
+    _step_supports_amp_scaling = True  # so `found_inf` comes as a tensor on the device
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, **{key: group[key] for key in self.defaults})
+        return result
+
+    def _update(
+        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, eta: float
+    ) -> None:
+        maps = [p for p in params if p.ndim != 1]
+        params = maps + [p for p in params if p.ndim == 1]
+        gradients = [p.grad for p in params if p.grad is not None]
+        moves = _trusted(maps, gradients[: len(maps)], weight_decay, eta) if maps else []
+        moves += gradients[len(maps) :]
+        for p in params:
+            self.state[p].setdefault("mu", torch.zeros_like(p))
+        averages = [self.state[p]["mu"] for p in params]
+        moved = list(torch._foreach_mul(averages, momentum))
+        torch._foreach_add_(moved, moves)
+        rate: Any = -lr
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            # Nothing times 0 is rid of NaN: chosen, not multiplied away.
+            moved = [torch.where(bad, a, b) for a, b in zip(averages, moved, strict=True)]
+            rate = (~bad).to(params[0].dtype) * -lr
+        torch._foreach_copy_(averages, moved)
+        torch._foreach_mul_(moved, rate)
+        torch._foreach_add_(params, moved)
+
+
+def _trusted(
+    params: list[Tensor], gradients: list[Tensor], weight_decay: float, eta: float
+) -> list[Tensor]:
+    """q·d of each."""
+    slopes = list(torch._foreach_add(gradients, params, alpha=weight_decay))
+    length, slope = (torch.stack(list(torch._foreach_norm(each))) for each in (params, slopes))
+    trust = torch.where((length > 0) & (slope > 0), eta * length / slope, 1.0)
+    torch._foreach_mul_(slopes, list(trust))
+    return slopes
