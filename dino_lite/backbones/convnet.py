@@ -40,6 +40,7 @@ class ConvNet(nn.Module):
         norm: str = "batch",
         widths: Sequence[int] | None = None,
         depths: Sequence[int] | None = None,
+        pool: int = 1,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -48,6 +49,7 @@ class ConvNet(nn.Module):
             "patch_size": patch_size,
             "in_chans": in_chans,
             "norm": norm,
+            "pool": pool,
         }
         if name == "resnet":
             self.spec |= {"widths": list(widths or ()), "depths": list(depths or ())}
@@ -55,7 +57,8 @@ class ConvNet(nn.Module):
         else:
             parts = _named(self.spec, drop_path)
         self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
-        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, parts.embed_dim
+        self.patch_size, self.in_chans, self.pool = patch_size, in_chans, pool
+        self.width, self.embed_dim = parts.width, parts.width * pool**2
         self.num_blocks = len(self.stages)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # quicker
 
@@ -102,13 +105,12 @@ class ConvNet(nn.Module):
     def _tokens(
         self, cells: Float[Tensor, "n c h w"], cls_only: bool = False, is_last: bool = True
     ) -> Tokens:
-        grid = (cells.shape[2], cells.shape[3])
         norm = self.norm if is_last else nn.Identity()
-        cls = norm(cells.mean(dim=(2, 3), keepdim=True)).flatten(1)
-        patches = cells[:, :, :0, :0] if cls_only else norm(cells)
-        rows = patches.flatten(2).transpose(1, 2)  # n P c
-        missing = (0, self.embed_dim - cells.shape[1])
-        return Tokens(F.pad(cls, missing), F.pad(rows, missing), None, grid)
+        cells_or_none = cells[:, :, :0, :0] if cls_only else norm(cells)
+        missing = (0, 0, 0, 0, 0, self.width - cells.shape[1])  # of channels
+        fields = F.pad(norm(F.adaptive_avg_pool2d(cells, self.pool)), missing)
+        patches = F.pad(cells_or_none, missing).flatten(2).transpose(1, 2)  # n P D
+        return Tokens(fields.flatten(1), patches, None, (cells.shape[2], cells.shape[3]))
 
 
 class Parts(NamedTuple):
@@ -117,7 +119,7 @@ class Parts(NamedTuple):
     stem: nn.Sequential
     stages: list[nn.Module]
     norm: nn.Module
-    embed_dim: int
+    width: int
 
 
 def group_norm(channels: int, **settings: Any) -> nn.Module:
