@@ -113,12 +113,13 @@ def check_values(config: Config) -> None:
 
 
 def mixes_images(config: Config) -> bool:
-    """Whether it changes results which images share a micro-batch: by batch normalization, or by a
-    loss that says so in its `mixes_images`.
+    """Whether it changes results which images share a micro-batch: by batch normalization in head
+    or backbone, or by a loss that says so in its `mixes_images`.
     """
     losses = instantiate(config["loss"]).values()
     across = any(getattr(loss, "mixes_images", False) for loss in losses)
-    return bool(get(config, "method.head.batch_norm")) or across
+    in_backbone = config["backbone"].get("norm") == "batch"
+    return bool(get(config, "method.head.batch_norm")) or in_backbone or across
 
 
 def check(config: Config, facts: Facts) -> None:

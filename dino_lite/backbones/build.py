@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import load_pretrained
 
@@ -20,7 +21,7 @@ def vit(pretrained: str | None = None, **spec: Any) -> ViT:
 
 
 # By `kind` in a backbone's spec; a spec without one is a ViT's.
-_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT}
+_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "convnet": ConvNet}
 
 
 def build_backbone(spec: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,197 @@
+"""Convolutional networks: timm's ResNet and ConvNeXt, and a small ResNet for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from timm.layers.drop import DropPath
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import BasicBlock, ResNet, downsample_conv
+from torch import Tensor, nn
+
+from dino_lite.contracts import Tokens, UserError
+
+_GROUP = 16  # channels that are normalized together
+
+
+class ConvNet(nn.Module):
+    """Stem → stages → last norm. The class token is the mean of the last map, patch tokens are its
+    cells.
+
+    `name` is a timm ResNet or ConvNeXt, or "resnet" with `widths` and `depths` of its stages, for
+    small images: no 7x7 convolution, no max-pooling (He et al. 2016, section 4.2). `patch_size` is
+    the stride of all stages together. `norm` is "batch", over all images at hand, so that
+    micro-batches and ranks change what is learned, or "group" (Wu & He 2018), image by image; a
+    ConvNeXt has its own, "layer". Blocks, to `intermediate`, are stages.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet",
+        patch_size: int = 32,
+        in_chans: int = 3,
+        drop_path: float = 0.0,
+        norm: str = "batch",
+        widths: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        pool: int = 1,
+    ) -> None:
+        super().__init__()
+        self.spec: dict[str, Any] = {
+            "kind": "convnet",
+            "name": name,
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "norm": norm,
+            "pool": pool,
+        }
+        if name == "resnet":
+            self.spec |= {"widths": list(widths or ()), "depths": list(depths or ())}
+            parts = _small(self.spec, drop_path)
+        else:
+            parts = _named(self.spec, drop_path)
+        self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
+        self.patch_size, self.in_chans, self.pool = patch_size, in_chans, pool
+        self.width, self.embed_dim = parts.width, parts.width * pool**2
+        self.num_blocks = len(self.stages)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # quicker
+
+    def forward(
+        self,
+        images: Float[Tensor, "n C H W"],
+        mask: Bool[Tensor, "n P"] | None = None,
+        cls_only: bool = False,
+    ) -> Tokens:
+        """Tokens after the last norm; with `cls_only` no patches. Nothing can be masked."""
+        if mask is not None:
+            raise NotImplementedError("a convolutional network has no mask token: use a ViT")
+        return self._tokens(self._maps(images)[-1], cls_only)
+
+    def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
+        """Tokens after each of the stages `blocks`; negative numbers count from the last.
+
+        Those of earlier stages, which are narrower, have not been through the last norm, and are
+        filled up with zeros: neither a product nor a cosine sees them.
+        """
+        maps = self._maps(images)
+        tokens = [self._tokens(each, is_last=each is maps[-1]) for each in maps]
+        return [tokens[i] for i in blocks]
+
+    def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
+        """Refused: there is none."""
+        raise UserError("a convolutional network has no attention to look at.")
+
+    def depth_of(self, name: str) -> int:
+        """Layer of the parameter `name`: 0 stem, i+1 stage i, depth+1 the last norm."""
+        first, *rest = name.split(".")
+        if first == "stages":
+            return int(rest[0]) + 1
+        return 0 if first == "stem" else len(self.stages) + 1
+
+    def _maps(self, images: Float[Tensor, "n C H W"]) -> list[Float[Tensor, "n _ _ _"]]:
+        """What each stage makes."""
+        x, maps = self.stem(images.contiguous(memory_format=torch.channels_last)), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def _tokens(
+        self, cells: Float[Tensor, "n c h w"], cls_only: bool = False, is_last: bool = True
+    ) -> Tokens:
+        norm = self.norm if is_last else nn.Identity()
+        cells_or_none = cells[:, :, :0, :0] if cls_only else norm(cells)
+        missing = (0, 0, 0, 0, 0, self.width - cells.shape[1])  # of channels
+        fields = F.pad(norm(F.adaptive_avg_pool2d(cells, self.pool)), missing)
+        patches = F.pad(cells_or_none, missing).flatten(2).transpose(1, 2)  # n P D
+        return Tokens(fields.flatten(1), patches, None, (cells.shape[2], cells.shape[3]))
+
+
+class Parts(NamedTuple):
+    """What a network is made of, before it is one."""
+
+    stem: nn.Sequential
+    stages: list[nn.Module]
+    norm: nn.Module
+    width: int
+
+
+def group_norm(channels: int, **settings: Any) -> nn.Module:
+    """Group normalization of 16 channels each."""
+    return nn.GroupNorm(max(1, channels // _GROUP), channels, **settings)
+
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": group_norm,
+}
+
+
+def _norm(name: str) -> Callable[..., nn.Module]:
+    if name not in _NORMS:
+        raise UserError(f"backbone.norm={name}: choose one of {', '.join(_NORMS)}.")
+    return _NORMS[name]
+
+
+def _small(spec: dict[str, Any], drop_path: float) -> Parts:
+    """A ResNet of basic blocks; each stage but the first halves the map, the stem does the rest."""
+    widths, depths, patch = spec["widths"], spec["depths"], spec["patch_size"]
+    stride, rest = divmod(patch, 2 ** max(0, len(widths) - 1))
+    if not widths or len(widths) != len(depths) or rest or not stride or min(depths) < 1:
+        raise UserError(
+            f"backbone: widths={widths} and depths={depths} need a number for each stage, and "
+            f"patch_size={patch} must be a multiple of {2 ** max(0, len(widths) - 1)}."
+        )
+    norm = _norm(spec["norm"])
+    kernel = max(3, 2 * stride - 1)
+    conv = nn.Conv2d(spec["in_chans"], widths[0], kernel, stride, kernel // 2, bias=False)
+    stem = nn.Sequential(conv, norm(widths[0]), nn.ReLU(inplace=True))
+    probs = torch.linspace(0, drop_path, sum(depths)).tolist()
+    stages: list[nn.Module] = []
+    before = widths[0]
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        blocks = []
+        for _ in range(depth):
+            step = 2 if i and not blocks else 1
+            changes = step > 1 or width != before
+            down = downsample_conv(before, width, 1, step, norm_layer=norm) if changes else None
+            drop = DropPath(prob) if (prob := probs.pop(0)) else None
+            blocks.append(BasicBlock(before, width, step, down, norm_layer=norm, drop_path=drop))
+            before = width
+        stages.append(nn.Sequential(*blocks))
+    for part in nn.Sequential(stem, *stages).modules():
+        if isinstance(part, nn.Conv2d):  # He et al. 2015, as timm starts its own
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    return Parts(stem, stages, nn.Identity(), before)
+
+
+def _named(spec: dict[str, Any], drop_path: float) -> Parts:
+    """A timm model's parts, without its classifier."""
+    name, norm = spec["name"], spec["norm"]
+    settings: dict[str, Any] = {"in_chans": spec["in_chans"], "drop_path_rate": drop_path}
+    settings |= {"num_classes": 0, "output_stride": spec["patch_size"]}
+    if norm != "layer":
+        settings["norm_layer"] = _norm(norm)
+    try:
+        model: Any = timm.create_model(name, **settings)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = error if str(error) else "patch_size, the stride, is 8, 16 or 32"
+        raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
+    if isinstance(model, ConvNeXt) is not (norm == "layer"):
+        raise UserError(f"backbone.norm={norm}: a ConvNeXt has layer, a ResNet batch or group.")
+    if isinstance(model, ResNet):
+        stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
+        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+        return Parts(stem, stages, nn.Identity(), model.num_features)
+    if isinstance(model, ConvNeXt) and isinstance(model.norm_pre, nn.Identity):
+        return Parts(model.stem, list(model.stages), model.head.norm, model.num_features)
+    raise UserError(
+        f"backbone.name={name} is no ResNet and no ConvNeXt of timm; choose such a name "
+        '(resnet50, convnext_tiny), or name="resnet" with widths and depths.'
+    )
