@@ -40,14 +40,12 @@ class Student(nn.Module):
 
     def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
-        if patch_head is not None:
-            self.patch_head = patch_head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
     @property
     def of_patches(self) -> DINOHead:
         """The head that patches go through."""
-        return cast(DINOHead, self.patch_head if hasattr(self, "patch_head") else self.head)
+        return self.head if self.patch_head is None else self.patch_head
 
 
 class Masked(NamedTuple):
@@ -102,7 +100,7 @@ class DINOv2(Method):
             teachers["gram"] = anchor
         self.teachers = nn.ModuleDict(teachers)
         self.centering = centering(self.student.head.num_prototypes)
-        self.patch_centering = None
+        self.patch_centering: Any = None
         if masking is not None:
             self.patch_centering = centering(self.student.of_patches.num_prototypes)
         self.masking, self.teacher_temp = masking, teacher_temp
@@ -153,7 +151,8 @@ class DINOv2(Method):
             # Where the data module delivers them, larger crops without distortions.
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
-            patches = tokens.patches.unflatten(0, anchors.shape[:2])  # G n P D
+            patches: Tensor = tokens.patches
+            patches = patches.unflatten(0, tuple(anchors.shape[:2]))  # G n P D
             found["gram"] = Anchor(patches, tokens.grid, weight)
         return found
 

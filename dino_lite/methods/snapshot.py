@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,8 @@ class SnapshotTeacher(nn.Module):
         self.start_step, self.every, self.most = start_step, every, most
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))
         self._known: int | None = None  # `taken`, on the host
-        self.register_load_state_dict_post_hook(_forget)
+        hook: Callable[..., Any] = self.register_load_state_dict_post_hook
+        hook(_forget)
 
     @property
     def is_used(self) -> bool:

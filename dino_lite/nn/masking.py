@@ -1,2 +1,0 @@
-class BlockMasking:
-    pass
