@@ -257,16 +257,16 @@ def memory(size: Sizes) -> dict[str, float]:
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
     columns = size.num_student_crops + size.num_teacher_crops
     image = columns * size.num_prototypes * wide  # bytes of the logits of one image
-    chunk = min(
-        size.micro_batch_size * image, max(image, LOGITS_BYTES["cpu" if size.on_cpu else "cuda"])
-    )
+    held = LOGITS_BYTES["cpu" if size.on_cpu else "cuda"]
+    chunk = min(size.micro_batch_size * image, max(image, held))
     # the teacher's pass over the whole batch, and its logits for centering, twice for a moment
     batch = size.num_images * size.num_teacher_crops
     passing = BLOCK.forward_width * size.width * wide
     passing += (BLOCK.forward_width * size.width + BLOCK.forward_hidden * size.hidden) * (
         size.float_bytes
     )
-    teacher = batch * max(size.groups[0].num_tokens * passing, 2.0 * size.num_prototypes * wide)
+    centering = 2.0 * min(batch * size.num_prototypes * wide, held)
+    teacher = max(batch * size.groups[0].num_tokens * passing, centering)
     return {
         "stays": wide
         * (size.num_student + size.num_teacher + 2.0 * size.num_trained + size.num_images * values),
