@@ -345,7 +345,6 @@ def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
 def test_constant_features_are_an_alarm(tmp_path: Path) -> None:
     """Alignment alone makes the same of every image; with the rate no alarm is raised."""
     options = ["trainer.max_steps=60", "callbacks.pictures=null", "callbacks.online_eval=null"]
-    options += ["optim.rate=0.05"]
-    alone = run_pretrain(asked(tmp_path, *options, "loss.simdino.gamma=0"))
+    alone = run_pretrain(asked(tmp_path, *options, "optim.rate=0.05", "loss.simdino.gamma=0"))
     assert [w["kind"] for w in warnings_of(Path(alone["run"]))] == ["constant_features"]
     assert warnings_of(Path(run_pretrain(asked(tmp_path, *options))["run"])) == []

@@ -123,7 +123,7 @@ def test_relative_std_is_one_on_the_sphere_and_zero_in_a_point() -> None:
 
 
 def test_without_prototypes_the_spread_of_embeddings_is_all() -> None:
-    """Summed over micro-batches; an alarm where it is nearly nothing, and none where it is unknown."""
+    """Summed over micro-batches; an alarm where it is nearly nothing, none where it is unknown."""
     scores, targets = match()
     none = Prototypes(torch.zeros(0, E))
     scores = scores._replace(prototypes=none)

@@ -100,8 +100,10 @@ class CodingRateLoss:
         total = alignment(scores.z, targets)
         if not self.gamma:
             return total
-        shared = scores.z[: len(targets.z)].split(self.num_images, dim=1)
-        for z, weight in zip(shared, targets.weight.split(self.num_images), strict=True):
-            share = self.gamma * rate_scale(*z.shape[1:], self.eps) * weight.to(total).sum()
-            total = total - share * coding_rate(z, self.eps).mean()
+        for start in range(0, scores.z.shape[1], self.num_images):
+            group = slice(start, start + self.num_images)
+            z = scores.z[: len(targets.z), group]
+            scale = self.gamma * rate_scale(z.shape[1], z.shape[2], self.eps)
+            share = targets.weight[group].to(total).sum()
+            total = total - scale * share * coding_rate(z, self.eps).mean()
         return total
