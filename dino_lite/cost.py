@@ -203,7 +203,9 @@ def work(size: Sizes) -> Work:
         attention += crops * scores * ((1 + BLOCK.attention_backward) * part + taught)
         forward, backward = (
             size.depth * tokens * ((times[0] + scale) * size.width + times[1] * size.hidden)
-            for times, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
+            for times, scale in zip(
+                (BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True
+            )
         )
         moved += crops * (forward * (part + taught) + backward * part) * size.float_bytes
         passes = ceil(size.num_images / size.micro_batch_size)

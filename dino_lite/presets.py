@@ -8,11 +8,9 @@ Each can be given as KEY=VALUE all the same.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from dino_lite.checks import PRESETS
-from dino_lite.config import Config, config_dir, get, load
-from dino_lite.machine import Facts
+from dino_lite.config import Config, get
 
 FEW, MANY = 20_000, 1_280_000  # where small ends, and ImageNet
 

@@ -156,9 +156,9 @@ def test_a_part_of_the_batch_goes_through_a_block(
 )
 def test_a_part_of_the_batch_has_the_references_size(num: int, prob: float, kept: int) -> None:
     """The whole samples of n(1 - p), at least one, each once, and counted n/m times."""
-    block = ViT(
-        depth=1, embed_dim=12, num_heads=2, drop_path=prob, drop_path_uniform=True
-    ).blocks[0]
+    block = ViT(depth=1, embed_dim=12, num_heads=2, drop_path=prob, drop_path_uniform=True).blocks[
+        0
+    ]
     tokens = torch.zeros(num, 1, 12)
     for rows in draw_drops(block, tokens, "batch", False):
         assert rows is not None

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
-from torch import Tensor
 
 from dino_lite import draws
 from dino_lite.contracts import UserError
@@ -148,29 +145,3 @@ def _span(
     start = (u * (size - length + 1)).astype(int)[..., None]
     cells = np.arange(size, dtype=int)
     return ((cells >= start) & (cells < start + length[..., None])).astype(np.float32)
-
-
-class MaskedPatches(NamedTuple):
-    """The M masked patches of n images, image by image, and within one crop by crop."""
-
-    index: Int64[Tensor, "M"]  # type: ignore[assignment]  # rows of patches "G n P", flattened
-    weight: Float[Tensor, "M"]  # 1 / (masked patches of its crop · crops of the whole batch)
-    bounds: list[int]  # those of image i are bounds[i] to bounds[i + 1]
-
-
-def masked_patches(masks: Bool[np.ndarray, "G n P"], num_images: int) -> MaskedPatches:
-    """Where n of `num_images` images have their masked patches, found on the host: no device is
-    asked how many there are.
-
-    Weights add up to the masked part of the crops, over all `num_images`; in float64.
-    """
-    num_crops, num, num_patches = masks.shape
-    by_image = masks.transpose(1, 0, 2)  # n G P
-    image, crop, patch = by_image.nonzero()
-    counts = by_image.sum(2)  # n G
-    weight = 1 / (counts[image, crop] * float(num_crops * num_images))
-    return MaskedPatches(
-        index=torch.from_numpy((crop * num + image) * num_patches + patch),
-        weight=torch.from_numpy(weight),
-        bounds=[0, *counts.sum(1).cumsum().tolist()],
-    )
