@@ -124,6 +124,12 @@ def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
     return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
 
 
+def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
+    if config["method"].get("masking"):
+        return True, "the method masks patches"
+    return False, "the method masks nothing"
+
+
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     # .99 up to 20,000 images, .996 (the paper's) from a million on, on a log scale between.
     low, high = math.log(20_000), math.log(1_280_000)
@@ -260,6 +266,14 @@ RULES: dict[str, Any] = {
     "method.head.num_prototypes": _num_prototypes,
     "method.head.hidden_dim": _hidden_dim,
     "method.head.bottleneck_dim": _bottleneck_dim,
+    **{
+        f"method.patch_head.{size}": lambda c, f, size=size: (
+            get(c, f"method.head.{size}"),
+            "as the head of class tokens",
+        )
+        for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
+    },
+    "backbone.mask_token": _mask_token,
     "method.momentum.base": _momentum,
     "method.teacher_temp.end": _teacher_temp,
     "loader.batch_size": _batch_size,

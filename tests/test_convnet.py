@@ -202,7 +202,7 @@ CONVNET = {
 }
 
 
-def test_a_run_trains_measures_and_draws(
+def test_a_run_trains_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """End to end; only the picture of attention is missing, and that is told."""

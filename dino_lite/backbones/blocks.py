@@ -18,8 +18,8 @@ Memory = Literal["high", "normal", "low"]
 Activation = Callable[[Tensor], Tensor]
 Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
 DropPathBy = Literal["sample", "batch"]
-# What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only m
-# samples through; None: nothing.
+# What stochastic depth does to a half of a block: it multiplies it by a number a sample, or lets
+# only m samples through; None: nothing.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
