@@ -180,7 +180,7 @@ def sizes(config: Config) -> Sizes | None:
         on_cpu=trainer["accelerator"] == "cpu",
         memory=trainer["memory"],
         layer_scale=not isinstance(block.ls1, nn.Identity),
-        student_part=computed_part(backbone.blocks, backbone.drop_path_by, trainer["compile"]),
+        student_part=computed_part(backbone, trainer["compile"]),
     )
 
 
@@ -194,18 +194,18 @@ def work(size: Sizes) -> Work:
     linear = attention = moved = calls = 0.0
     scales = BLOCK.moved_layer_scale if size.layer_scale else (0.0, 0.0)
     for group in size.groups:
-        taught, part = group is size.groups[0], size.student_part
+        taught, done = group is size.groups[0], size.student_part
         crops, tokens = size.num_images * group.num_crops, group.num_tokens
         # The patches' product has no slope of the pixels.
         stem = 2.0 * group.num_values * size.width
         layers, scores = _block_flops(size, tokens)
-        linear += crops * (stem * (2 + taught) + layers * (3 * part + taught))
-        attention += crops * scores * ((1 + BLOCK.attention_backward) * part + taught)
+        linear += crops * (stem * (2 + taught) + layers * (3 * done + taught))
+        attention += crops * scores * ((1 + BLOCK.attention_backward) * done + taught)
         forward, backward = (
-            size.depth * tokens * ((times[0] + scale) * size.width + times[1] * size.hidden)
-            for times, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
+            size.depth * tokens * ((part[0] + scale) * size.width + part[1] * size.hidden)
+            for part, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
         )
-        moved += crops * (forward * (part + taught) + backward * part) * size.float_bytes
+        moved += crops * (forward * (done + taught) + backward * done) * size.float_bytes
         passes = ceil(size.num_images / size.micro_batch_size)
         calls += passes * size.depth * (BLOCK.calls_forward + BLOCK.calls_backward)
         calls += taught * size.depth * BLOCK.calls_forward

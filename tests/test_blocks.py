@@ -156,9 +156,9 @@ def test_a_part_of_the_batch_goes_through_a_block(
 )
 def test_a_part_of_the_batch_has_the_references_size(num: int, prob: float, kept: int) -> None:
     """The whole samples of n(1 - p), at least one, each once, and counted n/m times."""
-    block = ViT(
-        depth=1, embed_dim=12, num_heads=2, drop_path=prob, drop_path_uniform=True
-    ).blocks[0]
+    block = ViT(depth=1, embed_dim=12, num_heads=2, drop_path=prob, drop_path_uniform=True).blocks[
+        0
+    ]
     tokens = torch.zeros(num, 1, 12)
     for rows in draw_drops(block, tokens, "batch", False):
         assert rows is not None
@@ -178,12 +178,13 @@ def test_what_is_dropped_by_batch_is_not_computed() -> None:
             layer.register_forward_hook(lambda _, inputs, out: seen.append(len(inputs[0])))
     vit(torch.randn(8, 3, 16, 16).double())
     assert seen == [4] * 6
-    assert computed_part(vit.blocks, "batch", False) == 0.5
-    assert computed_part(vit.blocks, "batch", True) == 0.5  # blocks share a graph
-    assert computed_part(vit.blocks, "sample", False) == 1.0
-    rising = make_vit(drop_path=0.5).train()
-    assert computed_part(rising.blocks, "batch", False) == 0.75
-    assert computed_part(rising.blocks, "batch", True) == 1.0
+    assert computed_part(vit, compiled=False) == 0.5
+    assert computed_part(vit, compiled=True) == 0.5  # blocks share a graph
+    vit.drop_path_by = "sample"
+    assert computed_part(vit, compiled=False) == 1.0
+    rising = make_vit(drop_path=0.5, drop_path_by="batch").train()
+    assert computed_part(rising, compiled=False) == 0.75
+    assert computed_part(rising, compiled=True) == 1.0
 
 
 @pytest.mark.parametrize("num_tokens", [3, 128, 129])

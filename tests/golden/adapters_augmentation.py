@@ -358,9 +358,7 @@ def b26(case: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Itera
         global_scale=hyper["global_crops_scale"],
         local_scale=hyper["local_crops_scale"],
         global_1=Photometric(blur_prob=1 - 1.0, blur_radius=hyper["blur_sigma"]),
-        global_2=Photometric(
-            blur_prob=1 - 0.1, blur_radius=hyper["blur_sigma"], solarize_prob=0.2
-        ),
+        global_2=Photometric(blur_prob=1 - 0.1, blur_radius=hyper["blur_sigma"], solarize_prob=0.2),
         local=Photometric(blur_prob=1 - 0.5, blur_radius=hyper["blur_sigma"]),
         blur_kernel=hyper["blur_kernel"],
     )
