@@ -202,9 +202,7 @@ CONVNET = {
 }
 
 
-def test_a_run_trains_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_trains_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """End to end; only the picture of attention is missing, and that is told."""
     run = train(tmp_path, "baselines=true", f"backbone={json.dumps(CONVNET)}")
     assert (run / "pca.png").is_file()
