@@ -58,7 +58,7 @@ def plan(config: Config, facts: Facts) -> Plan:
     check_values(config)
     decisions: list[Decision] = []
     for key, rule in RULES.items():
-        if get(config, key) == "auto":
+        if dict(leaves(config)).get(key) == "auto":  # another schedule may not have the key
             value, reason = rule(config, facts)
             config = put(config, key, value)
             decisions.append(Decision(key, value, reason))

@@ -19,6 +19,8 @@ Activation = Callable[[Tensor], Tensor]
 Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
 # What stochastic depth multiplies the two halves of a block by, sample by sample; None: nothing.
 Scales = tuple[Float[Tensor, "n 1 1"] | None, Float[Tensor, "n 1 1"] | None]
+# Sines and cosines by which the queries and keys of the last P tokens, patches, are turned.
+Rotation = tuple[Float[Tensor, "P d"], Float[Tensor, "P d"]]
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
 
@@ -36,6 +38,7 @@ def run_blocks(
     last_queries: int | None = None,
     memory: Memory = "high",
     compiled: bool = False,
+    rotation: Rotation | None = None,
 ) -> Float[Tensor, "n _ D"]:
     """All blocks; of the last one only the first `last_queries` tokens, where that is given.
 
@@ -58,9 +61,10 @@ def run_blocks(
         scales = _draw_scales(block, tokens, ones)
         run = partial(_compiled() if compiled else run_block, block)
         if memory == "low":
-            tokens = checkpoint(run, tokens, scales, queries, project, use_reentrant=False)
+            kept = (tokens, scales, queries, project, rotation)
+            tokens = checkpoint(run, *kept, use_reentrant=False)
         else:
-            tokens = run(tokens, scales, queries, project)
+            tokens = run(tokens, scales, queries, project, rotation)
     return tokens
 
 
@@ -70,6 +74,7 @@ def run_block(
     scales: Scales,
     num_queries: int | None,
     project: Project,
+    rotation: Rotation | None = None,
 ) -> Float[Tensor, "n _ D"]:
     """x + attention(norm(x)), then x + MLP(norm(x)); stochastic depth multiplies by the scales.
 
@@ -78,9 +83,9 @@ def run_block(
     """
     parts: Any = block
     if num_queries is None:
-        queries, mixed = tokens, _attend(parts, tokens)
+        queries, mixed = tokens, _attend(parts, tokens, rotation)
     else:
-        queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
+        queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries, rotation)
     queries = _add(queries, parts.ls1(mixed), scales[0])
     hidden = parts.mlp.fc1(parts.norm2(queries))
     return _add(
@@ -125,13 +130,17 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def _attend(block: Any, tokens: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
+def _attend(
+    block: Any, tokens: Float[Tensor, "n N D"], rotation: Rotation | None
+) -> Float[Tensor, "n N D"]:
     """Multi-head self-attention of all tokens."""
     attn = block.attn
-    return _mix(attn, *_heads(attn.qkv(block.norm1(tokens)), 3, attn.num_heads))
+    return _mix(attn, rotation, *_heads(attn.qkv(block.norm1(tokens)), 3, attn.num_heads))
 
 
-def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float[Tensor, "n _ D"]:
+def _look(
+    block: Any, tokens: Float[Tensor, "n N D"], num_queries: int, rotation: Rotation | None
+) -> Float[Tensor, "n _ D"]:
     """What the first `num_queries` tokens get from all: keys and values of all, queries of few."""
     attn, tokens = block.attn, block.norm1(tokens)
     weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
@@ -139,7 +148,7 @@ def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float
     query = F.linear(tokens[:, :num_queries], weight[:width], first)
     both = F.linear(tokens, weight[width:], rest)
     heads = attn.num_heads
-    return _mix(attn, *_heads(query, 1, heads), *_heads(both, 2, heads))
+    return _mix(attn, rotation, *_heads(query, 1, heads), *_heads(both, 2, heads))
 
 
 def _heads(packed: Float[Tensor, "n N _"], num: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -148,11 +157,40 @@ def _heads(packed: Float[Tensor, "n N _"], num: int, num_heads: int) -> tuple[Te
     return apart.unbind(0)
 
 
-def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key = attn.q_norm(query), attn.k_norm(key)
+def _mix(attn: Any, rotation: Rotation | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key = prepare(attn, query, key, rotation)
     mixed = attention(query, key, value, attn.scale).transpose(1, 2).flatten(2)
     out: Tensor = attn.proj(mixed)
     return out
+
+
+def prepare(
+    attn: Any,
+    query: Float[Tensor, "n heads M d"],
+    key: Float[Tensor, "n heads N d"],
+    rotation: Rotation | None,
+) -> tuple[Float[Tensor, "n heads M d"], Float[Tensor, "n heads N d"]]:
+    """Queries and keys as they meet: normed where the block does that, then turned."""
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rotation is None:
+        return query, key
+    num_first = key.shape[2] - len(rotation[0])
+    return _turn(query, rotation, num_first), _turn(key, rotation, num_first)
+
+
+def _turn(
+    x: Float[Tensor, "n heads M d"], rotation: Rotation, num_first: int
+) -> Float[Tensor, "n heads M d"]:
+    """All but the first `num_first` turned in the planes of their features i and i + d/2 (RoPE, Su
+    et al. 2021): in the rotation's precision, then in that of `x`.
+    """
+    first, rest = x[:, :, :num_first], x[:, :, num_first:]
+    if not rest.shape[2]:
+        return x
+    sin, cos = (each[: rest.shape[2]] for each in rotation)
+    low, high = rest.chunk(2, dim=-1)
+    turned = rest * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([first, turned.to(x.dtype)], dim=2)
 
 
 def _draw_scales(block: Any, tokens: Tensor, ones: bool = False) -> Scales:
