@@ -64,9 +64,11 @@ def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
+    rope = get(config, "backbone._target_").endswith(".rope")
     if facts.accelerator == "cpu":
-        return "vit", "a small ViT that a CPU trains in minutes"
-    return "vit_small_patch16_224", "the paper's smallest"
+        return "rope" if rope else "vit", "a small ViT that a CPU trains in minutes"
+    large = "vit_small_patch16_dinov3" if rope else "vit_small_patch16_224"
+    return large, "the paper's smallest"
 
 
 def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
@@ -77,7 +79,7 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
 
 def _is_small(config: Config) -> bool:
     """Whether the backbone is the small ViT of a CPU run."""
-    return bool(get(config, "backbone.name") == "vit")
+    return get(config, "backbone.name") in ("vit", "rope")
 
 
 def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:

@@ -229,3 +229,34 @@ def shrink(cells: Tensor, rows: int, columns: int) -> Tensor:
         return torch.stack(made)
 
     return line(list(line(list(cells), rows).T), columns).T
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+def turned(
+    x: Tensor,
+    grid: tuple[int, int],
+    base: float,
+    shift: Sequence[float] = (0.0, 0.0),
+    stretch: Sequence[float] = (1.0, 1.0),
+) -> Tensor:
+    """Queries or keys "P d" of patches in rows, turned by their places (DINOv3's RoPE): angles
+    2π·coordinate/base^(2i/(d/2)), i < d/4, of rows then columns, each for the features j and j +
+    d/2.
+    """
+    width, out = x.shape[1], torch.empty_like(x)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            patch = row * grid[1] + column
+            angles = []
+            for axis, place in enumerate((row, column)):
+                coordinate = 2 * (place + 0.5) / grid[axis] - 1
+                coordinate = (coordinate + shift[axis]) * stretch[axis]
+                for i in range(width // 4):
+                    angles.append(2 * math.pi * coordinate / base ** (2 * i / (width / 2)))
+            for j, angle in enumerate(angles):
+                low, high = x[patch, j], x[patch, j + width // 2]
+                out[patch, j] = low * math.cos(angle) - high * math.sin(angle)
+                out[patch, j + width // 2] = high * math.cos(angle) + low * math.sin(angle)
+    return out

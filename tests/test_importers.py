@@ -505,7 +505,7 @@ def spoiled(change: Callable[[Weights], Any], **settings: Any) -> Callable[[Path
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another network": (
         lambda folder: saved(timm.create_model("test_resnet").state_dict(), folder),
-        r"holds no backbone: looked for .*DINO, DINOv2, timm and Hugging Face.*the first conv1",
+        r"holds no backbone: looked for .*DINOv2, DINOv3, timm and Hugging Face.*the first conv1",
     ),
     "nothing": (lambda folder: saved({}, folder), "holds no backbone.* and found none"),
     "garbage": (

@@ -21,6 +21,8 @@ DropPathBy = Literal["sample", "batch"]
 # What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only
 # these m samples through; None: nothing.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
+# Sines and cosines by which the queries and keys of the last P tokens, patches, are turned.
+Rotation = tuple[Float[Tensor, "P d"], Float[Tensor, "P d"]]
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
 
@@ -39,6 +41,7 @@ def run_blocks(
     memory: Memory = "high",
     compiled: bool = False,
     drop_path_by: DropPathBy = "sample",
+    rotation: Rotation | None = None,
 ) -> Float[Tensor, "n _ D"]:
     """All blocks; of the last one only the first `last_queries` tokens, where that is given.
 
@@ -61,9 +64,10 @@ def run_blocks(
         drops = draw_drops(block, tokens, drop_path_by, scales)
         run = partial(_compiled() if compiled else run_block, block)
         if memory == "low":
-            tokens = checkpoint(run, tokens, drops, queries, project, use_reentrant=False)
+            kept = (tokens, drops, queries, project, rotation)
+            tokens = checkpoint(run, *kept, use_reentrant=False)
         else:
-            tokens = run(tokens, drops, queries, project)
+            tokens = run(tokens, drops, queries, project, rotation)
     return tokens
 
 
@@ -73,6 +77,7 @@ def run_block(
     drops: tuple[Drop, Drop],
     num_queries: int | None,
     project: Project,
+    rotation: Rotation | None = None,
 ) -> Float[Tensor, "n _ D"]:
     """x + attention(norm(x)), then x + MLP(norm(x)), each half less what stochastic depth drops.
 
@@ -82,8 +87,9 @@ def run_block(
     parts: Any = block
 
     def attend(x: Tensor) -> Tensor:
-        mixed = _attend(parts, x) if num_queries is None else _look(parts, x, num_queries)
-        return cast(Tensor, parts.ls1(mixed))
+        if num_queries is None:
+            return cast(Tensor, parts.ls1(_attend(parts, x, rotation)))
+        return cast(Tensor, parts.ls1(_look(parts, x, num_queries, rotation)))
 
     def mlp(x: Tensor) -> Tensor:
         hidden = parts.mlp.fc1(parts.norm2(x))
@@ -131,13 +137,17 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def _attend(block: Any, tokens: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
+def _attend(
+    block: Any, tokens: Float[Tensor, "n N D"], rotation: Rotation | None
+) -> Float[Tensor, "n N D"]:
     """Multi-head self-attention of all tokens."""
     attn = block.attn
-    return _mix(attn, *_heads(attn.qkv(block.norm1(tokens)), 3, attn.num_heads))
+    return _mix(attn, rotation, *_heads(attn.qkv(block.norm1(tokens)), 3, attn.num_heads))
 
 
-def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float[Tensor, "n _ D"]:
+def _look(
+    block: Any, tokens: Float[Tensor, "n N D"], num_queries: int, rotation: Rotation | None
+) -> Float[Tensor, "n _ D"]:
     """What the first `num_queries` tokens get from all: keys and values of all, queries of few."""
     attn, tokens = block.attn, block.norm1(tokens)
     weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
@@ -145,7 +155,7 @@ def _look(block: Any, tokens: Float[Tensor, "n N D"], num_queries: int) -> Float
     query = F.linear(tokens[:, :num_queries], weight[:width], first)
     both = F.linear(tokens, weight[width:], rest)
     heads = attn.num_heads
-    return _mix(attn, *_heads(query, 1, heads), *_heads(both, 2, heads))
+    return _mix(attn, rotation, *_heads(query, 1, heads), *_heads(both, 2, heads))
 
 
 def _heads(packed: Float[Tensor, "n N _"], num: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -154,11 +164,40 @@ def _heads(packed: Float[Tensor, "n N _"], num: int, num_heads: int) -> tuple[Te
     return apart.unbind(0)
 
 
-def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key = attn.q_norm(query), attn.k_norm(key)
+def _mix(attn: Any, rotation: Rotation | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key = prepare(attn, query, key, rotation)
     mixed = attention(query, key, value, attn.scale).transpose(1, 2).flatten(2)
     out: Tensor = attn.proj(mixed)
     return out
+
+
+def prepare(
+    attn: Any,
+    query: Float[Tensor, "n heads M d"],
+    key: Float[Tensor, "n heads N d"],
+    rotation: Rotation | None,
+) -> tuple[Float[Tensor, "n heads M d"], Float[Tensor, "n heads N d"]]:
+    """Queries and keys as they meet: normed where the block does that, then turned."""
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rotation is None:
+        return query, key
+    num_first = key.shape[2] - len(rotation[0])
+    return _turn(query, rotation, num_first), _turn(key, rotation, num_first)
+
+
+def _turn(
+    x: Float[Tensor, "n heads M d"], rotation: Rotation, num_first: int
+) -> Float[Tensor, "n heads M d"]:
+    """All but the first `num_first` turned in the planes of their features i and i + d/2 (RoPE, Su
+    et al. 2021): in the rotation's precision, then in that of `x`.
+    """
+    first, rest = x[:, :, :num_first], x[:, :, num_first:]
+    if not rest.shape[2]:
+        return x
+    sin, cos = (each[: rest.shape[2]] for each in rotation)
+    low, high = rest.chunk(2, dim=-1)
+    turned = rest * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([first, turned.to(x.dtype)], dim=2)
 
 
 def computed_part(transformer: Any, compiled: bool) -> float:

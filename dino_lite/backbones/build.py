@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import load_pretrained
 
@@ -20,8 +21,16 @@ def vit(pretrained: str | None = None, **spec: Any) -> ViT:
     return backbone
 
 
+def rope(pretrained: str | None = None, **spec: Any) -> RoPEViT:
+    """DINOv3's vision transformer, filled with the weights in `pretrained` where that is given."""
+    backbone = RoPEViT(**spec)
+    if pretrained:
+        load_pretrained(backbone, pretrained)
+    return backbone
+
+
 # By `kind` in a backbone's spec; a spec without one is a ViT's.
-_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "convnet": ConvNet}
+_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "rope": RoPEViT, "convnet": ConvNet}
 
 
 def build_backbone(spec: dict[str, Any]) -> nn.Module:

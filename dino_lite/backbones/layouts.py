@@ -1,4 +1,4 @@
-"""Names of a ViT's weights as other programs write them, in ours; and what is told by shapes."""
+"""Names of a transformer's weights as other programs write them, in ours; and what shapes tell."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dino_lite.backbones.dinov3 import BASE as DINOV3_BASE
+from dino_lite.backbones.dinov3 import rename
 from dino_lite.contracts import UserError
 
 LOOKED_FOR = (
-    "looked for a class token with positions and blocks as dino_lite, DINO, DINOv2, timm and "
-    "Hugging Face name them, under any prefix"
+    "looked for a class token and blocks as dino_lite, DINO, DINOv2, DINOv3, timm and Hugging Face "
+    "name them, under any prefix"
 )
 STEM = "patch_embed.proj.weight"  # "D C p p": the one weight that knows the images' channels
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
@@ -24,13 +26,14 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and G (Zhai et al. 2022); ot
 
 class Layout(NamedTuple):
     """Whose names they are, and what their owner does that no shape tells: how positions are
-    resampled, what norms add to the variance (None: 1e-6).
+    resampled, what norms add to the variance (None: 1e-6), that there are none but RoPE.
     """
 
     name: str
-    position_offset: float
-    position_antialias: bool
+    position_offset: float = 0.0
+    position_antialias: bool = True
     norm_eps: float | None = None
+    rope: bool = False
 
 
 # The offset and the antialiasing are dino_family's 1A.7 and 1B.5; by size: 0.
@@ -51,6 +54,7 @@ class Found(NamedTuple):
     weights: dict[str, Tensor]
     unused: list[str]
     adapted: list[str]  # of ours, those whose values are not the file's as they stand
+    num_heads: int | None = None  # where it is told by more than the width
 
 
 def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | None:
@@ -76,7 +80,12 @@ def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | 
         for name, plain in names.items()
         if not plain.startswith(prefix) or plain.removeprefix(prefix) not in own
     ]
-    if hugging_face:
+    dinov3 = rename(own)
+    if dinov3 is not None:
+        weights, layout = dinov3.weights, Layout(dinov3.owner, norm_eps=1e-5, rope=True)
+        left = set(dinov3.left)
+        unused += [name for name, plain in names.items() if plain.removeprefix(prefix) in left]
+    elif hugging_face:
         weights, layout = _from_hugging_face(own)
     else:
         weights, layout = _from_plain(own), _plain_layout(own, unused, about)
@@ -88,7 +97,8 @@ def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | 
         weights["mask_token"] = weights["mask_token"].reshape(1, -1)
     kept = {id(value) for value in tensors.values()}
     adapted = [name for name, value in weights.items() if id(value) not in kept]
-    return Found(layout, prefix, weights, unused, adapted)
+    num_heads = None if dinov3 is None else dinov3.num_heads
+    return Found(layout, prefix, weights, unused, adapted, num_heads)
 
 
 def _is_anchor(name: str) -> bool:
@@ -177,53 +187,73 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
     """The backbone's spec as its shapes tell it, then `about` (Hugging Face's words), then
     `overrides`. `asked` begins a message: "checkpoint=FILE".
     """
-    weights = found.weights
-    first = "blocks.0."
-    needed = ("pos_embed", STEM, f"{first}attn.qkv.weight", f"{first}mlp.fc2.weight", "norm.weight")
-    missing = [name for name in needed if name not in weights]
+    weights, layout, first = found.weights, found.layout, "blocks.0."
+    needed = [STEM, f"{first}attn.qkv.weight", f"{first}mlp.fc2.weight", "norm.weight"]
+    missing = [n for n in ([] if layout.rope else ["pos_embed"]) + needed if n not in weights]
     if missing:
         raise UserError(
-            f"{asked} has a class token but lacks {' and '.join(missing)} (as {found.layout.name} "
-            "names them): only plain ViTs with learned positions and a last norm can be opened."
+            f"{asked} has a class token but lacks {' and '.join(missing)} (as {layout.name} names "
+            "them): only plain ViTs with learned positions and a last norm, and DINOv3's, can be "
+            "opened."
         )
-    width, cells = weights["cls_token"].shape[-1], weights["pos_embed"].shape[1] - 1
-    patch = weights[STEM].shape[-1]
-    for word, own in (("hidden_size", width), ("embed_dim", width)):
-        if about.get(word, own) != own:
-            raise UserError(
-                f"{asked} is {own} wide, but what is written beside it says {word}="
-                f"{about[word]}: it belongs to other weights; remove it."
-            )
-    act = about.get("hidden_act", "gelu")
-    if isqrt(cells) ** 2 != cells or weights[STEM].shape[-2] != patch or act != "gelu":
-        raise UserError(
-            f"{asked} is no ViT of square patches in a square grid with GELU ({cells} positions, "
-            f"patches of {tuple(weights[STEM].shape[-2:])}, {act}), and others cannot be opened."
-        )
+    width, (hidden, gated) = weights["cls_token"].shape[-1], _mlp_shape(weights)
+    cells = 0 if layout.rope else weights["pos_embed"].shape[1] - 1
+    _check_architecture(weights, about, asked, cells, "silu" if layout.rope and gated else "gelu")
     blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
+    scaled, patch = f"{first}ls1.gamma" in weights, weights[STEM].shape[-1]
     spec: dict[str, Any] = {
         "name": "vit",
         "embed_dim": width,
         "depth": max(blocks) + 1,
-        "num_heads": overrides.get("num_heads") or _num_heads(width, about, asked),
+        "num_heads": overrides.get("num_heads") or _num_heads(found, about, asked),
         "patch_size": patch,
-        "image_size": isqrt(cells) * patch,
         "in_chans": weights[STEM].shape[1],
         "num_registers": weights["register_tokens"].shape[1] if "register_tokens" in weights else 0,
         "mask_token": "mask_token" in weights,
-        "qkv_bias": f"{first}attn.qkv.bias" in weights,
+        "qkv_bias": any(f"{first}attn.qkv.{name}" in weights for name in ("bias", "q_bias")),
         "qk_norm": f"{first}attn.q_norm.weight" in weights,
-        "init_values": 1.0 if f"{first}ls1.gamma" in weights else None,
-        "norm_eps": about.get("layer_norm_eps", found.layout.norm_eps),
-        "position_offset": found.layout.position_offset,
-        "position_antialias": found.layout.position_antialias,
-        **_mlp(weights[f"{first}mlp.fc2.weight"], weights.get(f"{first}mlp.fc1.weight")),
+        "init_values": 1.0 if scaled else None,
+        "norm_eps": about.get("layer_norm_eps", layout.norm_eps),
+        **mlp_of(width, hidden, gated),
     }
+    if layout.rope:
+        base = about.get("rope_theta", DINOV3_BASE)
+        spec |= {"kind": "rope", "name": "rope", "rope_base": base}
+        spec["init_values"] = float(scaled)  # None would be DINOv3's
+    else:
+        spec |= {
+            "image_size": isqrt(cells) * patch,
+            "position_offset": layout.position_offset,
+            "position_antialias": layout.position_antialias,
+        }
     return spec | overrides
 
 
-def _num_heads(width: int, about: dict[str, Any], asked: str) -> int:
-    told = about.get("num_attention_heads") or _HEADS.get(width)
+def _check_architecture(
+    weights: dict[str, Tensor], about: dict[str, Any], asked: str, cells: int, usual: str
+) -> None:
+    """Refuse what is said of other weights, and what our transformers cannot be; `usual` is the
+    activation they have.
+    """
+    width, patch = weights["cls_token"].shape[-1], weights[STEM].shape[-2:]
+    for word in ("hidden_size", "embed_dim"):
+        if about.get(word, width) != width:
+            raise UserError(
+                f"{asked} is {width} wide, but what is written beside it says {word}="
+                f"{about[word]}: it belongs to other weights; remove it."
+            )
+    act = about.get("hidden_act", usual)
+    if isqrt(cells) ** 2 != cells or patch[0] != patch[1] or act != usual:
+        raise UserError(
+            f"{asked} is no ViT of square patches in a square grid with {usual} ({cells} positions,"
+            f" patches of {tuple(patch)}, {act}), and others cannot be opened."
+        )
+
+
+def _num_heads(found: Found, about: dict[str, Any], asked: str) -> int:
+    width = found.weights["cls_token"].shape[-1]
+    usual = {4096: 32} if found.layout.rope else _HEADS  # DINOv3's 7B
+    told = about.get("num_attention_heads") or found.num_heads or usual.get(width)
     if (told is None and width % 64) or not isinstance(told, int | None):
         raise UserError(
             f"{asked}: how many heads a width of {width} has cannot be told from the weights; "
@@ -232,10 +262,14 @@ def _num_heads(width: int, about: dict[str, Any], asked: str) -> int:
     return int(told or width // 64)
 
 
-def _mlp(second: Tensor, first: Tensor | None) -> dict[str, Any]:
-    """Kind and ratio of an MLP whose second layer is "D H"."""
-    width, hidden = second.shape
-    gated = first is not None and first.shape[0] == 2 * hidden
+def _mlp_shape(weights: dict[str, Tensor]) -> tuple[int, bool]:
+    """Numbers between an MLP's two layers, and whether as many more gate them."""
+    hidden, first = weights["blocks.0.mlp.fc2.weight"].shape[1], "blocks.0.mlp.fc1.weight"
+    return hidden, first in weights and weights[first].shape[0] == 2 * hidden
+
+
+def mlp_of(width: int, hidden: int, gated: bool) -> dict[str, Any]:
+    """Kind and ratio of an MLP of `hidden` numbers between its two layers."""
     if gated:
         hidden = -(-hidden * 3 // 2)  # two thirds of it, in whole eights, are left
     ratio = hidden / width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dino_lite.backbones.files import read_about, read_tensors, weights_file
 from dino_lite.backbones.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
+from dino_lite.backbones.rope import is_dinov3
+from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
 
@@ -51,7 +53,7 @@ class Opened(NamedTuple):
         return told
 
 
-def load_pretrained(backbone: ViT, path: str | Path) -> Fit:
+def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
     """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
 
     A position embedding of another grid is resampled by the backbone's own rule; a first
@@ -62,9 +64,11 @@ def load_pretrained(backbone: ViT, path: str | Path) -> Fit:
     return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
 
 
-def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> tuple[ViT, Opened]:
-    """The backbone in a file or folder of dino_lite, DINO, DINOv2, timm or Hugging Face, in eval
-    mode, and what is known of it.
+def open_weights(
+    path: str | Path, key: str = "checkpoint", **overrides: Any
+) -> tuple[Transformer, Opened]:
+    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face,
+    in eval mode, and what is known of it.
 
     Its architecture is read from shapes and from config.json beside the file; `overrides` (a
     spec's keywords) say what neither tells. `key` is what the user set to `path`, for messages.
@@ -78,23 +82,24 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
         )
     own = about.get("spec")  # of an export
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
-    return _open(spec, found, _normalization(about, spec["in_chans"]), asked)
+    return _open(spec, found, about, asked)
 
 
-def open_timm(name: str) -> tuple[ViT, Opened]:
+def open_timm(name: str) -> tuple[Transformer, Opened]:
     """The timm model `name` with its published weights, downloaded unless the cache has them."""
     asked = f"checkpoint=timm:{name}"
     try:
         told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            stem: Any = getattr(timm.create_model(name, num_classes=0), "patch_embed", None)
+            model: Any = timm.create_model(name, num_classes=0)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{asked}: timm has no such model: {error}.") from error
+    stem: Any = getattr(model, "patch_embed", None)
     if not hasattr(stem, "patch_size"):
         raise UserError(f"{asked} is no vision transformer, and others cannot be opened.")
     about = told.to_dict()
-    in_chans, image_size, _ = about["input_size"]
-    spec = {"name": name, "image_size": image_size, "patch_size": stem.patch_size[0]}
+    own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
+    spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # refuses what is not ours before anything is downloaded
     try:
         with torch.random.fork_rng(devices=[]):
@@ -105,7 +110,7 @@ def open_timm(name: str) -> tuple[ViT, Opened]:
             "this model no published weights?"
         ) from error
     found = _find(dict(model.state_dict()), {"architecture": name}, asked)
-    return _open(spec, found, _normalization({"pretrained_cfg": about}, in_chans), asked)
+    return _open(spec, found, {"pretrained_cfg": about}, asked)
 
 
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
@@ -116,32 +121,49 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
     return found
 
 
-def _empty(spec: dict[str, Any]) -> ViT:
+def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
+    from dino_lite.backbones.build import build_backbone  # which fills from here
+
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return ViT(**spec)
+        return cast(Transformer, build_backbone(spec))
 
 
 def _open(
-    spec: dict[str, Any],
-    found: Found,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]],
-    asked: str,
-) -> tuple[ViT, Opened]:
+    spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str
+) -> tuple[Transformer, Opened]:
     backbone = _empty(spec).to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
-    image_size, layout = backbone.spec["image_size"], found.layout.name
-    num_weights = len(backbone.state_dict())
-    about = Opened(layout, num_weights, fit, image_size, *normalization, backbone.spec)
-    return backbone, about
+    opened = Opened(
+        layout=found.layout.name,
+        num_weights=len(backbone.state_dict()),
+        fit=fit,
+        image_size=_image_size(backbone, about),
+        **_normalization(about, backbone.in_chans),
+        spec=backbone.spec,
+    )
+    return backbone, opened
 
 
-def _fill(backbone: ViT, found: Found, asked: str) -> Fit:
+def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
+    """Pixels a side that the weights were made for: the size of their positions where they have
+    some, else what is told, else DINOv3's 16 patches.
+    """
+    told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
+    size = int(backbone.spec.get("image_size") or told)
+    return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
+
+
+def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
     """Load what was found, adapted to channels and grid; all of it and nothing else, or nothing."""
     own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.unused)
     if "mask_token" not in own and weights.pop("mask_token", None) is not None:
         unused.append("mask_token")
-    if "pos_embed" in weights:
+    for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
+        if not weights[name].any():  # of most DINOv3 models: they are there, and zero
+            del weights[name]
+            unused.append(name)
+    if "pos_embed" in weights and isinstance(backbone, ViT):
         weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
     if STEM in weights:
         weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
@@ -192,9 +214,7 @@ def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     return torch.cat([learned[:, :1], sampled], dim=1)
 
 
-def _normalization(
-    about: dict[str, Any], in_chans: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(about: dict[str, Any], in_chans: int) -> dict[str, tuple[float, ...]]:
     """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
     about = about | (about.get("pretrained_cfg") or {})
     found = []
@@ -202,7 +222,7 @@ def _normalization(
         told = next((about[name] for name in names if name in about), usual)
         values = tuple(float(value) for value in told)
         found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
-    return found[0], found[1]
+    return {"mean": found[0], "std": found[1]}
 
 
 def _summary(names: list[str], num_parts: int) -> str:

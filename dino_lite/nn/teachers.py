@@ -14,8 +14,8 @@ from dino_lite.contracts import Progress, Schedule
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy with storage of its own that takes no gradient and drops no paths; otherwise in the
-    mode it was in.
+    """A copy with storage of its own that takes no gradient, drops no paths and moves no
+    coordinates; otherwise in the mode it was in.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
@@ -25,6 +25,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
             part.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(part, nn.Dropout):
             part.p = 0.0
+        elif hasattr(part, "moves"):  # RoPE's coordinates, in training
+            part.moves = False  # type: ignore[assignment]
     return twin
 
 

@@ -1,0 +1,228 @@
+"""DINOv3's vision transformer: no position is learned, each turns the queries and keys of its patch
+(RoPE).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Bool, Float
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_lite.backbones.blocks import DropPathBy, Rotation
+from dino_lite.backbones.layouts import mlp_of
+from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
+from dino_lite.contracts import UserError
+
+_DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there, the others zeros
+    "num_registers": 4,
+    "init_values": 1e-5,
+    "norm_eps": 1e-5,
+    "qkv_bias": False,
+    "rope_base": 100.0,
+}
+
+
+class RoPEViT(Transformer):
+    """DINOv3's ViT (Siméoni et al. 2025, section 3.2) with its forward written out: mask → class
+    token and registers → blocks that turn patches' queries and keys → norm.
+
+    `name` is a timm name, or "rope" with `embed_dim`, `depth`, `num_heads` given; `mlp`,
+    `mlp_ratio`, `num_registers`, `init_values`, `norm_eps`, `qkv_bias` and `rope_base` are the
+    named model's, or DINOv3's, where they are not given. Weights have ViT's names; keys have no
+    bias. Any image size that the patch divides is taken. Stochastic depth is ViT's. The student's
+    coordinates are moved in training as RotaryPositions says.
+    """
+
+    def __init__(
+        self,
+        name: str = "rope",
+        patch_size: int = 16,
+        in_chans: int = 3,
+        drop_path: float = 0.0,
+        drop_path_by: DropPathBy = "sample",
+        drop_path_uniform: bool = False,
+        rope_shift: float = 0.0,
+        rope_jitter: float = 1.0,
+        rope_rescale: float = 1.0,
+        mask_token: bool = False,
+        **architecture: Any,
+    ) -> None:
+        given = {key: value for key, value in architecture.items() if value is not None}
+        sizes: dict[str, Any] = {"patch_size": patch_size, "in_chans": in_chans}
+        made_of = _DINOV3 | ({} if name == "rope" else sizes_of(name)) | given
+        base, qkv_bias = made_of.pop("rope_base"), made_of.pop("qkv_bias")
+        without: dict[str, Any] = {"img_size": patch_size, "pos_embed": "none", "qkv_bias": False}
+        model = timm_vit("vit", **sizes, **without, drop_path_rate=drop_path, **made_of)
+        if not is_plain(model):
+            raise UserError(
+                f"backbone.name={name} with {', '.join(sorted(given))} is no DINOv3 ViT: leave out "
+                "what changes more than its sizes."
+            )
+        spec = {"kind": "rope", "name": name, **sizes, **given}
+        uniform = drop_path if drop_path_uniform else None
+        super().__init__(model, spec, mask_token, drop_path_by, uniform)
+        for token in (self.cls_token, self.register_tokens):  # timm's have a deviation of 1e-6
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        if qkv_bias:
+            for block in self.blocks:
+                block.attn.qkv = _UnbiasedKeys(block.attn.qkv)
+        width = self.embed_dim // self.blocks[0].attn.num_heads
+        self.positions = RotaryPositions(width, base, rope_shift, rope_jitter, rope_rescale)
+
+    def embed(
+        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
+    ) -> tuple[Float[Tensor, "n N D"], tuple[int, int]]:
+        """Tokens before the first block, and their grid."""
+        patches, grid = self.patches(images, mask)
+        first = [t for t in (self.cls_token, self.register_tokens) if t is not None]
+        return torch.cat([*(t.expand(len(images), -1, -1) for t in first), patches], dim=1), grid
+
+    def rotation(self, grid: tuple[int, int]) -> Rotation:
+        """How patches' queries and keys are turned in every block of one pass."""
+        rotation: Rotation = self.positions(grid, self.cls_token)
+        return rotation
+
+
+class RotaryPositions(nn.Module):
+    """Places of patches as angles: 2π·coordinate/period, the coordinates of rows and of columns in
+    [−1, 1] whatever the grid, the periods from 1 to nearly `base`.
+
+    In training mode coordinates are moved, once a pass, by numbers of the global generator: shifted
+    by up to `shift`, rows and columns stretched by up to `jitter` each, and by up to `rescale`
+    together, as likely as shrunk (DINOv3, "RoPE-box jittering": rescale 2). 0, 1 and 1: not at all;
+    nor where `moves` is false, as in a teacher.
+    """
+
+    def __init__(
+        self, width: int, base: float, shift: float = 0.0, jitter: float = 1.0, rescale: float = 1.0
+    ) -> None:
+        super().__init__()
+        if width % 4:
+            raise UserError(
+                f"backbone.num_heads: heads are {width} wide, and RoPE needs a multiple of 4."
+            )
+        if shift < 0 or min(jitter, rescale) < 1 or base <= 0:
+            raise UserError(
+                f"backbone.rope_shift={shift}, rope_jitter={jitter}, rope_rescale={rescale} and "
+                f"rope_base={base}: the first is at least 0, the next two 1, the last above 0."
+            )
+        self.width, self.base = width, base
+        self.shift, self.jitter, self.rescale = shift, jitter, rescale
+        self.moves = True
+
+    def forward(self, grid: tuple[int, int], like: Tensor) -> Rotation:
+        """Sines and cosines for a grid, rows first; on the device of `like`, as precise as it and
+        never below float32, whatever autocast says.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        axes = [torch.arange(0.5, size, dtype=dtype, device=like.device) / size for size in grid]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
+        if self.training and self.moves:
+            offset, factor = self._draw().to(places, non_blocking=True)
+            places = (places + offset) * factor
+        exponents = torch.arange(self.width // 4, dtype=dtype, device=like.device)
+        periods = self.base ** (exponents * 4 / self.width)
+        angles = (2 * math.pi * places[:, :, None] / periods).flatten(1).tile(2)  # P d
+        return angles.sin(), angles.cos()
+
+    def _draw(self) -> Float[Tensor, "2 2"]:
+        """What is added to the two coordinates and what they are then multiplied by; drawn on the
+        host, so that all devices draw the same.
+        """
+        offset, factor = torch.zeros(2, dtype=torch.float32), torch.ones(2, dtype=torch.float32)
+        if self.shift:
+            offset.uniform_(-self.shift, self.shift)
+        for most, num in ((self.jitter, 2), (self.rescale, 1)):
+            if most > 1:
+                logs = torch.empty(num, dtype=torch.float32)
+                factor = factor * logs.uniform_(-math.log(most), math.log(most)).exp()
+        return torch.stack([offset, factor])
+
+
+class _UnbiasedKeys(nn.Module):
+    """Queries, keys and values at once, with a bias for all but keys. (Softmax ignores a key's bias
+    that does not depend on the place; a turned one does, and DINOv3 masks it.)
+    """
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.weight = qkv.in_features, qkv.weight
+        self.q_bias, self.v_bias = (
+            nn.Parameter(qkv.weight.new_zeros(qkv.in_features)) for _ in range(2)
+        )
+
+    @property
+    def bias(self) -> Float[Tensor, "_"]:
+        """With zeros for keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, x: Float[Tensor, "n N D"]) -> Float[Tensor, "n N _"]:
+        """As nn.Linear."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """What timm's DINOv3 ViT `name` is made of, in the words of name="rope"; nothing is kept."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model: Any = timm.create_model(name, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"backbone.name={name} cannot be built: {error}.") from error
+    if not is_dinov3(model):
+        raise UserError(
+            f"backbone.name={name} is no DINOv3 ViT: choose such a timm name "
+            '(vit_small_patch16_dinov3), or name="rope" with its sizes.'
+        )
+    block = model.blocks[0]
+    gated = not isinstance(block.mlp, Mlp)
+    return {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "num_registers": model.num_prefix_tokens - 1,
+        "init_values": block.init_values,
+        "norm_eps": model.norm.eps,
+        "qkv_bias": block.attn.q_bias is not None,
+        "rope_base": model.rope.temperature,
+        **mlp_of(model.embed_dim, block.mlp.fc2.in_features, gated),
+    }
+
+
+def is_dinov3(model: Any) -> bool:
+    """True where our forward is that of the timm model."""
+    rope: Any = getattr(model, "rope", None)
+    return (
+        isinstance(model, Eva)
+        and isinstance(rope, RotaryEmbeddingDinoV3)
+        and (rope.rotate_half, rope.normalize_coords) == (True, "separate")
+        and (rope.grid_offset, rope.grid_indexing, rope.min_period) == (0, "ij", None)
+        and model.cls_token is not None
+        and model.pos_embed is None
+        and isinstance(model.norm_pre, nn.Identity)
+        and not isinstance(model.norm, nn.Identity)
+        and all(_is_dinov3_block(block) for block in model.blocks)
+    )
+
+
+def _is_dinov3_block(block: Any) -> bool:
+    attn: Any = getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
+    return (
+        type(block) is EvaBlock
+        and type(attn) is EvaAttention
+        and attn.qkv is not None
+        and getattr(attn, "gate", None) is None
+        and all(isinstance(part, nn.Identity) for part in (attn.norm, attn.q_norm, attn.k_norm))
+        and (block.gamma_1 is None) == (block.gamma_2 is None)
+        and type(mlp) in (Mlp, GluMlp, SwiGLU)
+        and isinstance(mlp.norm, nn.Identity)
+    )

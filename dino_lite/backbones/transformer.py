@@ -1,0 +1,226 @@
+"""What all our vision transformers do, wherever their positions come from; and timm's parts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Bool, Float
+from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
+from timm.layers.mlp import GluMlp, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from dino_lite.backbones.blocks import DropPathBy, Memory, Rotation, prepare, run_blocks
+from dino_lite.contracts import Tokens, UserError
+
+
+class Transformer(nn.Module):
+    """Patches, class token and registers through blocks and a last norm. Abstract: how positions
+    get in is `embed`'s and `rotation`'s.
+
+    `model` gives its parts. A `mask_token` stands for masked patches; it starts at zero. Stochastic
+    depth is the model's, or that of `drop_path_uniform` in every block.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: dict[str, Any],
+        mask_token: bool,
+        drop_path_by: DropPathBy = "sample",
+        drop_path_uniform: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec | {"num_registers": model.num_reg_tokens, "mask_token": mask_token}
+        self.embed_dim = model.embed_dim
+        self.patch_size, self.in_chans = spec["patch_size"], spec["in_chans"]
+        self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
+        self.patch_embed.strict_img_size = False
+        self.num_blocks = len(self.blocks)
+        self.cls_token: nn.Parameter = model.cls_token
+        self.register_tokens: nn.Parameter | None = model.reg_token
+        self.num_registers: int = model.num_reg_tokens
+        nothing = torch.zeros(1, self.embed_dim)
+        self.mask_token: nn.Parameter | None = nn.Parameter(nothing) if mask_token else None
+        self.drop_path_by: DropPathBy = drop_path_by
+        if drop_path_uniform is not None:
+            for block in self.blocks:
+                block.drop_path1 = block.drop_path2 = DropPath(drop_path_uniform)
+        self.memory: Memory = "normal"  # see run_blocks; it and `compiled` change no result
+        self.compiled = False
+
+    def forward(
+        self,
+        images: Float[Tensor, "n C H W"],
+        mask: Bool[Tensor, "n P"] | None = None,
+        cls_only: bool = False,
+    ) -> Tokens:
+        """Tokens after the last norm. Patches in `mask` are the mask token's before they get their
+        positions (masked image modeling). With `cls_only` the last block does nothing that only
+        patches and registers need: both come back empty.
+        """
+        tokens, grid = self.embed(images, mask)
+        rotation = self.rotation(grid)
+        tokens = self._run(tokens, rotation, last_queries=1 if cls_only else None)
+        return self._tokens(tokens, grid)
+
+    def embed(
+        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None
+    ) -> tuple[Float[Tensor, "n N D"], tuple[int, int]]:
+        """Tokens before the first block, and their grid."""
+        raise NotImplementedError
+
+    def rotation(self, grid: tuple[int, int]) -> Rotation | None:
+        """How patches' queries and keys are turned in every block of one pass; None: not at all."""
+        return None
+
+    def patches(
+        self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None
+    ) -> tuple[Float[Tensor, "n P D"], tuple[int, int]]:
+        """Patches without positions, the mask token in the place of those in `mask`; their grid."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"images of {height}x{width} pixels do not divide into patches of "
+                f"{self.patch_size}: "
+                "choose a crop size that is a multiple of backbone.patch_size."
+            )
+        grid = (height // self.patch_size, width // self.patch_size)
+        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            if self.mask_token is None:
+                raise NotImplementedError("this backbone has no mask token: set mask_token=true")
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        return patches, grid
+
+    def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
+        """Tokens after each of `blocks`, in the order asked for; negative numbers count from the
+        last block.
+        """
+        wanted = [range(len(self.blocks))[i] for i in blocks]
+        tokens, grid = self.embed(images)
+        rotation = self.rotation(grid)
+        found: dict[int, Tokens] = {}
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            tokens = self._run(tokens, rotation, [block])
+            if i in wanted:
+                found[i] = self._tokens(tokens, grid)
+        return [found[i] for i in wanted]
+
+    def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
+        """Softmax attention of the last block, rows sum to one; token 0 is the class token, the
+        next are registers, the last patches.
+        """
+        tokens, grid = self.embed(images)
+        rotation = self.rotation(grid)
+        tokens = self._run(tokens, rotation, self.blocks[:-1])
+        last: Any = self.blocks[-1]
+        qkv = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, last.attn.num_heads, -1))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # n heads N D/heads
+        query, key = prepare(last.attn, query, key, rotation)
+        weights: Tensor = (query @ key.transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
+        return weights
+
+    def depth_of(self, name: str) -> int:
+        """Layer of the parameter `name`: 0 stem, i+1 block i, depth+1 the last norm."""
+        first, *rest = name.split(".")
+        if first == "blocks":
+            return int(rest[0]) + 1
+        return len(self.blocks) + 1 if first == "norm" else 0
+
+    def _run(
+        self,
+        tokens: Tensor,
+        rotation: Rotation | None,
+        blocks: Any = None,
+        last_queries: int | None = None,
+    ) -> Tensor:
+        blocks = list(self.blocks if blocks is None else blocks)
+        settings = (last_queries, self.memory, self.compiled, self.drop_path_by, rotation)
+        return run_blocks(blocks, tokens, *settings)
+
+    def _tokens(self, tokens: Float[Tensor, "n N D"], grid: tuple[int, int]) -> Tokens:
+        tokens, first = self.norm(tokens), 1 + self.num_registers
+        registers = tokens[:, 1:first] if self.num_registers else None
+        return Tokens(tokens[:, 0], tokens[:, first:], registers, grid)
+
+
+def timm_vit(
+    name: str,
+    num_registers: int | None = None,
+    mlp: str | None = None,
+    norm_eps: float | None = None,
+    **architecture: Any,
+) -> Any:
+    """The timm model whose parts we take, without classifier; `name` is timm's, or "vit" with its
+    sizes.
+    """
+    kwargs = {"num_classes": 0, **architecture}
+    if num_registers is not None:
+        kwargs["reg_tokens"] = num_registers
+    if num_registers:
+        kwargs["no_embed_class"] = True
+    if mlp not in (None, "gelu", "swiglu"):
+        raise UserError(f"backbone.mlp={mlp}: choose gelu or swiglu.")
+    if mlp == "swiglu":
+        kwargs["mlp_layer"] = _swiglu
+    if norm_eps is not None:
+        kwargs["norm_layer"] = functools.partial(nn.LayerNorm, eps=norm_eps)
+    try:
+        model: Any = (
+            VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        reason = error if str(error) else type(error).__name__
+        raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
+    for part in model.modules():
+        if isinstance(part, GluMlp):  # timm starts half of it near zero, DINOv2 all alike
+            nn.init.trunc_normal_(part.fc1.weight, std=0.02)
+            if part.fc1.bias is not None:
+                nn.init.zeros_(part.fc1.bias)
+    return model
+
+
+def _swiglu(in_features: int, hidden_features: int, **settings: Any) -> GluMlp:
+    """DINOv2's gated MLP: two thirds of a plain one's width, so that it has as many weights, in
+    whole eights.
+    """
+    width = (int(hidden_features * 2 / 3) + 7) // 8 * 8
+    settings = settings | {"act_layer": nn.SiLU, "gate_last": False}
+    return GluMlp(in_features, 2 * width, **settings)
+
+
+def is_plain(model: Any) -> bool:
+    """True where our forward is the model's own, positions apart: class token, registers, blocks,
+    last norm.
+    """
+    return (
+        isinstance(model, VisionTransformer)
+        and model.cls_token is not None
+        and model.num_prefix_tokens == 1 + model.num_reg_tokens
+        and len(model.blocks) > 0
+        and all(_is_plain_block(block) for block in model.blocks)
+        and isinstance(model.norm_pre, nn.Identity)
+        and not isinstance(model.norm, nn.Identity)
+        and isinstance(model.patch_drop, nn.Identity)
+        and not getattr(model.pos_drop, "p", 0.0)
+    )
+
+
+def _is_plain_block(block: Any) -> bool:
+    """True where backbones/blocks.py does what the block's own forward does."""
+    attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    return (
+        type(block) is Block
+        and type(attn) is Attention
+        and (type(mlp) is Mlp or (type(mlp) is GluMlp and not mlp.gate_last))
+        and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+        and getattr(attn, "gate", None) is None
+        and isinstance(mlp.norm, nn.Identity)
+        and isinstance(mlp.fc1, nn.Linear)
+        and not any(part.p for part in block.modules() if isinstance(part, nn.Dropout))
+    )
