@@ -152,7 +152,7 @@ class DINOv2(Method):
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
             patches: Tensor = tokens.patches
-            patches = patches.unflatten(0, tuple(anchors.shape[:2]))  # G n P D
+            patches = patches.view(*anchors.shape[:2], *patches.shape[1:])  # G n P D
             found["gram"] = Anchor(patches, tokens.grid, weight)
         return found
 
