@@ -98,14 +98,14 @@ def clip_gradients_(groups: Sequence[Sequence[Tensor]], limit: float) -> Float[T
     More than one group changes the direction of the step; `limit` 0 bounds nothing. Nothing waits
     for the device.
     """
-    groups = [list(group) for group in groups if group]
-    norms = torch._foreach_norm([gradient for group in groups for gradient in group])
+    filled = [list(group) for group in groups if group]
+    norms = torch._foreach_norm([gradient for group in filled for gradient in group])
     stacked = torch.stack([norm.to(norms[0].dtype) for norm in norms])
     if limit > 0:
-        parts = stacked.split([len(group) for group in groups])
+        parts = torch.split(stacked, [len(group) for group in filled])
         joint = torch.stack([torch.linalg.vector_norm(part) for part in parts])
         factors = (limit / (joint + 1e-6)).clamp(max=1.0)
-        for group, factor in zip(groups, factors, strict=True):
+        for group, factor in zip(filled, factors, strict=True):
             torch._foreach_mul_(group, factor)
     total: Tensor = torch.linalg.vector_norm(stacked)
     return total
