@@ -277,6 +277,7 @@ RULES: dict[str, Any] = {
     },
     "backbone.mask_token": _mask_token,
     "method.momentum.base": _momentum,
+    "method.momentum.end": _constant("method.momentum"),
     "method.teacher_temp.end": _teacher_temp,
     "loader.batch_size": _batch_size,
     "loader.num_workers": _num_workers,
@@ -288,9 +289,7 @@ RULES: dict[str, Any] = {
     "trainer.micro_batch_size": _micro_batch_size,
     "optim.learning_rate.base": _learning_rate,
     "optim.learning_rate.warmup": _warmup,
-    **{
-        f"{schedule}.end": _constant(schedule)
-        for schedule in ("optim.learning_rate", "optim.weight_decay", "method.momentum")
-    },
+    "optim.learning_rate.end": _constant("optim.learning_rate"),
+    "optim.weight_decay.end": _constant("optim.weight_decay"),
     "optim.freeze_last_layer": _freeze,
 }

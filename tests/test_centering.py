@@ -337,7 +337,7 @@ NUM_STEPS, NUM_IMAGES = 3, 4
 class Colors(nn.Module):
     """A backbone of one map from mean colors: quick to import, and all that a step needs."""
 
-    embed_dim = 6
+    embed_dim, num_blocks = 6, 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,6 +346,9 @@ class Colors(nn.Module):
     def forward(self, images: Tensor, cls_only: bool = False) -> Tokens:
         cls = self.map(images.mean(dim=(2, 3)))
         return Tokens(cls=cls, patches=cls[:, None], registers=None, grid=(1, 1))
+
+    def depth_of(self, name: str) -> int:
+        return 0
 
 
 def batch(number: int) -> Crops:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,14 +98,14 @@ def clip_gradients_(groups: Sequence[Sequence[Tensor]], limit: float) -> Float[T
     More than one group changes the direction of the step; `limit` 0 bounds nothing. Nothing waits
     for the device.
     """
-    parts = [list(group) for group in groups if group]
-    norms = torch._foreach_norm([gradient for part in parts for gradient in part])
+    filled = [list(group) for group in groups if group]
+    norms = torch._foreach_norm([gradient for group in filled for gradient in group])
     stacked = torch.stack([norm.to(norms[0].dtype) for norm in norms])
     if limit > 0:
-        split: Callable[..., tuple[Tensor, ...]] = stacked.split
-        joint = [torch.linalg.vector_norm(own) for own in split([len(part) for part in parts])]
-        factors: Tensor = (limit / (torch.stack(joint) + 1e-6)).clamp(max=1.0)
-        for part, factor in zip(parts, factors.unbind(), strict=True):
-            torch._foreach_mul_(part, factor)
+        parts = torch.split(stacked, [len(group) for group in filled])
+        joint = torch.stack([torch.linalg.vector_norm(part) for part in parts])
+        factors = (limit / (joint + 1e-6)).clamp(max=1.0)
+        for group, factor in zip(filled, factors, strict=True):
+            torch._foreach_mul_(group, factor)
     total: Tensor = torch.linalg.vector_norm(stacked)
     return total
