@@ -96,6 +96,19 @@ def test_the_small_network_is_timms_resnet_without_its_stem() -> None:
     torch.testing.assert_close(backbone(images_).cls, x.mean((2, 3)))
 
 
+def test_fields_are_means_of_cells_side_by_side() -> None:
+    """pool=2: the four quarters of the map, channel by channel; the last norm is for each."""
+    for backbone in (small(pool=2), ConvNet("convnext_atto", norm="layer", pool=2).double().eval()):
+        tokens = backbone(images(128, 64))
+        assert backbone.embed_dim == 4 * tokens.patches.shape[-1]
+        assert tokens.cls.shape == (2, backbone.embed_dim)
+    backbone = small(pool=2)
+    tokens = backbone(images(32, 64))
+    cells = tokens.patches.unflatten(1, (2, 2, 2, 4))  # n, field, row, field, column, D
+    fields = cells.mean((2, 4)).permute(0, 3, 1, 2)  # n D 2 2
+    torch.testing.assert_close(tokens.cls, fields.flatten(1))
+
+
 def test_cells_can_be_left_out() -> None:
     """cls_only gives the same class token and no patches."""
     for backbone in (small(), ConvNet("convnext_atto", norm="layer").double().eval()):

@@ -21,8 +21,8 @@ _GROUP = 16  # channels that are normalized together
 
 
 class ConvNet(nn.Module):
-    """Stem → stages → last norm. The class token is the mean of the last map, patch tokens are its
-    cells.
+    """Stem → stages → last norm. Patch tokens are the cells of the last map, the class token their
+    mean; with `pool` p the means of p x p fields, side by side: where things are stays known.
 
     `name` is a timm ResNet or ConvNeXt, or "resnet" with `widths` and `depths` of its stages, for
     small images: no 7x7 convolution, no max-pooling (He et al. 2016, section 4.2). `patch_size` is
@@ -106,11 +106,11 @@ class ConvNet(nn.Module):
         self, cells: Float[Tensor, "n c h w"], cls_only: bool = False, is_last: bool = True
     ) -> Tokens:
         norm = self.norm if is_last else nn.Identity()
-        cells_or_none = cells[:, :, :0, :0] if cls_only else norm(cells)
-        missing = (0, 0, 0, 0, 0, self.width - cells.shape[1])  # of channels
+        missing = (0, 0, 0, 0, 0, self.width - cells.shape[1])  # channels
         fields = F.pad(norm(F.adaptive_avg_pool2d(cells, self.pool)), missing)
-        patches = F.pad(cells_or_none, missing).flatten(2).transpose(1, 2)  # n P D
-        return Tokens(fields.flatten(1), patches, None, (cells.shape[2], cells.shape[3]))
+        patches = cells[:, :, :0, :0] if cls_only else norm(cells)
+        rows = F.pad(patches, missing).flatten(2).transpose(1, 2)  # n P D
+        return Tokens(fields.flatten(1), rows, None, (cells.shape[2], cells.shape[3]))
 
 
 class Parts(NamedTuple):
