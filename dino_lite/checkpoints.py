@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -206,7 +206,7 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
         if last == "pos_embed" and name in own:
-            weights[name] = fit_positions(value, method.get_submodule(part))
+            weights[name] = fit_positions(value, cast(Any, method.get_submodule(part)))
     weights = {n: value for n, value in weights.items() if not n.startswith(_NOT_BEGUN_WITH)}
     own = {n: value for n, value in own.items() if not n.startswith(_NOT_BEGUN_WITH)}
     wrong = [n for n in own if n not in weights or own[n].shape != weights[n].shape]

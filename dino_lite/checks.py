@@ -27,7 +27,9 @@ TRAINER_KEYS = {
 PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
 # Whole numbers, and the least that makes sense.
 WHOLE = {
+    "augment.blur_kernel": 1,
     "augment.global_size": 1,
+    "augment.gram_size": 1,
     "augment.local_size": 1,
     "augment.num_local": 0,
     "backbone.depth": 1,
@@ -35,6 +37,7 @@ WHOLE = {
     "backbone.image_size": 1,
     "backbone.in_chans": 1,
     "backbone.num_heads": 1,
+    "backbone.num_registers": 0,
     "backbone.patch_size": 1,
     "data.channels": 1,
     "loader.batch_size": 1,
@@ -52,9 +55,12 @@ WHOLE = {
     "trainer.num_threads": 1,
 }
 NULLABLE = {
+    "augment.blur_kernel",
+    "augment.gram_size",
     "backbone.depth",
     "backbone.embed_dim",
     "backbone.num_heads",
+    "backbone.num_registers",
     "trainer.max_epochs",
     "trainer.max_steps",
 }
@@ -63,6 +69,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
         f"augment.{kind}.quarter_turns": (True, False) for kind in ("global_1", "global_2", "local")
     },
     "augment.where": ("worker", "device"),
+    "backbone.drop_path_by": ("sample", "batch"),
+    "backbone.drop_path_uniform": (True, False),
+    "backbone.mask_token": (True, False),
     "baselines": (True, False),
     "loader.draft": (True, False),
     "method.teacher_temp.per": ("step", "epoch"),
@@ -136,6 +145,8 @@ def check(config: Config, facts: Facts) -> None:
     sizes = {"augment.global_size": large}
     if get(config, "augment.num_local"):
         sizes["augment.local_size"] = small
+    if gram := config["augment"].get("gram_size"):
+        sizes["augment.gram_size"] = gram
     for key, size in sizes.items():
         if patch > size:
             raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")

@@ -106,7 +106,7 @@ def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
 
 def to_plain(config: DictConfig) -> Config:
     """Plain dicts and lists, interpolations resolved, without Hydra's own node."""
-    ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     plain = OmegaConf.to_container(ours, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

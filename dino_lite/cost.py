@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dino_lite.backbones.blocks import Memory
+from dino_lite.backbones.blocks import Memory, computed_part
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, instantiate
 from dino_lite.losses.prototype import LOGITS_BYTES
@@ -103,6 +103,7 @@ class Sizes(NamedTuple):
     on_cpu: bool
     memory: Memory
     layer_scale: bool = False
+    student_part: float = 1.0  # of a block's work, that stochastic depth leaves
 
     @property
     def num_teacher_crops(self) -> int:
@@ -179,6 +180,7 @@ def sizes(config: Config) -> Sizes | None:
         on_cpu=trainer["accelerator"] == "cpu",
         memory=trainer["memory"],
         layer_scale=not isinstance(block.ls1, nn.Identity),
+        student_part=computed_part(backbone.blocks, backbone.drop_path_by, trainer["compile"]),
     )
 
 
@@ -192,18 +194,20 @@ def work(size: Sizes) -> Work:
     linear = attention = moved = calls = 0.0
     scales = BLOCK.moved_layer_scale if size.layer_scale else (0.0, 0.0)
     for group in size.groups:
-        taught = group is size.groups[0]
+        taught, part = group is size.groups[0], size.student_part
         crops, tokens = size.num_images * group.num_crops, group.num_tokens
         # The patches' product has no slope of the pixels.
         stem = 2.0 * group.num_values * size.width
         layers, scores = _block_flops(size, tokens)
-        linear += crops * (stem * (2 + taught) + layers * (3 + taught))
-        attention += crops * scores * (1 + BLOCK.attention_backward + taught)
+        linear += crops * (stem * (2 + taught) + layers * (3 * part + taught))
+        attention += crops * scores * ((1 + BLOCK.attention_backward) * part + taught)
         forward, backward = (
-            size.depth * tokens * ((part[0] + scale) * size.width + part[1] * size.hidden)
-            for part, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
+            size.depth * tokens * ((times[0] + scale) * size.width + times[1] * size.hidden)
+            for times, scale in zip(
+                (BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True
+            )
         )
-        moved += crops * (forward * (1 + taught) + backward) * size.float_bytes
+        moved += crops * (forward * (part + taught) + backward * part) * size.float_bytes
         passes = ceil(size.num_images / size.micro_batch_size)
         calls += passes * size.depth * (BLOCK.calls_forward + BLOCK.calls_backward)
         calls += taught * size.depth * BLOCK.calls_forward
@@ -255,16 +259,16 @@ def memory(size: Sizes) -> dict[str, float]:
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
     columns = size.num_student_crops + size.num_teacher_crops
     image = columns * size.num_prototypes * wide  # bytes of the logits of one image
-    chunk = min(
-        size.micro_batch_size * image, max(image, LOGITS_BYTES["cpu" if size.on_cpu else "cuda"])
-    )
+    held = LOGITS_BYTES["cpu" if size.on_cpu else "cuda"]
+    chunk = min(size.micro_batch_size * image, max(image, held))
     # the teacher's pass over the whole batch, and its logits for centering, twice for a moment
     batch = size.num_images * size.num_teacher_crops
     passing = BLOCK.forward_width * size.width * wide
     passing += (BLOCK.forward_width * size.width + BLOCK.forward_hidden * size.hidden) * (
         size.float_bytes
     )
-    teacher = batch * max(size.groups[0].num_tokens * passing, 2.0 * size.num_prototypes * wide)
+    centering = 2.0 * min(batch * size.num_prototypes * wide, held)
+    teacher = max(batch * size.groups[0].num_tokens * passing, centering)
     return {
         "stays": wide
         * (size.num_student + size.num_teacher + 2.0 * size.num_trained + size.num_images * values),
@@ -290,9 +294,9 @@ def _kept(size: Sizes, tokens: int) -> float:
     width = BLOCK.kept_width + BLOCK.kept_layer_scale * size.layer_scale
     inner = width * size.width + hidden * size.hidden
     inner += BLOCK.kept_scores * size.num_heads * tokens
-    whole = BLOCK.kept_wide * before + inner * size.float_bytes
+    whole = size.student_part * (BLOCK.kept_wide * before + inner * size.float_bytes)
     if not BLOCK.class_token_last:
         return size.depth * whole + before
     # Of the last block: its input, and what its norm, keys and values are.
-    last = before + 3.0 * size.width * size.float_bytes
+    last = size.student_part * (before + 3.0 * size.width * size.float_bytes)
     return (size.depth - 1) * whole + last

@@ -67,7 +67,7 @@ def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not is_convnet(config):
         return [0.4, 1.0], "the paper's"
     if is_small(config):
-        return [0.3, 1.0], "of few pixels a small part shows nothing"
+        return [0.6, 1.0], "a short run learns what is alike in large parts"
     return [0.14, 1.0], "DINO's for a ResNet-50"
 
 
@@ -75,7 +75,7 @@ def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not is_convnet(config):
         return [0.05, 0.4], "the paper's"
     if is_small(config):
-        return [0.08, 0.3], "up to where global crops begin"
+        return [0.2, 0.6], "up to where global crops begin"
     return [0.05, 0.14], "DINO's for a ResNet-50"
 
 

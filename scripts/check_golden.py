@@ -24,12 +24,15 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from golden.adapters_augmentation import a10, a11  # noqa: E402
+from golden.adapters_augmentation import a10, a11, b26  # noqa: E402
 from golden.adapters_core import a01, a03, a04, a05, a06, a07, a08  # noqa: E402
+from golden.adapters_dinov2 import b11, b12, b13  # noqa: E402
+from golden.adapters_dinov2_steps import b18  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
 from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
 from golden.adapters_optim import b16, b17  # noqa: E402
+from golden.adapters_masking import b14, b14b  # noqa: E402
 from golden.adapters_vit import b15, b15b  # noqa: E402
 from golden.check import Check  # noqa: E402
 
@@ -46,10 +49,19 @@ ADAPTERS: dict[str, Adapter] = {
     "A09": a09,
     "A10": a10,
     "A11": a11,
+    "B11": b11,
+    "B12": b12,
+    "B13": b13,
     "B15": b15,
     "B15b": b15b,
     "B16": b16,
     "B17": b17,
+    "B18": b18,
+    "B14": b14,
+    "B14b": b14b,
+    "B15": b15,
+    "B15b": b15b,
+    "B26": b26,
     "D25": d25,
     "D24": d24,
 }

@@ -1,7 +1,7 @@
 """DINO's arithmetic as plain loops: the definition that the fast code is held against.
 
-Written from Caron et al. 2021 (arXiv 2104.14294), Algorithm 1, equations 1 to 4, section 3.2; slow
-on purpose.
+Written from Caron et al. 2021 (arXiv 2104.14294), Algorithm 1, equations 1 to 4, section 3.2, and
+from the papers that functions name; slow on purpose.
 """
 
 from __future__ import annotations

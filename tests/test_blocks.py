@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dino_lite.backbones.blocks import Memory, attention, run_blocks, set_memory
+from dino_lite.backbones.blocks import (
+    Memory,
+    attention,
+    computed_part,
+    draw_drops,
+    run_blocks,
+    set_memory,
+)
 from dino_lite.backbones.vit import ViT
 
 
@@ -101,6 +108,82 @@ def test_stochastic_depth_draws_as_timm_does(memory: Memory) -> None:
     for a, b in zip(slopes(vit, found, tokens), slopes(vit, wanted, tokens), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert not torch.equal(wanted, timm_blocks(vit.eval(), tokens))
+
+
+def drop_by_batch(vit: ViT, tokens: Tensor) -> Tensor:
+    """The oracle: of each half of a block only some samples are computed, one after the other."""
+    num = len(tokens)
+    for block in vit.blocks:
+        halves = (
+            (block.drop_path1, lambda x, b=block: b.ls1(b.attn(b.norm1(x)))),
+            (block.drop_path2, lambda x, b=block: b.ls2(b.mlp(b.norm2(x)))),
+        )
+        probs = [getattr(path, "drop_prob", 0.0) for path, _ in halves]
+        kept = [
+            torch.randperm(num)[: max(int(num * (1 - p)), 1)] if p else torch.arange(num)
+            for p in probs
+        ]
+        for rows, (_, half) in zip(kept, halves, strict=True):
+            more = [half(tokens[i : i + 1])[0] * num / len(rows) for i in rows.tolist()]
+            added = dict(zip(rows.tolist(), more, strict=True))
+            tokens = torch.stack([x + added[i] if i in added else x for i, x in enumerate(tokens)])
+    return tokens
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("num_queries", [None, 1])
+@pytest.mark.parametrize("memory", ["high", "normal", "low"])
+def test_a_part_of_the_batch_goes_through_a_block(
+    memory: Memory, num_queries: int | None, uniform: bool
+) -> None:
+    """Values and slopes are those of samples taken one by one, for other samples in each half."""
+    vit = make_vit(drop_path=0.6, drop_path_by="batch", drop_path_uniform=uniform, init_values=0.5)
+    tokens = torch.randn(8, 5, 12).double().requires_grad_()
+    torch.manual_seed(3)
+    wanted = drop_by_batch(vit.train(), tokens)[:, :num_queries]
+    torch.manual_seed(3)
+    found = run_blocks(list(vit.blocks), tokens, num_queries, memory, drop_path_by="batch")
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    for a, b in zip(slopes(vit, found, tokens), slopes(vit, wanted, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    whole = run_blocks(list(vit.eval().blocks), tokens, num_queries, memory, drop_path_by="batch")
+    torch.testing.assert_close(whole, timm_blocks(vit, tokens)[:, :num_queries])
+
+
+@pytest.mark.parametrize(
+    ("num", "prob", "kept"),
+    [(64, 0.3, 44), (128, 0.3, 89), (512, 0.3, 358), (64, 0.1, 57), (3, 0.4, 1), (1, 0.3, 1)],
+)
+def test_a_part_of_the_batch_has_the_references_size(num: int, prob: float, kept: int) -> None:
+    """The whole samples of n(1 - p), at least one, each once, and counted n/m times."""
+    block = ViT(depth=1, embed_dim=12, num_heads=2, drop_path=prob, drop_path_uniform=True).blocks[
+        0
+    ]
+    tokens = torch.zeros(num, 1, 12)
+    for rows in draw_drops(block, tokens, "batch", False):
+        assert rows is not None
+        assert len(set(rows.tolist())) == len(rows) == kept
+    for scale in draw_drops(block, tokens, "batch", True):
+        assert scale is not None
+        assert sorted(scale.flatten().tolist())[-kept:] == pytest.approx([num / kept] * kept)
+        assert int((scale > 0).sum()) == kept
+
+
+def test_what_is_dropped_by_batch_is_not_computed() -> None:
+    """Rows that reach the layers of a block, and `computed_part` of them."""
+    vit = make_vit(drop_path=0.5, drop_path_uniform=True, drop_path_by="batch").train()
+    seen: list[int] = []
+    for block in vit.blocks:
+        for layer in (block.attn.qkv, block.mlp.fc1):
+            layer.register_forward_hook(lambda _, inputs, out: seen.append(len(inputs[0])))
+    vit(torch.randn(8, 3, 16, 16).double())
+    assert seen == [4] * 6
+    assert computed_part(vit.blocks, "batch", False) == 0.5
+    assert computed_part(vit.blocks, "batch", True) == 0.5  # blocks share a graph
+    assert computed_part(vit.blocks, "sample", False) == 1.0
+    rising = make_vit(drop_path=0.5).train()
+    assert computed_part(rising.blocks, "batch", False) == 0.75
+    assert computed_part(rising.blocks, "batch", True) == 1.0
 
 
 @pytest.mark.parametrize("num_tokens", [3, 128, 129])
@@ -236,7 +319,15 @@ def test_a_whole_step_compiles_few_graphs_and_evaluations_none(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "init_values": 0.5, "num_registers": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mlp": "swiglu", "init_values": 0.5, "num_registers": 2},
+        {"drop_path_by": "batch"},
+        {"drop_path_by": "batch", "drop_path_uniform": True},
+    ],
+)
 def test_compiled_blocks_give_the_same_and_share_a_graph(
     changes: dict[str, Any], compiling: dict[str, str]
 ) -> None:

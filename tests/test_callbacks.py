@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.callbacks import online_eval, throughput
@@ -42,6 +43,7 @@ from dino_lite.methods.dino import DINO
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
+from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
 
 pytestmark = [
@@ -75,6 +77,7 @@ class Training:
         labeled: bool = True,
         max_seconds: float | None = None,
         log_every: int = 1,
+        groups: Callable[[nn.Module], list[dict[str, Any]]] = param_groups,
     ) -> None:
         torch.manual_seed(0)
         splits = Splits(images(30, labeled), images(5, labeled, Unreadable), "random")
@@ -95,7 +98,7 @@ class Training:
         )
         optimizer = functools.partial(torch.optim.AdamW, fused=True)
         clock = Clock(steps, max_seconds, len(splits.train) / BATCH_SIZE)
-        self.module = PretrainModule(self.method, step, optimizer, clock)
+        self.module = PretrainModule(self.method, step, optimizer, clock, groups)
         self.folder, self.metrics = folder, MetricsFile(folder / "metrics.csv")
         folder.mkdir(exist_ok=True)
         self.trainer = pl.Trainer(
@@ -156,6 +159,13 @@ def test_observers_change_no_weight(tmp_path: Path) -> None:
     for name, value in alone.method.state_dict().items():
         assert torch.equal(watched.method.state_dict()[name], value), name
     assert int(alone.method.step) == NUM_STEPS
+
+
+def test_the_rate_that_is_logged_is_the_schedules(tmp_path: Path) -> None:
+    """Whatever factor the first group of parameters has."""
+    run = Training(tmp_path, groups=functools.partial(param_groups, layer_decay=0.5)).fit()
+    assert run.module.configure_optimizers().param_groups[0]["rate_scale"] < 1
+    assert set(run.column("learning_rate").values()) == {pytest.approx(0.01)}
 
 
 def test_observers_leave_the_generators_alone(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_no_rows_leave_the_center() -> None:
     assert torch.equal(centering.center, before)
 
 
-# ------------------------------------------------------------------------------------ Sinkhorn-Knopp
+# ------------------------------------------------------------------------------------ Sinkhorn
 
 
 @settings(max_examples=40)
@@ -215,7 +215,7 @@ def test_sinkhorn_of_no_rows_is_finite() -> None:
 
 
 def test_sinkhorn_keeps_nothing() -> None:
-    """No state in a checkpoint, no gradient, and a step that is skipped or not leaves it as it is."""
+    """No state in a checkpoint, no gradient, and nothing of the step before."""
     sinkhorn = SinkhornKnopp(10)
     z, prototypes = unit(2, 3, 6).requires_grad_(), Prototypes(unit(10, 6).requires_grad_())
     first = sinkhorn(z, prototypes, 0.04)

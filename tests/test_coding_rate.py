@@ -176,8 +176,10 @@ def test_the_loss_is_alignment_less_the_rate_of_the_teachers_crops() -> None:
     assert (loss.reads, loss.mixes_images) == ("embedding", True)
 
 
-def test_a_micro_batch_counts_by_its_share() -> None:
-    """Its rate is that of its own images; alignment alone adds up to the whole batch's."""
+def test_micro_batches_of_whole_groups_add_up() -> None:
+    """To the whole batch's loss, a last group of fewer images included; and each rate is that of
+    its own images.
+    """
     whole = match(unit(4, 6, 3))
     assert isinstance(whole.student, Scores)
     assert isinstance(whole.target, Targets)
@@ -188,7 +190,8 @@ def test_a_micro_batch_counts_by_its_share() -> None:
     ]
     only = CodingRateLoss("embedding", ONE, gamma=0.0)
     assert sum(float(only(part)) for part in parts) == pytest.approx(float(only(whole)))
-    loss = CodingRateLoss("embedding", ONE)
+    loss = CodingRateLoss("embedding", ONE, num_images=4)
+    assert sum(float(loss(part)) for part in parts) == pytest.approx(float(loss(whole)))
     for (a, b), part in zip(bounds, parts, strict=True):
         rate = float(coding_rate(whole.student.z[:2, a:b], 0.05).mean())
         expected = float(only(part)) - (b - a) / 6 * rate_scale(b - a, 3, 0.05) * rate
@@ -207,7 +210,7 @@ def test_alignment_alone_takes_masked_patches_and_none_of_them() -> None:
     assert float(loss(match(unit(1, 0, 4), 1))) == 0.0
 
 
-@pytest.mark.parametrize(("key", "value"), [("gamma", -1.0), ("eps", 0.0)])
+@pytest.mark.parametrize(("key", "value"), [("gamma", -1.0), ("eps", 0.0), ("num_images", 1)])
 def test_impossible_settings_are_sentences(key: str, value: float) -> None:
     """Named by their key."""
     with pytest.raises(UserError, match=f"loss {key}="):
@@ -256,7 +259,7 @@ def test_a_method_without_prototypes_learns_and_comes_back() -> None:
 
 def test_a_prototype_loss_has_nothing_to_read() -> None:
     """The step says what there is."""
-    with pytest.raises(UserError, match="loss.simdino reads 'cls', but DINO provides embedding"):
+    with pytest.raises(UserError, match="reads 'cls', but DINO provides embedding"):
         step_of(method(), PrototypeLoss("cls", ONE))
 
 
@@ -342,7 +345,6 @@ def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
 def test_constant_features_are_an_alarm(tmp_path: Path) -> None:
     """Alignment alone makes the same of every image; with the rate no alarm is raised."""
     options = ["trainer.max_steps=60", "callbacks.pictures=null", "callbacks.online_eval=null"]
-    options += ["optim.rate=0.05"]
-    alone = run_pretrain(asked(tmp_path, *options, "loss.simdino.gamma=0"))
+    alone = run_pretrain(asked(tmp_path, *options, "optim.rate=0.05", "loss.simdino.gamma=0"))
     assert [w["kind"] for w in warnings_of(Path(alone["run"]))] == ["constant_features"]
     assert warnings_of(Path(run_pretrain(asked(tmp_path, *options))["run"])) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dino_lite.commands.evaluate import build_evaluations
-from dino_lite.commands.pretrain import build
+from dino_lite.commands.pretrain import build, build_module
 from dino_lite.config import compose, config_dir, get, leaves
 from dino_lite.contracts import Evaluation
 from dino_lite.machine import Facts
@@ -54,6 +54,26 @@ def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
         for key, value in leaves(planned.config)
         if value == "auto" and key not in ("name", "data.labels")
     ]
+
+
+@pytest.mark.parametrize("choice", ["adamw", "sgd", "lars"])
+def test_every_optimizer_takes_what_optim_says(choice: str) -> None:
+    """Each builds over the same groups, which have the factors and marks that were asked for."""
+    settings = {"layer_decay": 0.5, "patch_embed_scale": 0.2, "freeze_by": "rate"}
+    settings |= {"decay_tokens": True, "clip_by": "module"}
+    overrides = [f"optim.{key}={value}" for key, value in settings.items()]
+    config = plan(compose("pretrain", [f"optim={choice}", *overrides]), facts()).config
+    step = build_module(config, facts()).bare_step()
+    assert type(step.optimizer).__name__.lower() == choice
+    found = {name: group for group in step.optimizer.param_groups for name in group["names"]}
+    depth = get(config, "backbone.depth")
+    patches = found["backbone.patch_embed.proj.weight"]
+    assert patches["rate_scale"] == pytest.approx(0.2 * 0.5 ** (depth + 1))
+    assert found["backbone.cls_token"]["decay"]
+    assert [name for name, group in found.items() if group["last_layer"]] == [
+        "head.last_layer.weight_v"
+    ]
+    assert len(step.clip_groups) == 2
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

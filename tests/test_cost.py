@@ -41,6 +41,11 @@ DINOV2 = ("backbone.init_values=0.1", "backbone.num_registers=4", "backbone.mlp=
 AT = Progress(50, 1000, 10)
 SHAPES = {"source": "shapes", "num_images": 400, "height": 32, "width": 32}
 # wide enough that what is left out does not show
+# paths dropped by the batch: three of four crops remain, a whole number here
+PARTS = (
+    *("backbone.drop_path=0.25", "backbone.drop_path_by=batch"),
+    "backbone.drop_path_uniform=true",
+)
 WIDER = ("backbone.embed_dim=64", "backbone.depth=3", "method.head.num_prototypes=512")
 
 
@@ -75,7 +80,8 @@ def read(config: Config) -> Sizes:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), WIDER, ("trainer.micro_batch_size=3",), (*WIDER, *DINOV2)]
+    "overrides",
+    [(), WIDER, ("trainer.micro_batch_size=3",), (*WIDER, *DINOV2), (*WIDER, *PARTS)],
 )
 def test_products_are_those_that_torch_counts(overrides: tuple[str, ...]) -> None:
     """FLOPs of a real step within 2 %: left out are the loss's mixing of E numbers a pair, and the
@@ -139,6 +145,7 @@ class LiveBytes(TorchDispatchMode):
     [
         ("loader.batch_size=32", "augment.global_size=32", *WIDER),  # activations are most of it
         ("loader.batch_size=32", "augment.global_size=32", *WIDER, *DINOV2),
+        ("loader.batch_size=32", "augment.global_size=32", *WIDER, *PARTS),
         ("loader.batch_size=32", "augment.global_size=32", *WIDER, *DINOV2, "trainer.memory=high"),
         ("method.head.num_prototypes=32768",),  # prototypes are
         ("method.head.hidden_dim=2048",),  # the head's weights are

@@ -153,6 +153,9 @@ def test_no_box_needs_more_pixels_than_stated() -> None:
     boxes, _ = draw(multi_crop, 2000, side, side)
     assert (boxes[..., 2:].min((1, 2)) >= np.array(multi_crop.sizes) - 1).all()
     assert boxes[2:, :, 2:].min() < 16 * 1.1  # and not many more
+    larger = MultiCrop(32, 16, 4, gram_size=64)
+    assert larger.min_pixels == pytest.approx(4 * MultiCrop(32, 16, 0).min_pixels, rel=1e-3)
+    assert MultiCrop(32, 16, 4, gram_size=8).min_pixels == multi_crop.min_pixels
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,9 @@ def test_no_box_needs_more_pixels_than_stated() -> None:
         ({"global_size": 0}, "global_size"),
         ({"local_size": 0}, "local_size"),
         ({"num_local": -1}, "num_local"),
+        ({"gram_size": 0}, "gram_size"),
+        ({"blur_kernel": 8}, "blur_kernel"),
+        ({"blur_kernel": -1}, "blur_kernel"),
         ({"global_scale": (0.5, 0.2)}, "global_scale"),
         ({"global_scale": (0.5, 1.2)}, "global_scale"),
         ({"local_scale": (0.0, 0.2)}, "local_scale"),

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import nn
 
 from dino_lite.contracts import Crops, Splits, UserError
-from dino_lite.data.crops import MultiCrop
+from dino_lite.data import exact
+from dino_lite.data.crops import COLUMNS, MultiCrop, Photometric
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.exact import make_crops
 from dino_lite.data.parts import CropData, append_rows, join
@@ -132,6 +134,41 @@ def test_both_paths_make_the_same_crops(path: str) -> None:
             assert x.shape == y.shape
             assert (x - y).abs().mean() < 0.3
             assert (x - y).abs().quantile(0.99) <= 3
+
+
+@every_path
+def test_global_crops_are_made_once_more_for_gram(path: str) -> None:
+    """Each is its box at the other size, mirrored and turned as it is, otherwise unchanged; all
+    else is to the bit what it is without them.
+    """
+    data, normalize = data_module(**PATHS[path]()), Normalize()
+    kind = Photometric(flip_prob=0.5, vertical_prob=0.5, quarter_turns=True, blur_prob=0.5)
+    crops = {"global_1": kind, "global_2": kind, "local": kind, "seed": 5}
+    where = data.multi_crop.where
+    data.multi_crop = MultiCrop(8, 4, 2, **crops, where=where)
+    plain = all_steps(data)
+    data.multi_crop = MultiCrop(8, 4, 2, **crops, where=where, gram_size=12)
+    found = all_steps(data)
+    for a, b in zip(plain, found, strict=True):
+        assert same(a, b)
+        assert (list(a.extra), list(b.extra)) == ([], ["gram"])
+        gram = b.extra["gram"]
+        assert gram.shape == (2, 6, 3, 12, 12)
+        for g, i in np.ndindex(2, 6):
+            image = Image.fromarray(data.splits.train.read(int(b.index[i])))
+            sides = np.array([image.height, image.width] * 2)
+            box = np.rint(b.boxes[g, i].numpy() * sides).astype(int).tolist()
+            row = dict(zip(COLUMNS, b.draws[g, i].tolist(), strict=True))
+            lies = {key: row[key] for key in ("flip", "vertical", "turns")}
+            pixels = exact.apply(image, box, list((COLUMNS | lies).values()), 12)
+            wanted = normalize(torch.from_numpy(pixels).permute(2, 0, 1))
+            levels = (gram[g, i] - wanted).abs() * 255 * normalize.std.view(-1, 1, 1)
+            assert levels.max() < (1.01 if where == "device" else 1e-3)
+        assert torch.equal(b.part(2, 4).extra["gram"], gram[:, 2:4])
+    drawn = torch.cat([crops.draws[:2].flatten(0, 1) for crops in found])
+    column = dict(zip(COLUMNS, drawn.unbind(1), strict=True))
+    assert {int(turns) for turns in column["turns"]} == {0, 1, 2, 3}
+    assert 0 < column["flip"].mean() < 1
 
 
 def test_small_images_in_memory_leave_the_worker_without_pixels() -> None:

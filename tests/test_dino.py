@@ -257,4 +257,4 @@ def test_what_moves_is_told_by_name() -> None:
     values = {name: schedule(at) for name, schedule in method.schedules().items()}
     assert values == {"momentum": 1.0, "teacher_temp": 0.07}
     assert method.export_backbone() is method.ema.module.backbone
-    assert method.provides == ("cls",)
+    assert method.provides == ("embedding", "cls")

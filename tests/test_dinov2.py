@@ -1,4 +1,4 @@
-"""The method DINOv2: masked patches, two centerings, KoLeo's tokens, the Gram teacher; parts, ranks."""
+"""The method DINOv2: masked patches, centerings, KoLeo's tokens, the Gram teacher; parts, ranks."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine, Warmup
 from test_dino import random_crops
 
+MASKING = BlockMasking(sample_prob=0.5, ratio=(0.3, 0.8))
 START, LATER = Progress(0, 10, 5), Progress(6, 10, 5)
 
 
 def tiny_dinov2(
     *,
-    masking: BlockMasking | None = BlockMasking(sample_prob=0.5, ratio=(0.3, 0.8)),
+    masking: BlockMasking | None = MASKING,
     centering: Callable[[int], Any] = SinkhornKnopp,
     separate: bool = True,
     mask_token: bool = True,
     gram_start: float | None = None,
     **backbone: Any,
 ) -> DINOv2:
-    """Two blocks on crops of 16 (patches of 4) and 8 pixels, with weights large enough to matter."""
+    """Two blocks on crops of 16 (patches of 4) and 8 pixels; weights are large enough to matter."""
     network = ViT(
         image_size=16,
         patch_size=4,
@@ -106,7 +107,7 @@ def test_scores_and_targets_of_masked_patches_are_the_papers() -> None:
     """
     method, crops = tiny_dinov2().double(), images(3)
     targets = method.targets(crops, START)
-    masked, outputs = targets["patch"], method.compare(crops, targets)
+    masked, outputs = targets["patch_embedding"], method.compare(crops, targets)
     assert isinstance(masked, Masked)
     scores, wanted = outputs["patch"]
     assert isinstance(scores, Scores)
@@ -136,7 +137,7 @@ def test_what_is_masked_is_hidden_from_the_student_alone() -> None:
     """Other pixels in masked patches change the teacher's answer, and no score of any crop."""
     method, crops = tiny_dinov2().double(), images()
     targets = method.targets(crops, START)
-    mask = targets["patch"].masks.mask  # type: ignore[attr-defined]
+    mask = targets["patch_embedding"].masks.mask  # type: ignore[attr-defined]
     pixels = mask.unflatten(-1, (4, 4)).repeat_interleave(4, 2).repeat_interleave(4, 3)
     changed = crops._replace(
         globals_=torch.where(pixels[:, :, None], 3.0, crops.globals_)  # G n C H W
@@ -145,8 +146,8 @@ def test_what_is_masked_is_hidden_from_the_student_alone() -> None:
     for name in ("cls", "patch"):
         for a, b in ((before[name], after[name]),):
             assert torch.equal(a.student.z, b.student.z)  # type: ignore[union-attr]
-    told = method.targets(changed, START)["patch"].targets  # type: ignore[attr-defined]
-    assert not torch.allclose(told.z, targets["patch"].targets.z)  # type: ignore[attr-defined]
+    told = method.targets(changed, START)["patch_embedding"].targets  # type: ignore[attr-defined]
+    assert not torch.allclose(told.z, targets["patch_embedding"].targets.z)  # type: ignore[attr-defined]
 
 
 def test_class_tokens_are_matched_as_dino_does() -> None:
@@ -170,17 +171,17 @@ def test_tokens_for_koleo_are_the_students_before_the_head() -> None:
     targets = method.targets(crops, START)
     tokens, wanted = method.compare(crops, targets)["koleo"]
     assert isinstance(tokens, Tokens)
-    mask = targets["patch"].masks.mask  # type: ignore[attr-defined]
+    mask = targets["patch_embedding"].masks.mask  # type: ignore[attr-defined]
     alone = method.student.backbone(crops.globals_[1], mask=mask[1])
     torch.testing.assert_close(tokens.cls[4:], alone.cls)
-    assert wanted is targets["cls"]
+    assert wanted is targets["embedding"]
 
 
 def test_masks_follow_seed_and_step() -> None:
     """The same step draws the same masks, another one others."""
     method, crops = tiny_dinov2().double(), images()
     masks = [
-        method.targets(crops, Progress(step, 10, 5))["patch"].masks.mask  # type: ignore[attr-defined]
+        method.targets(crops, Progress(step, 10, 5))["patch_embedding"].masks.mask  # type: ignore[attr-defined]
         for step in (3, 3, 4)
     ]
     assert torch.equal(masks[0], masks[1])
@@ -206,9 +207,9 @@ def test_one_head_may_serve_both() -> None:
 def test_without_masking_there_is_no_patch_objective() -> None:
     """No head for patches, and the last block makes class tokens alone."""
     method, crops = tiny_dinov2(masking=None, mask_token=False).double(), images()
-    assert method.provides == ("cls", "koleo", "gram")
+    assert method.provides == ("embedding", "cls", "koleo", "gram")
     outputs = method.compare(crops, method.targets(crops, START))
-    assert outputs.keys() == {"cls", "koleo"}
+    assert outputs.keys() == {"embedding", "cls", "koleo"}
     assert outputs["koleo"].student.patches.shape[1] == 0  # type: ignore[union-attr]
     assert not [name for name, _ in method.named_parameters() if "patch_head" in name]
     with pytest.raises(UserError, match="reads 'patch'"):
@@ -305,7 +306,7 @@ def test_after_a_step_teachers_centers_and_count_have_moved() -> None:
 @pytest.mark.parametrize("centering", [SinkhornKnopp, EMACentering])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_micro_batches_make_the_same_step(centering: Any, micro_batch_size: int) -> None:
-    """Losses, gradients and all that follows, but for KoLeo, whose neighbors are a micro-batch's."""
+    """Losses and all that follows, but for KoLeo, whose neighbors are a micro-batch's."""
     found = []
     for size in (0, micro_batch_size):
         torch.manual_seed(0)
@@ -340,11 +341,11 @@ def test_a_state_dict_brings_everything_back() -> None:
     twin = tiny_dinov2(centering=EMACentering, gram_start=0.1).double()
     twin.load_state_dict(method.state_dict())
     ours, theirs = (m.targets(crops, LATER) for m in (method, twin))
-    assert torch.equal(ours["cls"].probs(), theirs["cls"].probs())  # type: ignore[attr-defined]
+    assert torch.equal(ours["embedding"].probs(), theirs["embedding"].probs())  # type: ignore[attr-defined]
     assert torch.equal(ours["gram"].patches, theirs["gram"].patches)  # type: ignore[attr-defined]
     assert torch.equal(
-        ours["patch"].targets.probs(),  # type: ignore[attr-defined]
-        theirs["patch"].targets.probs(),  # type: ignore[attr-defined]
+        ours["patch_embedding"].targets.probs(),  # type: ignore[attr-defined]
+        theirs["patch_embedding"].targets.probs(),  # type: ignore[attr-defined]
     )
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lite.data import draws
+from dino_lite import draws
+from dino_lite.data import order
 
 MASK = 2**64 - 1
 
@@ -41,7 +42,7 @@ def test_values_never_change() -> None:
         [845708.0, 1915141.0, 3604737.0],
         [13585165.0, 2127081.0, 11460931.0],
     ]
-    assert draws.permutation(7, 2, 10).tolist() == [8, 0, 5, 9, 6, 3, 1, 4, 2, 7]
+    assert order.permutation(7, 2, 10).tolist() == [8, 0, 5, 9, 6, 3, 1, 4, 2, 7]
 
 
 def grid(num_samples: int = 400, num: int = 50) -> np.ndarray:
@@ -95,12 +96,12 @@ def test_each_input_bit_moves_half_of_the_output() -> None:
 @given(seed=st.integers(0, 100), epoch=st.integers(0, 100), n=st.integers(1, 300))
 def test_permutation_holds_every_sample_once(seed: int, epoch: int, n: int) -> None:
     """A permutation, whatever the size."""
-    assert sorted(draws.permutation(seed, epoch, n).tolist()) == list(range(n))
+    assert sorted(order.permutation(seed, epoch, n).tolist()) == list(range(n))
 
 
 def test_permutations_put_each_sample_anywhere() -> None:
     """Over 2000 epochs each of 6 samples stands at each of 6 places equally often (chi-square)."""
-    orders = np.stack([draws.permutation(0, epoch, 6) for epoch in range(2000)])
+    orders = np.stack([order.permutation(0, epoch, 6) for epoch in range(2000)])
     counts = np.stack([(orders == sample).sum(0) for sample in range(6)])
     chi_square = ((counts - 2000 / 6) ** 2 / (2000 / 6)).sum()
     assert chi_square < 52.6  # 25 degrees of freedom, p = 0.001

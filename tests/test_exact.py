@@ -11,7 +11,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from dino_lite.data import exact
-from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, MultiCrop
+from dino_lite.data.crops import COLUMNS, JITTER, ORDERS, Drawn, MultiCrop
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -120,6 +120,42 @@ def test_one_channel_is_a_gray_image() -> None:
     exact.make_crops([np.repeat(gray, 3, axis=2)], drawn, color)
     for one, three in zip(thin, color, strict=True):
         assert np.array_equal(np.repeat(one, 3, axis=3), three)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 99),
+    sigma=st.floats(0.1, 3),
+    kernel=st.sampled_from([3, 9]),
+    sides=st.tuples(st.integers(5, 30), st.integers(5, 30)),
+)
+def test_a_true_gaussian_equals_torchvision(
+    seed: int, sigma: float, kernel: int, sides: tuple[int, int]
+) -> None:
+    """In color and gray, edges included: halves of a level may be rounded otherwise."""
+    image = picture(*sides, seed)
+    for wanted_of in (image, image.convert("L")):
+        wanted = np.asarray(tv.gaussian_blur(wanted_of, [kernel, kernel], [sigma, sigma]))
+        found = np.asarray(exact.gaussian_blur(wanted_of, sigma, kernel))
+        assert np.abs(found.astype(int) - wanted).max() <= 1
+        assert (found != wanted).mean() < 0.01
+
+
+def test_the_kernel_chooses_the_blur_of_a_crop() -> None:
+    """With it a true Gaussian, at its place in the chain; without, PIL's."""
+    image, row = picture(20, 20), params(blur=1.5, gray=1, solarize=1)
+    gray = image.convert("L")
+    for kernel, blurred in (
+        (None, gray.filter(ImageFilter.GaussianBlur(1.5))),
+        (9, exact.gaussian_blur(gray, 1.5, 9)),
+    ):
+        wanted = np.asarray(ImageOps.solarize(blurred.convert("RGB")))
+        assert np.array_equal(exact.augment(image, row, kernel), wanted)
+        assert np.array_equal(exact.apply(image, (0, 0, 20, 20), row, 20, kernel), wanted)
+        out = [np.empty((1, 20, 20, 3), np.uint8)]
+        drawn = Drawn(np.array([[[0, 0, 20, 20]]]), np.array([[row]], np.float32))
+        exact.make_crops([np.asarray(image)], drawn, out, kernel)
+        assert np.array_equal(out[0][0], wanted)
 
 
 @pytest.mark.parametrize("vertical", [0, 1])

@@ -122,6 +122,23 @@ def test_relative_std_is_one_on_the_sphere_and_zero_in_a_point() -> None:
     assert relative_std(torch.ones(10, 16) * torch.arange(1.0, 11.0)[:, None]) < 1e-6
 
 
+def test_without_prototypes_the_spread_of_embeddings_is_all() -> None:
+    """Summed over micro-batches; an alarm where it is nearly nothing, none where it is unknown."""
+    scores, targets = match()
+    none = Prototypes(torch.zeros(0, E))
+    scores = scores._replace(prototypes=none)
+    targets = targets._replace(prototypes=none, row=torch.zeros(T, N), col=torch.zeros(0))
+    first = look(scores._replace(z=scores.z[:, :2]), targets.part(0, 2), 9)
+    rest = look(scores._replace(z=scores.z[:, 2:]), targets.part(2, N), 9)
+    found = health([first.plus(rest)])
+    assert found == {"embedding_std": pytest.approx(relative_std(targets.z.reshape(T * N, E)))}
+    assert collapse(found, 0, 0.04) is None
+    alarm = collapse({"embedding_std": 0.001}, 0, 0.04)
+    assert alarm is not None
+    assert alarm.kind == "constant_features"
+    assert collapse({"embedding_std": math.nan}, 0, 0.04) is None
+
+
 VALUES = {"prototype_perplexity": 100.0, "teacher_information": 0.5, "embedding_std": 0.1}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dino_lite.contracts import Splits
-from dino_lite.data import draws
+from dino_lite.data import order
 from dino_lite.data.auto import open_auto
 from dino_lite.data.clean import CleanImages
 from dino_lite.data.huggingface import open_huggingface
@@ -178,7 +178,7 @@ def test_streaming_resumes_in_the_middle_of_an_epoch(
     parquet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 4 to 9 of a resumed run show the images of one that was not stopped; all once."""
-    monkeypatch.setattr(draws, "WINDOW", 8)
+    monkeypatch.setattr(order, "WINDOW", 8)
     source = open_huggingface(parquet, streaming=True).train
     assert source.groups.tolist() == [0, 4, 8, 12, 14, 18, 22, 23]  # type: ignore[attr-defined]
 
@@ -194,12 +194,12 @@ def test_streaming_resumes_in_the_middle_of_an_epoch(
 
 def test_few_row_groups_are_read_and_kept(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sampler's order each row group is read about once an epoch; a window's stay."""
-    monkeypatch.setattr(draws, "WINDOW", 8)
+    monkeypatch.setattr(order, "WINDOW", 8)
     source: Any = open_huggingface(parquet, streaming=True).train
     read: list[int] = []
     plain = source.table._read
     monkeypatch.setattr(source.table, "_read", lambda c, g: read.append(g) or plain(c, g))
-    for index in draws.grouped_permutation(0, 0, source.groups):
+    for index in order.grouped_permutation(0, 0, source.groups):
         source.read(int(index))
         assert len(source.table._kept) <= 4
     assert sorted(read) == list(range(7))

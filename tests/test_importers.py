@@ -19,9 +19,8 @@ from dino_lite.backbones import weights as importer
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import Opened, load_pretrained, open_timm, open_weights
 from dino_lite.contracts import UserError
-from golden.adapters_core import below
 from golden.adapters_vit import compare_tokens
-from golden.check import Bound, Check, compare
+from golden.check import Bound, Check, below, compare
 from test_golden import cases, check_golden
 
 Weights = dict[str, Tensor]

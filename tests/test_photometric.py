@@ -77,6 +77,18 @@ def test_blur_equals_pil(radius: float, size: int, seed: int) -> None:
     assert np.abs(found - wanted).mean() <= 0.3
 
 
+@given(sigma=st.floats(0.05, 4), size=st.integers(1, 30), seed=st.integers(0, 99))
+def test_a_true_gaussian_is_the_workers(sigma: float, size: int, seed: int) -> None:
+    """Any deviation and size, also crops smaller than the kernel; a crop without blur is left."""
+    image, row = picture(size, seed), params(blur=sigma)
+    images, rows = batch([image, image]), torch.tensor([row, params()])
+    found, plain = change(images, rows, blur_kernel=9).permute(0, 2, 3, 1).numpy()
+    distance = np.abs(found - exact.augment(Image.fromarray(image), row, 9).astype(int))
+    assert distance.max() <= 1
+    assert distance.mean() < 0.01
+    assert np.array_equal(plain, image)
+
+
 def test_a_box_blur_keeps_the_mean_of_a_constant() -> None:
     """Rows add up to 1 but for the rounding that PIL has."""
     box = box_blur(torch.tensor([0.0, 0.1, 0.7, 2.0, 9.0]), 12)

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from dino_lite.checks import seconds
-from dino_lite.config import Config, compose, get, leaves, put
-from dino_lite.contracts import UserError
+from dino_lite.config import Config, compose, get, instantiate, leaves, put
+from dino_lite.contracts import Progress, UserError
 from dino_lite.plan import plan
 from test_conf import facts
 
@@ -145,6 +145,27 @@ def test_preset_is_the_number_of_images_or_a_word_for_one() -> None:
     assert planned(num_images=3000)["preset"] == 3000
 
 
+def test_an_end_left_open_is_the_base() -> None:
+    """Rate, decay and momentum then stay where they are, the rate after its warm-up (DINOv3)."""
+    keys = ("optim.learning_rate", "optim.weight_decay", "method.momentum")
+    config = planned(*(f"{key}.end=auto" for key in keys), "optim.rate=1.0e-3")
+    for key in keys:
+        schedule = instantiate(get(config, key))
+        warm = 10 if key == "optim.learning_rate" else 0
+        values = [schedule(Progress(step, 100, 10)) for step in range(100)]
+        assert set(values[warm:]) == {get(config, f"{key}.base")}
+        assert values[:warm] == sorted(set(values[:warm]))
+
+
+def test_a_schedule_of_another_kind_is_planned_too() -> None:
+    """A rule for a key that it has not settles nothing."""
+    constant = {"_target_": "dino_lite.optim.schedules.Constant", "value": 1e-4}
+    config = put(put(defaults(), "optim.learning_rate", constant), "method.momentum", constant)
+    result = plan(config, facts())
+    assert get(result.config, "optim.learning_rate") == constant
+    assert not [d for d in result.decisions if d.key.startswith("optim.learning_rate.")]
+
+
 def test_channels_decide_the_first_convolution_and_the_normalization() -> None:
     """RGB is normalized as ImageNet is, for weights of others fit; any other data by its own."""
     assert planned()["normalize"]["mean"] == [0.485, 0.456, 0.406]
@@ -203,7 +224,11 @@ REFUSED = {
     "optim.rate=abc": "a number is needed",
     "optim.clip=abc": "a number is needed",
     "loader.max_bad_fraction=abc": "a number is needed",
-    "optim.clip_by=foo": "choose one of global, parameter",
+    "optim.clip_by=foo": "choose one of global, module, parameter",
+    "optim.freeze_by=foo": "choose one of gradient, rate",
+    "optim.layer_decay=0": "it lies in (0, 1]",
+    "optim.layer_decay=1.1": "it lies in (0, 1]",
+    "optim.patch_embed_scale=-1": "cannot be negative",
     "optim.rate_rule=foo": "choose one of linear",
     "method.teacher_temp.per=foo": "choose one of step, epoch",
     "baselines=maybe": "choose one of true, false",

@@ -16,7 +16,7 @@ from dino_lite.data.crops import COLUMNS, Drawn, MultiCrop, Photometric
 from dino_lite.plan import plan
 from test_conf import facts
 
-PRESETS = ("aerial", "document", "grayscale", "medical")
+PRESETS = ("aerial", "dinov2", "document", "grayscale", "medical")
 FACTS = facts(channels=3, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 KINDS = ("global_1", "global_2", "local")
 SIZES = ("augment.global_size=32", "augment.local_size=16", "augment.num_local=2")
@@ -141,6 +141,16 @@ def test_aerial_keeps_hues() -> None:
         assert 0.95 * strength < np.abs(found[name] - 1).max() <= np.float32(strength) + 1e-6
     area = drawn.boxes[..., 2] * drawn.boxes[..., 3] / (60 * 80)
     assert area.min() > 0.09  # boxes are whole pixels
+
+
+def test_dinov2_divides_the_areas_at_a_third() -> None:
+    """Global crops from 0.32 of the image on, local ones up to it; the blur is DINO's."""
+    drawn = draw(build("dinov2"))
+    area = drawn.boxes[..., 2] * drawn.boxes[..., 3] / (60 * 80)
+    assert 0.31 < area[:2].min() < 0.34
+    assert 0.30 < area[2:].max() < 0.33
+    blurred = (dict(zip(COLUMNS, drawn.params.T, strict=True))["blur"] > 0).mean(0)
+    assert np.abs(blurred - [1, 0.1, 0.5, 0.5]).max() < 0.05
 
 
 def test_medical_leaves_the_meaning_of_gray_levels() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import oracle
 from dino_lite.contracts import Match, Progress, Prototypes, Scores, Targets, Tokens, UserError
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs, prototype_cross_entropy
-from dino_lite.nn.centering import EMACentering
+from dino_lite.nn.centering import EMACentering, SinkhornKnopp
 from dino_lite.optim.schedules import Constant, Warmup
 
 
@@ -140,8 +140,7 @@ def test_the_references_two_calls_come_out() -> None:
 
     The numbers were computed by running it: 3 images, 8 prototypes, 2 global and 2 local crops.
     """
-    teacher = torch.sin(torch.arange(2 * 3 * 8).float()).reshape(2, 3, 8)
-    student = torch.cos(0.7 * torch.arange(4 * 3 * 8).float()).reshape(4, 3, 8)
+    teacher, student = reference_logits()
     temperature = Warmup(0.04, 0.07, "30 epochs", per="epoch")
     centering, loss = EMACentering(8, momentum=0.9), PrototypeLoss("cls", Constant(1.0))
     eye = Prototypes(torch.eye(8))
@@ -158,6 +157,59 @@ def test_the_references_two_calls_come_out() -> None:
         centering.after_step(torch.tensor(True))
         assert float(found) == pytest.approx(value, abs=2e-6)
         assert centering.center[:4].tolist() == pytest.approx(center, abs=1e-6)
+
+
+def reference_logits() -> tuple[Tensor, Tensor]:
+    """Logits of two teacher crops and of four student crops, 3 images and 8 prototypes."""
+    teacher = torch.sin(torch.arange(2 * 3 * 8).float()).reshape(2, 3, 8)
+    return teacher, torch.cos(0.7 * torch.arange(4 * 3 * 8).float()).reshape(4, 3, 8)
+
+
+def test_the_references_second_version_is_the_mean_over_pairs_too() -> None:
+    """Its parts, local crops against both teacher crops and global crops against the other, as the
+    official code has them under Sinkhorn-Knopp.
+    """
+    teacher, student = reference_logits()
+    eye = Prototypes(torch.eye(8))
+    row, col = SinkhornKnopp(8)(teacher, eye, 0.07)
+    both = cross_view_pairs(2, 4)
+    own, others = both.clone(), both.clone()
+    own[:, 2:], others[:, :2] = 0, 0
+    for pairs, wanted in ((others, 7.842581), (own, 3.366689), (both, 11.209270)):
+        targets = Targets(teacher, eye, row, col, 0.07, pairs, torch.full((3,), 1 / 3))
+        found = prototype_cross_entropy(make_scores(student), targets, 0.1)
+        assert float(found) == pytest.approx(wanted, abs=2e-6)
+
+
+def test_the_references_masked_patches_come_out() -> None:
+    """Three masked patches of three images, two of them of the first, none of the second."""
+    teacher, student = (logits.flatten(0, 1)[None, :3] for logits in reference_logits())
+    pairs, weight = torch.ones(1, 1), torch.tensor([0.5, 0.5, 1.0]) / 3
+    targets = make_targets(teacher, torch.zeros(8), 0.07, pairs, weight)
+    found = prototype_cross_entropy(make_scores(student), targets, 0.1)
+    assert float(found) == pytest.approx(6.468050, abs=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_no_rows_give_zero_and_zero_gradients(chunk: int, normalized: bool) -> None:
+    """A batch without masked patches: ranks wait for a gradient of every parameter, so all have
+    one.
+    """
+    prototypes = randn(7, 5).requires_grad_()
+    length = torch.rand(7, 1).double().requires_grad_() if normalized else None
+    head = torch.nn.Linear(6, 5).double()
+    z = head(randn(1, 0, 6))
+    for centering in (EMACentering(7).double(), SinkhornKnopp(7)):
+        row, col = centering(z.detach(), Prototypes(prototypes, length), 0.1)
+        pairs, weight = torch.ones(1, 1), torch.ones(0).double()
+        targets = Targets(z.detach(), Prototypes(prototypes), row, col, 0.1, pairs, weight)
+        scores = Scores(z, Prototypes(prototypes, length))
+        value = prototype_cross_entropy(scores, targets, 0.1, chunk)
+        assert float(value.detach()) == 0.0
+        learning = [*head.parameters(), prototypes] + ([] if length is None else [length])
+        for slope in torch.autograd.grad(value, learning, retain_graph=True):
+            assert not slope.any()
 
 
 def test_one_logsumexp_replaces_a_log_softmax_per_pair() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import UserError
-from dino_lite.data import draws
+from dino_lite.data import order
 from dino_lite.data.sampler import PART_SIZE, PositionSampler
 
 Pairs = list[tuple[int, int]]
@@ -105,10 +105,10 @@ def test_grouped_order_shows_every_image_once(sizes: list[int], seed: int) -> No
 
 def test_grouped_order_keeps_few_groups_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of a window come from its groups alone; windows and epochs differ in theirs."""
-    monkeypatch.setattr(draws, "WINDOW", 100)
+    monkeypatch.setattr(order, "WINDOW", 100)
     groups = np.arange(0, 1001, 20)
-    assert draws.groups_per_window(groups) == 5
-    orders = [draws.grouped_permutation(3, epoch, groups) for epoch in (0, 1)]
+    assert order.groups_per_window(groups) == 5
+    orders = [order.grouped_permutation(3, epoch, groups) for epoch in (0, 1)]
     windows = [
         [frozenset((part // 20).tolist()) for part in order.reshape(10, 100)] for order in orders
     ]
@@ -122,8 +122,8 @@ def test_grouped_order_keeps_few_groups_open(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_large_groups_are_still_mixed() -> None:
     """A window has at least four groups, and all of a small source."""
-    assert draws.groups_per_window(np.array([0, 10**6, 2 * 10**6])) == 4
-    assert draws.groups_per_window(np.array([0, 1, 3])) >= 2
+    assert order.groups_per_window(np.array([0, 10**6, 2 * 10**6])) == 4
+    assert order.groups_per_window(np.array([0, 1, 3])) >= 2
 
 
 class Echo(Dataset[list[tuple[int, int]]]):

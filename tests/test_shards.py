@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dino_lite.contracts import Splits
-from dino_lite.data import draws, pack
+from dino_lite.data import order, pack
 from dino_lite.data.auto import open_auto
 from dino_lite.data.byte_ranges import expand_braces
 from dino_lite.data.crops import MultiCrop
@@ -371,8 +371,8 @@ def test_a_run_that_is_resumed_sees_the_same_crops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     """Bit by bit from the middle of an epoch on, whatever the number of workers."""
-    monkeypatch.setattr(draws, "WINDOW", 4)
-    monkeypatch.setattr(draws, "MIN_GROUPS", 1)
+    monkeypatch.setattr(order, "WINDOW", 4)
+    monkeypatch.setattr(order, "MIN_GROUPS", 1)
     monkeypatch.setattr(pack, "MAX_IMAGES", 3)
     write_shards(open_folder(photos(tmp_path / "photos")), tmp_path / "packed")
     splits = open_shards(tmp_path / "packed")

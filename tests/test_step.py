@@ -17,6 +17,7 @@ from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
+from dino_lite.optim.lars import LARS
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine, Warmup
 from test_dino import make_step, random_crops, tiny_dino
@@ -165,6 +166,54 @@ def test_rates_are_written_to_their_groups() -> None:
     assert rates == [(True, 0.5, 0.25), (False, 0.5, 0.0)]
 
 
+def test_layers_learn_at_rates_of_their_own() -> None:
+    """A group's factor is in its rate, and in the update: a first Adam step moves by the rate."""
+    method = tiny_dino().double()
+    before = snapshot(method)
+    groups = param_groups(method.student, layer_decay=0.5, patch_embed_scale=0.2)
+    optimizer = torch.optim.AdamW(groups, eps=1e-30)
+    losses = {"dino": PrototypeLoss("cls", Constant(1.0))}
+    rates = {"learning_rate": Constant(1e-3), "weight_decay": Constant(0.0)}
+    Step(method, losses, optimizer, **rates)(random_crops(dtype=torch.float64), START)
+    assert {round(g["lr"] / 1e-3, 9) for g in groups} == {0.025, 0.125, 0.25, 0.5, 1.0}
+    moved = {
+        name: float((value - before[name]).abs().max()) / 1e-3
+        for name, value in snapshot(method).items()
+    }
+    for name, scale in {
+        "backbone.patch_embed.proj.weight": 0.025,
+        "backbone.cls_token": 0.125,
+        "backbone.blocks.0.mlp.fc1.weight": 0.25,
+        "backbone.blocks.1.mlp.fc1.weight": 0.5,
+        "backbone.norm.bias": 1.0,
+        "head.mlp.0.weight": 1.0,
+    }.items():
+        assert moved[f"student.{name}"] == pytest.approx(scale, rel=1e-6), name
+
+
+def test_each_module_has_a_norm_of_its_own_where_clipping_is_by_module() -> None:
+    """What the optimizer gets is what a loop over the student's children makes of the gradients."""
+    method = tiny_dino().double()
+    method.student.head.requires_grad_()  # so that nothing is left out
+    twin, crops = copy.deepcopy(method), random_crops(dtype=torch.float64)
+    match = twin.compare(crops, twin.targets(crops, START))["cls"]
+    PrototypeLoss("cls", Constant(1.0))(match).backward()
+    limit, wanted = 0.05, {}
+    for child, module in twin.student.named_children():
+        named = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        assert math.sqrt(sum(float((g * g).sum()) for g in named.values())) > limit
+        for name, gradient in zip(
+            named, oracle.clip_global(list(named.values()), limit), strict=True
+        ):
+            wanted[f"{child}.{name}"] = gradient
+    step = make_step(method, clip=limit, clip_by="module")
+    scalars = step(crops, START)
+    for name, parameter in method.student.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-8, atol=1e-12)
+    whole = torch.cat([p.grad.flatten() for p in twin.student.parameters() if p.grad is not None])
+    torch.testing.assert_close(scalars["grad_norm"], whole.norm())
+
+
 def test_a_loss_that_reads_what_is_not_made_is_refused() -> None:
     """In a sentence that names the loss, what it reads, and what there is."""
     method = tiny_dino()
@@ -205,6 +254,37 @@ def test_prototypes_stand_still_until_their_span_is_over(fused: bool) -> None:
         assert float(step.optimizer.state[parameter]["step"]) == 1.0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_prototypes_frozen_by_rate_stand_still_and_gather_moments(fused: bool) -> None:
+    """As in DINOv2: their gradients are there and are remembered, their weights stay bit for bit;
+    the first step after that is Adam's third.
+    """
+    method = tiny_dino(learn_norm=True)
+    groups = param_groups(method.student, freeze_by="rate")
+    step = Step(
+        method,
+        {"dino": PrototypeLoss("cls", Constant(1.0))},
+        torch.optim.AdamW(groups, fused=fused),
+        freeze_last_layer="2 steps",
+        learning_rate=Constant(1e-2),
+        weight_decay=Constant(0.3),
+    )
+    last = method.student.head.last_layer
+    names = {"student.head.last_layer.weight_v", "student.head.last_layer.weight_g"}
+    for i in range(3):
+        before = snapshot(method)
+        step(random_crops(), Progress(i, 10, 5))
+        assert (changed(method, before) & names) == (names if i == 2 else set())
+        assert "student.head.mlp.0.weight" in changed(method, before)
+        for parameter in (last.weight_v, last.weight_g):
+            state = step.optimizer.state[parameter]
+            assert parameter.grad is not None
+            assert float(state["step"]) == i + 1
+            assert bool(state["exp_avg"].any())
+        rates = {group["last_layer"]: group["lr"] for group in step.optimizer.param_groups}
+        assert rates == {False: 1e-2, True: 1e-2 if i == 2 else 0.0}
+
+
 def test_freezing_holds_the_student_only() -> None:
     """A teacher whose prototypes differ still follows the student's, frozen as those are."""
     method = tiny_dino()
@@ -237,7 +317,12 @@ def adamw(fused: bool) -> Callable[[DINO], torch.optim.Optimizer]:
     return lambda m: torch.optim.AdamW(param_groups(m.student), fused=fused)
 
 
-OPTIMIZERS = {"fused": adamw(True), "not fused": adamw(False), "sgd": sgd}
+def lars(method: DINO) -> torch.optim.Optimizer:
+    """Ours, which is told of a bad gradient on the device."""
+    return LARS(param_groups(method.student), lr=1.0)
+
+
+OPTIMIZERS = {"fused": adamw(True), "not fused": adamw(False), "sgd": sgd, "lars": lars}
 
 
 def poisoned(crops: Crops) -> Crops:
@@ -248,7 +333,7 @@ def poisoned(crops: Crops) -> Crops:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("clip_by", ["global", "parameter"])
+@pytest.mark.parametrize("clip_by", ["global", "module", "parameter"])
 @pytest.mark.parametrize("where", ["batch", "gradient"])
 def test_a_bad_gradient_is_as_if_the_step_had_not_been(
     optimizer: str, clip_by: str, where: str
@@ -371,6 +456,28 @@ def test_a_step_made_anew_draws_the_same_paths() -> None:
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     torch.rand(5)
     for i in (2, 3):
+        second(batches[i], Progress(i, 10, 5))
+    assert_equal_states(through, resumed, rtol=0.0, atol=0.0)
+
+
+def test_an_optimizers_state_of_two_bare_groups_is_taken_up() -> None:
+    """Checkpoints of earlier versions know neither factors nor last layers: the run goes on bit for
+    bit as it would have.
+    """
+    batches = [random_crops() for _ in range(3)]
+    through = tiny_dino()
+    resumed = copy.deepcopy(through)
+    step, first = make_step(through), make_step(resumed)
+    for i, crops in enumerate(batches):
+        step(crops, Progress(i, 10, 5))
+    first(batches[0], Progress(0, 10, 5))
+    old = first.optimizer.state_dict()
+    assert len(old["param_groups"]) == 2
+    for group in old["param_groups"]:
+        del group["rate_scale"], group["last_layer"]
+    second = make_step(resumed)
+    second.optimizer.load_state_dict(old)
+    for i in (1, 2):
         second(batches[i], Progress(i, 10, 5))
     assert_equal_states(through, resumed, rtol=0.0, atol=0.0)
 

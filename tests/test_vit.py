@@ -361,6 +361,19 @@ def test_dropped_paths_grow_linearly_with_depth() -> None:
     assert probs == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
 
 
+def test_dropped_paths_may_be_uniform() -> None:
+    """The same in both halves of all blocks."""
+    backbone = ViT(**SMALL, drop_path=0.2, drop_path_uniform=True)  # type: ignore[arg-type]
+    paths = [path for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
+    assert [path.drop_prob for path in paths] == [0.2] * 6
+
+
+def test_paths_are_dropped_by_what_is_known() -> None:
+    """One sentence that names the key."""
+    with pytest.raises(UserError, match=r"backbone\.drop_path_by=block"):
+        ViT(**SMALL, drop_path_by="block")  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------ spec
 
 
@@ -370,6 +383,8 @@ def test_dropped_paths_grow_linearly_with_depth() -> None:
         {
             **SMALL,
             "drop_path": 0.1,
+            "drop_path_by": "batch",
+            "drop_path_uniform": True,
             "position_offset": 0.1,
             "position_antialias": False,
             "in_chans": 1,
@@ -383,7 +398,7 @@ def test_the_spec_is_json_and_rebuilds_the_backbone(settings: dict[str, Any]) ->
     """Through JSON and back the same weights fit and give the same tokens; no path is dropped."""
     backbone = vit(**settings).eval()
     spec = json.loads(json.dumps(backbone.spec))
-    assert "drop_path" not in spec
+    assert not [key for key in spec if key.startswith("drop_path")]
     twin = build_backbone(spec)
     twin.load_state_dict(backbone.state_dict())
     images_ = images(48, 48, channels=backbone.in_chans).float()

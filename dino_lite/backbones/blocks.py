@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from timm.layers.mlp import GluMlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 Memory = Literal["high", "normal", "low"]
 Activation = Callable[[Tensor], Tensor]
 Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
-# What stochastic depth multiplies the two halves of a block by, sample by sample; None: nothing.
-Scales = tuple[Float[Tensor, "n 1 1"] | None, Float[Tensor, "n 1 1"] | None]
+DropPathBy = Literal["sample", "batch"]
+# What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only m
+# samples through; None: nothing.
+Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
 
@@ -36,6 +38,7 @@ def run_blocks(
     last_queries: int | None = None,
     memory: Memory = "high",
     compiled: bool = False,
+    drop_path_by: DropPathBy = "sample",
 ) -> Float[Tensor, "n _ D"]:
     """All blocks; of the last one only the first `last_queries` tokens, where that is given.
 
@@ -48,44 +51,47 @@ def run_blocks(
         memory = "high"
     compiled = compiled and not torch.is_inference_mode_enabled()
     # A graph that has scales is another than one without: the first block, which never drops, gets
-    # ones where others draw.
-    ones = compiled and any(_drop_prob(block.drop_path1) for block in blocks)
+    # ones where others draw. Parts of the batch are then scales too, and save nothing.
+    scales = compiled and not _share_a_graph(blocks, drop_path_by)
     for i, block in enumerate(blocks):
         act: Any = cast(Any, block).mlp.act
         again = memory == "normal" and not compiled and next(act.parameters(), None) is None
         project = _project_again if again else _project
         queries = last_queries if i == len(blocks) - 1 else None
-        scales = _draw_scales(block, tokens, ones)
+        drops = draw_drops(block, tokens, drop_path_by, scales)
         run = partial(_compiled() if compiled else run_block, block)
         if memory == "low":
-            tokens = checkpoint(run, tokens, scales, queries, project, use_reentrant=False)
+            tokens = checkpoint(run, tokens, drops, queries, project, use_reentrant=False)
         else:
-            tokens = run(tokens, scales, queries, project)
+            tokens = run(tokens, drops, queries, project)
     return tokens
 
 
 def run_block(
     block: nn.Module,
     tokens: Float[Tensor, "n N D"],
-    scales: Scales,
+    drops: tuple[Drop, Drop],
     num_queries: int | None,
     project: Project,
 ) -> Float[Tensor, "n _ D"]:
-    """x + attention(norm(x)), then x + MLP(norm(x)); stochastic depth multiplies by the scales.
+    """x + attention(norm(x)), then x + MLP(norm(x)), each half less what stochastic depth drops.
 
     With `num_queries` only the first so many tokens are computed; the others are looked at. What
     they would have become is not asked for after a last block: five sixths of it are saved.
     """
     parts: Any = block
-    if num_queries is None:
-        queries, mixed = tokens, _attend(parts, tokens)
-    else:
-        queries, mixed = tokens[:, :num_queries], _look(parts, tokens, num_queries)
-    queries = _add(queries, parts.ls1(mixed), scales[0])
-    hidden = parts.mlp.fc1(parts.norm2(queries))
-    return _add(
-        queries, parts.ls2(project(_activation(parts.mlp), hidden, parts.mlp.fc2)), scales[1]
-    )
+
+    def attend(x: Tensor) -> Tensor:
+        mixed = _attend(parts, x) if num_queries is None else _look(parts, x, num_queries)
+        return cast(Tensor, parts.ls1(mixed))
+
+    def mlp(x: Tensor) -> Tensor:
+        hidden = parts.mlp.fc1(parts.norm2(x))
+        return cast(Tensor, parts.ls2(project(_activation(parts.mlp), hidden, parts.mlp.fc2)))
+
+    queries = tokens if num_queries is None else tokens[:, :num_queries]
+    queries = _add(queries, attend, tokens, drops[0])
+    return _add(queries, mlp, queries, drops[1])
 
 
 def _activation(mlp: Any) -> Activation:
@@ -155,26 +161,52 @@ def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _draw_scales(block: Any, tokens: Tensor, ones: bool = False) -> Scales:
-    """Stochastic depth's factors of the two halves of a block: 0 where a sample skips one, else
-    1/(1 - p); without stochastic depth none, or with `ones` 1.
+def computed_part(blocks: Sequence[nn.Module], drop_path_by: str, compiled: bool) -> float:
+    """How much of the blocks' work stochastic depth leaves in training."""
+    if drop_path_by == "sample" or (compiled and not _share_a_graph(blocks, drop_path_by)):
+        return 1.0
+    return sum(1 - _drop_prob(cast(Any, block).drop_path1) for block in blocks) / len(blocks)
+
+
+def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:
+    """Whether all blocks drop alike: none, or parts of one size."""
+    probs = {_drop_prob(cast(Any, block).drop_path1) for block in blocks}
+    return probs == {0.0} or (drop_path_by == "batch" and len(probs) == 1)
+
+
+def draw_drops(
+    block: Any, tokens: Tensor, drop_path_by: DropPathBy, scales: bool
+) -> tuple[Drop, Drop]:
+    """What stochastic depth drops of the two halves of a block: by sample, each with probability p,
+    and the others count 1/(1 - p) times; by batch, all but m = max(⌊n·(1 - p)⌋, 1) samples, which
+    count n/m times (Oquab et al. 2023, section 5). `scales`: whatever is dropped, as factors.
     """
-    scales: list[Tensor | None] = []
-    for drop in (block.drop_path1, block.drop_path2):
-        prob = _drop_prob(drop)
-        keep = tokens.new_ones(len(tokens), 1, 1) if ones or prob else None
-        if keep is not None and prob:
-            keep.bernoulli_(1 - prob).div_(1 - prob)
-        scales.append(keep)
-    return scales[0], scales[1]
+    drops: list[Drop] = []
+    num = len(tokens)
+    for path in (block.drop_path1, block.drop_path2):
+        prob = _drop_prob(path)
+        keep = tokens.new_ones(num, 1, 1) if scales or (prob and drop_path_by == "sample") else None
+        if prob and drop_path_by == "batch":
+            rows = torch.randperm(num, device=tokens.device)[: max(int(num * (1 - prob)), 1)]
+            keep = rows if keep is None else keep.zero_().index_fill_(0, rows, num / len(rows))
+        elif prob:
+            keep = cast(Tensor, keep).bernoulli_(1 - prob).div_(1 - prob)
+        drops.append(keep)
+    return drops[0], drops[1]
 
 
 def _drop_prob(drop: Any) -> float:
     return float(getattr(drop, "drop_prob", None) or 0.0) if drop.training else 0.0
 
 
-def _add(tokens: Tensor, more: Tensor, scale: Tensor | None) -> Tensor:
-    return tokens + (more if scale is None else more * scale)
+def _add(tokens: Tensor, branch: Activation, x: Tensor, drop: Drop) -> Tensor:
+    """tokens + branch(x), less what is dropped; what would be dropped by batch is not computed."""
+    if drop is None:
+        return tokens + branch(x)
+    if drop.is_floating_point():
+        return tokens + branch(x) * drop
+    more = branch(x.index_select(0, drop)).to(tokens.dtype)
+    return tokens.index_add(0, drop, more, alpha=len(tokens) / len(drop))
 
 
 def _project(act: Activation, x: Tensor, layer: nn.Linear) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from dino_lite.backbones.blocks import Memory, run_blocks
+from dino_lite.backbones.blocks import DropPathBy, Memory, run_blocks
 from dino_lite.contracts import Tokens, UserError
 
 
@@ -26,9 +27,11 @@ class ViT(nn.Module):
 
     `name` is a timm name, or "vit" with `embed_dim`, `depth`, `num_heads` given; state-dict keys
     are timm's, which are those of DINO's releases. Any image size that the patch divides is taken:
-    positions are resampled. Stochastic depth `drop_path` grows linearly with depth, per sample
-    (DINO, section 3.2). `position_offset` and `position_antialias` are the reference's two ways of
-    resampling positions (0.1 and false in DINO's weights).
+    positions are resampled. Stochastic depth `drop_path` grows linearly with depth (DINO, section
+    3.2), unless `drop_path_uniform`, and drops sample by sample or, with `drop_path_by` "batch", a
+    part of the batch, whose work is then saved (DINOv2, section 5). `position_offset` and
+    `position_antialias` are the reference's two ways of resampling positions (0.1 and false in
+    DINO's weights).
 
     A DINOv2 ViT (sections 4 and 5) has LayerScale (`init_values`), perhaps `num_registers` tokens
     without positions (Darcet et al. 2023; None: as many as the named model has), an `mlp` of two
@@ -42,6 +45,8 @@ class ViT(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         drop_path: float = 0.0,
+        drop_path_by: DropPathBy = "sample",
+        drop_path_uniform: bool = False,
         position_offset: float = 0.0,
         position_antialias: bool = True,
         num_registers: int | None = None,
@@ -63,6 +68,8 @@ class ViT(nn.Module):
             raise UserError(
                 f"backbone: image_size={image_size} is no multiple of patch_size={patch_size}."
             )
+        if drop_path_by not in ("sample", "batch"):
+            raise UserError(f"backbone.drop_path_by={drop_path_by}: choose sample or batch.")
         sizes = {"img_size": image_size, "patch_size": patch_size, "in_chans": in_chans}
         model = _timm_vit(
             name, sizes | {"drop_path_rate": drop_path}, num_registers, **architecture
@@ -70,6 +77,10 @@ class ViT(nn.Module):
         self.embed_dim, self.patch_size, self.in_chans = model.embed_dim, patch_size, in_chans
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
+        self.drop_path_by: DropPathBy = drop_path_by
+        if drop_path_uniform:
+            for block in self.blocks:
+                block.drop_path1 = block.drop_path2 = DropPath(drop_path)
         self.patch_embed.strict_img_size = False
         self.num_blocks = len(self.blocks)
         self.cls_token: nn.Parameter = model.cls_token
@@ -184,7 +195,8 @@ class ViT(nn.Module):
 
     def _run(self, tokens: Tensor, blocks: Any = None, last_queries: int | None = None) -> Tensor:
         blocks = list(self.blocks if blocks is None else blocks)
-        return run_blocks(blocks, tokens, last_queries, self.memory, self.compiled)
+        settings = (last_queries, self.memory, self.compiled, self.drop_path_by)
+        return run_blocks(blocks, tokens, *settings)
 
     def _tokens(self, tokens: Float[Tensor, "n N D"], grid: tuple[int, int]) -> Tokens:
         tokens, first = self.norm(tokens), 1 + self.num_registers

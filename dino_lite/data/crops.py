@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Int64
 
+from dino_lite import draws
 from dino_lite.contracts import UserError
-from dino_lite.data import draws
 
 # The parameters of a crop, in this order wherever they are stored, each with the value that says
 # "not applied".
@@ -32,6 +32,7 @@ COLUMNS = {
     "vertical": 0.0,  # 0 or 1: upside down
     "turns": 0.0,  # quarter turns, counter-clockwise: 0 to 3
 }
+LAID = ("flip", "vertical", "turns")  # how a crop lies; the others change its colors or sharpness
 JITTER = ("brightness", "contrast", "saturation", "hue")
 NO_JITTER = tuple(COLUMNS[name] for name in JITTER)
 ORDERS = tuple(permutations(range(4)))  # the 24 sequences of JITTER
@@ -62,6 +63,14 @@ class Drawn(NamedTuple):
 
     boxes: Int64[np.ndarray, "S n 4"]
     params: Float32[np.ndarray, "S n 11"]
+
+
+def plain_globals(drawn: Drawn) -> Drawn:
+    """The two global crops once more, lying as they do, with colors and sharpness as they are."""
+    params = drawn.params[:2]
+    kept = np.isin(list(COLUMNS), LAID)
+    neutral = np.array(list(COLUMNS.values()), np.float32)
+    return Drawn(drawn.boxes[:2], np.where(kept, params, neutral))
 
 
 GLOBAL_1 = Photometric(blur_prob=1.0)
@@ -100,6 +109,11 @@ class MultiCrop:
     Sizes in pixels, scales as fractions of the image's area, `ratio` is width over height. `where`
     they are changed: in the "worker", by PIL's arithmetic to the last bit, or cut out there and
     changed on the "device", many times faster and equal but for roundings.
+
+    `blur_kernel` None: PIL's Gaussian blur of any radius; else a true one, cut off at so many pixels
+    (DINOv2: 9). With `gram_size` the boxes of the global crops are made once more at that size,
+    nothing changed but how they lie (DINOv3, Siméoni et al. 2025, section 4.3: what a Gram teacher
+    sees).
     Errors: UserError for values outside their range.
     """
 
@@ -114,6 +128,8 @@ class MultiCrop:
         global_1: Photometric = GLOBAL_1,
         global_2: Photometric = GLOBAL_2,
         local: Photometric = LOCAL,
+        blur_kernel: int | None = None,
+        gram_size: int | None = None,
         where: str = "worker",
         seed: int = 0,
     ) -> None:
@@ -121,14 +137,18 @@ class MultiCrop:
             ("global_size", global_size, 1),
             ("local_size", local_size, 1),
             ("num_local", num_local, 0),
+            ("gram_size", gram_size, 1),
         ):
-            if value < low:
+            if value is not None and value < low:
                 raise UserError(f"augment.{name} is {value}, but must be at least {low}.")
         tiny = 1e-6
         scales = 2 * [_range("global_scale", global_scale, tiny, 1.0)]
         scales += num_local * [_range("local_scale", local_scale, tiny, 1.0)]
         for name, kind in (("global_1", global_1), ("global_2", global_2), ("local", local)):
             _check(name, kind)
+        if blur_kernel is not None and (blur_kernel < 1 or blur_kernel % 2 == 0):
+            raise UserError(f"augment.blur_kernel is {blur_kernel}, but must be an odd number.")
+        self.blur_kernel, self.gram_size = blur_kernel, gram_size
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
         self.scales = np.array(scales)  # S 2
         self.ratio = _range("ratio", ratio, 1e-3, 1e3)
@@ -156,7 +176,9 @@ class MultiCrop:
         A box may be narrower than it is high; what is missing then is at most its aspect ratio.
         """
         aspect = max(self.ratio[1], 1 / self.ratio[0])
-        needed = np.square(self.sizes) / self.scales[:, 0] * aspect
+        sizes = np.array(self.sizes)
+        sizes[:2] = np.maximum(sizes[:2], self.gram_size or 0)
+        needed = np.square(sizes) / self.scales[:, 0] * aspect
         return int(np.ceil(needed.max()))
 
     def draw(

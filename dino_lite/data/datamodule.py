@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lite.contracts import Crops, Splits, UserError
 from dino_lite.data import exact, resample
 from dino_lite.data.crops import MultiCrop
-from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, join
+from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, Pixels, join
 from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
 from dino_lite.data.sources import ArraySource
@@ -149,7 +150,9 @@ class DataModule(pl.LightningDataModule):
         source, multi_crop = self.splits.train, self.multi_crop
         if self._whole is not None and isinstance(source, ArraySource):
             return DrawData(source, multi_crop)
-        make = exact.make_crops if multi_crop.where == "worker" else resample.make_crops
+        make: Pixels = resample.make_crops
+        if multi_crop.where == "worker":
+            make = partial(exact.make_crops, blur_kernel=multi_crop.blur_kernel)
         min_pixels = multi_crop.min_pixels if self.draft else None
         return CropData(source, multi_crop, make, self.bad_files.allowed, min_pixels)
 
@@ -162,11 +165,12 @@ class DataModule(pl.LightningDataModule):
 
     def _finish(self, crops: Crops) -> Crops:
         """What is left to do with the pixels after the worker."""
+        cut = self.multi_crop
         if self._whole is not None:
             self._whole = self._whole.to(crops.index.device)
-            crops = resample.fill(crops, self._whole, self.multi_crop.groups)
-        if self.multi_crop.where == "device":
-            crops = photometric(crops, self.multi_crop.turns)
+            crops = resample.fill(crops, self._whole, cut.groups, cut.gram_size)
+        if cut.where == "device":
+            crops = photometric(crops, cut.turns, cut.blur_kernel)
         return self.normalize.crops(crops, self.dtype)
 
     def _current_step(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dino_lite.contracts import Source, Splits, UserError
-from dino_lite.data import draws
+from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
 from dino_lite.data.sources import prefetch, reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
@@ -127,7 +127,7 @@ def _number_of_shard(max_bytes: int) -> Callable[[Sample], int]:
 
 def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> Iterator[Sample]:
     """The members of each readable image, shuffled: classes are spread over the shards."""
-    order = draws.permutation(0, 0, len(source)).tolist()
+    order = permutation(0, 0, len(source)).tolist()
     for place, index in enumerate(order):
         if place % _NUM_FETCHED == 0:
             prefetch(source, order[place : place + _NUM_FETCHED])

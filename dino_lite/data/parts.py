@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_lite.contracts import Crops, Source, UserError
-from dino_lite.data.crops import Drawn, MultiCrop
+from dino_lite.data.crops import Drawn, MultiCrop, plain_globals
 from dino_lite.data.sources import ArraySource, prefetch, reason
 
 try:
@@ -70,13 +71,21 @@ class CropData(Dataset[Part]):
         epochs, asked = np.array(pairs).T
         sides = np.array([image.shape[:2] for image in images])
         drawn = self.multi_crop.draw(epochs, asked, *sides.T)
-        pixels = [
-            np.empty((num, len(images), size, size, images[0].shape[2]), np.uint8)
-            for num, size in self.multi_crop.groups
-        ]
-        self.make_crops(images, drawn, [crop for kind in pixels for crop in kind])
+        pixels = self._make(images, drawn, self.multi_crop.groups)
         crops = to_crops(pixels, drawn, sides, np.array(read), self.source.labels)
+        if self.multi_crop.gram_size is not None:
+            again = self._make(images, plain_globals(drawn), [(2, self.multi_crop.gram_size)])
+            crops = crops._replace(extra={"gram": _in_order(again[0])})
         return Part(crops, list(self.bad.items())[known:])
+
+    def _make(
+        self, images: Images, drawn: Drawn, groups: Sequence[tuple[int, int]]
+    ) -> list[UInt8[np.ndarray, "_ n _ _ C"]]:
+        """The pixels of each group of crops: how many of an image, and their size."""
+        num_images, channels = len(images), images[0].shape[2]
+        pixels = [np.empty((num, num_images, s, s, channels), np.uint8) for num, s in groups]
+        self.make_crops(images, drawn, [crop for kind in pixels for crop in kind])
+        return pixels
 
     def _read(self, index: int) -> tuple[UInt8[np.ndarray, "H W C"], int] | None:
         """The first readable image from `index` on, and its index; None beyond `max_bad`."""
@@ -123,7 +132,7 @@ def to_crops(
     The pixels lie in memory as height, width, channel, as decoders have them; they are put in order
     on the device.
     """
-    globals_, *locals_ = (torch.from_numpy(kind).permute(0, 1, 4, 2, 3) for kind in pixels)
+    globals_, *locals_ = map(_in_order, pixels)
     return Crops(
         globals_=globals_,
         locals_=locals_[0] if locals_ else None,
@@ -132,6 +141,10 @@ def to_crops(
         boxes=torch.from_numpy((drawn.boxes / np.tile(sides, 2)).astype(np.float32)),
         draws=torch.from_numpy(drawn.params),
     )
+
+
+def _in_order(pixels: UInt8[np.ndarray, "_ n h w C"]) -> UInt8[Tensor, "_ n C h w"]:
+    return torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)
 
 
 class BadFiles:

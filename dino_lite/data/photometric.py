@@ -26,29 +26,49 @@ _ORDERS = torch.tensor(ORDERS)
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of R, G, B: PIL's, exact in float32
 
 
-def photometric(crops: Crops, turned: bool = True) -> Crops:
+def photometric(crops: Crops, turned: bool = True, blur_kernel: int | None = None) -> Crops:
     """The same crops, changed as their `draws` say; `turned` False: none is upside down or turned,
-    and nothing is spent on it.
+    and nothing is spent on it. `extra` holds global crops, which are laid like these, no more.
     """
-    num_globals = crops.globals_.shape[0]
+    num = crops.globals_.shape[0]
 
-    def changed(images: Tensor, draws: Tensor) -> Tensor:
-        return change(images.flatten(0, 1), draws.flatten(0, 1), turned).view(images.shape)
+    def each(how: Callable[[Tensor, Tensor], Tensor], images: Tensor, draws: Tensor) -> Tensor:
+        return how(images.flatten(0, 1), draws.flatten(0, 1)).view(images.shape)
 
-    locals_ = crops.locals_
+    changed = partial(change, turned=turned, blur_kernel=blur_kernel)
+    laid, locals_ = partial(lay, turned=turned), crops.locals_
     return crops._replace(
-        globals_=changed(crops.globals_, crops.draws[:num_globals]),
-        locals_=None if locals_ is None else changed(locals_, crops.draws[num_globals:]),
+        globals_=each(changed, crops.globals_, crops.draws[:num]),
+        locals_=None if locals_ is None else each(changed, locals_, crops.draws[num:]),
+        extra={name: each(laid, more, crops.draws[:num]) for name, more in crops.extra.items()},
     )
 
 
 def change(
-    images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"], turned: bool = True
+    images: Shaped[Tensor, "n C h w"],
+    params: Float32[Tensor, "n A"],
+    turned: bool = True,
+    blur_kernel: int | None = None,
 ) -> Images:
     """n square crops, bytes or gray levels, changed as `params`, the values of COLUMNS, say.
 
     Without three channels there is no color: saturation, hue and gray leave such crops as they are.
     """
+    column = dict(zip(COLUMNS, params.unbind(1), strict=True))
+    x = lay(images, params, turned)
+    first = list(COLUMNS).index(JITTER[0])
+    x = jitter(x, params[:, first : first + len(JITTER)], column["order"])
+    if x.shape[1] == 3:
+        x = where(column["gray"] > 0, gray, x)
+    blurred = blur if blur_kernel is None else partial(gaussian_blur, kernel=blur_kernel)
+    x = where(column["blur"] > 0, blurred, x, column["blur"])
+    return where(column["solarize"] > 0, solarize, x)
+
+
+def lay(
+    images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"], turned: bool = True
+) -> Images:
+    """A copy in gray levels, mirrored, upside down and turned as `params` say."""
     column = dict(zip(COLUMNS, params.unbind(1), strict=True))
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     x = where(column["flip"] > 0, _mirror, x)
@@ -56,12 +76,7 @@ def change(
         x = where(column["vertical"] > 0, _upside_down, x)
         for turns in (1, 2, 3):
             x = where(column["turns"] == turns, partial(torch.rot90, k=turns, dims=(2, 3)), x)
-    first = list(COLUMNS).index(JITTER[0])
-    x = jitter(x, params[:, first : first + len(JITTER)], column["order"])
-    if x.shape[1] == 3:
-        x = where(column["gray"] > 0, gray, x)
-    x = where(column["blur"] > 0, blur, x, column["blur"])
-    return where(column["solarize"] > 0, solarize, x)
+    return x
 
 
 def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Tensor) -> Images:
@@ -172,6 +187,23 @@ def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size
     box[..., 0], box[..., -1] = first, first.flip(-1)
     # PIL's whole numbers of 2^-24 add up to a little less than 1, so that halves are rounded down.
     return box * ((1 - 2.0**-21) / (2 * half + 1))
+
+
+def gaussian_blur(x: Images, sigma: Float32[Tensor, "n"], kernel: int) -> Images:
+    """A Gaussian of `sigma` pixels cut off at `kernel` of them: `exact.gaussian_blur`."""
+    size = x.shape[-1]
+    if size == 1:
+        return x
+    pixels = torch.arange(size, device=x.device)
+    offsets = torch.arange(kernel, device=x.device) - kernel // 2
+    weights = (-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]).square()).exp()
+    weights = weights / weights.sum(1, keepdim=True)  # n kernel
+    # Beyond the edge lies the pixel as far within.
+    source = size - 1 - ((pixels + offsets[:, None]) % (2 * size - 2) - (size - 1)).abs()
+    spread = (source[..., None] == pixels).float().flatten(1)  # kernel size*size
+    matrix = (weights @ spread).view(-1, size, size)
+    x = torch.bmm(x.flatten(1, 2), matrix.transpose(-1, -2)).view(x.shape)
+    return torch.matmul(matrix[:, None], x).round_()
 
 
 def solarize(x: Images) -> Images:

@@ -49,11 +49,15 @@ def resized_crop(
 
 
 def fill(
-    crops: Crops, images: UInt8[Tensor, "N H W C"], groups: Sequence[tuple[int, int]]
+    crops: Crops,
+    images: UInt8[Tensor, "N H W C"],
+    groups: Sequence[tuple[int, int]],
+    gram_size: int | None = None,
 ) -> Crops:
     """Crops that have no pixels yet, made from whole images of one size on the same device.
 
-    `groups`: number and size in pixels of the global crops, and of the local ones if there are any.
+    `groups`: number and size in pixels of the global crops, and of the local ones if there are any;
+    `gram_size` of the global crops' second making, if there is one.
     """
     whole = images[crops.index].permute(0, 3, 1, 2).float().contiguous()  # n C H W
     height, width = whole.shape[-2:]
@@ -66,7 +70,9 @@ def fill(
         resized_crops(whole, part, size)
         for part, (_, size) in zip((boxes[:num], boxes[num:]), groups, strict=False)
     ]
-    return crops._replace(globals_=made[0], locals_=made[1] if len(made) > 1 else None)
+    gram = {} if gram_size is None else {"gram": resized_crops(whole, boxes[:num], gram_size)}
+    locals_ = made[1] if len(made) > 1 else None
+    return crops._replace(globals_=made[0], locals_=locals_, extra=crops.extra | gram)
 
 
 def resized_crops(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino_lite.contracts import UserError
-from dino_lite.data import draws
+from dino_lite.data import order
 from dino_lite.data.byte_ranges import filesystem
 from dino_lite.data.roots import is_url
 
@@ -71,7 +71,7 @@ class RowGroups:
         if cells is None:
             cells = self._read(column, group)
         self._kept[column, group] = cells
-        while len(self._kept) > draws.groups_per_window(self.groups):
+        while len(self._kept) > order.groups_per_window(self.groups):
             self._kept.popitem(last=False)
         return Cell.of(cells[row - int(self.groups[group])].as_py())
 

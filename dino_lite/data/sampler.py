@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dino_lite.contracts import UserError
-from dino_lite.data import draws
+from dino_lite.data import order
 
 PART_SIZE = 64  # images a worker delivers at once: a whole batch of 1024 would be 535 MB
 
@@ -20,7 +20,7 @@ class PositionSampler:
     Sample position p = step·batch_size + i of the joint batch is image order_e[p mod n] of epoch
     e = p // n, so batches straddle epochs and no image is dropped. Rank r has the r-th contiguous
     slice: ranks concatenated are the batch of one process. Ends at step `num_steps`; None: never.
-    `groups` are those of the source, if it has any: see `draws.grouped_permutation`.
+    `groups` are those of the source, if it has any: see `order.grouped_permutation`.
     """
 
     def __init__(
@@ -78,5 +78,5 @@ class PositionSampler:
 
     def _order(self, epoch: int) -> Int64[np.ndarray, "n"]:
         if self.groups is None:
-            return draws.permutation(self.seed, epoch, self.n)
-        return draws.grouped_permutation(self.seed, epoch, self.groups)
+            return order.permutation(self.seed, epoch, self.n)
+        return order.grouped_permutation(self.seed, epoch, self.groups)

@@ -58,37 +58,52 @@ def rate_scale(num: int, width: int, eps: float) -> float:
 
 class CodingRateLoss:
     """Adapter: alignment of the Match called `reads`, less `gamma` times the scaled coding rate of
-    the student's crops that are the teacher's too, a rate a crop, their mean.
+    the student's crops that are the teacher's too.
 
-    `gamma=0` is alignment alone: SimDINOv2's masked patches. The rate is no sum over images: it is
-    that of a micro-batch on its rank, weighed by the share of the batch that it holds. So micro-
-    batches and ranks must not be small: fewer images than the bottleneck is wide can tell less.
+    A rate is that of one crop of `num_images` images, as they lie in the batch (fewer at its end);
+    rates are averaged over crops and, by the images' weights, over groups. So ranks and micro-
+    batches change nothing where they hold whole groups. Groups should be smaller than the
+    bottleneck is wide: else the rate asks for noise along every axis, and crops no longer agree.
+    `gamma=0` is alignment alone: SimDINOv2's masked patches.
 
     Source: SimDINO (Wu et al. 2025, arXiv 2502.10385): squared distances in place of the
-    cross-entropy, and an expansion of the class token alone. From its authors' README and answers:
-    ε = 0.05 and coefficient 1 (0.05 to 1 made little difference), no centering, each GPU's own
-    covariance. Ours, as the paper's text was not at hand: each global crop's rate on its own, and
-    the scale, `rate_scale`.
+    cross-entropy, and the rate of the class token alone. From its authors' README and answers:
+    ε = 0.05 (0.05 to 1 made little difference) and a coefficient of 1, no centering, the rate of
+    each GPU's 64 images. Ours, as the paper's text was not at hand: a rate for each global crop,
+    and `rate_scale`.
     """
 
     def __init__(
-        self, reads: str, weight: Schedule, gamma: float = 1.0, eps: float = 0.05
+        self,
+        reads: str,
+        weight: Schedule,
+        gamma: float = 1.0,
+        eps: float = 0.05,
+        num_images: int = 64,
     ) -> None:
         if gamma < 0:
             raise UserError(f"loss gamma={gamma}: it cannot be negative (0: alignment alone).")
         if eps <= 0:
             raise UserError(f"loss eps={eps}: a distance is positive (0.05 in SimDINO).")
-        self.reads, self.weight, self.gamma, self.eps = reads, weight, gamma, eps
+        if num_images < 2:
+            raise UserError(
+                f"loss num_images={num_images}: one image alone has no rate; give more."
+            )
+        self.reads, self.weight = reads, weight
+        self.gamma, self.eps, self.num_images = gamma, eps, num_images
         self.mixes_images = gamma > 0  # so a run keeps its micro-batches
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target
         if not isinstance(scores, Scores) or not isinstance(targets, Targets):
             raise TypeError(f"{self.reads}: a coding rate loss compares Scores with Targets")
-        apart = alignment(scores.z, targets)
+        total = alignment(scores.z, targets)
         if not self.gamma:
-            return apart
-        shared = scores.z[: len(targets.z)]
-        share = targets.weight.to(apart).sum()
-        scale = self.gamma * rate_scale(*shared.shape[1:], self.eps)
-        return apart - share * scale * coding_rate(shared, self.eps).mean()
+            return total
+        for start in range(0, scores.z.shape[1], self.num_images):
+            group = slice(start, start + self.num_images)
+            z = scores.z[: len(targets.z), group]
+            scale = self.gamma * rate_scale(z.shape[1], z.shape[2], self.eps)
+            share = targets.weight[group].to(total).sum()
+            total = total - scale * share * coding_rate(z, self.eps).mean()
+        return total

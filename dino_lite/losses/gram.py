@@ -38,7 +38,7 @@ def regrid(
     if grid == wanted:
         return patches
     wide = torch.promote_types(patches.dtype, torch.float32)
-    cells = patches.to(wide).mT.unflatten(2, grid)  # n D rows columns
+    cells = patches.to(wide).mT.reshape(*patches.mT.shape[:2], *grid)  # n D rows columns
     cells = F.interpolate(cells, size=wanted, mode="bicubic", antialias=True)
     return cells.flatten(2).mT
 
@@ -60,5 +60,6 @@ class GramLoss:
             raise TypeError(f"{self.reads}: Gram anchoring compares Tokens with an Anchor")
         theirs = regrid(anchor.patches.flatten(0, 1), anchor.grid, student.grid)
         distance = gram_distance(student.patches, theirs, self.remove_negative)
-        by_crop = distance.unflatten(0, anchor.patches.shape[:2])  # G n
-        return (anchor.weight.to(by_crop) * by_crop.mean(0)).sum()
+        by_image = distance.view(anchor.patches.shape[:2]).mean(0)
+        loss: Tensor = (anchor.weight.to(by_image) * by_image).sum()
+        return loss

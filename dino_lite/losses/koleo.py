@@ -34,7 +34,8 @@ def koleo(
             likeness.diagonal(first).fill_(-torch.inf)
             neighbor = likeness.argmax(1)
         distance = torch.linalg.vector_norm(x - everyone[neighbor] + _EPS, dim=-1)
-        return -(weight.to(wide) * (distance + _EPS).log()).sum()
+        loss: Tensor = -(weight.to(wide) * (distance + _EPS).log()).sum()
+        return loss
 
 
 class KoLeoLoss:
@@ -44,6 +45,8 @@ class KoLeoLoss:
     `across_ranks`, among those that all ranks have at the moment.
     """
 
+    mixes_images = True  # so a run keeps its micro-batches
+
     def __init__(self, reads: str, weight: Schedule, across_ranks: bool = False) -> None:
         self.reads, self.weight, self.across_ranks = reads, weight, across_ranks
 
@@ -51,5 +54,5 @@ class KoLeoLoss:
         if not isinstance(match.student, Tokens) or not isinstance(match.target, Targets):
             raise TypeError(f"{self.reads}: KoLeo reads Tokens, and the weights of Targets")
         weight = match.target.weight
-        crops = match.student.cls.unflatten(0, (len(match.target.z), len(weight)))
+        crops = match.student.cls.view(len(match.target.z), len(weight), -1)  # G n D
         return torch.stack([koleo(crop, weight, self.across_ranks) for crop in crops]).sum()

@@ -78,19 +78,13 @@ class DINO(Method):
         prototypes its vectors alone.
         """
         z = self.ema.module([crops.globals_])  # T n E
-        prototypes = self.ema.module.head.prototypes()
-        temp = self.teacher_temp(at)
-        row, col = torch.zeros_like(z[..., 0]), z.new_zeros(0)
-        if self.num_prototypes:
-            row, col = self.centering(z, prototypes, temp)
-        targets = Targets(
-            z=z,
-            prototypes=prototypes,
-            row=row,
-            col=col,
-            temp=temp,
+        targets = centered(
+            z,
+            self.ema.module.head,
+            self.centering,
+            self.teacher_temp(at),
             pairs=cross_view_pairs(len(z), len(crops.boxes)),
-            weight=torch.full_like(row[0], 1.0 / crops.num_images),
+            weight=torch.full_like(z[0, :, 0], 1.0 / crops.num_images),
         )
         return dict.fromkeys(self.provides, targets)
 
@@ -115,3 +109,21 @@ class DINO(Method):
     def export_backbone(self) -> Any:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
         return self.ema.module.backbone
+
+
+def centered(
+    z: Float[Tensor, "T n E"],
+    head: DINOHead,
+    centering: nn.Module,
+    temp: float,
+    pairs: Float[Tensor, "T S"],
+    weight: Float[Tensor, "n"],
+) -> Targets:
+    """A teacher's centered, sharpened distributions over its head's prototypes; where it has none,
+    its vectors alone.
+    """
+    prototypes = head.prototypes()
+    row, col = torch.zeros_like(z[..., 0]), z.new_zeros(0)
+    if head.num_prototypes:
+        row, col = centering(z, prototypes, temp)
+    return Targets(z, prototypes, row, col, temp, pairs, weight)

@@ -1,5 +1,5 @@
-"""DINOv2: DINO on class tokens, iBOT on masked patches, features spread by KoLeo (Oquab et al. 2023);
-with Gram anchoring, DINOv3's objective (Siméoni et al. 2025).
+"""DINOv2: DINO on class tokens, iBOT on masked patches, features spread by KoLeo (Oquab et al.
+2023); with Gram anchoring, DINOv3's objective (Siméoni et al. 2025).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dino_lite.contracts import (
@@ -26,6 +26,7 @@ from dino_lite.contracts import (
 )
 from dino_lite.distributed import rank, world_size
 from dino_lite.losses.prototype import cross_view_pairs
+from dino_lite.methods.dino import centered
 from dino_lite.methods.method import Method
 from dino_lite.methods.snapshot import SnapshotTeacher
 from dino_lite.nn.heads import DINOHead
@@ -39,14 +40,12 @@ class Student(nn.Module):
 
     def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
-        if patch_head is not None:
-            self.patch_head = patch_head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
     @property
     def of_patches(self) -> DINOHead:
         """The head that patches go through."""
-        return cast(DINOHead, self.patch_head if hasattr(self, "patch_head") else self.head)
+        return self.head if self.patch_head is None else self.patch_head
 
 
 class Masked(NamedTuple):
@@ -67,8 +66,9 @@ class DINOv2(Method):
     `head` and `patch_head` make projection heads from the backbone's width (None: one serves both),
     `centering` a centering from a number of prototypes, one for class tokens and one for patches.
     Without `masking` there is no patch objective. `gram` makes the teacher that patches are
-    anchored to (DINOv3, section 4), from the backbone. Provides the matches "cls", "koleo" (tokens
-    of the student's global crops), with masks "patch", with a Gram teacher "gram".
+    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "koleo"
+    (tokens of the student's global crops), with masks "patch_embedding", with a Gram teacher
+    "gram"; where heads have prototypes, embeddings again as "cls" and "patch".
     """
 
     student: Student
@@ -100,15 +100,19 @@ class DINOv2(Method):
             teachers["gram"] = anchor
         self.teachers = nn.ModuleDict(teachers)
         self.centering = centering(self.student.head.num_prototypes)
-        self.patch_centering = None
+        self.patch_centering: Any = None
         if masking is not None:
             self.patch_centering = centering(self.student.of_patches.num_prototypes)
         self.masking, self.teacher_temp = masking, teacher_temp
-        self.provides = (
-            *("cls", "koleo"),
-            *(("patch",) if masking is not None else ()),
-            *(("gram",) if gram is not None else ()),
-        )
+        offered = {
+            "embedding": True,
+            "cls": self.student.head.num_prototypes > 0,
+            "koleo": True,
+            "patch_embedding": masking is not None,
+            "patch": masking is not None and self.student.of_patches.num_prototypes > 0,
+            "gram": gram is not None,
+        }
+        self.provides = tuple(name for name, is_there in offered.items() if is_there)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     @property
@@ -119,8 +123,7 @@ class DINOv2(Method):
     @property
     def gram(self) -> SnapshotTeacher | None:
         """The teacher of relations among patches."""
-        found = self.teachers["gram"] if "gram" in self.teachers else None
-        return cast("SnapshotTeacher | None", found)
+        return cast("SnapshotTeacher | None", dict(self.teachers.items()).get("gram"))
 
     @torch.no_grad()
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
@@ -134,21 +137,22 @@ class DINOv2(Method):
         weight = torch.full_like(z[0, :, 0], 1.0 / crops.num_images)
         pairs = cross_view_pairs(len(z), len(crops.boxes))
         found: StepTargets = {
-            "cls": _targets(z, teacher.head, self.centering, temp, pairs, weight)
+            "embedding": centered(z, teacher.head, self.centering, temp, pairs, weight)
         }
         if self.masking is not None:
             masks = self._draw_masks(self.masking, crops, tokens.grid, at)
             z = teacher.of_patches(masks.select(tokens.patches))[None]  # 1 M E
             one = torch.ones(1, 1, dtype=torch.float64)
-            found["patch"] = Masked(
+            found["patch_embedding"] = Masked(
                 masks,
-                _targets(z, teacher.of_patches, self.patch_centering, temp, one, masks.weight),
+                centered(z, teacher.of_patches, self.patch_centering, temp, one, masks.weight),
             )
         if self.gram is not None and self.gram.is_on(at):
             # Where the data module delivers them, larger crops without distortions.
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
-            patches = tokens.patches.unflatten(0, anchors.shape[:2])  # G n P D
+            patches: Tensor = tokens.patches
+            patches = patches.unflatten(0, tuple(anchors.shape[:2]))  # G n P D
             found["gram"] = Anchor(patches, tokens.grid, weight)
         return found
 
@@ -168,7 +172,7 @@ class DINOv2(Method):
         """The student's scores of all crops and of the patches that it did not see, beside their
         targets.
         """
-        student, masked = self.student, cast("Masked | None", targets.get("patch"))
+        student, masked = self.student, cast("Masked | None", targets.get("patch_embedding"))
         mask = None if masked is None else masked.masks.mask.flatten(0, 1)  # G*n P
         whole = masked is not None or "gram" in targets
         tokens: Tokens = student.backbone(
@@ -179,17 +183,20 @@ class DINOv2(Method):
             cls.append(student.backbone(crops.locals_.flatten(0, 1), cls_only=True).cls)
         z = student.head(torch.cat(cls))  # S*n E
         z = z.reshape(-1, crops.num_images, z.shape[-1])
-        of_cls = cast(Targets, targets["cls"])
+        of_cls = cast(Targets, targets["embedding"])
         outputs = {
-            "cls": Match(Scores(z, student.head.prototypes()), of_cls),
+            "embedding": Match(Scores(z, student.head.prototypes()), of_cls),
             "koleo": Match(tokens, of_cls),
         }
         if masked is not None:
             z = student.of_patches(masked.masks.select(tokens.patches))[None]  # 1 M E
             scores = Scores(z, student.of_patches.prototypes())
-            outputs["patch"] = Match(scores, masked.targets)
+            outputs["patch_embedding"] = Match(scores, masked.targets)
         if "gram" in targets:
             outputs["gram"] = Match(tokens, cast(Anchor, targets["gram"]))
+        for name, same in (("cls", "embedding"), ("patch", "patch_embedding")):
+            if name in self.provides:
+                outputs[name] = outputs[same]
         return outputs
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
@@ -209,22 +216,9 @@ class DINOv2(Method):
 
     def schedules(self) -> dict[str, Schedule]:
         """What moves with the run, by the name it is logged under."""
-        return {"momentum": self.ema.momentum, "teacher_temp": self.teacher_temp}
+        temp = {"teacher_temp": self.teacher_temp} if "cls" in self.provides else {}
+        return {"momentum": self.ema.momentum} | temp
 
     def export_backbone(self) -> Any:
         """The teacher's backbone."""
         return self.ema.module.backbone
-
-
-def _targets(
-    z: Float[Tensor, "T n E"],
-    head: DINOHead,
-    centering: Any,
-    temp: float,
-    pairs: Float[Tensor, "T S"],
-    weight: Float[Tensor, "n"],
-) -> Targets:
-    """Centered, sharpened distributions over the head's prototypes."""
-    prototypes = head.prototypes()
-    row, col = centering(z, prototypes, temp)
-    return Targets(z, prototypes, row, col, temp, pairs, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,8 @@ from dino_lite.optim.schedules import Span, check_span, span_steps
 
 
 class SnapshotTeacher(nn.Module):
-    """Another teacher as it was when the run reached `start_step`, taken anew `every` so often, `most`
-    times in all (Gram anchoring: DINOv3, section 4.2). Without a `start_step` it is not used.
+    """Another teacher as it was when the run reached `start_step`, taken anew `every` so often,
+    `most` times in all (Gram anchoring: DINOv3, section 4.2). Without a start it is not used.
 
     From a start of 0 on it is, at first, what the run began with. How often it was taken is kept
     with the weights, so a resumed run goes on with the same.
@@ -40,7 +41,8 @@ class SnapshotTeacher(nn.Module):
         self.start_step, self.every, self.most = start_step, every, most
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))
         self._known: int | None = None  # `taken`, on the host
-        self.register_load_state_dict_post_hook(_forget)
+        hook: Callable[..., Any] = self.register_load_state_dict_post_hook
+        hook(_forget)
 
     @property
     def is_used(self) -> bool:

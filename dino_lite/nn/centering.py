@@ -95,7 +95,7 @@ class SinkhornKnopp(nn.Module):
             # old column and, from them, its part of the next.
             for i in range(self.num_iterations + 1):
                 mass = torch.full_like(col, -torch.inf)
-                for part, own in zip(parts, row.split(logits.num_rows), strict=True):
+                for part, own in zip(parts, torch.split(row, logits.num_rows), strict=True):
                     if i > 0:
                         own.copy_(-(part + col[:, None]).logsumexp(0))
                     if i < self.num_iterations:
@@ -127,6 +127,6 @@ class _Logits:
         self.fit = len(self.rows) <= self.num_rows
 
     def __iter__(self) -> Iterator[Float[Tensor, "K _"]]:
-        for rows in self.rows.split(self.num_rows):
+        for rows in torch.split(self.rows, self.num_rows):
             logits = self.direction @ rows.T
             yield logits if self.scale is None else logits.mul_(self.scale)

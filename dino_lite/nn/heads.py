@@ -31,11 +31,24 @@ class LastLayer(nn.Module):
         return Prototypes(self.weight_v, self.weight_g)
 
 
+class PlainLayer(nn.Module):
+    """K rows as a linear layer has them, of any length (DINOv3)."""
+
+    def __init__(self, bottleneck_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self) -> Prototypes:
+        return Prototypes(self.weight)
+
+
 class DINOHead(nn.Module):
     """MLP to a bottleneck of unit norm, then prototypes (DINO, section 3.1 and appendix C).
 
     `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they
-    are needed. With `num_prototypes` 0 there are none, nor weights for them.
+    are needed. With `num_prototypes` 0 there are none, nor weights for them; `plain` ones are not
+    normalized.
     """
 
     def __init__(
@@ -47,6 +60,7 @@ class DINOHead(nn.Module):
         num_layers: int = 3,
         batch_norm: bool = False,
         learn_norm: bool = False,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
@@ -60,9 +74,11 @@ class DINOHead(nn.Module):
                 layers.append(nn.GELU())
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
         self.num_prototypes, self.bottleneck_dim = num_prototypes, bottleneck_dim
-        self.last_layer = (
-            LastLayer(bottleneck_dim, num_prototypes, learn_norm) if num_prototypes else None
-        )
+        self.last_layer: LastLayer | PlainLayer | None = None
+        if num_prototypes and plain:
+            self.last_layer = PlainLayer(bottleneck_dim, num_prototypes)
+        elif num_prototypes:
+            self.last_layer = LastLayer(bottleneck_dim, num_prototypes, learn_norm)
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
         # Unit norm in at least float32: half precision would leave norms off by 1e-3.

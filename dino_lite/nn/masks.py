@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Masks(NamedTuple):
-    """Masks of the G global crops of n images, and the M masked patches as a list, image by image."""
+    """Masks of the G global crops of n images, and the M masked patches, image by image."""
 
     mask: Bool[Tensor, "G n P"]
     rows: Int[Tensor, "M"]  # among "G*n*P"

@@ -42,28 +42,29 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(params, **{key: group[key] for key in self.defaults})
+                self._update(params, group)
         return result
 
-    def _update(
-        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, eta: float
-    ) -> None:
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         maps = [p for p in params if p.ndim != 1]
         params = maps + [p for p in params if p.ndim == 1]
         gradients = [p.grad for p in params if p.grad is not None]
-        moves = _trusted(maps, gradients[: len(maps)], weight_decay, eta) if maps else []
-        moves += gradients[len(maps) :]
+        moves = gradients[len(maps) :]
+        if maps:
+            decay, eta = group["weight_decay"], group["eta"]
+            moves = _trusted(maps, gradients[: len(maps)], decay, eta) + moves
         for p in params:
-            self.state[p].setdefault("mu", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["mu"] = torch.zeros_like(p)
         averages = [self.state[p]["mu"] for p in params]
-        moved = list(torch._foreach_mul(averages, momentum))
+        moved = list(torch._foreach_mul(averages, group["momentum"]))
         torch._foreach_add_(moved, moves)
-        rate: Any = -lr
+        rate: Any = -group["lr"]
         if self.found_inf is not None:
             bad = self.found_inf > 0
             # Nothing times 0 is rid of NaN: chosen, not multiplied away.
             moved = [torch.where(bad, a, b) for a, b in zip(averages, moved, strict=True)]
-            rate = (~bad).to(params[0].dtype) * -lr
+            rate = (~bad).to(params[0].dtype) * rate
         torch._foreach_copy_(averages, moved)
         torch._foreach_mul_(moved, rate)
         torch._foreach_add_(params, moved)

@@ -1,4 +1,5 @@
-"""Golden cases of the multi-crop: single operations and whole chains, and statistics of draws.
+"""Golden cases of the multi-crop: single operations and whole chains, and statistics of draws;
+DINOv2's frequencies and its blur.
 
 Pixels are checked twice: as a worker makes them with PIL ("worker"), and cut out and changed by
 tensor operations ("device"; a box also by matrices, as small images in memory are cut).
@@ -339,3 +340,49 @@ def pixels(
             continue
         ratio = np.abs(value - wanted.numpy()) / (band * deviation)
         yield Check(f"{kind} {name} ({n} crops, bands)", float(ratio.max()), 1.0)
+
+
+# ------------------------------------------------------------------------------- B26: DINOv2's own
+
+
+def b26(case: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Iterator[Check]:
+    """How often operations are applied where the blur's probabilities are turned round, as in
+    DINOv2's code; its blur of one patch.
+    """
+    hyper, num = case["hyper"], case["data"]["draws"]
+    sigmas = number(case["tolerance"]["statistics"], r"(\d+) sigma")
+    multi_crop = MultiCrop(
+        global_size=224,
+        local_size=96,
+        num_local=1,
+        global_scale=hyper["global_crops_scale"],
+        local_scale=hyper["local_crops_scale"],
+        global_1=Photometric(blur_prob=1 - 1.0, blur_radius=hyper["blur_sigma"]),
+        global_2=Photometric(blur_prob=1 - 0.1, blur_radius=hyper["blur_sigma"], solarize_prob=0.2),
+        local=Photometric(blur_prob=1 - 0.5, blur_radius=hyper["blur_sigma"]),
+        blur_kernel=hyper["blur_kernel"],
+    )
+    epochs, indices = np.divmod(np.arange(NUM_RUNS * num), num)
+    side = np.full(len(epochs), 300)
+    drawn = multi_crop.draw(epochs, indices, side, side)
+    names = {"gaussian_blur": "blur", "hflip": "flip", "rgb_to_grayscale": "gray"}
+    for s, kind in enumerate(KINDS):
+        ours = Quantities(multi_crop.kinds[s], drawn.boxes[s], drawn.params[s], epochs, (300, 300))
+        for name, fraction in case["data"]["applied_fraction"][kind].items():
+            jittered = name == "adjust_hue"
+            happened = ours.jittered if jittered else ours.values[names.get(name, name)] > 0
+            counted = round(fraction * num)
+            title = f"{kind} {name}"
+            yield proportion(title, int(happened.sum()), len(epochs), counted, num, sigmas)
+    limit = number(case["tolerance"]["blur"], r"max (\d+) grey")
+    pixels = tensors["in.u8_hwc"].numpy()
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for name, wanted in tensors.items():
+        if not name.startswith("out.blur"):
+            continue
+        params = parameters([], blur=number(name, r"sigma([\d.]+)\."))
+        worker = exact.augment(Image.fromarray(pixels), params, multi_crop.blur_kernel)
+        device = change(batch, torch.tensor([params]), blur_kernel=multi_crop.blur_kernel)
+        for where, found in (("worker", worker), ("device", device[0].permute(1, 2, 0).numpy())):
+            distance = np.abs(found.astype(int) - wanted.numpy().astype(int)).max()
+            yield Check(f"{where} {name}", float(distance), limit)

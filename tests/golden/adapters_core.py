@@ -21,20 +21,11 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import clip_gradients_, param_groups
 from dino_lite.optim.schedules import scale_rate
-from golden.check import Bound, Check, bound, compare
+from golden.check import Bound, Case, Check, Tensors, below, bound, compare
 
-Case = dict[str, Any]
-Tensors = dict[str, Tensor]
 _PRECISIONS = ((torch.float64, "f64", "64"), (torch.float32, "f32", ""))
 # grad64r and out64r are float64 results stored in float32: half a unit in the last place is theirs.
 _STORED_ROUNDED = 6e-8
-
-
-def below(tensors: Tensors, prefix: str) -> Tensors:
-    """Tensors whose name begins with `prefix`, by the rest of it."""
-    return {
-        name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
-    }
 
 
 @functools.cache

@@ -28,6 +28,7 @@ Tensors = dict[str, Tensor]
 _PRECISIONS = ((torch.float64, "f64", "64"), (torch.float32, "f32", ""))
 _HEADS = {"dino_head.": "head.", "ibot_head.": "patch_head."}
 _STORED_ROUNDED = 6e-8  # float64 results stored in float32
+_CENTER_F32 = 1e-6  # B11's bound for a center in float32: some entries are near zero
 
 
 class StoredMasks:
@@ -57,6 +58,7 @@ def b18(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         own, label = below(tensors, f"{variant}/"), f"{variant}.{precision}"
         tolerance = case["tolerance"][precision]
         limit, weights = bound(tolerance, "losses"), bound(tolerance, "weights")
+        centers = limit._replace(atol=_CENTER_F32) if dtype == torch.float32 else limit
         method = make_method(hyper | switches, renamed(below(own, "w.init.")), tensors, dtype)
         norms: list[Tensor] = []
         step = make_step(method, hyper, norms)
@@ -84,7 +86,7 @@ def b18(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
                 center = own.get(f"out{suffix}.{name}_center")
                 if center is not None:
                     assert isinstance(centering, EMACentering)
-                    yield compare(f"{label}.{name}_center{i}", centering.center, center[i], limit)
+                    yield compare(f"{label}.{name}_center{i}", centering.center, center[i], centers)
             if i == 0 and dtype == torch.float64:
                 for name, value in renamed(below(own, "grad64r.step0_after_clip.")).items():
                     rounded = Bound(limit.rtol + _STORED_ROUNDED, 1e-12)
@@ -182,6 +184,7 @@ def make_step(method: DINOv2, hyper: Case, norms: list[Tensor]) -> Step:
         decay_tokens=optim["decay_tokens"],
         layer_decay=hyper["layerwise_decay"],
         patch_embed_scale=hyper["patch_embed_lr_mult"],
+        freeze_by=optim["freeze_by"],
     )
     rate = {
         "base": hyper["lr"],
@@ -202,7 +205,6 @@ def make_step(method: DINOv2, hyper: Case, norms: list[Tensor]) -> Step:
         weight_decay=instantiate(optim["weight_decay"] | decay),
         clip=hyper["clip_grad"],
         clip_by=optim["clip_by"],
-        freeze_by=optim["freeze_by"],
         freeze_last_layer=f"{hyper['freeze_last_layer_epochs']} epochs",
         backward=backward,
     )

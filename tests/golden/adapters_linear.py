@@ -13,8 +13,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.eval.features import Pooled
 from dino_lite.eval.heads import Head, LinearHeads, cosine, make_grid
 from dino_lite.eval.linear import RATES
-from golden.adapters_core import below
-from golden.check import Check, bound, compare
+from golden.check import Check, below, bound, compare
 
 Case = dict[str, Any]
 _PRECISIONS = ((torch.float64, "f64", "64"), (torch.float32, "f32", ""))

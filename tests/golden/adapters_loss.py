@@ -13,8 +13,8 @@ import torch
 from dino_lite.contracts import Prototypes, Scores, Targets
 from dino_lite.losses.prototype import cross_view_pairs, prototype_cross_entropy
 from dino_lite.nn.centering import EMACentering
-from golden.adapters_core import Case, Tensors, below, compat_config, temperature
-from golden.check import Check, bound, compare
+from golden.adapters_core import compat_config, temperature
+from golden.check import Case, Check, Tensors, below, bound, compare
 from ranks import on_ranks
 
 

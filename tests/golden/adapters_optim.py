@@ -122,9 +122,12 @@ def b17(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
 def training(hyper: Case) -> dict[str, list[float]]:
     """All schedules of a run, by the reference's names: rates as `Step` writes them."""
     optim, teacher = hyper["optim"], hyper["teacher"]
-    rate, epoch = {"base_value": optim["lr"], "final_value": optim["min_lr"]}, hyper["train"]
-    per_epoch = epoch["OFFICIAL_EPOCH_LENGTH"]
-    rate |= {"warmup_iters": optim["warmup_epochs"] * per_epoch}
+    per_epoch = hyper["train"]["OFFICIAL_EPOCH_LENGTH"]
+    rate = {
+        "base_value": optim["lr"],
+        "final_value": optim["min_lr"],
+        "warmup_iters": optim["warmup_epochs"] * per_epoch,
+    }
     config = compose("pretrain", ["compat=dino"])["method"]
     momentum = {"base": teacher["momentum_teacher"], "end": teacher["final_momentum_teacher"]}
     temp = {

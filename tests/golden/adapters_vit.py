@@ -8,16 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.blocks import run_block, run_blocks
+from dino_lite.backbones.blocks import draw_drops, run_block, run_blocks
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import open_weights
 from dino_lite.contracts import Tokens
-from golden.adapters_core import below
-from golden.check import Bound, Check, bound, compare
+from golden.check import Bound, Check, below, bound, compare
 
 Case = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -114,8 +114,8 @@ def intermediate(
 
 
 def b15b(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
-    """A block that drops paths by parts of the batch: its arithmetic, with the samples given that
-    the reference kept (we draw sample by sample).
+    """A block that drops paths by parts of the batch, with the reference's permutations: computed
+    for a part, and with factors for all, as a compiled block has it.
     """
     hyper = case["hyper"]
     for dtype, precision, suffix in ((torch.float64, "f64", "64"), (torch.float32, "f32", "")):
@@ -126,17 +126,22 @@ def b15b(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
             mlp_ratio=hyper["mlp_ratio"],
             init_values=1.0,
             norm_eps=hyper["layer_norm_eps"],
+            drop_path=hyper["drop_path"],
+            drop_path_by="batch",
+            drop_path_uniform=True,
         )
         vit.blocks[0].load_state_dict(below(tensors, "w."))
         block, x = vit.blocks[0].to(dtype), tensors["in.x"].to(dtype)
-        num = len(x)
-        kept = max(int(num * (1 - hyper["drop_path"])), 1)
-        scales = []
-        for order in (tensors["in.perm_attn"], tensors["in.perm_mlp"]):
-            scale = torch.zeros(num, 1, 1, dtype=dtype)
-            scale[order[:kept]] = num / kept
-            scales.append(scale)
         limit = bound(case["tolerance"][precision])
-        for mode, factors in (("train", (scales[0], scales[1])), ("eval", (None, None))):
-            found = run_block(block, x, factors, None, lambda act, x, layer: layer(act(x)))
-            yield compare(f"{precision}.{mode}", found, tensors[f"out{suffix}.{mode}"], limit)
+        orders = [tensors["in.perm_attn"], tensors["in.perm_mlp"]]
+        for name, factors in (("part", False), ("factors", True)):
+            with mock.patch("torch.randperm", side_effect=orders):
+                drops = draw_drops(block, x, "batch", factors)
+            found = run_block(block, x, drops, None, lambda act, x, layer: layer(act(x)))
+            yield compare(f"{precision}.{name}", found, tensors[f"out{suffix}.train"], limit)
+        for memory in ("high", "normal", "low"):
+            with mock.patch("torch.randperm", side_effect=orders):
+                found = run_blocks([block], x, None, memory, drop_path_by="batch")
+            yield compare(f"{precision}.{memory}", found, tensors[f"out{suffix}.train"], limit)
+        found = run_blocks([block.eval()], x, drop_path_by="batch")
+        yield compare(f"{precision}.eval", found, tensors[f"out{suffix}.eval"], limit)

@@ -1,14 +1,19 @@
-"""One number of a golden case: how far the project is from it, and how far it may be."""
+"""One number of a golden case: how far the project is from it, and how far it may be; and the words
+in which adapters speak of a case.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _NUMBER = r"\s*([0-9.]+(?:e-?[0-9]+)?)"
+
+Case = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 
 class Check(NamedTuple):
@@ -27,6 +32,13 @@ class Bound(NamedTuple):
     rtol: float = 0.0
     atol: float = 0.0
     scale: float = 0.0
+
+
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """Tensors whose name begins with `prefix`, by the rest of it."""
+    return {
+        name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
+    }
 
 
 def bound(text: str, subject: str = "") -> Bound:

@@ -1,0 +1,176 @@
+"""Which patches the student does not see, and where they are in a batch.
+
+Masks are drawn on the host for the crops of all ranks and keyed by (seed, step): every rank draws
+the same and takes its own, and so does a resumed run. No loop goes over crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int, Int64
+from torch import Tensor
+
+from dino_lite import draws
+from dino_lite.contracts import UserError
+
+NUM_TRIES = 10  # rectangles tried before a crop gets no more blocks
+
+
+class BlockMasking:
+    """Masks of rectangles for a part of a batch's crops: DINOv2's (Oquab et al. 2023, section 4, as
+    in iBOT), the rectangles being those of BEiT (Bao et al. 2021, Algorithm 1).
+
+    `sample_prob` of the crops are masked, whichever; `ratio` is the part of their patches: it is
+    cut into equal slices, one for each masked crop, so that a batch has few and many alike. With
+    `exact` single patches complete what rectangles leave open; DINOv2 falls short there, by one
+    patch in fifteen crops. Rectangles are tried with `min_patches` or more, up to half the rows'
+    worth, their sides at a ratio from `min_aspect` to 1/`min_aspect`; what overlaps counts once.
+    """
+
+    def __init__(
+        self,
+        ratio: Sequence[float] = (0.1, 0.5),
+        sample_prob: float = 0.5,
+        exact: bool = True,
+        min_patches: int = 4,
+        min_aspect: float = 0.3,
+        seed: int = 0,
+    ) -> None:
+        if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
+            raise UserError(
+                f"masking.ratio is {list(ratio)}, but must be two rising numbers between 0 and 1."
+            )
+        if not 0 <= sample_prob <= 1:
+            raise UserError(f"masking.sample_prob is {sample_prob}, but must lie in [0, 1].")
+        if min_patches < 1:
+            raise UserError(f"masking.min_patches is {min_patches}, but must be at least 1.")
+        if not 0 < min_aspect <= 1:
+            raise UserError(f"masking.min_aspect is {min_aspect}, but must lie in (0, 1].")
+        self.ratio, self.sample_prob, self.exact = ratio, sample_prob, exact
+        self.min_patches, self.min_aspect, self.seed = min_patches, min_aspect, seed
+
+    def draw(
+        self, num_crops: int, grid: tuple[int, int], step: int
+    ) -> Bool[np.ndarray, "num_crops rows columns"]:
+        """Masks of all crops of a step; none is masked where `sample_prob` leaves less than one."""
+        masks, num = np.zeros((num_crops, *grid), bool), int(num_crops * self.sample_prob)
+        order = np.argsort(draws.hashed(self.seed, draws.MASKS, step, np.arange(num_crops)))
+        crops = order[:num]
+        place = np.arange(num) + draws.uniforms(self.seed, step, crops, 1, draws.RATIOS)[:, 0]
+        ratio = self.ratio[0] + (self.ratio[1] - self.ratio[0]) * place / max(num, 1)
+        left = (ratio * grid[0] * grid[1]).astype(np.int64)
+        masked = masks[crops]
+        self._add_blocks_(masked, left, crops, step)
+        if self.exact:
+            self._add_singles_(masked, left, crops, step)
+        masks[crops] = masked
+        return masks
+
+    def _add_blocks_(
+        self,
+        masked: Bool[np.ndarray, "n rows columns"],
+        left: Int64[np.ndarray, "n"],
+        crops: Int64[np.ndarray, "n"],
+        step: int,
+    ) -> None:
+        """Mask rectangle after rectangle while some are `left` and a try succeeds."""
+        columns, open_ = np.arange(4 * NUM_TRIES), left.nonzero()[0]
+        for block in count():
+            if not len(open_):
+                return
+            key = step, crops[open_, None], block, columns
+            u = draws.unit(draws.hashed(self.seed, draws.BLOCKS, *key)).reshape(-1, 4, NUM_TRIES)
+            before = masked[open_]
+            after = before | choose_block(before, left[open_], u, self.min_patches, self.min_aspect)
+            num_new = (after ^ before).sum((1, 2))
+            masked[open_] = after
+            left[open_] -= num_new
+            open_ = open_[(num_new > 0) & (left[open_] > 0)]
+
+    def _add_singles_(
+        self,
+        masked: Bool[np.ndarray, "n rows columns"],
+        left: Int64[np.ndarray, "n"],
+        crops: Int64[np.ndarray, "n"],
+        step: int,
+    ) -> None:
+        """Mask as many single patches as are `left`, any alike."""
+        short = left.nonzero()[0]
+        cells = masked[short].reshape(len(short), masked[0].size if len(masked) else 0)
+        patches = np.arange(cells.shape[1])
+        keys = draws.hashed(self.seed, draws.SINGLES, step, crops[short, None], patches)
+        keys[cells] = draws.MASK  # these come last
+        first = patches < left[short, None]
+        order = np.argsort(keys, axis=1)
+        np.put_along_axis(cells, order, np.take_along_axis(cells, order, 1) | first, 1)
+        masked[short] = cells.reshape(len(short), *masked.shape[1:])
+
+
+def choose_block(
+    masked: Bool[np.ndarray, "n rows columns"],
+    left: Int64[np.ndarray, "n"],
+    u: Float[np.ndarray, "n 4 tries"],
+    min_patches: int,
+    min_aspect: float,
+) -> Bool[np.ndarray, "n rows columns"]:
+    """The first of the tried rectangles that adds a patch and no more than are `left`; none: empty.
+
+    It is smaller than the grid both ways, and has at most the patches of half the rows: that is
+    what `0.5 * image // patch * image // patch` comes to in the reference.
+    """
+    rows, columns = masked.shape[1:]
+    budget = np.minimum(left, rows // 2 * columns)[:, None]  # n 1
+    area = min_patches + (budget - min_patches) * u[:, 0]  # n tries
+    aspect = min_aspect ** (1 - 2 * u[:, 1])
+    height, width = (np.rint(np.sqrt(x)).astype(int) for x in (area * aspect, area / aspect))
+    small = (height < rows) & (width < columns)
+    height, width = height * small, width * small
+    down = _span(u[:, 2], height, rows)
+    across = _span(u[:, 3], width, columns)
+    overlap = np.einsum("ntc,ntc->nt", down @ masked.astype(np.float32), across)
+    num_new = height * width - overlap
+    good = (num_new > 0) & (num_new <= budget)
+    first = np.arange(len(masked)), good.argmax(1)
+    down, across = down[first] * good[first][:, None], across[first]
+    chosen: np.ndarray = (down[:, :, None] * across[:, None, :]).astype(bool)
+    return chosen
+
+
+def _span(
+    u: Float[np.ndarray, "n tries"], length: Int[np.ndarray, "n tries"], size: int
+) -> Float32[np.ndarray, "n tries size"]:
+    """1 in `length` cells of a row of `size`, anywhere in it; else 0."""
+    start = (u * (size - length + 1)).astype(int)[..., None]
+    cells = np.arange(size, dtype=int)
+    return ((cells >= start) & (cells < start + length[..., None])).astype(np.float32)
+
+
+class MaskedPatches(NamedTuple):
+    """The M masked patches of n images, image by image, and within one crop by crop."""
+
+    index: Int64[Tensor, "M"]  # type: ignore[assignment]  # rows of patches "G n P", flattened
+    weight: Float[Tensor, "M"]  # 1 / (masked patches of its crop · crops of the whole batch)
+    bounds: list[int]  # those of image i are bounds[i] to bounds[i + 1]
+
+
+def masked_patches(masks: Bool[np.ndarray, "G n P"], num_images: int) -> MaskedPatches:
+    """Where n of `num_images` images have their masked patches, found on the host: no device is
+    asked how many there are.
+
+    Weights add up to the masked part of the crops, over all `num_images`; in float64.
+    """
+    num_crops, num, num_patches = masks.shape
+    by_image = masks.transpose(1, 0, 2)  # n G P
+    image, crop, patch = by_image.nonzero()
+    counts = by_image.sum(2)  # n G
+    weight = 1 / (counts[image, crop] * float(num_crops * num_images))
+    return MaskedPatches(
+        index=torch.from_numpy((crop * num + image) * num_patches + patch),
+        weight=torch.from_numpy(weight),
+        bounds=[0, *counts.sum(1).cumsum().tolist()],
+    )
