@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -66,7 +65,7 @@ class ConvNet(nn.Module):
             each = zip(parts.widths, sides, strict=True)
             self.embed_dim = sum(width * side**2 for width, side in each)
         self.num_blocks = len(self.stages)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # quicker
+        self.to(memory_format=torch.channels_last)  # quicker
 
     def forward(
         self,
@@ -167,7 +166,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
             f"backbone: widths={widths} and depths={depths} need a number for each stage, and "
             f"patch_size={patch} must be a multiple of {2 ** max(0, len(widths) - 1)}."
         )
-    norm = _norm(spec["norm"])
+    norm: Any = _norm(spec["norm"])  # timm asks for a class, a function serves
     kernel = max(3, 2 * stride - 1)
     conv = nn.Conv2d(spec["in_chans"], widths[0], kernel, stride, kernel // 2, bias=False)
     stem = nn.Sequential(conv, norm(widths[0]), nn.ReLU(inplace=True))
@@ -175,7 +174,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
     stages: list[nn.Module] = []
     before = widths[0]
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        blocks = []
+        blocks: list[nn.Module] = []
         for _ in range(depth):
             step = 2 if i and not blocks else 1
             changes = step > 1 or width != before
@@ -206,10 +205,11 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
         raise UserError(f"backbone.norm={norm}: a ConvNeXt has layer, a ResNet batch or group.")
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-        return Parts(stem, stages, nn.Identity(), _widths(model))
+        layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
+        return Parts(stem, layers, nn.Identity(), _widths(model))
     if isinstance(model, ConvNeXt) and isinstance(model.norm_pre, nn.Identity):
-        return Parts(model.stem, list(model.stages), model.head.norm, _widths(model))
+        last: Any = model.head.norm
+        return Parts(model.stem, list(model.stages), last, _widths(model))
     raise UserError(
         f"backbone.name={name} is no ResNet and no ConvNeXt of timm; choose such a name "
         '(resnet50, convnext_tiny), or name="resnet" with widths and depths.'
