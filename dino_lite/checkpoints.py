@@ -20,7 +20,10 @@ from dino_lite.methods.method import Method
 from dino_lite.runs import Run
 
 _TIMM = "timm:"
+# Of a run that begins with another's weights: what is not taken over, of weights and of settings.
 _NOT_BEGUN_WITH = ("step", "teachers.gram.")
+_OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
+_HEADS = ("head", "patch_head")
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
@@ -174,6 +177,27 @@ def results_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name.replace(':', '_')}.results.json")
 
 
+def begin_config(config: Config) -> Config:
+    """`config` with the backbone and the heads of the run that `checkpoint` names, if it names one:
+    they must be the same, so nobody has to say them again.
+    """
+    if not config.get("checkpoint"):
+        return config
+    run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
+    before = load(run.config_file)
+    if before["method"]["_target_"] != config["method"]["_target_"]:
+        raise UserError(
+            f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
+            "its method, as method=dinov2."
+        )
+    own = {key: config["backbone"][key] for key in _OF_THE_NEW_RUN if key in config["backbone"]}
+    method = {key: before["method"][key] for key in _HEADS if key in before["method"]}
+    return config | {
+        "backbone": before["backbone"] | own,
+        "method": config["method"] | method,
+    }
+
+
 def build_method(config: Config) -> Method:
     """The method of a planned configuration: fresh weights drawn from its seed, or those of the run
     that `checkpoint` names.
@@ -186,22 +210,29 @@ def build_method(config: Config) -> Method:
     return method.double() if str(config["trainer"]["precision"]) == "64" else method
 
 
-def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
-    """Student, heads, teacher and centers of an earlier run; the count of steps begins anew.
-
-    Crops may be of another size: positions are resampled. A Gram teacher is made of the teacher.
-    """
+def _run_to_begin_with(asked: str, runs_dir: str) -> tuple[Run, Path]:
+    """The run that `checkpoint=` names, and its checkpoint."""
     if asked == "latest":
         raise UserError(
             "checkpoint=latest: name the run to begin with; when this one is resumed, it is the "
             "latest itself."
         )
     file = find_checkpoint(asked, runs_dir)
-    if run_of(file) is None:
+    run = run_of(file)
+    if run is None:
         raise UserError(
             f"checkpoint={asked}: pretraining goes on from a run of dino_lite; to begin with the "
             f"weights of a backbone alone set backbone.pretrained={asked}."
         )
+    return run, file
+
+
+def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
+    """Student, heads, teacher and centers of an earlier run; the count of steps begins anew.
+
+    Crops may be of another size: positions are resampled. A Gram teacher is made of the teacher.
+    """
+    _, file = _run_to_begin_with(asked, runs_dir)
     weights, own = _weights_of_method(read_checkpoint(file)), method.state_dict()
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
@@ -213,8 +244,8 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     if wrong or weights.keys() - own.keys():
         name = (wrong or sorted(weights.keys() - own.keys()))[0]
         raise UserError(
-            f"checkpoint={asked} does not fit this run, {name} being the first that differs: take "
-            "its method, backbone and heads."
+            f"checkpoint={asked} does not fit this run, {name} being the first that differs: leave "
+            "out what changes backbone or heads."
         )
     method.load_state_dict(weights, strict=False)
     method.begin()

@@ -180,7 +180,7 @@ def sizes(config: Config) -> Sizes | None:
         on_cpu=trainer["accelerator"] == "cpu",
         memory=trainer["memory"],
         layer_scale=not isinstance(block.ls1, nn.Identity),
-        student_part=computed_part(backbone.blocks, backbone.drop_path_by, trainer["compile"]),
+        student_part=computed_part(backbone, trainer["compile"]),
     )
 
 
@@ -194,20 +194,18 @@ def work(size: Sizes) -> Work:
     linear = attention = moved = calls = 0.0
     scales = BLOCK.moved_layer_scale if size.layer_scale else (0.0, 0.0)
     for group in size.groups:
-        taught, part = group is size.groups[0], size.student_part
+        taught, done = group is size.groups[0], size.student_part
         crops, tokens = size.num_images * group.num_crops, group.num_tokens
         # The patches' product has no slope of the pixels.
         stem = 2.0 * group.num_values * size.width
         layers, scores = _block_flops(size, tokens)
-        linear += crops * (stem * (2 + taught) + layers * (3 * part + taught))
-        attention += crops * scores * ((1 + BLOCK.attention_backward) * part + taught)
+        linear += crops * (stem * (2 + taught) + layers * (3 * done + taught))
+        attention += crops * scores * ((1 + BLOCK.attention_backward) * done + taught)
         forward, backward = (
-            size.depth * tokens * ((times[0] + scale) * size.width + times[1] * size.hidden)
-            for times, scale in zip(
-                (BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True
-            )
+            size.depth * tokens * ((part[0] + scale) * size.width + part[1] * size.hidden)
+            for part, scale in zip((BLOCK.moved_forward, BLOCK.moved_backward), scales, strict=True)
         )
-        moved += crops * (forward * (part + taught) + backward * part) * size.float_bytes
+        moved += crops * (forward * (done + taught) + backward * done) * size.float_bytes
         passes = ceil(size.num_images / size.micro_batch_size)
         calls += passes * size.depth * (BLOCK.calls_forward + BLOCK.calls_backward)
         calls += taught * size.depth * BLOCK.calls_forward
@@ -259,16 +257,16 @@ def memory(size: Sizes) -> dict[str, float]:
     kept, back = kept + head * size.float_bytes, back + head * size.float_bytes
     columns = size.num_student_crops + size.num_teacher_crops
     image = columns * size.num_prototypes * wide  # bytes of the logits of one image
-    held = LOGITS_BYTES["cpu" if size.on_cpu else "cuda"]
-    chunk = min(size.micro_batch_size * image, max(image, held))
+    chunk = min(
+        size.micro_batch_size * image, max(image, LOGITS_BYTES["cpu" if size.on_cpu else "cuda"])
+    )
     # the teacher's pass over the whole batch, and its logits for centering, twice for a moment
     batch = size.num_images * size.num_teacher_crops
     passing = BLOCK.forward_width * size.width * wide
     passing += (BLOCK.forward_width * size.width + BLOCK.forward_hidden * size.hidden) * (
         size.float_bytes
     )
-    centering = 2.0 * min(batch * size.num_prototypes * wide, held)
-    teacher = max(batch * size.groups[0].num_tokens * passing, centering)
+    teacher = batch * max(size.groups[0].num_tokens * passing, 2.0 * size.num_prototypes * wide)
     return {
         "stays": wide
         * (size.num_student + size.num_teacher + 2.0 * size.num_trained + size.num_images * values),

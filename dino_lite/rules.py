@@ -81,6 +81,12 @@ def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
     return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
 
 
+def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
+    if config["method"].get("masking"):
+        return True, "the method masks patches"
+    return False, "the method masks nothing"
+
+
 def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
     if facts.accelerator == "cpu":
@@ -181,6 +187,14 @@ RULES: dict[str, Any] = {
     "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
     "method.head.hidden_dim": _hidden_dim,
     "method.head.bottleneck_dim": _bottleneck_dim,
+    **{
+        f"method.patch_head.{size}": lambda c, f, size=size: (
+            get(c, f"method.head.{size}"),
+            "as the head of class tokens",
+        )
+        for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
+    },
+    "backbone.mask_token": _mask_token,
     "loader.batch_size": _batch_size,
     "loader.num_workers": _num_workers,
     "trainer.num_threads": _num_threads,

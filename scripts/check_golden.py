@@ -31,8 +31,8 @@ from golden.adapters_dinov2_steps import b18  # noqa: E402
 from golden.adapters_eval import a09, d25  # noqa: E402
 from golden.adapters_linear import d24  # noqa: E402
 from golden.adapters_loss import a02  # noqa: E402
-from golden.adapters_optim import b16, b17  # noqa: E402
 from golden.adapters_masking import b14, b14b  # noqa: E402
+from golden.adapters_optim import b16, b17  # noqa: E402
 from golden.adapters_vit import b15, b15b  # noqa: E402
 from golden.check import Check  # noqa: E402
 
@@ -52,15 +52,13 @@ ADAPTERS: dict[str, Adapter] = {
     "B11": b11,
     "B12": b12,
     "B13": b13,
+    "B14": b14,
+    "B14b": b14b,
     "B15": b15,
     "B15b": b15b,
     "B16": b16,
     "B17": b17,
     "B18": b18,
-    "B14": b14,
-    "B14b": b14b,
-    "B15": b15,
-    "B15b": b15b,
     "B26": b26,
     "D25": d25,
     "D24": d24,

@@ -178,12 +178,13 @@ def test_what_is_dropped_by_batch_is_not_computed() -> None:
             layer.register_forward_hook(lambda _, inputs, out: seen.append(len(inputs[0])))
     vit(torch.randn(8, 3, 16, 16).double())
     assert seen == [4] * 6
-    assert computed_part(vit.blocks, "batch", False) == 0.5
-    assert computed_part(vit.blocks, "batch", True) == 0.5  # blocks share a graph
-    assert computed_part(vit.blocks, "sample", False) == 1.0
-    rising = make_vit(drop_path=0.5).train()
-    assert computed_part(rising.blocks, "batch", False) == 0.75
-    assert computed_part(rising.blocks, "batch", True) == 1.0
+    assert computed_part(vit, compiled=False) == 0.5
+    assert computed_part(vit, compiled=True) == 0.5  # blocks share a graph
+    vit.drop_path_by = "sample"
+    assert computed_part(vit, compiled=False) == 1.0
+    rising = make_vit(drop_path=0.5, drop_path_by="batch").train()
+    assert computed_part(rising, compiled=False) == 0.75
+    assert computed_part(rising, compiled=True) == 1.0
 
 
 @pytest.mark.parametrize("num_tokens", [3, 128, 129])

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dino_lite.contracts import UserError
-from dino_lite.nn.masking import BlockMasking, choose_block, masked_patches
+from dino_lite.nn.masking import BlockMasking, choose_block
 
 
 def block_by_block(rng: np.random.Generator, grid: tuple[int, int], target: int) -> np.ndarray:
@@ -82,11 +81,8 @@ def test_rough_counts_fall_short_only(grid: tuple[int, int]) -> None:
 
 
 def test_a_batch_of_one_may_go_without_masks() -> None:
-    """Less than one crop to mask: none is, and there are no rows."""
-    masks = BlockMasking(sample_prob=0.4).draw(2, (4, 4), 0)
-    assert not masks.any()
-    found = masked_patches(masks.reshape(2, 1, 16), 1)
-    assert (len(found.index), len(found.weight), found.bounds) == (0, 0, [0, 0])
+    """Less than one crop to mask: none is."""
+    assert not BlockMasking(sample_prob=0.4).draw(2, (4, 4), 0).any()
 
 
 def test_all_patches_may_be_masked() -> None:
@@ -163,34 +159,6 @@ def test_a_block_is_a_rectangle_that_keeps_to_its_bounds(
 
 
 # ------------------------------------------------------------------------------------------- where
-
-
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6)),
-    seed=st.integers(0, 99),
-    share=st.floats(0, 1),
-)
-def test_rows_come_image_by_image(shape: tuple[int, int, int], seed: int, share: float) -> None:
-    """Against plain loops; those of some images are those of the batch, which sum up alike."""
-    masks = np.random.default_rng(seed).random(shape) < share
-    num_crops, num, num_patches = shape
-    index, weight, bounds = [], [], [0]
-    for i in range(num):
-        for g in range(num_crops):
-            patches = masks[g, i].nonzero()[0].tolist()
-            index += [(g * num + i) * num_patches + p for p in patches]
-            weight += [1 / (len(patches) * num_crops * 7) for _ in patches]
-        bounds.append(len(index))
-    found = masked_patches(masks, 7)
-    assert (found.index.tolist(), found.bounds) == (index, bounds)
-    assert found.weight.dtype == torch.float64
-    assert found.weight.tolist() == pytest.approx(weight, rel=1e-14)
-    assert float(found.weight.sum()) == pytest.approx(masks.any(2).sum() / num_crops / 7)
-    patches = torch.arange(masks.size).view(shape)
-    part = masked_patches(masks[:, 1:], 7)
-    rows = patches[:, 1:].flatten()[part.index]
-    assert rows.tolist() == index[bounds[1] :]
-    assert torch.equal(part.weight, found.weight[bounds[1] :])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dino_lite.checks import seconds
-from dino_lite.config import Config, compose, get, instantiate, leaves, put
+from dino_lite.config import Config, compose, config_dir, get, instantiate, leaves, load, put
 from dino_lite.contracts import Progress, UserError
 from dino_lite.plan import plan
 from test_conf import facts
@@ -90,10 +90,10 @@ def test_every_decision_is_told_with_its_reason() -> None:
     """What was auto and is settled appears in the table, and nothing else."""
     config = put(defaults(), "loader.batch_size", 32)
     result = plan(config, facts())
-    given = config | {"backbone": result.config["backbone"]}  # a file of its group, chosen as one
-    auto = {key for key, value in leaves(config) if value == "auto"} - {"name", "data.labels"}
-    own = {key for key in auto if key.startswith("backbone.") and key not in dict(leaves(given))}
-    assert {decision.key for decision in result.decisions} == auto - own | {"backbone"}
+    chosen = load(config_dir() / "backbone" / "convnet.yaml")  # in place of what stood there
+    asked = leaves(config | {"backbone": chosen})
+    auto = {key for key, value in asked if value == "auto"} - {"name", "data.labels"}
+    assert {decision.key for decision in result.decisions} == auto | {"backbone"}
     assert all(decision.reason in result.table() for decision in result.decisions)
 
 
@@ -124,9 +124,30 @@ def test_on_a_cpu_the_backbone_is_a_convnet_unless_something_is_asked_of_it() ->
         ("backbone.patch_size=8", {}),
         ("seed=0", {"source": "shapes"}),
         ("seed=0", {"accelerator": "cuda"}),
-        ("method.masking={}", {}),
     ):
         assert planned(request, **changes)["backbone"]["_target_"] == vit, request
+    masks = plan(compose("pretrain", ["method=dinov2"]), facts())
+    assert masks.config["backbone"]["_target_"] == vit
+
+
+def test_a_small_convnet_gets_large_crops_and_a_large_one_the_papers() -> None:
+    """Fields are as many in local crops as in global ones; stages halve what the stem leaves."""
+    small = planned(height=32, width=32)
+    wanted = {
+        "backbone.patch_size": 4,
+        "augment.local_size": 16,
+        "augment.global_scale": [0.6, 1.0],
+        "augment.local_scale": [0.2, 0.6],
+    }
+    assert {key: get(small, key) for key in wanted} == wanted
+    named = plan(compose("pretrain", ["backbone=resnet50"]), facts(accelerator="cuda")).config
+    wanted |= {
+        "backbone.patch_size": 32,
+        "augment.local_size": 96,
+        "augment.global_scale": [0.14, 1.0],
+        "augment.local_scale": [0.05, 0.14],
+    }
+    assert {key: get(named, key) for key in wanted} == wanted
 
 
 def test_preset_is_the_number_of_images_or_a_word_for_one() -> None:
@@ -230,6 +251,9 @@ REFUSED = {
     "optim.layer_decay=1.1": "it lies in (0, 1]",
     "optim.patch_embed_scale=-1": "cannot be negative",
     "optim.rate_rule=foo": "choose one of linear",
+    "backbone.drop_path_by=foo": "choose one of sample, batch",
+    "backbone.num_registers=-1": "a whole number from 0 on",
+    "augment.gram_size=100": "no multiple of backbone.patch_size",
     "method.teacher_temp.per=foo": "choose one of step, epoch",
     "baselines=maybe": "choose one of true, false",
     "backbone.in_chans=1": "the images have 3 channels",

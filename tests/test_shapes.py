@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dino_lite.contracts import UserError
-from dino_lite.draws import hashed
 from dino_lite.data.shapes import KINDS, draw, open_shapes
 from dino_lite.data.sources import ArraySource
+from dino_lite.draws import hashed
 
 
 def source(**keys: int) -> ArraySource:

@@ -368,12 +368,6 @@ def test_dropped_paths_may_be_uniform() -> None:
     assert [path.drop_prob for path in paths] == [0.2] * 6
 
 
-def test_paths_are_dropped_by_what_is_known() -> None:
-    """One sentence that names the key."""
-    with pytest.raises(UserError, match=r"backbone\.drop_path_by=block"):
-        ViT(**SMALL, drop_path_by="block")  # type: ignore[arg-type]
-
-
 # ------------------------------------------------------------------------------------ spec
 
 

@@ -18,8 +18,8 @@ Memory = Literal["high", "normal", "low"]
 Activation = Callable[[Tensor], Tensor]
 Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
 DropPathBy = Literal["sample", "batch"]
-# What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only m
-# samples through; None: nothing.
+# What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only
+# these m samples through; None: nothing.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
 _PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
@@ -161,11 +161,12 @@ def _mix(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def computed_part(blocks: Sequence[nn.Module], drop_path_by: str, compiled: bool) -> float:
-    """How much of the blocks' work stochastic depth leaves in training."""
-    if drop_path_by == "sample" or (compiled and not _share_a_graph(blocks, drop_path_by)):
+def computed_part(transformer: Any, compiled: bool) -> float:
+    """How much of the work of its blocks stochastic depth leaves in training."""
+    blocks, by = list(transformer.blocks), transformer.drop_path_by
+    if by == "sample" or (compiled and not _share_a_graph(blocks, by)):
         return 1.0
-    return sum(1 - _drop_prob(cast(Any, block).drop_path1) for block in blocks) / len(blocks)
+    return sum(1 - _drop_prob(block.drop_path1) for block in blocks) / len(blocks)
 
 
 def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:

@@ -68,8 +68,6 @@ class ViT(nn.Module):
             raise UserError(
                 f"backbone: image_size={image_size} is no multiple of patch_size={patch_size}."
             )
-        if drop_path_by not in ("sample", "batch"):
-            raise UserError(f"backbone.drop_path_by={drop_path_by}: choose sample or batch.")
         sizes = {"img_size": image_size, "patch_size": patch_size, "in_chans": in_chans}
         model = _timm_vit(
             name, sizes | {"drop_path_rate": drop_path}, num_registers, **architecture

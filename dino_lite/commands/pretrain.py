@@ -19,7 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from dino_lite import config as cfg
 from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
-from dino_lite.checkpoints import build_method, read_checkpoint
+from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
 from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate
@@ -63,6 +63,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     config = absolute_paths(config)
     check_values(config)
     request = requested(config)
+    config = begin_config(config)
     splits: Splits = instantiate(config["data"])
     facts = gather_facts(config, splits)
     planned = plan(config, facts)

@@ -110,10 +110,10 @@ class MultiCrop:
     they are changed: in the "worker", by PIL's arithmetic to the last bit, or cut out there and
     changed on the "device", many times faster and equal but for roundings.
 
-    `blur_kernel` None: PIL's Gaussian blur of any radius; else a true one, cut off at so many pixels
-    (DINOv2: 9). With `gram_size` the boxes of the global crops are made once more at that size,
-    nothing changed but how they lie (DINOv3, Siméoni et al. 2025, section 4.3: what a Gram teacher
-    sees).
+    `blur_kernel` None: PIL's Gaussian blur of any radius; else a true one, cut off at so many
+    pixels (DINOv2: 9). With `gram_size` the boxes of the global crops are made once more at that
+    size, nothing changed but how they lie: what a Gram teacher sees (DINOv3, Siméoni et al. 2025,
+    section 4.3).
     Errors: UserError for values outside their range.
     """
 

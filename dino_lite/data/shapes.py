@@ -23,8 +23,8 @@ from jaxtyping import Float32, Shaped, UInt8, UInt64
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import to_channels
-from dino_lite.draws import GOLDEN, hashed, mix
 from dino_lite.data.sources import ArraySource
+from dino_lite.draws import GOLDEN, hashed, mix
 
 PALETTE = np.array(
     [

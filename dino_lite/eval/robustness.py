@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.draws import uniforms
 from dino_lite.data.subset import Subset, spread
+from dino_lite.draws import uniforms
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
 from dino_lite.eval.knn import check_temperature, knn_predict
 from dino_lite.eval.results import percent, result

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
-from torch import Tensor
 
 from dino_lite import draws
 from dino_lite.contracts import UserError
@@ -59,11 +56,11 @@ class BlockMasking:
     ) -> Bool[np.ndarray, "num_crops rows columns"]:
         """Masks of all crops of a step; none is masked where `sample_prob` leaves less than one."""
         masks, num = np.zeros((num_crops, *grid), bool), int(num_crops * self.sample_prob)
-        order = np.argsort(draws.hashed(self.seed, draws.MASKS, step, np.arange(num_crops)))
-        crops = order[:num]
+        keys = draws.hashed(self.seed, draws.MASKS, step, np.arange(num_crops))
+        crops = np.argsort(keys, kind="stable")[:num]
         place = np.arange(num) + draws.uniforms(self.seed, step, crops, 1, draws.RATIOS)[:, 0]
         ratio = self.ratio[0] + (self.ratio[1] - self.ratio[0]) * place / max(num, 1)
-        left = (ratio * grid[0] * grid[1]).astype(np.int64)
+        left = (grid[0] * grid[1] * ratio).astype(np.int64)
         masked = masks[crops]
         self._add_blocks_(masked, left, crops, step)
         if self.exact:
@@ -79,18 +76,18 @@ class BlockMasking:
         step: int,
     ) -> None:
         """Mask rectangle after rectangle while some are `left` and a try succeeds."""
-        columns, open_ = np.arange(4 * NUM_TRIES), left.nonzero()[0]
+        columns, still = np.arange(4 * NUM_TRIES), left.nonzero()[0]
         for block in count():
-            if not len(open_):
+            if not len(still):
                 return
-            key = step, crops[open_, None], block, columns
+            key = step, crops[still, None], block, columns
             u = draws.unit(draws.hashed(self.seed, draws.BLOCKS, *key)).reshape(-1, 4, NUM_TRIES)
-            before = masked[open_]
-            after = before | choose_block(before, left[open_], u, self.min_patches, self.min_aspect)
+            before = masked[still]
+            after = before | choose_block(before, left[still], u, self.min_patches, self.min_aspect)
             num_new = (after ^ before).sum((1, 2))
-            masked[open_] = after
-            left[open_] -= num_new
-            open_ = open_[(num_new > 0) & (left[open_] > 0)]
+            masked[still] = after
+            left[still] -= num_new
+            still = still[(num_new > 0) & (left[still] > 0)]
 
     def _add_singles_(
         self,
@@ -100,9 +97,8 @@ class BlockMasking:
         step: int,
     ) -> None:
         """Mask as many single patches as are `left`, any alike."""
-        short = left.nonzero()[0]
-        cells = masked[short].reshape(len(short), masked[0].size if len(masked) else 0)
-        patches = np.arange(cells.shape[1])
+        short, patches = left.nonzero()[0], np.arange(masked.shape[1] * masked.shape[2])
+        cells = masked[short].reshape(len(short), len(patches))
         keys = draws.hashed(self.seed, draws.SINGLES, step, crops[short, None], patches)
         keys[cells] = draws.MASK  # these come last
         first = patches < left[short, None]
@@ -147,30 +143,5 @@ def _span(
     """1 in `length` cells of a row of `size`, anywhere in it; else 0."""
     start = (u * (size - length + 1)).astype(int)[..., None]
     cells = np.arange(size, dtype=int)
-    return ((cells >= start) & (cells < start + length[..., None])).astype(np.float32)
-
-
-class MaskedPatches(NamedTuple):
-    """The M masked patches of n images, image by image, and within one crop by crop."""
-
-    index: Int64[Tensor, "M"]  # type: ignore[assignment]  # rows of patches "G n P", flattened
-    weight: Float[Tensor, "M"]  # 1 / (masked patches of its crop · crops of the whole batch)
-    bounds: list[int]  # those of image i are bounds[i] to bounds[i + 1]
-
-
-def masked_patches(masks: Bool[np.ndarray, "G n P"], num_images: int) -> MaskedPatches:
-    """Where n of `num_images` images have their masked patches, found on the host: no device is
-    asked how many there are.
-
-    Weights add up to the masked part of the crops, over all `num_images`; in float64.
-    """
-    num_crops, num, num_patches = masks.shape
-    by_image = masks.transpose(1, 0, 2)  # n G P
-    image, crop, patch = by_image.nonzero()
-    counts = by_image.sum(2)  # n G
-    weight = 1 / (counts[image, crop] * float(num_crops * num_images))
-    return MaskedPatches(
-        index=torch.from_numpy((crop * num + image) * num_patches + patch),
-        weight=torch.from_numpy(weight),
-        bounds=[0, *counts.sum(1).cumsum().tolist()],
-    )
+    inside: np.ndarray = (cells >= start) & (cells < start + length[..., None])
+    return inside.astype(np.float32)

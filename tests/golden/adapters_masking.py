@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from dino_lite.nn import masking
-from dino_lite.nn.masking import BlockMasking, choose_block, masked_patches
+from dino_lite.nn.masking import BlockMasking, choose_block
+from dino_lite.nn.masks import masks_of
 from golden.adapters_augmentation import ks_distance, number, proportion
 from golden.adapters_core import below
 from golden.check import Bound, Check, compare
@@ -108,17 +109,17 @@ def b14b(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
     for name in ("batch0", "batch1"):
         own = below(tensors, f"{name}/")
         masks = own["in.masks"].numpy()
-        num = len(masks)
+        num, wide = len(masks), torch.zeros((), dtype=torch.float64)
         # All crops as if of one image: then ours is the reference's order.
-        found = masked_patches(masks[:, None], 1)
-        yield compare(f"{name} indices", found.index, own["out.mask_indices_list"], Bound())
+        found = masks_of(masks[:, None], wide)
+        yield compare(f"{name} indices", found.rows, own["out.mask_indices_list"], Bound())
         limit = Bound(number(case["tolerance"]["exact"], r"rtol ([\de.-]+)"))
         yield compare(f"{name} weights", found.weight * num, own["out.masks_weight"], limit)
         yield compare(f"{name} count", found.bounds[-1], own["out.n_masked_patches"][0], Bound())
         # In pairs, image by image, as a step has them: the same set.
-        paired = masked_patches(masks.reshape(2, num // 2, -1), num // 2)
-        order = paired.index.argsort()
-        yield compare(f"{name} paired", paired.index[order], own["out.mask_indices_list"], Bound())
+        paired = masks_of(masks.reshape(2, num // 2, -1), wide)
+        order = paired.rows.argsort()
+        yield compare(f"{name} paired", paired.rows[order], own["out.mask_indices_list"], Bound())
         weights = paired.weight[order] * num
         yield compare(f"{name} paired weights", weights, own["out.masks_weight"], limit)
     hyper, data, side = case["hyper"], case["data"], case["hyper"]["grid"]

@@ -1,0 +1,93 @@
+"""Runs that begin with the weights of another run: what is taken over, what is not, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_lite.backbones.vit import ViT
+from dino_lite.checkpoints import begin_config, build_method, open_backbone
+from dino_lite.commands.pretrain import run_pretrain
+from dino_lite.config import Config, compose, put
+from dino_lite.contracts import UserError
+from dino_lite.methods.dinov2 import DINOv2
+from tiny import TINY, checkpoint, tiny
+
+
+def second(runs_dir: Path, run: Path | str, *overrides: str) -> Config:
+    """The configuration of high-resolution adaptation, tiny, of that run."""
+    words = ["data=shapes", "experiment=highres_adapt", f"checkpoint={run}", *overrides]
+    config = compose("pretrain", words)
+    for key, value in TINY.items():
+        if not key.startswith(("backbone", "method", "augment")):
+            config = put(config, key, value)
+    sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "gram_size": 48}
+    for key, value in sizes.items():
+        config = put(config, f"augment.{key}", value)
+    config = put(config, "optim.learning_rate.warmup", 0.5)
+    return put(config, "runs_dir", str(runs_dir))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DINOv2 on crops of 16 pixels."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    config = compose("pretrain", ["data=shapes", "method=dinov2"])
+    for key, value in TINY.items():
+        config = put(config, key, value)
+    config = put(config, "name", "first")
+    return Path(run_pretrain(put(config, "runs_dir", str(runs_dir)))["run"])
+
+
+def test_high_resolution_adaptation_goes_on_where_the_run_stood(first: Path) -> None:
+    """Larger crops and a Gram teacher on larger ones still; nothing but the run has to be named."""
+    config = second(first.parent, first, "name=second")
+    results = run_pretrain(config)
+    assert (results["finished"], results["steps"]) == (True, 8)
+    backbone, about = open_backbone(Path(results["run"]) / "checkpoints" / "last.ckpt")
+    assert about["image_size"] == 32
+    assert backbone.embed_dim == TINY["backbone.embed_dim"]
+    lines = (Path(results["run"]) / "metrics.csv").read_text().splitlines()
+    assert "gram" in lines[0].split(",")
+
+
+def test_weights_are_those_of_the_run(first: Path) -> None:
+    """Student, heads and teacher as they were, the count of steps not; the Gram teacher is the
+    teacher; positions come to the new grid.
+    """
+    config = begin_config(second(first.parent, first))
+    for key, value in {"backbone.image_size": 32, "backbone.drop_path": 0.0}.items():
+        config = put(config, key, value)
+    config = put(config, "method.momentum.end", 0.999)
+    method = build_method(config)
+    assert isinstance(method, DINOv2)
+    assert method.gram is not None
+    assert int(method.step) == 0
+    before = checkpoint(first)["state_dict"]
+    for name, value in method.state_dict().items():
+        if name.endswith("pos_embed"):
+            assert value.shape == (1, 17, TINY["backbone.embed_dim"])
+        elif not name.startswith(("step", "teachers.gram")):
+            torch.testing.assert_close(value, before[f"method.{name}"])
+    gram, teacher = method.gram.module.state_dict(), method.export_backbone().state_dict()
+    assert all(torch.equal(gram[name], value) for name, value in teacher.items())
+    learned = before["method.teachers.ema.module.backbone.pos_embed"][:, 1:]
+    small = ViT(image_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    wanted = small.resample(learned.reshape(1, 2, 2, -1), (4, 4))
+    torch.testing.assert_close(teacher["pos_embed"][:, 1:], wanted)
+
+
+def test_what_cannot_be_begun_with_is_refused(first: Path, tmp_path: Path) -> None:
+    """In a sentence: the latest run, weights of a backbone alone, another method's run."""
+    with pytest.raises(UserError, match="checkpoint=latest: name the run"):
+        begin_config(second(first.parent, "latest"))
+    alone = tmp_path / "alone.pth"
+    torch.save({"cls_token": torch.zeros(1)}, alone)
+    with pytest.raises(UserError, match=r"backbone\.pretrained="):
+        begin_config(second(first.parent, alone))
+    with pytest.raises(UserError, match="this is no run"):
+        begin_config(second(first.parent, tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"is a run of dino_lite\.methods\.dinov2"):
+        run_pretrain(tiny(tmp_path, f"checkpoint={first}"))
