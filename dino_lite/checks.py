@@ -23,6 +23,8 @@ TRAINER_KEYS = {
     "memory",
     "compile",
 }
+# What the words of `preset` mean: so many images.
+PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
 # Whole numbers, and the least that makes sense.
 WHOLE = {
     "augment.blur_kernel": 1,
@@ -110,6 +112,9 @@ def check_values(config: Config) -> None:
             known = ", ".join(str(choice).lower() for choice in CHOICES[key])
             raise UserError(f"{key}={value}: choose one of {known}.")
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "preset" and value not in PRESETS and not (number and value >= 1):
+            words = ", ".join(PRESETS)
+            raise UserError(f"preset={value}: choose auto, {words}, or a number of images.")
         if key in WHOLE and not (number and value % 1 == 0 and value >= WHOLE[key]):
             raise UserError(f"{key}={value}: a whole number from {WHOLE[key]} on is needed.")
         for pattern, allows, why in NUMBERS:

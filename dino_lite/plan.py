@@ -13,6 +13,7 @@ from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import read_facts
 from dino_lite.machine import Facts, has_compiler, has_fast_bf16, num_cores, pick_accelerator
+from dino_lite.presets import SIZE, Rule, choose_backbone
 from dino_lite.rules import RULES
 
 
@@ -57,16 +58,28 @@ def plan(config: Config, facts: Facts) -> Plan:
     """
     check_values(config)
     decisions: list[Decision] = []
-    for key, rule in RULES.items():
-        if dict(leaves(config)).get(key) == "auto":  # another schedule may not have the key
-            value, reason = rule(config, facts)
-            config = put(config, key, value)
-            decisions.append(Decision(key, value, reason))
+    config = _settle(config, facts, SIZE, decisions)
+    if (choice := choose_backbone(config, facts)) is not None:
+        config = put(config, "backbone", choice.node)
+        decisions.append(Decision("backbone", choice.name, choice.reason))
+    config = _settle(config, facts, RULES, decisions)
     left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
     if left:
         raise UserError(f"{left[0]}=auto: nothing settles this key; give it a value.")
     check(config, facts)
     return Plan(config, decisions)
+
+
+def _settle(
+    config: Config, facts: Facts, rules: dict[str, Rule], decisions: list[Decision]
+) -> Config:
+    """`config` with what `rules` make of its "auto"s, which are noted."""
+    for key, rule in rules.items():
+        if dict(leaves(config)).get(key) == "auto":  # another choice may not have the key
+            value, reason = rule(config, facts)
+            config = put(config, key, value)
+            decisions.append(Decision(key, value, reason))
+    return config
 
 
 _OWN_AUTO = {"name", "data.labels"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dino_lite import presets
 from dino_lite.checks import mixes_images
 from dino_lite.config import Config, get, put
 from dino_lite.contracts import UserError
@@ -42,9 +43,11 @@ def _where(config: Config, facts: Facts) -> tuple[str, str]:
 
 
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    size = get(config, "augment.global_size")
+    if presets.is_convnet(config):
+        return max(1, size // 8), "8 cells a side of a global crop"
     if facts.source == "shapes":
         return 8, "a pattern's period; 16 patches are quick"
-    size = get(config, "augment.global_size")
     patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
     patch = patch if size % patch == 0 else math.gcd(size, 16)
     return patch, f"{(size // patch) ** 2} patches a global crop"
@@ -52,23 +55,11 @@ def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     size, patch = get(config, "augment.global_size"), get(config, "backbone.patch_size")
+    if presets.is_convnet(config) and presets.is_small(config):
+        return max(patch, size // 2 // patch * patch), "half the global crop"
     return max(
         patch, round(size * 96 / 224 / patch) * patch
     ), "3/7 of the global crop, as in the paper"
-
-
-def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.accelerator == "cpu":
-        return 4, "half the paper's 8, for a CPU"
-    return 8, "the paper's"
-
-
-def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
-    rope = get(config, "backbone._target_").endswith(".rope")
-    if facts.accelerator == "cpu":
-        return "rope" if rope else "vit", "a small ViT that a CPU trains in minutes"
-    large = "vit_small_patch16_dinov3" if rope else "vit_small_patch16_224"
-    return large, "the paper's smallest"
 
 
 def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
@@ -77,45 +68,9 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
     return list(measured), "measured on some of the images"
 
 
-def _is_small(config: Config) -> bool:
-    """Whether the backbone is the small ViT of a CPU run."""
-    return get(config, "backbone.name") in ("vit", "rope")
-
-
-def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
-    if not _is_small(config):
-        return None, "the model's own"
-    return (64, "for patterns") if facts.source == "shapes" else (128, "for a CPU")
-
-
-def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
-    if not _is_small(config):
-        return None, "the model's own"
-    return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
-
-
-def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
-    return (0.0, "a small network underfits") if _is_small(config) else (0.1, "the paper's")
-
-
-def _rate(config: Config, facts: Facts) -> tuple[float, str]:
-    if _is_small(config):
-        width = get(config, "backbone.embed_dim")
-        return round(
-            0.512 / width, 6
-        ), "a short run of a narrow network takes more than the paper's"
-    return 5e-4, "the paper's"
-
-
 def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
     width = get(config, "backbone.embed_dim")
     return (None, "the model's own") if width is None else (max(1, width // 32), "32 wide each")
-
-
-def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
-    steps = [(5_000, 512), (20_000, 1024), (100_000, 4096), (500_000, 16_384)]
-    value = next((k for limit, k in steps if facts.num_images <= limit), 65_536)
-    return value, f"for {facts.num_images:,} images"
 
 
 def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
@@ -130,19 +85,6 @@ def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
     if config["method"].get("masking"):
         return True, "the method masks patches"
     return False, "the method masks nothing"
-
-
-def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
-    # .99 up to 20,000 images, .996 (the paper's) from a million on, on a log scale between.
-    low, high = math.log(20_000), math.log(1_280_000)
-    part = min(1.0, max(0.0, (math.log(max(facts.num_images, 1)) - low) / (high - low)))
-    return round(
-        0.99 + 0.006 * part, 4
-    ), "a short run's teacher must follow faster than the paper's .996"
-
-
-def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.04, "the paper's default; 0.07 pays in runs of 300 epochs"
 
 
 def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -169,23 +111,6 @@ def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
     # No function of the workers: other sums round differently, and resume is exact to the bit.
     own = facts.num_cores // get(config, "trainer.devices")
     return max(1, own - 1), f"{facts.num_cores} cores, one left to the loader"
-
-
-def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
-    lengths_given = (
-        get(config, "trainer.max_epochs") != "auto" or get(config, "trainer.max_steps") is not None
-    )
-    if lengths_given or facts.accelerator != "cpu":
-        return None, "the run is measured in epochs or steps"
-    return ("4m" if facts.source == "shapes" else "30m"), "a CPU run is measured by the clock"
-
-
-def _max_epochs(config: Config, facts: Facts) -> tuple[int | None, str]:
-    if get(config, "trainer.max_time") is not None or get(config, "trainer.max_steps") is not None:
-        return None, "the run is measured otherwise"
-    steps = [(20_000, 800), (200_000, 400), (1_000_000, 200)]
-    epochs = next((e for limit, e in steps if facts.num_images <= limit), 100)
-    return epochs, f"for {facts.num_images:,} images"
 
 
 def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
@@ -255,17 +180,11 @@ RULES: dict[str, Any] = {
     "augment.global_size": _global_size,
     "backbone.patch_size": _patch_size,
     "augment.local_size": _local_size,
-    "augment.num_local": _num_local,
+    **presets.RULES,
     "augment.where": _where,
-    "backbone.name": _backbone_name,
-    "backbone.embed_dim": _embed_dim,
-    "backbone.depth": _depth,
     "backbone.num_heads": _num_heads,
-    "backbone.drop_path": _drop_path,
-    "optim.rate": _rate,
     **{f"augment.{kind}.blur_radius": _blur_radius for kind in ("global_1", "global_2", "local")},
     "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
-    "method.head.num_prototypes": _num_prototypes,
     "method.head.hidden_dim": _hidden_dim,
     "method.head.bottleneck_dim": _bottleneck_dim,
     **{
@@ -276,14 +195,10 @@ RULES: dict[str, Any] = {
         for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
     },
     "backbone.mask_token": _mask_token,
-    "method.momentum.base": _momentum,
     "method.momentum.end": _constant("method.momentum"),
-    "method.teacher_temp.end": _teacher_temp,
     "loader.batch_size": _batch_size,
     "loader.num_workers": _num_workers,
     "trainer.num_threads": _num_threads,
-    "trainer.max_time": _max_time,
-    "trainer.max_epochs": _max_epochs,
     "trainer.precision": _precision,
     "trainer.compile": _compile,
     "trainer.micro_batch_size": _micro_batch_size,

@@ -40,7 +40,8 @@ def build(name: str) -> MultiCrop:
     config = compose("pretrain", [f"augment={name}"])["augment"] | SIZES | {"where": "worker"}
     for kind in ("global_1", "global_2", "local"):
         config = put(config, f"{kind}.blur_radius", BLUR_RADIUS)
-    multi_crop: MultiCrop = instantiate(config)
+    told = {key: value for key, value in config.items() if value != "auto"}  # else the paper's
+    multi_crop: MultiCrop = instantiate(told)
     return multi_crop
 
 

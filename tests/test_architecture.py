@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("machine",),
     ("checks", "peaks", "cost"),
+    ("presets",),
     ("rules",),
     ("plan",),
     ("estimate",),

@@ -96,24 +96,53 @@ def test_the_small_network_is_timms_resnet_without_its_stem() -> None:
     torch.testing.assert_close(backbone(images_).cls, x.mean((2, 3)))
 
 
+def test_fields_are_means_of_cells_of_all_stages_side_by_side() -> None:
+    """fields=2: of the last map its quarters, of the one before 4x4, of the first 8x8."""
+    backbone = small(fields=2)
+    maps = [backbone.stem(images_ := images(64, 128))]
+    for stage in backbone.stages:
+        maps.append(stage(maps[-1]))
+    expected = []
+    for cells, side in zip(maps[1:], (8, 4, 2), strict=True):
+        height, width = cells.shape[2] // side, cells.shape[3] // side
+        fields = cells.unflatten(3, (side, width)).unflatten(2, (side, height))
+        expected.append(fields.mean((3, 5)).flatten(1))
+    tokens = backbone(images_)
+    torch.testing.assert_close(tokens.cls, torch.cat(expected, 1))
+    assert backbone.embed_dim == tokens.cls.shape[1] == 16 * 64 + 32 * 16 + 48 * 4
+    assert tokens.patches.shape == (2, 8 * 16, 48)
+
+
+def test_a_named_network_may_have_fields() -> None:
+    """One field a side of the last map is the usual class token, at the end of the others."""
+    plain, fields = (ConvNet("convnext_atto", norm="layer", fields=num) for num in (0, 1))
+    fields.load_state_dict(plain.state_dict())
+    x = images(64, 64).float()
+    cls = fields.eval()(x).cls
+    assert cls.shape == (2, fields.embed_dim)
+    torch.testing.assert_close(cls[:, -plain.embed_dim :], plain.eval()(x).cls)
+
+
 def test_cells_can_be_left_out() -> None:
     """cls_only gives the same class token and no patches."""
-    for backbone in (small(), ConvNet("convnext_atto", norm="layer").double().eval()):
+    for backbone in (small(), small(fields=2), ConvNet("resnet18").double().eval()):
         tokens, all_ = backbone(x := images(32, 32), cls_only=True), backbone(x)
-        assert tokens.patches.shape == (2, 0, backbone.embed_dim)
+        assert tokens.patches.shape == (2, 0, all_.patches.shape[2])
         torch.testing.assert_close(tokens.cls, all_.cls)
 
 
-def test_stages_are_blocks() -> None:
-    """The last is the network's own tokens; narrower ones are filled up with zeros."""
-    backbone = small()
+@pytest.mark.parametrize("fields", [0, 2])
+def test_stages_are_blocks(fields: int) -> None:
+    """Each as if the network ended there; narrower ones are filled up with zeros."""
+    backbone = small(fields=fields)
     assert backbone.num_blocks == 3
     x = images(32, 32)
     first, last = backbone.intermediate(x, [0, -1])
     torch.testing.assert_close(last.cls, backbone(x).cls)
     torch.testing.assert_close(last.patches, backbone(x).patches)
-    expected = backbone.stages[0](backbone.stem(x))
-    torch.testing.assert_close(first.cls, F.pad(expected.mean((2, 3)), (0, 48 - 16)))
+    cells = backbone.stages[0](backbone.stem(x))
+    alone = F.adaptive_avg_pool2d(cells, max(1, fields)).flatten(1)
+    torch.testing.assert_close(first.cls, F.pad(alone, (0, backbone.embed_dim - alone.shape[1])))
     assert first.patches.shape == (2, 16 * 16, 48)
     assert first.grid == (16, 16)
 
@@ -202,7 +231,9 @@ CONVNET = {
 }
 
 
-def test_a_run_trains_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_trains_measures_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """End to end; only the picture of attention is missing, and that is told."""
     run = train(tmp_path, "baselines=true", f"backbone={json.dumps(CONVNET)}")
     assert (run / "pca.png").is_file()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dino_lite.checks import seconds
-from dino_lite.config import Config, compose, get, instantiate, leaves, put
+from dino_lite.config import Config, compose, config_dir, get, instantiate, leaves, load, put
 from dino_lite.contracts import Progress, UserError
 from dino_lite.plan import plan
 from test_conf import facts
@@ -50,7 +50,7 @@ def test_same_request_and_facts_give_the_same_plan_and_leave_the_request_alone()
             {
                 "augment.global_size": 64,
                 "backbone.patch_size": 8,
-                "augment.local_size": 24,
+                "augment.local_size": 32,
                 "trainer.max_time": "30m",
             },
         ),
@@ -67,6 +67,8 @@ def test_same_request_and_facts_give_the_same_plan_and_leave_the_request_alone()
                 "augment.global_size": 224,
                 "augment.local_size": 96,
                 "augment.num_local": 8,
+                "augment.global_scale": [0.4, 1.0],
+                "augment.local_scale": [0.05, 0.4],
                 "backbone.patch_size": 16,
                 "method.head.num_prototypes": 65_536,
                 "method.momentum.base": 0.996,
@@ -88,8 +90,10 @@ def test_every_decision_is_told_with_its_reason() -> None:
     """What was auto and is settled appears in the table, and nothing else."""
     config = put(defaults(), "loader.batch_size", 32)
     result = plan(config, facts())
-    auto = {key for key, value in leaves(config) if value == "auto"} - {"name", "data.labels"}
-    assert {decision.key for decision in result.decisions} == auto
+    chosen = load(config_dir() / "backbone" / "convnet.yaml")  # in place of what stood there
+    asked = leaves(config | {"backbone": chosen})
+    auto = {key for key, value in asked if value == "auto"} - {"name", "data.labels"}
+    assert {decision.key for decision in result.decisions} == auto | {"backbone"}
     assert all(decision.reason in result.table() for decision in result.decisions)
 
 
@@ -104,6 +108,62 @@ def test_given_values_are_kept_and_followed() -> None:
     assert config["backbone"]["image_size"] == 96
     assert config["augment"]["local_size"] == 48
     assert get(config, "optim.learning_rate.base") == pytest.approx(2e-3)
+
+
+def test_on_a_cpu_the_backbone_is_a_convnet_unless_something_is_asked_of_it() -> None:
+    """A ViT where any of its keys is given, where patches are masked, on a GPU, for the embedded
+    set; the choice is told, and each of its keys can be given in turn.
+    """
+    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.build.vit"
+    told = plan(defaults(), facts())
+    assert told.config["backbone"]["_target_"] == convnet
+    assert "backbone=convnet" in told.table()
+    assert not {"depth", "num_heads", "image_size"} & told.config["backbone"].keys()
+    for request, changes in (
+        ("backbone.depth=4", {}),
+        ("backbone.patch_size=8", {}),
+        ("seed=0", {"source": "shapes"}),
+        ("seed=0", {"accelerator": "cuda"}),
+    ):
+        assert planned(request, **changes)["backbone"]["_target_"] == vit, request
+    masks = plan(compose("pretrain", ["method=dinov2"]), facts())
+    assert masks.config["backbone"]["_target_"] == vit
+
+
+def test_a_small_convnet_gets_large_crops_and_a_large_one_the_papers() -> None:
+    """Fields are as many in local crops as in global ones; stages halve what the stem leaves."""
+    small = planned(height=32, width=32)
+    wanted = {
+        "backbone.patch_size": 4,
+        "augment.local_size": 16,
+        "augment.global_scale": [0.6, 1.0],
+        "augment.local_scale": [0.2, 0.6],
+    }
+    assert {key: get(small, key) for key in wanted} == wanted
+    named = plan(compose("pretrain", ["backbone=resnet50"]), facts(accelerator="cuda")).config
+    wanted |= {
+        "backbone.patch_size": 32,
+        "augment.local_size": 96,
+        "augment.global_scale": [0.14, 1.0],
+        "augment.local_scale": [0.05, 0.14],
+    }
+    assert {key: get(named, key) for key in wanted} == wanted
+
+
+def test_preset_is_the_number_of_images_or_a_word_for_one() -> None:
+    """Settings of small and large sets whatever there is; between them on a log scale."""
+    keys = ("method.head.num_prototypes", "method.momentum.base", "trainer.max_epochs")
+
+    def settings(*overrides: str, **changes: object) -> list[object]:
+        config = planned("trainer.accelerator=cuda", *overrides, accelerator="cuda", **changes)
+        return [get(config, key) for key in keys]
+
+    assert settings(num_images=2_000) == settings("preset=tiny") == settings("preset=2000")
+    assert settings("preset=tiny") == [512, 0.99, 800]
+    assert settings("preset=large") == settings(num_images=1_280_000) == [65_536, 0.996, 100]
+    momentum = [settings(f"preset={num}")[1] for num in (20_000, 160_000, 1_280_000)]
+    assert momentum == [0.99, 0.993, 0.996]  # 8 times, and 8 times again
+    assert planned(num_images=3000)["preset"] == 3000
 
 
 def test_an_end_left_open_is_the_base() -> None:
@@ -145,6 +205,8 @@ def test_batch_size_divides_by_the_processes() -> None:
 
 
 REFUSED = {
+    "preset=huge": "choose auto, tiny, small, medium, large, or a number of images",
+    "preset=0": "choose auto, tiny",
     "augment.global_size=0": "augment.global_size=0",
     "augment.num_local=-1": "a whole number from 0",
     "backbone.patch_size=128": "a patch is larger than",

@@ -94,13 +94,13 @@ def test_a_preset_changes_what_its_file_says_and_nothing_else(name: str) -> None
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_the_plan_settles_of_dino_it_settles_of_presets(name: str) -> None:
-    """Sizes and the radius of the blur follow the data, also where there is little blur."""
-    automatic = {f"{kind}.blur_radius" for kind in KINDS} | {
-        "global_size",
-        "local_size",
-        "num_local",
-        "where",
-    }
+    """Sizes and the radius of the blur follow the data, also where there is little blur; scales
+    where the file says nothing of them.
+    """
+    text = (config_dir() / "augment" / f"{name}.yaml").read_text(encoding="utf-8")
+    automatic = {f"{kind}.blur_radius" for kind in KINDS}
+    automatic |= {"global_size", "local_size", "num_local", "where"}
+    automatic |= {"global_scale", "local_scale"} - yaml.safe_load(text).keys()
     composed = compose("pretrain", [f"augment={name}"])
     assert {key for key, value in leaves(composed["augment"]) if value == "auto"} == automatic
     settled, usual = (

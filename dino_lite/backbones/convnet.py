@@ -20,8 +20,10 @@ _GROUP = 16  # channels that are normalized together
 
 
 class ConvNet(nn.Module):
-    """Stem → stages → last norm. The class token is the mean of the last map, patch tokens are its
-    cells.
+    """Stem → stages → last norm. Patch tokens are the cells of the last map, the class token is
+    their mean. With `fields` it is a pyramid instead (Lin et al. 2017): the means of fields x
+    fields parts of the last map, of twice as many a side of the stage before, and so on, side by
+    side, so that it stays known where things are.
 
     `name` is a timm ResNet or ConvNeXt, or "resnet" with `widths` and `depths` of its stages, for
     small images: no 7x7 convolution, no max-pooling (He et al. 2016, section 4.2). `patch_size` is
@@ -39,7 +41,7 @@ class ConvNet(nn.Module):
         norm: str = "batch",
         widths: Sequence[int] | None = None,
         depths: Sequence[int] | None = None,
-        pool: int = 1,
+        fields: int = 0,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -48,7 +50,7 @@ class ConvNet(nn.Module):
             "patch_size": patch_size,
             "in_chans": in_chans,
             "norm": norm,
-            "pool": pool,
+            "fields": fields,
         }
         if name == "resnet":
             self.spec |= {"widths": list(widths or ()), "depths": list(depths or ())}
@@ -56,10 +58,14 @@ class ConvNet(nn.Module):
         else:
             parts = _named(self.spec, drop_path)
         self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
-        self.patch_size, self.in_chans, self.pool = patch_size, in_chans, pool
-        self.width, self.embed_dim = parts.width, parts.width * pool**2
+        self.patch_size, self.in_chans, self.fields = patch_size, in_chans, fields
+        self.width = self.embed_dim = parts.widths[-1]
+        if fields:
+            sides = self._sides(len(parts.widths))
+            each = zip(parts.widths, sides, strict=True)
+            self.embed_dim = sum(width * side**2 for width, side in each)
         self.num_blocks = len(self.stages)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # quicker
+        self.to(memory_format=torch.channels_last)  # quicker
 
     def forward(
         self,
@@ -70,17 +76,17 @@ class ConvNet(nn.Module):
         """Tokens after the last norm; with `cls_only` no patches. Nothing can be masked."""
         if mask is not None:
             raise NotImplementedError("a convolutional network has no mask token: use a ViT")
-        return self._tokens(self._maps(images)[-1], cls_only)
+        return self._tokens(self._maps(images), cls_only)
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens after each of the stages `blocks`; negative numbers count from the last.
+        """Tokens of the network as it were if it ended with each of the stages `blocks`, without
+        its last norm; negative numbers count from the last.
 
-        Those of earlier stages, which are narrower, have not been through the last norm, and are
-        filled up with zeros: neither a product nor a cosine sees them.
+        Narrower ones are filled up with zeros: neither a product nor a cosine sees them.
         """
         maps = self._maps(images)
-        tokens = [self._tokens(each, is_last=each is maps[-1]) for each in maps]
-        return [tokens[i] for i in blocks]
+        stages = [range(len(maps))[i] for i in blocks]
+        return [self._tokens(maps[: i + 1]) for i in stages]
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
         """Refused: there is none."""
@@ -101,15 +107,28 @@ class ConvNet(nn.Module):
             maps.append(x)
         return maps
 
-    def _tokens(
-        self, cells: Float[Tensor, "n c h w"], cls_only: bool = False, is_last: bool = True
-    ) -> Tokens:
-        norm = self.norm if is_last else nn.Identity()
-        cells_or_none = cells[:, :, :0, :0] if cls_only else norm(cells)
-        missing = (0, 0, 0, 0, 0, self.width - cells.shape[1])  # of channels
-        fields = F.pad(norm(F.adaptive_avg_pool2d(cells, self.pool)), missing)
-        patches = F.pad(cells_or_none, missing).flatten(2).transpose(1, 2)  # n P D
-        return Tokens(fields.flatten(1), patches, None, (cells.shape[2], cells.shape[3]))
+    def _tokens(self, maps: list[Float[Tensor, "n _ _ _"]], cls_only: bool = False) -> Tokens:
+        cells = maps[-1]
+        norm = self.norm if len(maps) == len(self.stages) else nn.Identity()
+        if self.fields:
+            sides = zip(maps, self._sides(len(maps)), strict=True)
+            parts = [F.adaptive_avg_pool2d(each, side) for each, side in sides]
+            parts[-1] = norm(parts[-1])
+            cls = torch.cat([part.flatten(1) for part in parts], dim=1)
+        else:
+            cls = norm(cells.mean(dim=(2, 3), keepdim=True)).flatten(1)
+        patches = cells[:, :, :0, :0] if cls_only else norm(cells)
+        rows = patches.flatten(2).transpose(1, 2)  # n P D
+        return Tokens(
+            F.pad(cls, (0, self.embed_dim - cls.shape[1])),
+            F.pad(rows, (0, self.width - rows.shape[2])),
+            None,
+            (cells.shape[2], cells.shape[3]),
+        )
+
+    def _sides(self, num: int) -> list[int]:
+        """Fields a side of the first `num` stages, whose last has `fields`."""
+        return [self.fields * 2**i for i in reversed(range(num))]
 
 
 class Parts(NamedTuple):
@@ -118,7 +137,7 @@ class Parts(NamedTuple):
     stem: nn.Sequential
     stages: list[nn.Module]
     norm: nn.Module
-    width: int
+    widths: list[int]  # of stages
 
 
 def group_norm(channels: int, **settings: Any) -> nn.Module:
@@ -147,7 +166,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
             f"backbone: widths={widths} and depths={depths} need a number for each stage, and "
             f"patch_size={patch} must be a multiple of {2 ** max(0, len(widths) - 1)}."
         )
-    norm = _norm(spec["norm"])
+    norm: Any = _norm(spec["norm"])  # timm asks for a class, a function serves
     kernel = max(3, 2 * stride - 1)
     conv = nn.Conv2d(spec["in_chans"], widths[0], kernel, stride, kernel // 2, bias=False)
     stem = nn.Sequential(conv, norm(widths[0]), nn.ReLU(inplace=True))
@@ -155,7 +174,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
     stages: list[nn.Module] = []
     before = widths[0]
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        blocks = []
+        blocks: list[nn.Module] = []
         for _ in range(depth):
             step = 2 if i and not blocks else 1
             changes = step > 1 or width != before
@@ -167,7 +186,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
     for part in nn.Sequential(stem, *stages).modules():
         if isinstance(part, nn.Conv2d):  # He et al. 2015, as timm starts its own
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-    return Parts(stem, stages, nn.Identity(), before)
+    return Parts(stem, stages, nn.Identity(), widths)
 
 
 def _named(spec: dict[str, Any], drop_path: float) -> Parts:
@@ -186,11 +205,17 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
         raise UserError(f"backbone.norm={norm}: a ConvNeXt has layer, a ResNet batch or group.")
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-        return Parts(stem, stages, nn.Identity(), model.num_features)
+        layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
+        return Parts(stem, layers, nn.Identity(), _widths(model))
     if isinstance(model, ConvNeXt) and isinstance(model.norm_pre, nn.Identity):
-        return Parts(model.stem, list(model.stages), model.head.norm, model.num_features)
+        last: Any = model.head.norm
+        return Parts(model.stem, list(model.stages), last, _widths(model))
     raise UserError(
         f"backbone.name={name} is no ResNet and no ConvNeXt of timm; choose such a name "
         '(resnet50, convnext_tiny), or name="resnet" with widths and depths.'
     )
+
+
+def _widths(model: Any) -> list[int]:
+    """Channels of a timm model's four stages."""
+    return [int(stage["num_chs"]) for stage in model.feature_info][-4:]
