@@ -104,6 +104,12 @@ def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
     return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
 
 
+def _init_values(config: Config, facts: Facts) -> tuple[float | None, str]:
+    if is_small(config):
+        return 0.0, "no LayerScale: a small network behind 1e-5 learned nothing in 700 steps"
+    return None, "the model's own"
+
+
 def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
     return (0.0, "a small network underfits") if is_small(config) else (0.1, "the paper's")
 
@@ -160,6 +166,7 @@ RULES: dict[str, Rule] = {
     "backbone.name": _backbone_name,
     "backbone.embed_dim": _embed_dim,
     "backbone.depth": _depth,
+    "backbone.init_values": _init_values,
     "backbone.drop_path": _drop_path,
     "augment.global_scale": _global_scale,
     "augment.local_scale": _local_scale,

@@ -230,7 +230,7 @@ def method() -> DINO:
 
 def step_of(student: DINO, loss: Any) -> Step:
     """One step of it, its last layer frozen for longer than the test."""
-    optimizer = torch.optim.AdamW(param_groups(student.student.named_parameters()))
+    optimizer = torch.optim.AdamW(param_groups(student.student))
     settings: dict[str, Any] = {"learning_rate": Constant(1e-3), "weight_decay": Constant(0.0)}
     return Step(student, {"simdino": loss}, optimizer, freeze_last_layer=1.0, **settings)
 
