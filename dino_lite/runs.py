@@ -136,6 +136,13 @@ def resume_config(run: Run, planned: Config, request: Config, splits: Splits) ->
             f"{run.folder} was trained in bf16, which this machine lacks: resume it where it "
             "was started."
         )
+    key = "trainer.micro_batch_size"
+    old, new = get(config, key), get(planned, key)
+    if old != new and mixes_images(config):  # the plan chose such a network: nobody asked for it
+        raise UserError(
+            f"{run.folder} learns from images together, {key}={old}, not {new}: give the same to "
+            "go on with it, or another name=."
+        )
     for key, value in leaves(planned):
         if is_speed(key):
             config = put(config, key, value)

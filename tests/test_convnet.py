@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.build import build_backbone
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.commands.pretrain import run_pretrain
+from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.nn.teachers import frozen_copy
 from dino_lite.runs import requested
 from test_vit import randomize
-from tiny import tiny, train
+from tiny import photos, tiny, train
 
 SMALL = {"widths": [16, 32, 48], "depths": [1, 2, 1], "patch_size": 8, "norm": "group"}
 
@@ -249,3 +251,20 @@ def test_batch_norm_makes_micro_batches_part_of_a_runs_identity(tmp_path: Path) 
     for norm, counts in (("batch", True), ("group", False)):
         asked = tiny(tmp_path, f"backbone={json.dumps(CONVNET | {'norm': norm})}", f"{key}=4")
         assert (key in requested(asked)) is counts
+
+
+def test_a_plain_run_on_a_cpu_is_a_convnets_and_keeps_its_micro_batches(tmp_path: Path) -> None:
+    """Nobody asked for batch normalization: going on with parts of a batch is refused all the
+    same.
+    """
+    photos(tmp_path / "photos", [f"{i}.png" for i in range(6)])
+    request = [
+        *(f"data.root={tmp_path / 'photos'}", f"runs_dir={tmp_path / 'runs'}"),
+        *("trainer.accelerator=cpu", "trainer.max_steps=2", "loader.batch_size=4"),
+        "loader.num_workers=0",
+    ]
+    run = Path(run_pretrain(compose("pretrain", request))["run"])
+    assert run.name.startswith("dino_photos_resnet_")
+    with pytest.raises(UserError, match=r"trainer.micro_batch_size=0, not 2") as caught:
+        run_pretrain(compose("pretrain", [*request, "trainer.micro_batch_size=2"]))
+    assert "\n" not in str(caught.value)
