@@ -12,7 +12,7 @@ import torch
 
 from dino_lite.backbones.files import read_about, weights_file
 from dino_lite.backbones.weights import Opened, fit_positions, open_timm, open_weights
-from dino_lite.config import Config, instantiate, load, put
+from dino_lite.config import Config, instantiate, load
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import first_readable
 from dino_lite.formats.safetensors import load_backbone, read_config
@@ -107,8 +107,9 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
         return _about(name, *(open_timm(name[len(_TIMM) :]) if timms else open_weights(checkpoint)))
     config = load(run.config_file)
     content = read_checkpoint(checkpoint)
-    without = put(put(config, "backbone.pretrained", None), "checkpoint", None)
-    method, weights = build_method(without), _weights_of_method(content)
+    network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
+    method = build_method(config | {"backbone": network, "checkpoint": None})
+    weights = _weights_of_method(content)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -190,10 +191,11 @@ def begin_config(config: Config) -> Config:
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
             "its method, as method=dinov2."
         )
-    own = {key: config["backbone"][key] for key in _OF_THE_NEW_RUN if key in config["backbone"]}
+    new, old = config["backbone"], before["backbone"]
+    own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     method = {key: before["method"][key] for key in _HEADS if key in before["method"]}
     return config | {
-        "backbone": before["backbone"] | own,
+        "backbone": old | own,
         "method": config["method"] | method,
     }
 

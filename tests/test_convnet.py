@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.build import build_backbone
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.commands.evaluate import run_evaluate
+from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
@@ -227,6 +229,7 @@ CONVNET = {
     "widths": [8, 16],
     "depths": [1, 1],
     "norm": "group",
+    "fields": 2,
     "patch_size": 4,
     "in_chans": 3,
     "drop_path": 0.1,
@@ -243,6 +246,11 @@ def test_a_run_trains_measures_and_draws(
     assert not (run / "attention.png").exists()
     assert "attention.png was left out" in capsys.readouterr().out
     assert "knn_trained" in json.loads((run / "results.json").read_text())
+    asked = [f"checkpoint={run}", f"runs_dir={tmp_path}"]
+    measured = run_evaluate(compose("evaluate", [*asked, "eval=[knn,linear]"]))
+    assert {"knn", "linear"} <= measured.keys()  # the linear one reads both stages
+    written = run_export(compose("export", asked))
+    assert written["safetensors"]["largest_difference"] < 1e-5
 
 
 def test_batch_norm_makes_micro_batches_part_of_a_runs_identity(tmp_path: Path) -> None:
