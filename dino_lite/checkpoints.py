@@ -23,7 +23,7 @@ _TIMM = "timm:"
 # Of a run that begins with another's weights: what is not taken over, of weights and of settings.
 _NOT_BEGUN_WITH = ("step", "teachers.gram.")
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
-_HEADS = ("head", "patch_head")
+_HEADS = ("head", "patch_head", "centering", "center_momentum", "masking")
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Path:
@@ -179,8 +179,8 @@ def results_file(checkpoint: Path) -> Path:
 
 
 def begin_config(config: Config) -> Config:
-    """`config` with the backbone and the heads of the run that `checkpoint` names, if it names one:
-    they must be the same, so nobody has to say them again.
+    """`config` with the backbone, heads, centering and masking of the run that `checkpoint` names,
+    if it names one: they must fit, so nobody has to say them again.
     """
     if not config.get("checkpoint"):
         return config

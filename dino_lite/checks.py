@@ -136,6 +136,36 @@ def mixes_images(config: Config) -> bool:
     return bool(get(config, "method.head.batch_norm")) or in_backbone or across
 
 
+def _check_uses(config: Config) -> None:
+    """Every weight is read by a loss: else several processes would wait for its gradient."""
+    method, reads = config["method"], {loss["reads"] for loss in config["loss"].values()}
+    masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
+    if masks and not of_patches:
+        raise UserError(
+            "method.masking: no loss reads masked patches; add one, or set method.masking=null."
+        )
+    heads = {"head": ("cls", True), "patch_head": ("patch", masks)}
+    for name, (match, used) in heads.items():
+        head = method.get(name)
+        if used and head and head.get("num_prototypes") and match not in reads:
+            if name == "head" and method.get("patch_head", 0) is None and "patch" in reads:
+                continue  # its prototypes are the patches'
+            raise UserError(
+                f"method.{name}: no loss reads its prototypes; set "
+                f"method.{name}.num_prototypes=0, or choose loss=dino or another that does."
+            )
+    if (method.get("patch_head") or {}).get("batch_norm"):
+        raise UserError(
+            "method.patch_head.batch_norm=true: masked patches differ in number, and one alone has "
+            "no variance; leave it out."
+        )
+    if config["backbone"].get("mask_token") and not masks:
+        raise UserError(
+            "backbone.mask_token=true: method.masking masks nothing; leave it out, or choose "
+            "method=dinov2."
+        )
+
+
 def check(config: Config, facts: Facts) -> None:
     """A planned configuration as a whole: refuse numbers that do not go together."""
     patch, large, small = (
@@ -153,6 +183,7 @@ def check(config: Config, facts: Facts) -> None:
         if size % patch:
             raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
     _check_channels(config, facts)
+    _check_uses(config)
     if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
             f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
@@ -216,7 +247,9 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
     elif isinstance(length, str) or length <= 0:
         raise UserError(f"trainer.{measure}={length}: a positive number is needed.")
     for key, span in leaves(config):
-        if key.rpartition(".")[2] not in ("warmup", "freeze_last_layer"):
+        if key.rpartition(".")[2] not in ("warmup", "freeze_last_layer", "start_step", "every"):
+            continue
+        if span is None:
             continue
         check_span(span, key)
         if not isinstance(span, str):

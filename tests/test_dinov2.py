@@ -14,7 +14,7 @@ from torch import Tensor
 from dino_lite import distributed
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Anchor, Crops, Match, Progress, Scores, Targets, Tokens, UserError
-from dino_lite.losses.gram import GramLoss
+from dino_lite.losses.gram import GramLoss, regrid
 from dino_lite.losses.koleo import KoLeoLoss
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.dinov2 import DINOv2, Masked
@@ -177,10 +177,11 @@ def test_tokens_for_koleo_are_the_students_before_the_head() -> None:
 def test_masks_follow_seed_and_step() -> None:
     """The same step draws the same masks, another one others."""
     method, crops = tiny_dinov2().double(), images()
-    masks = [
-        method.targets(crops, Progress(step, 10, 5))["patch_embedding"].masks.mask  # type: ignore[attr-defined]
-        for step in (3, 3, 4)
-    ]
+    masks = []
+    for moved in (False, False, True):
+        if moved:
+            method.after_step(START, torch.tensor(True))
+        masks.append(method.targets(crops, START)["patch_embedding"].masks.mask)  # type: ignore[attr-defined]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
@@ -268,8 +269,11 @@ def test_the_gram_teacher_looks_at_larger_crops_where_there_are_some() -> None:
     large = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     anchor = method.targets(crops._replace(extra={"gram": large}), START)["gram"]
     assert isinstance(anchor, Anchor)
-    assert anchor.grid == (8, 8)
-    assert anchor.patches.shape == (2, 4, 64, 16)
+    assert anchor.grid == (4, 4)
+    assert method.gram is not None
+    alone = method.gram.module(large[0])
+    assert alone.grid == (8, 8)
+    torch.testing.assert_close(anchor.patches[0], regrid(alone.patches, (8, 8), (4, 4)))
 
 
 def test_without_a_start_there_is_no_gram_teacher() -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dino_lite.checkpoints import begin_config
 from dino_lite.checks import check_values
 from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, command, compose, get, instantiate, put
@@ -69,7 +70,7 @@ def check(*overrides: str) -> dict[str, Any]:
 def run_check(config: Config) -> dict[str, Any]:
     """Print what was found and write it to `out`; "ok" is False where a run would fail."""
     started = time.monotonic()
-    config = absolute_paths(config)
+    config = begin_config(absolute_paths(config))
     _check_own(config)
     splits: Splits = instantiate(config["data"])
     title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
@@ -77,9 +78,8 @@ def run_check(config: Config) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"out={out} cannot be a folder ({error.strerror}): name another."
-        ) from error
+        why = f"out={out} cannot be a folder ({error.strerror}): name another."
+        raise UserError(why) from error
     planned, facts, refusal = _plan(config, splits)
     hashing = find_spec("imagehash") is not None
     found = _inspect(config, splits, hashing)

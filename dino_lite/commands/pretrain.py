@@ -22,7 +22,7 @@ from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
 from dino_lite.commands.tables import baseline_table
-from dino_lite.config import Config, command, compose, instantiate
+from dino_lite.config import Config, command, compose, instantiate, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
@@ -79,7 +79,9 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config["trainer"]["num_threads"])
     if facts.accelerator == "cpu":
         keep_freed_memory()
-    datamodule, module, callbacks = build(config, facts, splits, run)
+    # a resumed run has weights of its own
+    begun = put(config, "checkpoint", None) if resuming else config
+    datamodule, module, callbacks = build(begun, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
             told = estimate(config, facts)

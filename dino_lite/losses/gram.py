@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dino_lite.contracts import Anchor, Match, Schedule, Tokens
+
+MATRIX_BYTES = 64 * 2**20  # of the patches' matrices held at once
 
 
 def gram_distance(
@@ -20,6 +23,12 @@ def gram_distance(
     Computed in at least float32; widths D and A may differ. With `remove_negative`, cosines below 0
     count as 0 in both. No gradient of `anchor`.
     """
+    num, size = student.shape[:2]
+    at_once = max(1, MATRIX_BYTES // (4 * size**2))
+    if num > at_once:  # made again in the backward pass: a few images' matrices are held at a time
+        parts = zip(torch.split(student, at_once), torch.split(anchor, at_once), strict=True)
+        kept = [checkpoint(gram_distance, *p, remove_negative, use_reentrant=False) for p in parts]
+        return torch.cat(kept)
     wide = torch.promote_types(student.dtype, torch.float32)
     with torch.autocast(student.device.type, enabled=False):
         ours, theirs = (

@@ -126,4 +126,4 @@ def centered(
     row, col = torch.zeros_like(z[..., 0]), z.new_zeros(0)
     if head.num_prototypes:
         row, col = centering(z, prototypes, temp)
-    return Targets(z, prototypes, row, col, temp, pairs, weight)
+    return Targets(z, prototypes, row, col, temp, pairs.to(z), weight)

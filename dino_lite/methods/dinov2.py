@@ -25,6 +25,7 @@ from dino_lite.contracts import (
     UserError,
 )
 from dino_lite.distributed import rank, world_size
+from dino_lite.losses.gram import regrid
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods.dino import centered
 from dino_lite.methods.method import Method
@@ -114,6 +115,9 @@ class DINOv2(Method):
         }
         self.provides = tuple(name for name, is_there in offered.items() if is_there)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self._num_steps: int | None = None  # `step`, on the host
+        hook: Callable[..., Any] = self.register_load_state_dict_post_hook
+        hook(_forget)
 
     @property
     def ema(self) -> EMATeacher:
@@ -134,13 +138,13 @@ class DINOv2(Method):
         globals_ = crops.globals_.flatten(0, 1)  # G*n C H W
         tokens: Tokens = teacher.backbone(globals_, cls_only=self.masking is None)
         z = teacher.head(tokens.cls).unflatten(0, crops.globals_.shape[:2])  # G n E
-        weight = torch.full_like(z[0, :, 0], 1.0 / crops.num_images)
+        weight, grid = torch.full_like(z[0, :, 0], 1.0 / crops.num_images), tokens.grid
         pairs = cross_view_pairs(len(z), len(crops.boxes))
         found: StepTargets = {
             "embedding": centered(z, teacher.head, self.centering, temp, pairs, weight)
         }
         if self.masking is not None:
-            masks = self._draw_masks(self.masking, crops, tokens.grid, at)
+            masks = self._draw_masks(self.masking, crops, grid)
             z = teacher.of_patches(masks.select(tokens.patches))[None]  # 1 M E
             one = torch.ones(1, 1, dtype=torch.float64)
             found["patch_embedding"] = Masked(
@@ -152,19 +156,20 @@ class DINOv2(Method):
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
             patches: Tensor = tokens.patches
+            patches = regrid(patches, tokens.grid, grid)
             patches = patches.view(*anchors.shape[:2], *patches.shape[1:])  # G n P D
-            found["gram"] = Anchor(patches, tokens.grid, weight)
+            found["gram"] = Anchor(patches, grid, weight)
         return found
 
-    def _draw_masks(
-        self, masking: BlockMasking, crops: Crops, grid: tuple[int, int], at: Progress
-    ) -> Masks:
+    def _draw_masks(self, masking: BlockMasking, crops: Crops, grid: tuple[int, int]) -> Masks:
         """This rank's part of the masks of all ranks' global crops, crop-major: the same as one
         process has.
         """
         num_crops, num_images = crops.globals_.shape[:2]
         num_all, first = num_images * world_size(), num_images * rank()
-        drawn = masking.draw(num_crops * num_all, grid, int(at.step))  # G*B rows columns
+        if self._num_steps is None:  # waits for the device, once
+            self._num_steps = int(self.step)
+        drawn = masking.draw(num_crops * num_all, grid, self._num_steps)  # G*B rows columns
         drawn = drawn.reshape(num_crops, num_all, -1)
         return masks_of(drawn[:, first : first + num_images], crops.globals_)
 
@@ -208,6 +213,7 @@ class DINOv2(Method):
         if self.patch_centering is not None:
             self.patch_centering.after_step(ok)
         self.step += 1
+        self._num_steps = None if self._num_steps is None else self._num_steps + 1
 
     def begin(self) -> None:
         """The Gram teacher is the teacher that the run begins with."""
@@ -222,3 +228,8 @@ class DINOv2(Method):
     def export_backbone(self) -> Any:
         """The teacher's backbone."""
         return self.ema.module.backbone
+
+
+def _forget(method: nn.Module, keys: Any) -> None:
+    """What was known of `step` is no longer so: weights were loaded."""
+    cast(DINOv2, method)._num_steps = None

@@ -37,7 +37,7 @@ class SnapshotTeacher(nn.Module):
                 check_span(span, f"method.gram.{name}")
         if most < 1:
             raise UserError(f"method.gram.most={most}: it is taken at least once.")
-        self.module: Any = frozen_copy(module)
+        self.module: Any = nn.Identity() if start_step is None else frozen_copy(module)
         self.start_step, self.every, self.most = start_step, every, most
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))
         self._known: int | None = None  # `taken`, on the host
@@ -50,8 +50,10 @@ class SnapshotTeacher(nn.Module):
         return self.start_step is not None
 
     def is_on(self, at: Progress) -> bool:
-        """Whether it teaches at this step."""
-        return self._due(at.step, at) > 0
+        """Whether it teaches at this step: it is due, and was taken (in a run by the clock, after
+        the step that found it due).
+        """
+        return self._due(at.step, at) > 0 and self._count(at) > 0
 
     @torch.no_grad()
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
@@ -59,13 +61,17 @@ class SnapshotTeacher(nn.Module):
 
         Also after a step that was skipped: the other teacher did not move then.
         """
-        if self._known is None:  # waits for the device, once
-            self._known = max(int(self.taken), self._due(0, at))
         due = self._due(at.step + 1, at)
-        if due > self._known:
+        if due > self._count(at):
             self.module.load_state_dict(student.state_dict())
             self.taken.fill_(due)
             self._known = due
+
+    def _count(self, at: Progress) -> int:
+        """How often it was taken; what the run begins with counts where it starts at once."""
+        if self._known is None:  # waits for the device, once
+            self._known = max(int(self.taken), self._due(0, at))
+        return self._known
 
     def _due(self, step: float, at: Progress) -> int:
         """How often it should have been taken before `step`."""

@@ -124,6 +124,11 @@ class Step:
                         watch(outputs)
                     due = {n: x for n, x in self.losses.items() if x.reads in outputs}
                     terms = {n: loss(outputs[loss.reads]) for n, loss in due.items()}
+                    if not terms:
+                        raise UserError(
+                            f"loss: none of {', '.join(self.losses)} is due at step "
+                            f"{self.num_steps}; add one that is, as loss.dino."
+                        )
                     weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
                     total = torch.stack(weighted).sum()
                 self.backward(total)

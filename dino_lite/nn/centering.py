@@ -44,7 +44,7 @@ class EMACentering(nn.Module):
             # The mean of logits is the logits of the mean: E numbers and the count of rows travel
             # between the ranks instead of K.
             rows = z.to(logits.rows.dtype).flatten(0, 1)
-            total = all_reduce_sum_(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
+            total = all_reduce_sum_(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
             mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
             mean = logits.direction @ mean
             mean = mean if logits.scale is None else logits.scale[:, 0] * mean

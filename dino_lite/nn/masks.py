@@ -47,8 +47,10 @@ def masks_of(mask: Bool[np.ndarray, "G n P"], like: Tensor) -> Masks:
     rows = (crop * mask.shape[1] + image) * mask.shape[2] + patch
     bounds = (0, *np.cumsum(counts.sum(1)).tolist())
     weight = np.repeat(1.0 / np.maximum(counts, 1).ravel() / counts.size, counts.ravel())
+    if wide != torch.float64:  # which some devices have not
+        weight = weight.astype(np.float32)
 
     def send(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(like.device, non_blocking=True)
 
-    return Masks(send(mask), send(rows), bounds, send(weight).to(wide))
+    return Masks(send(mask), send(rows), bounds, send(weight))
