@@ -112,7 +112,7 @@ def check_values(config: Config) -> None:
             known = ", ".join(str(choice).lower() for choice in CHOICES[key])
             raise UserError(f"{key}={value}: choose one of {known}.")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "preset" and value not in PRESETS and not (number and value >= 1):
+        if key == "preset" and value not in PRESETS and not (number and value % 1 == 0 < value):
             words = ", ".join(PRESETS)
             raise UserError(f"preset={value}: choose auto, {words}, or a number of images.")
         if key in WHOLE and not (number and value % 1 == 0 and value >= WHOLE[key]):

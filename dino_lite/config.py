@@ -259,6 +259,7 @@ def _explain(error: Exception, primary: str) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> str:
+    known = [key for key in known if key != word]  # which the choice that was made has not
     last = word.rpartition(".")[2]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
         key for key in known if key.rpartition(".")[2] == last

@@ -1,8 +1,9 @@
 """What follows from how much data there is, and of which family the backbone is: `preset=`.
 
 `preset=auto` goes by the number of images there are; a word of `checks.PRESETS` takes the settings
-of a set of that size. Each of them can be given as KEY=VALUE all the same. Between the sizes of
-published recipes, numbers are read off on a log scale.
+of a set of that size. Each of them can be given as KEY=VALUE all the same. All goes by the
+logarithm of that number: momentum is read off between sizes of published recipes, prototypes and
+epochs change in steps that are about even on it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def choose_backbone(config: Config, facts: Facts) -> Choice | None:
 
 def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not is_convnet(config):
-        return [0.4, 1.0], "the paper's"
+        return [0.4, 1.0], "DINO's"
     if is_small(config):
         return [0.6, 1.0], "a short run learns what is alike in large parts"
     return [0.14, 1.0], "DINO's for a ResNet-50"
@@ -73,7 +74,7 @@ def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
 
 def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not is_convnet(config):
-        return [0.05, 0.4], "the paper's"
+        return [0.05, 0.4], "DINO's"
     if is_small(config):
         return [0.2, 0.6], "up to where global crops begin"
     return [0.05, 0.14], "DINO's for a ResNet-50"
@@ -81,8 +82,8 @@ def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
 
 def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.accelerator == "cpu":
-        return 4, "half the paper's 8, for a CPU"
-    return 8, "the paper's"
+        return 4, "half of DINO's 8, for a CPU"
+    return 8, "DINO's"
 
 
 def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
@@ -111,18 +112,20 @@ def _init_values(config: Config, facts: Facts) -> tuple[float | None, str]:
 
 
 def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
-    return (0.0, "a small network underfits") if is_small(config) else (0.1, "the paper's")
+    if is_small(config):
+        return 0.0, "a small network underfits"
+    if str(get(config, "backbone.name")).startswith("resnet"):
+        return 0.0, "a ResNet has none"
+    return 0.1, "DINO's"
 
 
 def _rate(config: Config, facts: Facts) -> tuple[float, str]:
     if is_small(config) and is_convnet(config):
-        return 4e-3, "a short run of a narrow network takes more than the paper's"
+        return 4e-3, "a short run of a narrow network takes more than DINO's"
     if is_small(config):
         width = get(config, "backbone.embed_dim")
-        return round(
-            0.512 / width, 6
-        ), "a short run of a narrow network takes more than the paper's"
-    return 5e-4, "the paper's"
+        return round(0.512 / width, 6), "a short run of a narrow network takes more than DINO's"
+    return 5e-4, "DINO's"
 
 
 def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
@@ -133,11 +136,13 @@ def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     value = round(on_log_scale(num_images(config), 0.99, 0.996), 4)
-    return value, "a short run's teacher must follow faster than the paper's .996"
+    if value == 0.996:
+        return value, "DINO's"
+    return value, "a short run's teacher must follow faster than DINO's .996"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.04, "the paper's default; 0.07 pays in runs of 300 epochs"
+    return 0.04, "DINO's default; 0.07 pays in runs of 300 epochs"
 
 
 def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import oracle
 from dino_lite.contracts import Anchor, Match, Progress, Prototypes, Scores, Tokens
+from dino_lite.losses import gram
 from dino_lite.losses.gram import GramLoss, gram_distance, regrid
 from dino_lite.optim.schedules import Constant
 
@@ -130,3 +131,18 @@ def test_scores_are_no_tokens() -> None:
     anchor = Anchor(torch.zeros(1, 2, 4, 3), (2, 2), torch.full((2,), 0.5))
     with pytest.raises(TypeError, match="gram"):
         GramLoss("gram", Constant(1.0))(Match(scores, anchor))
+
+
+def test_matrices_held_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and slopes of images one by one, made again on the way back."""
+    student = torch.randn(5, 6, 4, dtype=torch.float64)
+    anchor = torch.randn(5, 6, 3, dtype=torch.float64)
+    found = []
+    for held in (gram.MATRIX_BYTES, 1):
+        monkeypatch.setattr(gram, "MATRIX_BYTES", held)
+        ours = student.clone().requires_grad_()
+        distance = gram.gram_distance(ours, anchor)
+        distance.sum().backward()
+        found.append((distance.detach(), ours.grad))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])

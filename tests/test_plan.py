@@ -291,3 +291,28 @@ def test_impossible_values_are_refused_in_a_sentence(request_: str) -> None:
 def test_times_are_read(text: str, value: float) -> None:
     """Seconds, minutes, hours, days; a bare number is minutes."""
     assert seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=dinov2", "~loss.ibot"], "no loss reads masked patches"),
+        (["method=dinov2", "loss=simdinov2"], "no loss reads its prototypes"),
+        (["method=dino", "loss=simdino"], "no loss reads its prototypes"),
+        (["method=dinov2", "method.patch_head.batch_norm=true"], "one alone has no variance"),
+        (["backbone.mask_token=true"], "method.masking masks nothing"),
+        (["method=dinov3", "method.gram.start_step=5"], "a fraction of the run"),
+        (["method=dinov3", "method.gram.start_step=9 steps"], "longer than the run"),
+    ],
+)
+def test_what_no_loss_reads_or_never_begins_is_refused(words: list[str], said: str) -> None:
+    """Before the run, in a sentence: several processes would wait for its gradient."""
+    config = compose("pretrain", ["trainer.max_steps=5", "trainer.max_time=null", *words])
+    with pytest.raises(UserError, match=said):
+        plan(config, facts())
+
+
+def test_one_head_for_class_tokens_and_patches_is_read_by_either() -> None:
+    """Its prototypes are the patches' too."""
+    words = ["method=dinov2", "method.patch_head=null", "~loss.dino", "trainer.max_steps=5"]
+    assert plan(compose("pretrain", [*words, "trainer.max_time=null"]), facts()).decisions
