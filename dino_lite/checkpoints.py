@@ -183,6 +183,11 @@ def begin_config(config: Config) -> Config:
     if it names one: they must fit, so nobody has to say them again.
     """
     if not config.get("checkpoint"):
+        if (config["method"].get("gram") or {}).get("start_step") == 0:
+            raise UserError(
+                "method.gram.start_step=0 without checkpoint=: patches would be anchored to a "
+                "network that has learned nothing; name the run to begin with, or start later."
+            )
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = load(run.config_file)

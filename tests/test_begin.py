@@ -81,6 +81,8 @@ def test_weights_are_those_of_the_run(first: Path) -> None:
 
 def test_what_cannot_be_begun_with_is_refused(first: Path, tmp_path: Path) -> None:
     """In a sentence: the latest run, weights of a backbone alone, another method's run."""
+    with pytest.raises(UserError, match="without checkpoint="):
+        begin_config(put(second(first.parent, first), "checkpoint", None))
     with pytest.raises(UserError, match="checkpoint=latest: name the run"):
         begin_config(second(first.parent, "latest"))
     alone = tmp_path / "alone.pth"

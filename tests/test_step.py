@@ -219,7 +219,9 @@ def test_a_loss_that_reads_what_is_not_made_is_refused() -> None:
     method = tiny_dino()
     optimizer = torch.optim.SGD(param_groups(method.student), lr=1.0)
     rates = {"learning_rate": Constant(1.0), "weight_decay": Constant(0.0)}
-    with pytest.raises(UserError, match=r"loss\.ibot reads 'patch', but DINO provides cls\."):
+    with pytest.raises(
+        UserError, match=r"loss\.ibot reads 'patch', but DINO provides embedding, cls\."
+    ):
         Step(method, {"ibot": PrototypeLoss("patch", Constant(1.0))}, optimizer, **rates)
 
 
