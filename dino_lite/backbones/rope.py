@@ -189,7 +189,7 @@ def sizes_of(name: str) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
         "num_registers": model.num_prefix_tokens - 1,
-        "init_values": block.init_values,
+        "init_values": 0.0 if block.gamma_1 is None else _DINOV3["init_values"],
         "norm_eps": model.norm.eps,
         "qkv_bias": block.attn.q_bias is not None,
         "rope_base": model.rope.temperature,
