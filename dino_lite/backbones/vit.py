@@ -40,12 +40,12 @@ class ViT(Transformer):
         patch_size: int = 16,
         in_chans: int = 3,
         drop_path: float = 0.0,
-        drop_path_by: DropPathBy = "sample",
-        drop_path_uniform: bool = False,
         position_offset: float = 0.0,
         position_antialias: bool = True,
         num_registers: int | None = None,
         mask_token: bool = False,
+        drop_path_by: DropPathBy = "sample",
+        drop_path_uniform: bool = False,
         **architecture: Any,
     ) -> None:
         architecture = {key: value for key, value in architecture.items() if value is not None}

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dino_lite.nn import masking
