@@ -190,6 +190,9 @@ def test_the_config_is_the_published_recipe(root: Path) -> None:
     text = (root / "conf/augment/dino.yaml").read_text(encoding="utf-8")
     sizes = {"global_size": 32, "local_size": 16, "num_local": 2, "where": "worker", "seed": 0}
     node = {**yaml.safe_load(text), **sizes}
+    scales = {"global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4]}  # settled for a ViT
+    assert {key: node[key] for key in scales} == dict.fromkeys(scales, "auto")
+    node |= scales
     for kind in ("global_1", "global_2", "local"):  # settled by the plan, in proportion to the size
         assert node[kind]["blur_radius"] == "auto"
         node[kind]["blur_radius"] = [0.1, 2.0]

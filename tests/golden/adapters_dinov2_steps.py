@@ -19,6 +19,7 @@ from dino_lite.methods.dinov2 import DINOv2
 from dino_lite.methods.step import Step
 from dino_lite.nn.centering import EMACentering, SinkhornKnopp
 from dino_lite.nn.heads import DINOHead
+from dino_lite.nn.masking import BlockMasking
 from dino_lite.optim.param_groups import param_groups
 from golden.adapters_core import below, crops_of, trajectory_weights
 from golden.check import Bound, Check, bound, compare
@@ -31,10 +32,11 @@ _STORED_ROUNDED = 6e-8  # float64 results stored in float32
 _CENTER_F32 = 1e-6  # B11's bound for a center in float32: some entries are near zero
 
 
-class StoredMasks:
+class StoredMasks(BlockMasking):
     """In the place of masks that are drawn: those of the case, step by step."""
 
     def __init__(self, masks: Tensor, side: int) -> None:
+        super().__init__()
         self.masks, self.side = masks.numpy(), side
 
     def draw(self, num_crops: int, grid: tuple[int, int], step: int) -> np.ndarray:
@@ -161,7 +163,7 @@ def make_method(hyper: Case, weights: Tensors, tensors: Tensors, dtype: torch.dt
         momentum=instantiate(method_config["momentum"] | {"base": hyper["momentum_teacher"]}),
         teacher_temp=instantiate(method_config["teacher_temp"] | temperature),
         centering=centerings[hyper["centering"]],
-        masking=StoredMasks(tensors["in.masks"], vit["img_size"] // vit["patch_size"]),  # type: ignore[arg-type]
+        masking=StoredMasks(tensors["in.masks"], vit["img_size"] // vit["patch_size"]),
         patch_head=patch_head if hyper["separate"] else None,
     )
     method.student.load_state_dict(weights)
