@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,10 +117,11 @@ def instantiate(config: Config, **extra: Any) -> Any:
     """Build what `_target_` names, whole tree. UserErrors pass; a target that is not there, or keys
     it has not, are one.
 
-    What goes wrong inside a constructor is its own error, with its own traceback.
+    What goes wrong inside a constructor is its own error, with its own traceback. Keys of a partial
+    are looked at now, not where it is called.
     """
     try:
-        return hydra.utils.instantiate(config, _convert_="all", **extra)
+        made = hydra.utils.instantiate(config, _convert_="all", **extra)
     except HydraException as error:
         causes = _causes(error)
         for cause in causes:
@@ -134,6 +136,13 @@ def instantiate(config: Config, **extra: Any) -> Any:
         if isinstance(cause, TypeError) and "argument" in str(cause):
             raise UserError(f"{target} does not take these keys: {cause}.") from error
         raise
+    if isinstance(made, functools.partial):
+        try:
+            inspect.signature(made.func).bind_partial(*made.args, **made.keywords)
+        except TypeError as error:
+            said = f"{config['_target_']} does not take these keys: {error}."
+            raise UserError(said) from error
+    return made
 
 
 def _causes(error: BaseException) -> list[BaseException]:

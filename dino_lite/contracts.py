@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
+
 
 class UserError(Exception):
     """What the user can mend, in one sentence: what is wrong, where, what to do. Exit code 2."""
@@ -123,12 +125,6 @@ class Tokens(NamedTuple):
     patches: Float[Tensor, "n P D"]
     registers: Float[Tensor, "n R D"] | None
     grid: tuple[int, int]  # rows, columns: P = rows * columns
-
-    def part(self, start: int, stop: int) -> Tokens:
-        """Images start to stop (exclusive)."""
-        cut = slice(start, stop)
-        registers = None if self.registers is None else self.registers[cut]
-        return Tokens(self.cls[cut], self.patches[cut], registers, self.grid)
 
 
 @runtime_checkable

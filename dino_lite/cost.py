@@ -15,7 +15,7 @@ from torch import nn
 from dino_lite.backbones.blocks import Memory, computed_part
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, instantiate
-from dino_lite.losses.prototype import LOGITS_BYTES
+from dino_lite.contracts import LOGITS_BYTES
 from dino_lite.methods.dino import DINO
 
 

@@ -259,10 +259,10 @@ def test_memory_is_set_in_every_transformer_inside() -> None:
 
 _COMPILED = """
 import torch
-from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.build import build_backbone
 torch.manual_seed(0)
-sizes = dict(image_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, drop_path=0.5)
-vit = ViT(**sizes, **CHANGES).double().train()
+sizes = dict(patch_size=8, embed_dim=16, depth=3, num_heads=2, drop_path=0.5)
+vit = build_backbone({**sizes, **CHANGES}).double().train()
 images = torch.randn(4, 3, 16, 16).double()
 found = []
 for compiled in (False, True):
@@ -323,10 +323,11 @@ def test_a_whole_step_compiles_few_graphs_and_evaluations_none(
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"mlp": "swiglu", "init_values": 0.5, "num_registers": 2},
-        {"drop_path_by": "batch"},
-        {"drop_path_by": "batch", "drop_path_uniform": True},
+        {"image_size": 16},
+        {"image_size": 16, "mlp": "swiglu", "init_values": 0.5, "num_registers": 2},
+        {"image_size": 16, "drop_path_by": "batch"},
+        {"image_size": 16, "drop_path_by": "batch", "drop_path_uniform": True},
+        {"kind": "rope", "mlp": "swiglu", "qkv_bias": True, "rope_rescale": 2.0},
     ],
 )
 def test_compiled_blocks_give_the_same_and_share_a_graph(

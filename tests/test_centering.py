@@ -20,11 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from dino_lite import distributed
-from dino_lite.contracts import Crops, Progress, Prototypes, Targets, Tokens, UserError
+from dino_lite.contracts import (
+    LOGITS_BYTES,
+    Crops,
+    Progress,
+    Prototypes,
+    Targets,
+    Tokens,
+    UserError,
+)
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
-from dino_lite.nn.centering import LOGITS_BYTES, EMACentering, SinkhornKnopp
+from dino_lite.nn.centering import EMACentering, SinkhornKnopp
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine

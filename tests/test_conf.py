@@ -9,7 +9,7 @@ import pytest
 from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.commands.pretrain import build, build_module
 from dino_lite.config import compose, config_dir, get, leaves
-from dino_lite.contracts import Evaluation
+from dino_lite.contracts import Evaluation, UserError
 from dino_lite.machine import Facts
 from dino_lite.plan import plan
 from dino_lite.runs import Run
@@ -58,6 +58,14 @@ def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
         for key, value in leaves(planned.config)
         if value == "auto" and key not in ("name", "data.labels")
     ]
+
+
+def test_keys_that_a_method_does_not_take_are_a_sentence() -> None:
+    """Another method's, which are found when it is built."""
+    words = ["backbone=vit", "+method.gram=null", "trainer.max_steps=2", "trainer.max_time=null"]
+    config = plan(compose("pretrain", words), facts()).config
+    with pytest.raises(UserError, match="DINO does not take these keys: .*gram"):
+        build_module(config, facts())
 
 
 @pytest.mark.parametrize("choice", ["adamw", "sgd", "lars"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -503,37 +501,3 @@ def test_a_run_trains_resumes_bit_equal_and_is_evaluated(tmp_path: Path) -> None
     assert torch.equal(again.blocks[1].attn.qkv.weight, a["state_dict"][name])
     attention_picture(again, torch.randn(2, 3, 16, 24), tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 1000
-
-
-_COMPILED = """
-import torch
-from dino_lite.backbones.rope import RoPEViT
-torch.manual_seed(0)
-sizes = dict(patch_size=8, embed_dim=16, depth=3, num_heads=2, mlp="swiglu", qkv_bias=True)
-vit = RoPEViT(**sizes, drop_path=0.5, rope_rescale=2.0).double().train()
-images = torch.randn(4, 3, 16, 16).double()
-found = []
-for compiled in (False, True):
-    vit.compiled = compiled
-    torch.manual_seed(1)
-    vit.zero_grad()
-    cls = vit(images, cls_only=True).cls
-    cls.square().sum().backward()
-    found.append([cls.detach(), *(p.grad.clone() for p in vit.parameters())])
-for a, b in zip(*found, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-breaks = torch._dynamo.utils.counters["graph_break"]
-assert not breaks, breaks
-assert frames <= 3, frames  # the first, those between, and the last
-print("equal")
-"""
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_and_share_a_graph(compiling: dict[str, str]) -> None:
-    """In a process of its own, since checked shapes raise false errors inside a graph."""
-    pytest.importorskip("torch._inductor.config")
-    line = [sys.executable, "-c", _COMPILED]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=compiling)
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]

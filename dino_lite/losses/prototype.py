@@ -11,9 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino_lite.contracts import Match, Prototypes, Schedule, Scores, Targets, UserError
-
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
+from dino_lite.contracts import (
+    LOGITS_BYTES,
+    Match,
+    Prototypes,
+    Schedule,
+    Scores,
+    Targets,
+    UserError,
+)
 
 
 def prototype_cross_entropy(

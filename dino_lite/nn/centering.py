@@ -8,10 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.contracts import Prototypes, UserError
+from dino_lite.contracts import LOGITS_BYTES, Prototypes, UserError
 from dino_lite.distributed import all_reduce_logsumexp, all_reduce_sum_
-
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
 class EMACentering(nn.Module):
