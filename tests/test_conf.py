@@ -64,7 +64,7 @@ def test_keys_that_a_method_does_not_take_are_a_sentence() -> None:
     """Another method's, which are found when it is built."""
     words = ["backbone=vit", "+method.gram=null", "trainer.max_steps=2", "trainer.max_time=null"]
     config = plan(compose("pretrain", words), facts()).config
-    with pytest.raises(UserError, match="DINO does not take these keys: .*gram"):
+    with pytest.raises(UserError, match=r"DINO does not take these keys: .*gram"):
         build_module(config, facts())
 
 
