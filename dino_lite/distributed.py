@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,15 @@ def start_group(accelerator: str) -> None:
         if accelerator == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
+
+
+@atexit.register
+def _leave_group() -> None:
+    """Whoever started it: gloo's threads abort a process (SIGABRT) whose interpreter ends before
+    them, one run in four.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_gather_cat(tensor: Tensor) -> Tensor:
