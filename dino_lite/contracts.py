@@ -223,18 +223,17 @@ class Targets(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Patches of the G global crops of n images as another network has them, and what each image
-    weighs: the relations among them are held (Gram anchoring).
+    """Patches of the G global crops of n images as another network has them, on the student's grid,
+    and what each image weighs: the relations among them are held (Gram anchoring).
     """
 
     patches: Float[Tensor, "G n P D"]
-    grid: tuple[int, int]  # rows, columns; may be finer than the student's
     weight: Float[Tensor, "n"]
 
     def part(self, start: int, stop: int) -> Anchor:
         """Images start to stop (exclusive), their weights as in the whole batch."""
         cut = slice(start, stop)
-        return Anchor(self.patches[:, cut], self.grid, self.weight[cut])
+        return Anchor(self.patches[:, cut], self.weight[cut])
 
 
 class Match(NamedTuple):

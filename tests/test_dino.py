@@ -150,7 +150,7 @@ def test_the_teacher_is_the_student_at_step_0() -> None:
 def test_targets_are_made_without_gradient() -> None:
     """Nothing that the teacher makes remembers how."""
     method, crops = tiny_dino(), random_crops()
-    target = method.targets(crops, START)["cls"]
+    target = method.targets(crops, START)["embedding"]
     assert isinstance(target, Targets)
     assert not any(value.requires_grad for value in target if isinstance(value, Tensor))
     scalars = make_step(method)(crops, START)
@@ -161,7 +161,9 @@ def test_targets_are_made_without_gradient() -> None:
 def test_the_temperature_follows_its_schedule() -> None:
     """0.04 at the start, 0.07 from half of the run on."""
     method, crops = tiny_dino(), random_crops()
-    temps = [method.targets(crops, Progress(step, 10, 5))["cls"].temp for step in (0, 2, 4, 9)]  # type: ignore[union-attr]
+    temps = [
+        method.targets(crops, Progress(step, 10, 5))["embedding"].temp for step in (0, 2, 4, 9)
+    ]
     assert temps == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
@@ -190,7 +192,7 @@ def test_a_state_dict_brings_everything_back() -> None:
     make_step(method)(crops, START)
     twin = tiny_dino()
     twin.load_state_dict(method.state_dict())
-    ours, theirs = (m.targets(crops, START)["cls"] for m in (method, twin))
+    ours, theirs = (m.targets(crops, START)["embedding"] for m in (method, twin))
     assert torch.equal(ours.probs(), theirs.probs())  # type: ignore[union-attr]
     assert int(twin.step) == 1
 
@@ -224,7 +226,7 @@ def test_thirty_steps_on_one_batch_lower_the_loss(num_local: int, settings: dict
 
 def disagreement(method: DINO, crops: Crops) -> Tensor:
     """Cross-entropy between the teacher's answers to two crops, of any two images."""
-    q = method.targets(crops, Progress(9, 10, 5))["cls"].probs()  # type: ignore[union-attr]
+    q = method.targets(crops, Progress(9, 10, 5))["embedding"].probs()  # type: ignore[union-attr]
     return -(q[0][:, None] * q[1].log()).sum(dim=-1)
 
 

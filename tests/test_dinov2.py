@@ -269,7 +269,6 @@ def test_the_gram_teacher_looks_at_larger_crops_where_there_are_some() -> None:
     large = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     anchor = method.targets(crops._replace(extra={"gram": large}), START)["gram"]
     assert isinstance(anchor, Anchor)
-    assert anchor.grid == (4, 4)
     assert method.gram is not None
     alone = method.gram.module(large[0])
     assert alone.grid == (8, 8)

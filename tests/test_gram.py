@@ -80,7 +80,7 @@ def test_a_finer_grid_is_resampled_before_it_is_normalized() -> None:
     coarse = torch.stack([torch.stack([oracle.shrink(m, 4, 3) for m in image]) for image in maps])
     torch.testing.assert_close(regrid(fine[0], (8, 6), (4, 3)), coarse.flatten(2).mT)
     wanted = [oracle.gram(a, b) for a, b in zip(ours, coarse.flatten(2).mT, strict=True)]
-    anchor = Anchor(fine, (8, 6), torch.tensor([0.3, 0.7]).double())
+    anchor = Anchor(regrid(fine[0], (8, 6), (4, 3))[None], torch.tensor([0.3, 0.7]).double())
     found = GramLoss("gram", Constant(2.0))(Match(tokens(ours, (4, 3)), anchor))
     torch.testing.assert_close(found, 0.3 * wanted[0] + 0.7 * wanted[1], rtol=1e-6, atol=0.0)
 
@@ -90,7 +90,7 @@ def test_rows_are_crop_major_and_weights_the_images() -> None:
     ours, theirs = randn(6, 4, 5), randn(2, 3, 4, 5)
     weight = torch.rand(3, dtype=torch.float64)
     loss = GramLoss("gram", Constant(2.0))
-    found = loss(Match(tokens(ours, (2, 2)), Anchor(theirs, (2, 2), weight)))
+    found = loss(Match(tokens(ours, (2, 2)), Anchor(theirs, weight)))
     by_image = [oracle.gram(ours[3 * g + i], theirs[g, i]) for g in range(2) for i in range(3)]
     torch.testing.assert_close(found, torch.stack(by_image) @ weight.repeat(2) / 2)
     assert loss.reads == "gram"
@@ -99,8 +99,8 @@ def test_rows_are_crop_major_and_weights_the_images() -> None:
 
 def test_parts_of_a_batch_sum_to_the_whole() -> None:
     """Micro-batches keep the weights they had in the batch, so values and gradients add up."""
-    ours, theirs = randn(2, 5, 4, 3).requires_grad_(), randn(2, 5, 16, 6)
-    anchor, loss = Anchor(theirs, (4, 4), torch.full((5,), 0.2)), GramLoss("gram", Constant(1.0))
+    ours, theirs = randn(2, 5, 4, 3).requires_grad_(), randn(2, 5, 4, 6)
+    anchor, loss = Anchor(theirs, torch.full((5,), 0.2)), GramLoss("gram", Constant(1.0))
     whole = loss(Match(tokens(ours.flatten(0, 1), (2, 2)), anchor))
     total = torch.zeros(()).double()
     for start, stop in ((0, 2), (2, 4), (4, 5)):
@@ -113,12 +113,12 @@ def test_parts_of_a_batch_sum_to_the_whole() -> None:
 
 def test_half_precision_is_computed_in_float32() -> None:
     """The value of the rounded patches, with autocast or without."""
-    ours, theirs = torch.randn(2, 9, 8).bfloat16(), torch.randn(1, 2, 36, 8).bfloat16()
+    ours, theirs = torch.randn(2, 9, 8).bfloat16(), torch.randn(1, 2, 9, 8).bfloat16()
     loss, weight = GramLoss("gram", Constant(1.0)), torch.full((2,), 0.5)
-    wanted = loss(Match(tokens(ours.float(), (3, 3)), Anchor(theirs.float(), (6, 6), weight)))
+    wanted = loss(Match(tokens(ours.float(), (3, 3)), Anchor(theirs.float(), weight)))
     ours.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss(Match(tokens(ours, (3, 3)), Anchor(theirs, (6, 6), weight)))
+        found = loss(Match(tokens(ours, (3, 3)), Anchor(theirs, weight)))
     found.backward()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.detach(), wanted)
@@ -128,7 +128,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 def test_scores_are_no_tokens() -> None:
     """A match of the wrong kind is a programmer's mistake and says which loss met it."""
     scores = Scores(torch.zeros(1, 2, 3), Prototypes(torch.eye(3)))
-    anchor = Anchor(torch.zeros(1, 2, 4, 3), (2, 2), torch.full((2,), 0.5))
+    anchor = Anchor(torch.zeros(1, 2, 4, 3), torch.full((2,), 0.5))
     with pytest.raises(TypeError, match="gram"):
         GramLoss("gram", Constant(1.0))(Match(scores, anchor))
 

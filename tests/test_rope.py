@@ -453,7 +453,7 @@ def test_sizes_that_the_patch_does_not_divide_are_refused() -> None:
 
 
 def test_the_plan_chooses_a_small_one_for_a_cpu_and_dinov3s_smallest_for_a_gpu() -> None:
-    """backbone=rope alone; the named ones move coordinates as DINOv3 does."""
+    """backbone=rope alone; coordinates move as DINOv3's do."""
     planned = {
         device: plan(
             compose("pretrain", ["backbone=rope"]),

@@ -43,7 +43,9 @@ def gram_distance(
 def regrid(
     patches: Float[Tensor, "n P D"], grid: tuple[int, int], wanted: tuple[int, int]
 ) -> Float[Tensor, "n Q D"]:
-    """Patches of another grid, by antialiased bicubic resampling in at least float32."""
+    """Patches of another grid, by antialiased bicubic resampling in at least float32; before they
+    are normalized.
+    """
     if grid == wanted:
         return patches
     wide = torch.promote_types(patches.dtype, torch.float32)
@@ -56,8 +58,7 @@ class GramLoss:
     """Adapter: `gram_distance` of every global crop, the mean over crops, by the images' weights.
 
     Of the reference's forms this is the one its recipes use: the matrix of one image (`img_level`),
-    of unit rows (`normalized`), over all tokens. The anchor's patches come to the student's grid
-    before they are normalized.
+    of unit rows (`normalized`), over all tokens.
     """
 
     def __init__(self, reads: str, weight: Schedule, remove_negative: bool = False) -> None:
@@ -67,7 +68,7 @@ class GramLoss:
         student, anchor = match.student, match.target
         if not isinstance(student, Tokens) or not isinstance(anchor, Anchor):
             raise TypeError(f"{self.reads}: Gram anchoring compares Tokens with an Anchor")
-        theirs = regrid(anchor.patches.flatten(0, 1), anchor.grid, student.grid)
+        theirs = anchor.patches.flatten(0, 1)
         distance = gram_distance(student.patches, theirs, self.remove_negative)
         by_image = distance.view(anchor.patches.shape[:2]).mean(0)
         loss: Tensor = (anchor.weight.to(by_image) * by_image).sum()

@@ -86,7 +86,7 @@ class DINO(Method):
             pairs=cross_view_pairs(len(z), len(crops.boxes)),
             weight=torch.full_like(z[0, :, 0], 1.0 / crops.num_images),
         )
-        return dict.fromkeys(self.provides, targets)
+        return {"embedding": targets}
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""

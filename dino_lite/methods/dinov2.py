@@ -155,10 +155,9 @@ class DINOv2(Method):
             # Where the data module delivers them, larger crops without distortions.
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
-            patches: Tensor = tokens.patches
-            patches = regrid(patches, tokens.grid, grid)
+            patches = regrid(tokens.patches, tokens.grid, grid)
             patches = patches.view(*anchors.shape[:2], *patches.shape[1:])  # G n P D
-            found["gram"] = Anchor(patches, grid, weight)
+            found["gram"] = Anchor(patches, weight)
         return found
 
     def _draw_masks(self, masking: BlockMasking, crops: Crops, grid: tuple[int, int]) -> Masks:
