@@ -97,6 +97,27 @@ class _GatherRows(torch.autograd.Function):
         return all_reduce_sum_(slope.clone())[ctx.own]
 
 
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """`tensor` added up over all processes; so are the gradients that come back to it, in whose
+    backward pass all of them take part.
+    """
+    if not is_distributed():
+        return tensor
+    total: Tensor = _Sum.apply(tensor)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum_(tensor.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return all_reduce_sum_(slope.clone())
+
+
 def _gather(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of every process, and where this one's begin."""
     if not is_distributed():

@@ -28,8 +28,8 @@ class ConvNet(nn.Module):
     `name` is a timm ResNet or ConvNeXt, or "resnet" with `widths` and `depths` of its stages, for
     small images: no 7x7 convolution, no max-pooling (He et al. 2016, section 4.2). `patch_size` is
     the stride of all stages together. `norm` is "batch", over all images at hand, so that
-    micro-batches and ranks change what is learned, or "group" (Wu & He 2018), image by image; a
-    ConvNeXt has its own, "layer". Blocks, to `intermediate`, are stages.
+    micro-batches change what is learned, or "group" (Wu & He 2018), image by image; a ConvNeXt has
+    its own, "layer". Blocks, to `intermediate`, are stages.
     """
 
     def __init__(

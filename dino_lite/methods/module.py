@@ -14,6 +14,7 @@ from dino_lite.contracts import Crops
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step, Watch
+from dino_lite.nn.batch_norm import across_ranks
 from dino_lite.optim.param_groups import param_groups
 
 _CHECK_EVERY = (
@@ -26,7 +27,7 @@ class PretrainModule(pl.LightningModule):
     batch.
 
     `groups` makes parameter groups of the student, `optimizer` an optimizer of those; `step` makes
-    a Step of method and optimizer.
+    a Step of method and optimizer. Batch normalization in `method` counts the images of all ranks.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        across_ranks(method)
         self.method, self.clock = method, clock
         self.make_step, self._make_optimizer, self._make_groups = step, optimizer, groups
         self.watch: Watch | None = None  # a callback's, for the steps it wants to see
