@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from dino_lite.checks import seconds
 from dino_lite.config import Config
-from dino_lite.cost import Sizes, Work, memory, sizes, work
+from dino_lite.cost import Work, memory, work
 from dino_lite.machine import Facts
 from dino_lite.peaks import Peaks, measure_peaks
+from dino_lite.sizes import Sizes, sizes
 
 
 class Efficiency(NamedTuple):

@@ -26,15 +26,17 @@ from step_process import Memory, build_ours, noise_crops
 
 from dino_lite.config import Config, compose
 from dino_lite.contracts import Progress
-from dino_lite.cost import sizes, work
+from dino_lite.cost import work
 from dino_lite.estimate import EFFICIENCY, predict, step_parts
 from dino_lite.machine import Facts, has_compiler, has_fast_bf16
 from dino_lite.methods.timing import wait_for
 from dino_lite.peaks import measure_peaks
+from dino_lite.sizes import sizes
 
 ROUND_SECONDS = 0.5  # of steps at least
 PHOTOS = ["data=folder", "data.root=none", "trainer.max_time=null", "trainer.max_epochs=100"]
-TINY = ["backbone.embed_dim=192", "backbone.depth=12", "backbone.num_heads=3"]
+VIT = "backbone=vit"  # else the plan chooses a convolutional network
+TINY = [VIT, "backbone.embed_dim=192", "backbone.depth=12", "backbone.num_heads=3"]
 LARGE = ["augment.global_size=224", "augment.local_size=96", "augment.num_local=8"]
 HEAD = ["method.head.hidden_dim=2048", "method.head.bottleneck_dim=256"]
 PAPER = [*PHOTOS, *LARGE, *HEAD, "method.head.num_prototypes=65536"]
@@ -43,10 +45,15 @@ BASE = ["backbone=vit_base", "backbone.patch_size=16"]
 # name: device, images, their side, overrides
 CONFIGURATIONS: dict[str, tuple[str, int, int, list[str]]] = {
     "dino_shapes": ("cpu", 400, 32, ["experiment=dino_shapes"]),
-    "photos_64": ("cpu", 5_000, 300, PHOTOS),
+    "photos_64": ("cpu", 5_000, 300, [*PHOTOS, VIT]),
     "photos_64_micro": (
         *("cpu", 50_000, 300),
-        [*PHOTOS, "trainer.micro_batch_size=16", "method.head.num_prototypes=16384"],
+        [*PHOTOS, VIT, "trainer.micro_batch_size=16", "method.head.num_prototypes=16384"],
+    ),
+    "photos_64_dinov2": ("cpu", 5_000, 300, [*PHOTOS, "method=dinov2"]),
+    "photos_64_dinov3": (
+        *("cpu", 5_000, 300),
+        [*PHOTOS, "method=dinov3", "method.gram.start_step=0.0"],
     ),
     "vit_tiny_8_64": (
         *("cpu", 100_000, 300),
@@ -59,6 +66,10 @@ CONFIGURATIONS: dict[str, tuple[str, int, int, list[str]]] = {
     "vit_small_16_224": ("cuda", 10**6, 400, [*PAPER, *SMALL, "loader.batch_size=64"]),
     "vit_small_16_224_256": ("cuda", 10**6, 400, [*PAPER, *SMALL, "loader.batch_size=256"]),
     "vit_base_16_224": ("cuda", 10**6, 400, [*PAPER, *BASE, "loader.batch_size=64"]),
+    "vit_base_16_224_dinov2": (
+        *("cuda", 10**6, 400),
+        ["method=dinov2", *PAPER, *BASE, "loader.batch_size=64"],
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose
 from dino_lite.contracts import Match, Progress, Prototypes, Scores, Targets, UserError
-from dino_lite.cost import memory, sizes, work
+from dino_lite.cost import memory, work
 from dino_lite.losses.coding_rate import CodingRateLoss, alignment, coding_rate, rate_scale
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
 from dino_lite.methods.dino import DINO
@@ -27,6 +27,7 @@ from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
 from dino_lite.plan import plan
 from dino_lite.runs import requested, run_name
+from dino_lite.sizes import sizes
 from test_conf import facts
 from test_dino import random_crops
 from test_health import warnings_of

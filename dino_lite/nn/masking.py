@@ -51,6 +51,11 @@ class BlockMasking:
         self.ratio, self.sample_prob, self.exact = ratio, sample_prob, exact
         self.min_patches, self.min_aspect, self.seed = min_patches, min_aspect, seed
 
+    @property
+    def part(self) -> float:
+        """Of all patches of all crops, the masked ones on average, whole numbers apart."""
+        return self.sample_prob * (self.ratio[0] + self.ratio[1]) / 2
+
     def draw(
         self, num_crops: int, grid: tuple[int, int], step: int
     ) -> Bool[np.ndarray, "num_crops rows columns"]:
