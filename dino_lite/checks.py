@@ -154,9 +154,10 @@ def _check_uses(config: Config) -> None:
                 f"method.{name}: no loss reads its prototypes; set "
                 f"method.{name}.num_prototypes=0, or choose loss=dino or another that does."
             )
-    if (method.get("patch_head") or {}).get("batch_norm"):
+    serves = "head" if method.get("patch_head", 0) is None and masks else "patch_head"
+    if (method.get(serves) or {}).get("batch_norm"):
         raise UserError(
-            "method.patch_head.batch_norm=true: masked patches differ in number, and one alone has "
+            f"method.{serves}.batch_norm=true: masked patches differ in number, and one alone has "
             "no variance; leave it out."
         )
     if config["backbone"].get("mask_token") and not masks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -58,13 +59,18 @@ def start_group(accelerator: str) -> None:
         dist.init_process_group("nccl" if accelerator == "cuda" else "gloo")
 
 
-@atexit.register
 def _leave_group() -> None:
-    """Whoever started it: gloo's threads abort a process (SIGABRT) whose interpreter ends before
-    them, one run in four.
+    """At the end of this process, whoever started the group: gloo's threads may abort it (SIGABRT)
+    where they outlive the interpreter. After an error nobody waits for the others.
     """
-    if dist.is_available() and dist.is_initialized():
+    failed = hasattr(sys, "last_value")
+    if not failed and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+atexit.register(_leave_group)
+if hasattr(os, "register_at_fork"):  # the group is the parent's
+    os.register_at_fork(after_in_child=lambda: atexit.unregister(_leave_group))
 
 
 def all_gather_cat(tensor: Tensor) -> Tensor:

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
+from dino_lite.contracts import UserError
 from dino_lite.nn.batch_norm import BatchNorm, across_ranks
 from ranks import on_ranks
 from test_pretrain import assert_same, command
 from tiny import checkpoint
 
 SIZES = {"maps": (8, 5, 3, 2), "rows": (8, 5)}
-PARTS = ((0, 5), (5, 8))  # the first process has more
+PARTS = {"5 and 3": 5, "8 and none": 8, "none and 8": 0}  # where the second process begins
 
 
 def make(kind: str) -> nn.Module:
@@ -47,9 +49,9 @@ def batch(kind: str) -> tuple[Tensor, Tensor]:
     return x * 3 + 1000, y
 
 
-def part(rank: int, kind: str) -> dict[str, Tensor]:
+def part(rank: int, kind: str, parts: str) -> dict[str, Tensor]:
     """One of two processes."""
-    cut = slice(*PARTS[rank])
+    cut = (slice(None, PARTS[parts]), slice(PARTS[parts], None))[rank]
     torch.manual_seed(1)
     norm = make(kind)
     across_ranks(norm)
@@ -57,12 +59,13 @@ def part(rank: int, kind: str) -> dict[str, Tensor]:
     return run(norm, x[cut], y[cut])
 
 
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("kind", SIZES)
-def test_two_processes_normalize_as_one(kind: str) -> None:
-    """Values, slopes of images and weights, running statistics; with 5 and 3 images."""
+def test_two_processes_normalize_as_one(kind: str, parts: str) -> None:
+    """Values, slopes of images and weights, running statistics, however images are shared."""
     torch.manual_seed(1)
     alone = run(make(kind), *batch(kind))
-    both = on_ranks(2, part, kind)
+    both = on_ranks(2, part, kind, parts)
     for name in ("first", "second", "slope"):
         torch.testing.assert_close(torch.cat([found[name] for found in both]), alone[name])
     for name in ("weight", "bias"):
@@ -85,6 +88,22 @@ def test_names_and_weights_stay_and_one_process_has_torchs() -> None:
     assert [type(part) for part in network.modules()].count(BatchNorm) == 2
     assert torch.equal(network(x), still)
     assert torch.equal(network.train()(x), wanted)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm3d(4),
+        BatchNormAct2d(4),
+    ],
+)
+def test_one_of_another_kind_is_refused(norm: nn.Module) -> None:
+    """By its name, before anything is trained."""
+    with pytest.raises(UserError, match=type(norm).__name__):
+        across_ranks(nn.Sequential(norm))
 
 
 def halves(rank: int) -> Tensor:

@@ -236,11 +236,12 @@ CONVNET = {
 }
 
 
+@pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_run_trains_measures_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """End to end; only the picture of attention is missing, and that is told."""
-    run = train(tmp_path, "baselines=true", f"backbone={json.dumps(CONVNET)}")
+    run = train(tmp_path, "baselines=true", f"backbone={json.dumps(CONVNET | {'norm': norm})}")
     assert (run / "pca.png").is_file()
     assert (run / "neighbors.png").is_file()
     assert not (run / "attention.png").exists()

@@ -300,6 +300,10 @@ def test_times_are_read(text: str, value: float) -> None:
         (["method=dinov2", "loss=simdinov2"], "no loss reads its prototypes"),
         (["method=dino", "loss=simdino"], "no loss reads its prototypes"),
         (["method=dinov2", "method.patch_head.batch_norm=true"], "one alone has no variance"),
+        (
+            ["method=dinov2", "method.patch_head=null", "method.head.batch_norm=true"],
+            r"method\.head\.batch_norm=true: masked patches",
+        ),
         (["backbone.mask_token=true"], "method.masking masks nothing"),
         (["method=dinov3", "method.gram.start_step=5"], "a fraction of the run"),
         (["method=dinov3", "method.gram.start_step=9 steps"], "longer than the run"),

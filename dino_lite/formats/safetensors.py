@@ -92,8 +92,9 @@ def load_backbone(directory: str | Path) -> nn.Module:
     try:
         weights = load_file(path)
         backbone = build_backbone(config["spec"])
-        if weights:
-            backbone.to(next(iter(weights.values())).dtype)
+        floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
+        if floats:
+            backbone.to(floats[0])
         backbone.load_state_dict(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(

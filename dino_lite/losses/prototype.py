@@ -76,6 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
                 slope_z[:, start:stop] = given
                 if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                     slope_v = weights @ rows if slope_v is None else slope_v.addmm_(weights, rows)
+                del weights  # before the next chunk's are made
         if slope_v is None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             slope_v = torch.zeros_like(v)  # no rows: DDP waits for a gradient of every parameter
         slope_g = None

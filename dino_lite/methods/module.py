@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dino_lite.contracts import Crops
+from dino_lite.distributed import world_size
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.method import Method
 from dino_lite.methods.step import Step, Watch
@@ -27,7 +28,8 @@ class PretrainModule(pl.LightningModule):
     batch.
 
     `groups` makes parameter groups of the student, `optimizer` an optimizer of those; `step` makes
-    a Step of method and optimizer. Batch normalization in `method` counts the images of all ranks.
+    a Step of method and optimizer. With several ranks, batch normalization counts the images of
+    all of them.
     """
 
     def __init__(
@@ -40,7 +42,6 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        across_ranks(method)
         self.method, self.clock = method, clock
         self.make_step, self._make_optimizer, self._make_groups = step, optimizer, groups
         self.watch: Watch | None = None  # a callback's, for the steps it wants to see
@@ -58,6 +59,8 @@ class PretrainModule(pl.LightningModule):
         """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient
         exchange.
         """
+        if world_size() > 1:
+            across_ranks(self.method)
         # A plain backward lets ranks drift apart without an error; a raw optimizer leaves
         # global_step at 0.
         self._step = self.make_step(

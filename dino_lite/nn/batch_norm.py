@@ -7,16 +7,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_lite.contracts import UserError
 from dino_lite.distributed import all_reduce_sum, is_distributed, rank, world_size
 
 
 def across_ranks(module: nn.Module) -> None:
     """Let all batch normalization within count the images of all processes, however many each has:
-    several processes then train as one does. Weights, statistics and their names stay.
+    several processes then train as one does. Weights, statistics and their names stay. One of
+    another kind than torch's usual is refused.
     """
     for part in module.modules():
-        if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        usual = type(part) in (nn.BatchNorm1d, nn.BatchNorm2d) and part.affine
+        if usual and part.track_running_stats and part.momentum is not None:
             part.__class__ = BatchNorm
+        elif isinstance(part, _BatchNorm) and not isinstance(part, BatchNorm):
+            raise UserError(
+                f"{type(part).__name__} of this network normalizes the images of each process by "
+                "themselves: train it in one process, or choose another backbone."
+            )
 
 
 class BatchNorm(_BatchNorm):
@@ -31,6 +39,8 @@ class BatchNorm(_BatchNorm):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
         num = mean.new_full((1,), x.numel() / x.shape[1])
+        # No images have no mean; their rank takes part in the sums all the same, backward too.
+        mean, var = (each.where(num > 0, 0.0) for each in (mean, var))
         # Each process fills a row of its own among zeros, so that one sum tells all of them.
         own = torch.arange(world_size(), device=x.device)[:, None] == rank()
         rows = all_reduce_sum(torch.where(own, torch.cat([num, mean, var]), 0.0))
