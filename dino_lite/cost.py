@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
+from dino_lite.backbones.blocks import PLAIN_TOKENS
 from dino_lite.contracts import LOGITS_BYTES
 from dino_lite.losses.gram import MATRIX_BYTES
 from dino_lite.sizes import Anchored, Head, Sizes
@@ -20,14 +21,15 @@ class Block(NamedTuple):
 
     # kept for the backward pass: 2·D in the weights' precision (what both norms take in) and, in
     # the run's, 6·D (what both norms give, queries, keys, values, attention) + H (before GELU; and
-    # after it, where memory is high) + 0·h·N (attention weights, which a fused kernel does not
-    # keep) + 2·D (what LayerScale takes in) + 2·D (queries and keys before they are turned); where
-    # memory is low, what the block takes in alone
+    # after it, where memory is high) + h·N and D (attention weights and scaled queries, where a CPU
+    # does without the fused kernel; turned ones are there already) + 2·D (what
+    # LayerScale takes in) + 2·D (turned queries and keys); where memory is low, what the block
+    # takes in alone
     kept_wide: float = 2.0
     kept_width: float = 6.0
     kept_hidden: float = 1.0
     kept_hidden_high: float = 2.0
-    kept_scores: float = 0.0
+    kept_plain: tuple[float, float] = (1.0, 1.0)  # times D, times h·N
     kept_layer_scale: float = 2.0
     kept_rotation: float = 2.0
     # alive at once while a block is computed without gradient, and beside the kept while it is
@@ -35,7 +37,7 @@ class Block(NamedTuple):
     forward_width: float = 3.0
     forward_hidden: float = 2.0
     backward_width: float = 2.0
-    backward_hidden: float = 2.0
+    backward_hidden: float = 2.0  # less 1, where what GELU gives is kept
     # read and written outside products: norms, sums, GELU, biases' gradients
     moved_forward: tuple[float, float] = (10.0, 2.0)  # times D, times H
     moved_backward: tuple[float, float] = (17.0, 4.0)
@@ -92,6 +94,8 @@ class Work(NamedTuple):
 def work(size: Sizes) -> Work:
     """Of one optimizer step. Left out: resampled positions, norms' and losses' own arithmetic."""
     linear = attention = moved = calls = 0.0
+    # forward: where memory is low, a block is made again, all but its last layer
+    passes = 1.0 + (size.memory == "low") * (1 - size.last_weights / size.block_weights)
     for group in size.groups:
         taught, done = group is size.groups[0], size.student_part
         crops, tokens = size.num_images * group.num_crops, group.num_tokens
@@ -99,30 +103,35 @@ def work(size: Sizes) -> Work:
         stem = 2.0 * group.num_values * size.width
         layers, scores = _block_flops(size, tokens, group.whole)
         layers_taught, scores_taught = _block_flops(size, tokens, size.teacher_whole)
-        linear += crops * (stem * (2 + taught) + layers * 3 * done + layers_taught * taught)
-        attention += crops * scores * (1 + BLOCK.attention_backward) * done
+        linear += crops * (
+            stem * (2 + taught) + layers * (passes + 2) * done + layers_taught * taught
+        )
+        attention += crops * scores * (passes + BLOCK.attention_backward) * done
         attention += crops * scores_taught * taught
         forward, backward = _block_moved(size, tokens)
-        moved += crops * (forward * (done + taught) + backward * done) * size.float_bytes
-        passes = ceil(size.num_images / size.micro_batch_size)
-        calls += passes * size.depth * (BLOCK.calls_forward + BLOCK.calls_backward)
+        moved += crops * (forward * (passes * done + taught) + backward * done) * size.float_bytes
+        parts = ceil(size.num_images / size.micro_batch_size)
+        calls += parts * size.depth * (passes * BLOCK.calls_forward + BLOCK.calls_backward)
         calls += taught * size.depth * BLOCK.calls_forward
     floats = (WEIGHTS.update + WEIGHTS.clip) * size.num_trained
-    floats += WEIGHTS.average * size.num_teacher
+    averaged = size.num_teacher - (size.anchored.num_weights if size.anchored else 0)
+    floats += WEIGHTS.average * averaged
     calls += WEIGHTS.other_calls + size.on_cpu * WEIGHTS.calls * size.num_tensors
     total = Work(linear, attention, 0.0, moved + floats * size.wide_bytes, calls)
     for head in size.heads:
         total = _add(total, _head_work(size, head))
-    return total if size.anchored is None else _add(total, _anchor_work(size, size.anchored))
+    if size.anchored is not None:
+        total = _add(total, _anchor_work(size, size.anchored), size.anchored.share)
+    return total
 
 
-def _add(a: Work, b: Work, part: float = 1.0) -> Work:
-    return Work(*(x + part * y for x, y in zip(a, b, strict=True)))
+def _add(a: Work, b: Work, share: float = 1.0) -> Work:
+    return Work(*(x + share * y for x, y in zip(a, b, strict=True)))
 
 
 def _head_work(size: Sizes, head: Head) -> Work:
     """A head, its centering and its loss."""
-    items = size.num_images * head.rows
+    items = size.num_images * head.items
     students, teachers = items * head.students, items * head.teachers
     layers = 2.0 * sum(a * b for a, b in zip(head.widths, head.widths[1:], strict=False))
     anew = head.balances * LOSS.balance_products * (_logits(size, head) > _held(size))
@@ -135,7 +144,7 @@ def _head_work(size: Sizes, head: Head) -> Work:
 
 
 def _anchor_work(size: Sizes, anchored: Anchored) -> Work:
-    """The Gram teacher's pass and the patches' matrices, on average over the run."""
+    """The Gram teacher's pass and the patches' matrices."""
     group, pairs = anchored.crops, anchored.num_patches**2
     crops = size.num_images * group.num_crops
     layers, scores = _block_flops(size, group.num_tokens, True)
@@ -144,8 +153,7 @@ def _anchor_work(size: Sizes, anchored: Anchored) -> Work:
     moved = crops * _block_moved(size, group.num_tokens)[0] * size.float_bytes
     moved += crops * LOSS.gram_moved * pairs * size.wide_bytes
     calls = size.depth * BLOCK.calls_forward
-    once = Work(linear, crops * scores, matrices, moved, calls)
-    return _add(Work(0.0, 0.0, 0.0, 0.0, 0.0), once, anchored.part)
+    return Work(linear, crops * scores, matrices, moved, calls)
 
 
 def _block_moved(size: Sizes, tokens: int) -> tuple[float, float]:
@@ -185,19 +193,19 @@ def memory(size: Sizes) -> dict[str, float]:
     for group in size.groups:
         tokens = size.micro_batch_size * group.num_crops * group.num_tokens
         kept += tokens * _kept(size, group.num_tokens, group.whole)
-        beside = BLOCK.backward_width * size.width + BLOCK.backward_hidden * size.hidden
-        beside *= size.float_bytes
+        hidden = BLOCK.backward_hidden - (size.memory != "normal")
+        beside = (BLOCK.backward_width * size.width + hidden * size.hidden) * size.float_bytes
         if size.memory == "low":  # one block at a time is made again
             beside += _block_kept(size, group.num_tokens, BLOCK.kept_hidden_high)
         back = max(back, kept + tokens * beside)
     chunk = 0.0
     for head in size.heads:
-        students = size.micro_batch_size * head.rows * head.students
+        students = size.micro_batch_size * head.items * head.students
         inner = 2 * sum(head.widths[1:-1]) + head.widths[0] + 3 * head.widths[-1]
         kept += students * inner * size.float_bytes
         back += students * inner * size.float_bytes
         item = (head.students + head.teachers) * head.num_prototypes * wide  # bytes of its logits
-        items = size.micro_batch_size * head.rows
+        items = size.micro_batch_size * head.items
         chunk = max(chunk, min(items * item, max(item, _held(size))))
     anchor = _anchor_memory(size)
     return {
@@ -206,7 +214,7 @@ def memory(size: Sizes) -> dict[str, float]:
         + anchor["stays"],
         "teacher": gradients + max(_teacher_memory(size), anchor["teacher"]),
         "loss": kept + gradients * several + slopes + chunk + anchor["loss"],
-        "backward": back + gradients * several + 2.0 * slopes + anchor["loss"],
+        "backward": back + gradients * several + 2.0 * slopes,
         "update": gradients,
     }
 
@@ -237,7 +245,7 @@ def _anchor_memory(size: Sizes) -> dict[str, float]:
         return dict.fromkeys(("stays", "teacher", "loss"), 0.0)
     group, num_patches = size.anchored.crops, size.anchored.num_patches
     crops, wide = size.num_images * group.num_crops, size.wide_bytes
-    own = group.num_values * (group.num_values != size.groups[0].num_values)
+    own = group.num_values * size.anchored.own_crops
     compared = size.micro_batch_size * group.num_crops
     matrices = min(compared * num_patches**2 * wide, MATRIX_BYTES)
     return {
@@ -249,7 +257,7 @@ def _anchor_memory(size: Sizes) -> dict[str, float]:
 
 def _logits(size: Sizes, head: Head) -> float:
     """Bytes of a batch's, the teacher's."""
-    rows = size.num_images * head.rows * head.teachers
+    rows = size.num_images * head.items * head.teachers
     return rows * head.num_prototypes * size.wide_bytes
 
 
@@ -285,6 +293,8 @@ def _block_kept(size: Sizes, tokens: int, hidden: float) -> float:
     width = BLOCK.kept_width + BLOCK.kept_layer_scale * size.layer_scale
     width += BLOCK.kept_rotation * size.rotates
     inner = width * size.width + hidden * size.hidden
-    inner += BLOCK.kept_scores * size.num_heads * tokens
+    if size.on_cpu and (tokens <= PLAIN_TOKENS or size.float_bytes == 2):
+        inner += BLOCK.kept_plain[0] * size.width * (not size.rotates)
+        inner += BLOCK.kept_plain[1] * size.num_heads * tokens
     wide = BLOCK.kept_wide * size.width * size.wide_bytes
     return size.student_part * (wide + inner * size.float_bytes)

@@ -14,8 +14,9 @@ from dino_lite.config import Config, instantiate
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.dinov2 import DINOv2
 from dino_lite.methods.snapshot import SnapshotTeacher
-from dino_lite.nn.centering import SinkhornKnopp
+from dino_lite.nn.centering import EMACentering, SinkhornKnopp
 from dino_lite.nn.heads import DINOHead
+from dino_lite.nn.masking import BlockMasking
 
 
 class Group(NamedTuple):
@@ -32,9 +33,9 @@ class Head(NamedTuple):
 
     widths: tuple[int, ...]  # from the backbone's to the bottleneck
     num_prototypes: int
-    students: int  # S, of which each is compared
-    teachers: int  # T, with these
-    rows: float = 1.0  # times an image
+    students: int  # S rows of an item, each compared
+    teachers: int  # with T
+    items: float = 1.0  # of an image: itself, or its masked patches
     balances: int = 0  # rounds of Sinkhorn-Knopp
 
     @property
@@ -44,13 +45,15 @@ class Head(NamedTuple):
 
 
 class Anchored(NamedTuple):
-    """Gram anchoring: the crops that its teacher sees, patches of a student's, and for which part
-    of the run.
+    """Gram anchoring: the crops that its teacher sees and whether they are others than the global
+    ones, patches of a student's, weights of the teacher, and for which part of the run it teaches.
     """
 
     crops: Group
+    own_crops: bool
     num_patches: int
-    part: float
+    num_weights: int
+    share: float
 
 
 class Sizes(NamedTuple):
@@ -61,10 +64,11 @@ class Sizes(NamedTuple):
     groups: tuple[Group, ...]  # global crops first
     width: int
     depth: int
-    num_heads: int
+    num_heads: int  # of attention
     hidden: int  # of a block's MLP, before its last layer
     block_weights: int  # of the layers of a block
-    heads: tuple[Head, ...]  # of class tokens first
+    last_weights: int  # of the last one of them
+    heads: tuple[Head, ...]  # projection heads, of class tokens first
     num_student: int  # weights, all
     num_entries: int  # of them those of prototypes
     num_trained: int
@@ -87,7 +91,7 @@ _BACKBONES = ("dino_lite.backbones.build.vit", "dino_lite.backbones.build.rope")
 
 def sizes(config: Config) -> Sizes | None:
     """Read a planned configuration; None where it is not one of our methods with one of our vision
-    transformers, whose cost is known.
+    transformers and with parts of ours, whose cost is known.
 
     The network is built without storage, for its numbers only.
     """
@@ -99,8 +103,10 @@ def sizes(config: Config) -> Sizes | None:
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         backbone = instantiate(config["backbone"] | {"pretrained": None})
         method = instantiate(config["method"])(backbone=backbone)
-    assert isinstance(method, DINO | DINOv2)
     assert isinstance(backbone, Transformer)
+    assert isinstance(method, DINO | DINOv2)
+    if not _is_ours(method):
+        return None
     trainer, augment = config["trainer"], config["augment"]
     ranks = trainer["devices"] * trainer["num_nodes"]
     num_images = max(1, config["loader"]["batch_size"] // ranks)
@@ -125,6 +131,7 @@ def sizes(config: Config) -> Sizes | None:
         num_heads=block.attn.num_heads,
         hidden=sum(len(layer.weight) for layer in mlp[:-1]),
         block_weights=sum(layer.weight.numel() for layer in layers),
+        last_weights=mlp[-1].weight.numel(),
         heads=heads,
         num_student=num_student,
         num_entries=sum(head.entries for head in (heads[:1] if shared else heads)),
@@ -143,6 +150,18 @@ def sizes(config: Config) -> Sizes | None:
     )
 
 
+def _is_ours(method: DINO | DINOv2) -> bool:
+    """Whether what a configuration may replace is what stands in conf/."""
+    parts: list[Any] = [(method.student.head, DINOHead)]
+    parts.append((method.centering, EMACentering | SinkhornKnopp))
+    if isinstance(method, DINOv2):
+        parts.append((method.student.of_patches, DINOHead))
+        parts.append((method.patch_centering, EMACentering | SinkhornKnopp | None))
+        parts.append((method.masking, BlockMasking | None))
+        parts.append((method.gram, SnapshotTeacher | None))
+    return all(isinstance(part, kinds) for part, kinds in parts)
+
+
 def _group(backbone: Transformer, num_crops: int, side: int, whole: bool = False) -> Group:
     """Crops of `side` pixels."""
     num_patches = (side // backbone.patch_size) ** 2
@@ -153,10 +172,14 @@ def _group(backbone: Transformer, num_crops: int, side: int, whole: bool = False
 def _anchored(
     backbone: Transformer, gram: SnapshotTeacher, augment: Config, num_patches: int
 ) -> Anchored:
-    start = gram.start_step
-    part = 1.0 - start if isinstance(start, float) else 1.0  # of steps and epochs: all of it
-    side = augment["gram_size"] or augment["global_size"]
-    return Anchored(_group(backbone, 2, side), num_patches, part)
+    start, own = gram.start_step, augment["gram_size"]
+    return Anchored(
+        _group(backbone, 2, own or augment["global_size"]),
+        own is not None,
+        num_patches,
+        sum(weight.numel() for weight in gram.parameters()),
+        1.0 if start is None or isinstance(start, str) else 1.0 - start,  # steps, epochs: all of it
+    )
 
 
 def _heads(method: Any, num_teacher: int, num_student: int, num_patches: int) -> tuple[Head, ...]:
@@ -164,18 +187,18 @@ def _heads(method: Any, num_teacher: int, num_student: int, num_patches: int) ->
     heads = [_head(method.student.head, method.centering, num_student, num_teacher)]
     masking = getattr(method, "masking", None)
     if masking is not None:
-        rows = num_teacher * masking.part * num_patches
-        heads.append(_head(method.student.of_patches, method.patch_centering, 1, 1, rows))
+        masked = num_teacher * masking.mean_masked(num_patches)
+        heads.append(_head(method.student.of_patches, method.patch_centering, 1, 1, masked))
     return tuple(heads)
 
 
 def _head(
-    head: DINOHead, centering: nn.Module, students: int, teachers: int, rows: float = 1.0
+    head: DINOHead, centering: nn.Module, students: int, teachers: int, items: float = 1.0
 ) -> Head:
     layers = _layers(head.mlp)
     widths = (layers[0].in_features, *(len(layer.weight) for layer in layers))
     balances = centering.num_iterations if isinstance(centering, SinkhornKnopp) else 0
-    return Head(widths, head.num_prototypes, students, teachers, rows, balances)
+    return Head(widths, head.num_prototypes, students, teachers, items, balances)
 
 
 def _layers(module: nn.Module) -> list[Any]:

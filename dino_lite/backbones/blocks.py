@@ -23,7 +23,7 @@ DropPathBy = Literal["sample", "batch"]
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
 # Sines and cosines by which the queries and keys of the last P tokens, patches, are turned.
 Rotation = tuple[Float[Tensor, "P d"], Float[Tensor, "P d"]]
-_PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
+PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
 
 
 def set_memory(network: nn.Module, memory: Memory, compiled: bool) -> None:
@@ -132,7 +132,7 @@ def attention(
 ) -> Float[Tensor, "n heads M d"]:
     """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
     slopes = torch.is_grad_enabled() and query.device.type == "cpu"
-    if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= _PLAIN_TOKENS):
+    if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= PLAIN_TOKENS):
         return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
