@@ -22,9 +22,8 @@ class Block(NamedTuple):
     # kept for the backward pass: 2·D in the weights' precision (what both norms take in) and, in
     # the run's, 6·D (what both norms give, queries, keys, values, attention) + H (before GELU; and
     # after it, where memory is high) + h·N and D (attention weights and scaled queries, where a CPU
-    # does without the fused kernel; turned ones are there already) + 2·D (what
-    # LayerScale takes in) + 2·D (turned queries and keys); where memory is low, what the block
-    # takes in alone
+    # does without the fused kernel; turned ones are there already) + 2·D (what LayerScale takes in)
+    # + 2·D (turned queries and keys); where memory is low, what the block takes in alone
     kept_wide: float = 2.0
     kept_width: float = 6.0
     kept_hidden: float = 1.0

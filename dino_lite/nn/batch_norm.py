@@ -22,8 +22,8 @@ def across_ranks(module: nn.Module) -> None:
             part.__class__ = BatchNorm
         elif isinstance(part, _BatchNorm) and not isinstance(part, BatchNorm):
             raise UserError(
-                f"{type(part).__name__} of this network normalizes the images of each process by "
-                "themselves: train it in one process, or choose another backbone."
+                f"{type(part).__name__} in this network would normalize the images of each process "
+                "apart from the others': train it in one process, or choose another backbone."
             )
 
 
