@@ -145,6 +145,17 @@ def instantiate(config: Config, **extra: Any) -> Any:
     return made
 
 
+def class_of(node: Config) -> Any:
+    """The class or function that `_target_` names, imported but not called."""
+    target = str(node["_target_"])
+    try:
+        return hydra.utils.get_object(target)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{target} cannot be imported ({error}): code of your own must be on PYTHONPATH."
+        ) from error
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """The error and all that led to it, the first cause last."""
     chain = [error]

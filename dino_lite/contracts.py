@@ -7,7 +7,7 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -237,13 +237,15 @@ class Anchor(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What the student made beside what it is held against: the one thing a loss reads.
+    """The student's outputs and what they are compared with: the one argument of a loss.
 
-    Tokens of several crops of each image are crop-major: rows "G*n".
+    Both are whatever the losses that read this match understand: `Scores` or `Tokens`, against
+    `Targets` or an `Anchor`, or types of a method's own. Tokens of several crops of each image are
+    crop-major: rows "G*n".
     """
 
-    student: Scores | Tokens
-    target: Targets | Anchor
+    student: object
+    target: object
 
 
 @runtime_checkable
@@ -253,20 +255,27 @@ class Divisible(Protocol):
     def part(self, start: int, stop: int) -> Any: ...
 
 
-StepOutputs = dict[str, Match]  # a loss whose match is not there has its time still to come
+StepOutputs = dict[str, Match]  # a loss whose match is missing is not active yet
 StepTargets = dict[str, Divisible]
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """One term of the objective. `reads` names the Match it takes; a method says in `provides` what
-    it offers.
+class Loss:
+    """One term of the objective. Abstract.
+
+    `reads` names the Match it takes, one of the method's `provides`. The class says whether the
+    result depends on which images share a micro-batch (`mixes_images`), and whether it needs no
+    patches of the `Tokens` it reads (`cls_only`; the forward pass may then skip them).
     """
+
+    mixes_images: bool = False
+    cls_only: ClassVar[bool] = False
 
     reads: str
     weight: Schedule
 
-    def __call__(self, match: Match) -> Float[Tensor, ""]: ...
+    def __call__(self, match: Match) -> Float[Tensor, ""]:
+        """The mean over images, unweighted."""
+        raise NotImplementedError
 
 
 @runtime_checkable

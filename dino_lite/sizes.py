@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
 
 
 _METHODS = ("dino_lite.methods.dino.DINO", "dino_lite.methods.dinov2.DINOv2")
-_BACKBONES = ("dino_lite.backbones.build.vit", "dino_lite.backbones.build.rope")
+_BACKBONES = ("dino_lite.backbones.spec.vit", "dino_lite.backbones.spec.rope")
 
 
 def sizes(config: Config) -> Sizes | None:

@@ -25,8 +25,8 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
-from dino_lite.plan import plan
-from dino_lite.runs import requested, run_name
+from dino_lite.planning.plan import plan
+from dino_lite.runs.identity import requested, run_name
 from dino_lite.sizes import sizes
 from test_conf import facts
 from test_dino import random_crops
@@ -270,7 +270,7 @@ def test_with_prototypes_both_matches_are_one() -> None:
     backbone = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     both, crops = DINO(backbone, head, Constant(0.9), Constant(0.04)), random_crops(3, 0)
     found = both.compare(crops, both.targets(crops, Progress(0, 1, 1)))
-    assert tuple(found) == both.provides == ("embedding", "cls")
+    assert tuple(found) == both.provides == ("embedding", "tokens", "cls")
     assert found["embedding"] is found["cls"]
 
 

@@ -9,12 +9,12 @@ from typing import cast
 import pytest
 import torch
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
 from dino_lite.eval.linear import Linear
+from dino_lite.runs.subject import build_evaluations
 from golden.adapters_linear import d24_grid, d24_run
 from pooled import draw_pooled, draw_task, shades, small_vit, store_of
 from test_golden import cases, check_golden

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dino_lite.checkpoints import open_backbone
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_pretrain import assert_same, command
 from tiny import checkpoint, tiny_command
 
@@ -60,7 +60,7 @@ def test_a_run_is_bit_equal_to_one_that_was_interrupted(method: str, tmp_path: P
         rows = list(csv.DictReader(file))
     assert TERMS[method] <= set(rows[0])
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
-    backbone, _ = open_backbone(whole / "checkpoints" / "last.ckpt")
+    backbone = open_backbone(find_checkpoint(str(whole), "runs")).backbone
     assert backbone.patch_size == 4
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_lite.checkpoints import find_checkpoint, results_file
 from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
 from dino_lite.config import compose, put, quote_override, save, unquote
@@ -26,10 +25,12 @@ from dino_lite.eval.gallery import PICTURES
 from dino_lite.report.charts import line_chart, number
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page
-from dino_lite.report.pictures import data_uri, find_pictures
 from dino_lite.report.story import read_story, reproduce, results_of
+from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
-from dino_lite.runs import Run, absolute_paths, requested
+from dino_lite.runs.checkpoint import find_checkpoint, results_file
+from dino_lite.runs.folder import Run
+from dino_lite.runs.identity import absolute_paths, requested
 from test_importers import pretend_download, saved, small
 from tiny import photos, train
 
@@ -452,7 +453,7 @@ def test_foreign_weights_have_a_page_each_with_their_results(
     files = [saved(small().state_dict(), tmp_path, name) for name in ("a.pth", "b.pth")]
     pages = []
     for place, checkpoint in enumerate([*files, "timm:test_vit"]):
-        results = results_file(find_checkpoint(str(checkpoint), tmp_path))
+        results = find_checkpoint(str(checkpoint), tmp_path).results_file
         results.write_text(json.dumps({"knn@shapes": result(31.0 + place)}))
         asked = compose("report", [f"checkpoint='{checkpoint}'", f"runs_dir={tmp_path}"])
         pages.append(run_report(asked))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -16,6 +15,7 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.robustness import CORRUPTIONS, Robustness, blur, color, crop, noise
 from dino_lite.eval.store import FeatureStore
+from dino_lite.runs.subject import build_evaluations
 from test_features import images, vit
 
 NUMBERS = np.arange(4)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_lite.backbones.blocks import DropPathBy, Rotation
-from dino_lite.backbones.layouts import mlp_of
-from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
+from dino_lite.backbones.transformer import Transformer, is_plain, mlp_of, timm_vit
 from dino_lite.contracts import UserError
 
 _DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there, the others zeros

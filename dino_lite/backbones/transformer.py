@@ -224,3 +224,13 @@ def _is_plain_block(block: Any) -> bool:
         and isinstance(mlp.fc1, nn.Linear)
         and not any(part.p for part in block.modules() if isinstance(part, nn.Dropout))
     )
+
+
+def mlp_of(width: int, hidden: int, gated: bool) -> dict[str, Any]:
+    """Kind and ratio of an MLP of `hidden` numbers between its two layers."""
+    if gated:
+        hidden = -(-hidden * 3 // 2)  # two thirds of it, in whole eights, are left
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # as timm counts
+        ratio = (hidden + 0.5) / width
+    return {"mlp": "swiglu" if gated else "gelu", "mlp_ratio": ratio}

@@ -4,20 +4,30 @@ training.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import KNN
 from dino_lite.eval.store import FeatureStore
+
+
+class Baseline(NamedTuple):
+    """What a backbone is compared with; baselines of equal `key` have equal results."""
+
+    title: str
+    key: str
+    build: Callable[[], Any]
 
 
 class RawPixels(nn.Module):
@@ -98,3 +108,21 @@ def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> 
         "knn_trained": round(after["top1"], 2),
         "knn_protocol": f"k={after['top1_k']}, {after['protocol']}",
     }
+
+
+def baselines_of(backbone: Backbone, data: CleanData, seed: int) -> list[Baseline]:
+    """Raw pixels, and the same network with fresh weights drawn from `seed`."""
+    scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]
+    device = device_of(backbone)
+    return [
+        Baseline(
+            "raw pixels",
+            json.dumps([data.size, backbone.patch_size, backbone.in_chans]),
+            lambda: raw_pixels(data, backbone.patch_size).to(device),
+        ),
+        Baseline(
+            "untrained",
+            json.dumps([backbone.spec, data.size, scale]),
+            lambda: untrained(backbone, seed),
+        ),
+    ]

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import dino_lite
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.opened import Opened
+from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "dino_lite backbone"
@@ -51,7 +52,7 @@ def export_safetensors(
     }
     config = {
         "format": _FORMAT,
-        "version": dino_lite.__version__,
+        "version": __version__,
         "spec": backbone.spec,
         "embed_dim": backbone.embed_dim,
         "patch_size": backbone.patch_size,
@@ -80,6 +81,13 @@ def export_safetensors(
         "files": [WEIGHTS, CONFIG],
         "largest_difference": difference,
     }
+
+
+def open_export(directory: str | Path) -> Opened:
+    """The backbone that `export_safetensors` wrote, and what config.json says about it."""
+    about = read_config(directory)
+    mean, std = tuple(about["mean"]), tuple(about["std"])
+    return Opened(load_backbone(directory), about["image_size"], mean, std, about.get("card") or {})
 
 
 def load_backbone(directory: str | Path) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Match, Schedule, Scores, Targets, UserError
+from dino_lite.contracts import Loss, Match, Schedule, Scores, Targets, UserError
 
 
 def alignment(z: Float[Tensor, "S n E"], targets: Targets) -> Float[Tensor, ""]:
@@ -56,7 +56,7 @@ def rate_scale(num: int, width: int, eps: float) -> float:
     return eps * math.sqrt(num / (width * min(num, width)))
 
 
-class CodingRateLoss:
+class CodingRateLoss(Loss):
     """Adapter: alignment of the Match called `reads`, less `gamma` times the scaled coding rate of
     the student's crops that are the teacher's too.
 

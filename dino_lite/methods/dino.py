@@ -18,6 +18,7 @@ from dino_lite.contracts import (
     StepOutputs,
     StepTargets,
     Targets,
+    Tokens,
 )
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods.method import Method
@@ -33,19 +34,27 @@ class Student(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
-        """Class features through the head: one backbone call a crop size, one head call in all."""
-        cls = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups]
-        z: Tensor = self.head(torch.cat(cls))  # S*n E
-        return z.reshape(-1, groups[0].shape[1], z.shape[-1])
+    def forward(
+        self, groups: list[Float[Tensor, "_ n C _ _"]], patches: bool = False
+    ) -> tuple[Float[Tensor, "S n E"], Tokens]:
+        """Class features through the head, one backbone call per crop size; and the tokens of the
+        first group, rows "G*n", which have patches only on request.
+        """
+        tokens: Tokens = self.backbone(groups[0].flatten(0, 1), cls_only=not patches)
+        others = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups[1:]]
+        z: Tensor = self.head(torch.cat([tokens.cls, *others]))  # S*n E
+        return z.reshape(-1, groups[0].shape[1], z.shape[-1]), tokens
 
 
 class DINO(Method):
     """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all of them.
 
-    `head` makes a projection head from the backbone's width. Provides the match "embedding" and,
-    where the head has prototypes, the same again as "cls".
+    `head` makes a projection head from the backbone's width. Provides the matches "embedding",
+    "tokens" (of the student's global crops) and, where the head has prototypes, the embedding again
+    as "cls".
     """
+
+    inherits = ("head", "center_momentum")
 
     student: Student
     step: Tensor
@@ -62,7 +71,7 @@ class DINO(Method):
         self.student = Student(backbone, head(backbone.embed_dim))
         self.teachers = nn.ModuleDict({"ema": EMATeacher(self.student, momentum)})
         self.num_prototypes = self.student.head.num_prototypes
-        self.provides = ("embedding", "cls") if self.num_prototypes else ("embedding",)
+        self.provides = ("embedding", "tokens", *(("cls",) if self.num_prototypes else ()))
         self.centering = EMACentering(self.num_prototypes, center_momentum)
         self.teacher_temp = teacher_temp
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -77,7 +86,7 @@ class DINO(Method):
         """The teacher's centered, sharpened distributions over the batch's global crops; without
         prototypes its vectors alone.
         """
-        z = self.ema.module([crops.globals_])  # T n E
+        z, _ = self.ema.module([crops.globals_])  # T n E
         targets = centered(
             z,
             self.ema.module.head,
@@ -91,9 +100,10 @@ class DINO(Method):
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""
         groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
-        scores = Scores(z=self.student(groups), prototypes=self.student.head.prototypes())
-        match = Match(student=scores, target=cast(Targets, targets["embedding"]))
-        return dict.fromkeys(self.provides, match)
+        z, tokens = self.student(groups, patches=self.needs_patches)
+        target = targets["embedding"]
+        match = Match(Scores(z, self.student.head.prototypes()), target)
+        return dict.fromkeys(self.provides, match) | {"tokens": Match(tokens, target)}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Teacher and center follow, and the step is counted."""

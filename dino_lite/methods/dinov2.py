@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -67,10 +67,13 @@ class DINOv2(Method):
     `head` and `patch_head` make projection heads from the backbone's width (None: one serves both),
     `centering` a centering from a number of prototypes, one for class tokens and one for patches.
     Without `masking` there is no patch objective. `gram` makes the teacher that patches are
-    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "koleo"
-    (tokens of the student's global crops), with masks "patch_embedding", with a Gram teacher
+    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "tokens"
+    (of the student's global crops), with masks "patch_embedding", with a Gram teacher
     "gram"; where heads have prototypes, embeddings again as "cls" and "patch".
     """
+
+    inherits = ("head", "patch_head", "centering", "masking")
+    not_inherited = ("step", "teachers.gram.")
 
     student: Student
     step: Tensor
@@ -108,7 +111,7 @@ class DINOv2(Method):
         offered = {
             "embedding": True,
             "cls": self.student.head.num_prototypes > 0,
-            "koleo": True,
+            "tokens": True,
             "patch_embedding": masking is not None,
             "patch": masking is not None and self.student.of_patches.num_prototypes > 0,
             "gram": gram is not None,
@@ -178,7 +181,7 @@ class DINOv2(Method):
         """
         student, masked = self.student, cast("Masked | None", targets.get("patch_embedding"))
         mask = None if masked is None else masked.masks.mask.flatten(0, 1)  # G*n P
-        whole = masked is not None or "gram" in targets
+        whole = masked is not None or "gram" in targets or self.needs_patches
         tokens: Tokens = student.backbone(
             crops.globals_.flatten(0, 1), mask=mask, cls_only=not whole
         )
@@ -190,7 +193,7 @@ class DINOv2(Method):
         of_cls = cast(Targets, targets["embedding"])
         outputs = {
             "embedding": Match(Scores(z, student.head.prototypes()), of_cls),
-            "koleo": Match(tokens, of_cls),
+            "tokens": Match(tokens, of_cls),
         }
         if masked is not None:
             z = student.of_patches(masked.masks.select(tokens.patches))[None]  # 1 M E
@@ -214,8 +217,19 @@ class DINOv2(Method):
         self.step += 1
         self._num_steps = None if self._num_steps is None else self._num_steps + 1
 
-    def begin(self) -> None:
-        """The Gram teacher is the teacher that the run begins with."""
+    @classmethod
+    def requires_weights(cls, settings: Mapping[str, Any]) -> str | None:
+        """Gram anchoring from the first step needs a network that has learned something."""
+        if (settings.get("gram") or {}).get("start_step") != 0:
+            return None
+        return (
+            "method.gram.start_step=0 without checkpoint=: patches would be anchored to a network "
+            "that has learned nothing"
+        )
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """As every method; the Gram teacher is the teacher that the run begins with."""
+        super().begin(weights)
         if self.gram is not None:
             self.gram.module.load_state_dict(self.ema.module.backbone.state_dict())
 

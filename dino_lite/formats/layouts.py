@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.dinov3 import BASE as DINOV3_BASE
-from dino_lite.backbones.dinov3 import rename
+from dino_lite.backbones.transformer import mlp_of
 from dino_lite.contracts import UserError
+from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
+from dino_lite.formats.dinov3 import rename
 
 LOOKED_FOR = (
     "looked for a class token and blocks as dino_lite, DINO, DINOv2, DINOv3, timm and Hugging Face "
@@ -266,13 +267,3 @@ def _mlp_shape(weights: dict[str, Tensor]) -> tuple[int, bool]:
     """Numbers between an MLP's two layers, and whether as many more gate them."""
     hidden, first = weights["blocks.0.mlp.fc2.weight"].shape[1], "blocks.0.mlp.fc1.weight"
     return hidden, first in weights and weights[first].shape[0] == 2 * hidden
-
-
-def mlp_of(width: int, hidden: int, gated: bool) -> dict[str, Any]:
-    """Kind and ratio of an MLP of `hidden` numbers between its two layers."""
-    if gated:
-        hidden = -(-hidden * 3 // 2)  # two thirds of it, in whole eights, are left
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # as timm counts
-        ratio = (hidden + 0.5) / width
-    return {"mlp": "swiglu" if gated else "gelu", "mlp_ratio": ratio}

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from dino_lite.backbones.files import read_about, read_tensors, weights_file
-from dino_lite.backbones.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.backbones.rope import is_dinov3
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
+from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
+from dino_lite.formats.opened import Fit, Opened
+from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-
-class Fit(NamedTuple):
-    """Names of weights in a file that were left unused, and of those that had to be adapted."""
-
-    unused: list[str]
-    adapted: list[str]
-
-
-class Opened(NamedTuple):
-    """What is known of weights that somebody else made."""
-
-    layout: str
-    num_weights: int
-    fit: Fit
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    spec: dict[str, Any]
-
-    def sentences(self) -> list[str]:
-        """What matched, what did not, and what was read out of the shapes."""
-        told = [
-            f"weights in {self.layout}'s layout: all {self.num_weights} of the backbone are there",
-            "built as " + ", ".join(f"{key}={value}" for key, value in self.spec.items()),
-        ]
-        if self.fit.unused:
-            told.append(f"left unused: {_summary(self.fit.unused, 2)}")
-        if self.fit.adapted:
-            told.append(f"adapted: {_summary(self.fit.adapted, 4)}")
-        return told
 
 
 def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
@@ -64,11 +33,8 @@ def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
     return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
 
 
-def open_weights(
-    path: str | Path, key: str = "checkpoint", **overrides: Any
-) -> tuple[Transformer, Opened]:
-    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face,
-    in eval mode, and what is known of it.
+def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
+    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
 
     Its architecture is read from shapes and from config.json beside the file; `overrides` (a
     spec's keywords) say what neither tells. `key` is what the user set to `path`, for messages.
@@ -82,10 +48,10 @@ def open_weights(
         )
     own = about.get("spec")  # of an export
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
-    return _open(spec, found, about, asked)
+    return _open(spec, found, about, asked, weights_file(path).name)
 
 
-def open_timm(name: str) -> tuple[Transformer, Opened]:
+def open_timm(name: str) -> Opened:
     """The timm model `name` with its published weights, downloaded unless the cache has them."""
     asked = f"checkpoint=timm:{name}"
     try:
@@ -110,7 +76,7 @@ def open_timm(name: str) -> tuple[Transformer, Opened]:
             "this model no published weights?"
         ) from error
     found = _find(dict(model.state_dict()), {"architecture": name}, asked)
-    return _open(spec, found, {"pretrained_cfg": about}, asked)
+    return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
 
 
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
@@ -123,26 +89,24 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
-    from dino_lite.backbones.build import build_backbone  # which fills from here
-
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return cast(Transformer, build_backbone(spec))
 
 
 def _open(
-    spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str
-) -> tuple[Transformer, Opened]:
+    spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str, name: str
+) -> Opened:
     backbone = _empty(spec).to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
-    opened = Opened(
-        layout=found.layout.name,
-        num_weights=len(backbone.state_dict()),
-        fit=fit,
+    mean, std = _normalization(about, backbone.in_chans)
+    return Opened(
+        backbone=backbone,
         image_size=_image_size(backbone, about),
-        **_normalization(about, backbone.in_chans),
-        spec=backbone.spec,
+        mean=mean,
+        std=std,
+        card={"weights": name, "layout": fit.layout},
+        fit=fit,
     )
-    return backbone, opened
 
 
 def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
@@ -185,7 +149,7 @@ def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
         )
     backbone.load_state_dict(weights)
     changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
-    return Fit(unused, changed)
+    return Fit(found.layout.name, len(own), unused, changed)
 
 
 def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
@@ -214,7 +178,7 @@ def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     return torch.cat([learned[:, :1], sampled], dim=1)
 
 
-def _normalization(about: dict[str, Any], in_chans: int) -> dict[str, tuple[float, ...]]:
+def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ...]]:
     """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
     about = about | (about.get("pretrained_cfg") or {})
     found = []
@@ -222,14 +186,4 @@ def _normalization(about: dict[str, Any], in_chans: int) -> dict[str, tuple[floa
         told = next((about[name] for name in names if name in about), usual)
         values = tuple(float(value) for value in told)
         found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
-    return {"mean": found[0], "std": found[1]}
-
-
-def _summary(names: list[str], num_parts: int) -> str:
-    """The first parts of names, without their last and with * for blocks' numbers, counted."""
-    split = [re.sub(r"\.\d+(?=\.)", ".*", name).split(".") for name in names]
-    short = Counter(".".join(parts[:-1][:num_parts]) or parts[0] for parts in split)
-    kinds = sorted(short.items(), key=lambda kind: -kind[1])
-    shown = ", ".join(f"{kind} ({num})" if num > 1 else kind for kind, num in kinds[:4])
-    rest = sum(num for _, num in kinds[4:])
-    return f"{shown} and {rest} more" if rest else shown
+    return found

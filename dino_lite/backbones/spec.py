@@ -1,0 +1,21 @@
+"""A backbone from its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.vit import ViT
+
+# By `kind` in a backbone's spec; a spec without one is a ViT's.
+_KINDS: dict[str, Callable[..., nn.Module]] = {"vit": ViT, "rope": RoPEViT, "convnet": ConvNet}
+
+
+def build_backbone(spec: dict[str, Any]) -> nn.Module:
+    """The backbone that `spec` (a Backbone's own, plain JSON) describes, with fresh weights."""
+    keywords = dict(spec)
+    return _KINDS[keywords.pop("kind", "vit")](**keywords)
