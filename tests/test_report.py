@@ -28,7 +28,7 @@ from dino_lite.report.page import duration, page
 from dino_lite.report.story import read_story, reproduce, results_of
 from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
-from dino_lite.runs.checkpoint import find_checkpoint, results_file
+from dino_lite.runs.checkpoint import find_checkpoint
 from dino_lite.runs.folder import Run
 from dino_lite.runs.identity import absolute_paths, requested
 from test_importers import pretend_download, saved, small
