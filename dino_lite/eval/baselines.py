@@ -110,6 +110,17 @@ def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> 
     }
 
 
+def baseline_table(results: dict[str, Any]) -> str:
+    """What `knn_against_baselines` returned, as lines of text."""
+    rows = [
+        ("raw pixels", "knn_raw_pixels"),
+        ("untrained network", "knn_untrained"),
+        ("trained (teacher)", "knn_trained"),
+    ]
+    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
+    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
+
+
 def baselines_of(backbone: Backbone, data: CleanData, seed: int) -> list[Baseline]:
     """Raw pixels, and the same network with fresh weights drawn from `seed`."""
     scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]

@@ -46,17 +46,6 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
                 console.print(_records(found["table"]))
 
 
-def baseline_table(results: Mapping[str, Any]) -> str:
-    """The three numbers that say whether anything was learned."""
-    rows = [
-        ("raw pixels", "knn_raw_pixels"),
-        ("untrained network", "knn_untrained"),
-        ("trained (teacher)", "knn_trained"),
-    ]
-    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
-    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
-
-
 def print_comparison(rows: Sequence[Any]) -> None:
     """A line for each of `rows` (name, checkpoint, image_size, results), a column for each
     evaluation; then how they were measured, with those settings that hold for all.

@@ -8,10 +8,9 @@ from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
-from dino_lite.eval.baselines import knn_against_baselines
+from dino_lite.eval.baselines import baseline_table, knn_against_baselines
 from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
-from dino_lite.report.terminal import baseline_table
 from dino_lite.runs.folder import Run
 
 _NUM_DRAWN = 2000  # training images among which neighbors are looked for
