@@ -10,10 +10,17 @@ from typing import Any, cast
 
 import torch
 
+from dino_lite.backbones.build import Trust, check_spec, is_trusted, untrusted
 from dino_lite.backbones.files import read_about, weights_file
-from dino_lite.backbones.weights import Opened, fit_positions, open_timm, open_weights
-from dino_lite.config import Config, instantiate, load
-from dino_lite.contracts import Splits, UserError
+from dino_lite.backbones.weights import (
+    Opened,
+    fit_positions,
+    load_pretrained,
+    open_timm,
+    open_weights,
+)
+from dino_lite.config import Config, instantiate, load, locate, targets
+from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.facts import first_readable
 from dino_lite.formats.safetensors import load_backbone, read_config
 from dino_lite.methods.method import Method
@@ -90,22 +97,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
+def demand_trust(node: Any, trust: Trust, where: Path) -> Any:
+    """`node` of a saved configuration, if all it names is code of dino_lite or of packages that
+    `trust` names; else UserError, and nothing of that code is imported.
+    """
+    for target in targets(node):
+        ours = target.startswith("dino_lite.") and locate(target).__module__
+        if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
+            raise untrusted(str(where), target)
+    return node
+
+
+def open_backbone(checkpoint: Path, trust: Trust = ()) -> tuple[Backbone, Config]:
     """The backbone of a checkpoint (the teacher's), of an export, or of weights somebody else made,
     in eval mode, and what is known of it.
 
     Known are in_chans, image_size, mean, std, card (plain JSON: what trained it), data (its run's
     data configuration or None), and of somebody else's weights `told`: sentences on what fitted.
+    Code of other packages is imported only from those that `trust` names.
     """
     if checkpoint.is_dir():
         about = read_config(checkpoint)
-        return load_backbone(checkpoint), about | {"data": None}
+        return load_backbone(checkpoint, trust), about | {"data": None}
     run = run_of(checkpoint)
     if run is None:
         name = checkpoint.name
         timms = name.startswith(_TIMM)
         return _about(name, *(open_timm(name[len(_TIMM) :]) if timms else open_weights(checkpoint)))
     config = load(run.config_file)
+    demand_trust([config["backbone"], config["method"]], trust, run.config_file)
     content = read_checkpoint(checkpoint)
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
     method = build_method(config | {"backbone": network, "checkpoint": None})
@@ -127,7 +147,7 @@ def open_backbone(checkpoint: Path) -> tuple[Any, Config]:
     return method.export_backbone().float().eval(), about
 
 
-def _about(name: str, backbone: Any, opened: Opened) -> tuple[Any, Config]:
+def _about(name: str, backbone: Backbone, opened: Opened) -> tuple[Backbone, Config]:
     """Somebody else's backbone in `open_backbone`'s words."""
     return backbone, {
         "in_chans": backbone.in_chans,
@@ -148,7 +168,7 @@ def asked_data(config: Config, checkpoint: Path, about: Config) -> Config:
             raise UserError(
                 f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
-        return dict(about["data"])
+        return dict(demand_trust(about["data"], config.get("trust"), checkpoint))
     if asked.get("channels") == 3:  # what stands there where nobody asked
         return asked | {"channels": about["in_chans"]}
     return asked
@@ -180,8 +200,11 @@ def results_file(checkpoint: Path) -> Path:
 
 def begin_config(config: Config) -> Config:
     """`config` with the backbone, heads, centering and masking of the run that `checkpoint` names,
-    if it names one: they must fit, so nobody has to say them again.
+    if it names one: they must fit, so nobody has to say them again. `trust` is read here and left
+    out of what comes back: it is neither saved nor hashed.
     """
+    config = dict(config)
+    trust = config.pop("trust", None)
     if not config.get("checkpoint"):
         if (config["method"].get("gram") or {}).get("start_step") == 0:
             raise UserError(
@@ -191,6 +214,8 @@ def begin_config(config: Config) -> Config:
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = load(run.config_file)
+    if [*targets(before["backbone"])] != [*targets(config["backbone"])]:  # which the user named
+        demand_trust(before["backbone"], trust, run.config_file)
     if before["method"]["_target_"] != config["method"]["_target_"]:
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
@@ -199,6 +224,7 @@ def begin_config(config: Config) -> Config:
     new, old = config["backbone"], before["backbone"]
     own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     method = {key: before["method"][key] for key in _HEADS if key in before["method"]}
+    demand_trust(method, trust, run.config_file)
     return config | {
         "backbone": old | own,
         "method": config["method"] | method,
@@ -210,7 +236,12 @@ def build_method(config: Config) -> Method:
     that `checkpoint` names.
     """
     torch.manual_seed(int(config["seed"]))
-    method = instantiate(config["method"])(backbone=instantiate(config["backbone"]))
+    make, network = instantiate(config["method"]), dict(config["backbone"])
+    pretrained = network.pop("pretrained", None)
+    backbone = check_spec(instantiate(network))
+    if pretrained:
+        load_pretrained(backbone, pretrained)
+    method = make(backbone=backbone)
     assert isinstance(method, Method)
     if config.get("checkpoint"):
         _begin_with(method, config["checkpoint"], config["runs_dir"])

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dino_lite.backbones.blocks import Memory, computed_part
+from dino_lite.backbones.blocks import computed_part
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.config import Config, instantiate
+from dino_lite.contracts import Memory
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.dinov2 import DINOv2
 from dino_lite.methods.snapshot import SnapshotTeacher
@@ -86,7 +87,7 @@ class Sizes(NamedTuple):
 
 
 _METHODS = ("dino_lite.methods.dino.DINO", "dino_lite.methods.dinov2.DINOv2")
-_BACKBONES = ("dino_lite.backbones.build.vit", "dino_lite.backbones.build.rope")
+_BACKBONES = ("dino_lite.backbones.vit.ViT", "dino_lite.backbones.rope.RoPEViT")
 
 
 def sizes(config: Config) -> Sizes | None:
@@ -101,7 +102,7 @@ def sizes(config: Config) -> Sizes | None:
     ):
         return None  # code of others need not build on torch's meta device
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        backbone = instantiate(config["backbone"] | {"pretrained": None})
+        backbone = instantiate({k: v for k, v in config["backbone"].items() if k != "pretrained"})
         method = instantiate(config["method"])(backbone=backbone)
     assert isinstance(backbone, Transformer)
     assert isinstance(method, DINO | DINOv2)

@@ -12,12 +12,13 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from dino_lite.backbones.build import build_backbone
 from dino_lite.backbones.files import read_about, read_tensors, weights_file
 from dino_lite.backbones.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Backbone, UserError
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -53,7 +54,7 @@ class Opened(NamedTuple):
         return told
 
 
-def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
+def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
 
     A position embedding of another grid is resampled by the backbone's own rule; a first
@@ -61,6 +62,11 @@ def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
     is refused: half-loaded weights are the worst kind.
     """
     asked = f"backbone.pretrained={path}"
+    if not isinstance(backbone, Transformer):
+        raise UserError(
+            f"{asked}: only a ViT or RoPEViT can start from a file of weights, not a "
+            f"{type(backbone).__name__}; leave it out."
+        )
     return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
 
 
@@ -123,8 +129,6 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
-    from dino_lite.backbones.build import build_backbone  # which fills from here
-
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return cast(Transformer, build_backbone(spec))
 

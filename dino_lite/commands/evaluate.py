@@ -21,11 +21,12 @@ from dino_lite.checkpoints import (
 )
 from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.distributed import alone, rank, start_group
 from dino_lite.eval.baselines import raw_pixels, untrained
+from dino_lite.eval.features import device_of
 from dino_lite.eval.gallery import PICTURES, Picture, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
@@ -38,7 +39,7 @@ class Subject(NamedTuple):
     """
 
     checkpoint: Path
-    backbone: Any
+    backbone: Backbone
     store: FeatureStore
     data: Config
     suffix: str
@@ -49,7 +50,7 @@ class Baseline(NamedTuple):
 
     title: str
     key: str
-    build: Callable[[], Any]
+    build: Callable[[], Backbone]
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def open_subject(
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
-    backbone, about = open_backbone(checkpoint)
+    backbone, about = open_backbone(checkpoint, config["trust"])
     for line in about.get("told", []) if rank() == 0 else []:
         print(line, flush=True)
     if data is None:
@@ -141,7 +142,7 @@ def comparable(evaluations: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    backbone: Any, store: FeatureStore, evaluations: Mapping[str, Any]
+    backbone: Backbone, store: FeatureStore, evaluations: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Each evaluation's result, with data, pixels, unreadable images and seconds."""
     results = {}
@@ -158,7 +159,7 @@ def baselines_of(subject: Subject, seed: int) -> list[Baseline]:
     """Raw pixels, and the subject's network untrained."""
     backbone, data = subject.backbone, subject.store.data
     scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]
-    device = next(backbone.parameters()).device
+    device = device_of(backbone)
     return [
         Baseline(
             "raw pixels",
@@ -167,7 +168,7 @@ def baselines_of(subject: Subject, seed: int) -> list[Baseline]:
         ),
         Baseline(
             "untrained",
-            json.dumps([backbone.spec, data.size, scale]),
+            json.dumps([backbone.stored_spec(), data.size, scale]),
             lambda: untrained(backbone, seed),
         ),
     ]

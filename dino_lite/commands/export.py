@@ -31,7 +31,7 @@ def run_export(config: Config) -> dict[str, Any]:
     run = run_of(checkpoint)
     if run is None and not config["out"]:
         raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
-    backbone, about = open_backbone(checkpoint)
+    backbone, about = open_backbone(checkpoint, config["trust"])
     for line in about.get("told", []):
         print(line)
     splits = open_data(asked_data(config, checkpoint, about), about)

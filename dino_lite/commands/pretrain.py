@@ -23,7 +23,7 @@ from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
 from dino_lite.checks import check_values, seconds
 from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate, put
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.subset import Subset, spread
@@ -240,7 +240,7 @@ def clean_data(config: Config, splits: Splits) -> CleanData:
     return CleanData(splits, size, instantiate(config["normalize"]), 256, workers)
 
 
-def draw_pictures(run: Run, backbone: Any, data: CleanData) -> None:
+def draw_pictures(run: Run, backbone: Backbone, data: CleanData) -> None:
     """attention.png, pca.png and neighbors.png, of training images spread over the whole set."""
     part = Subset(data.splits.train, spread(len(data.splits.train), _NUM_DRAWN))
     few = CleanData(Splits(part, None, data.splits.name), data.size, data.normalize, 256)

@@ -28,10 +28,10 @@ def run_report(config: Config) -> Path:
     missing = []
     if config["draw"]:
         try:
-            _draw_missing(checkpoint, config["runs_dir"])
+            _draw_missing(checkpoint, config)
         except UserError as error:
             missing.append(f"Pictures of it could not be drawn: {error}")
-    story = read_story(checkpoint)
+    story = read_story(checkpoint, config["trust"])
     story = story._replace(missing=[*story.missing, *missing])
     write_text(path, page(story, datetime.now()))
     print(f"written to {path}")
@@ -44,7 +44,7 @@ def _page_file(checkpoint: Path) -> Path:
     return beside.with_name(f"{beside.name.removesuffix('results.json')}report.html")
 
 
-def _draw_missing(checkpoint: Path, runs_dir: str) -> None:
+def _draw_missing(checkpoint: Path, asked: Config) -> None:
     """Pictures that are not in the run's folder, or older than the checkpoint, on its own data."""
     run = run_of(checkpoint)
     if run is None:
@@ -57,8 +57,9 @@ def _draw_missing(checkpoint: Path, runs_dir: str) -> None:
         if not files[name].is_file() or files[name].stat().st_mtime < made
     }
     if missing:
-        asked = [f"checkpoint={checkpoint}", f"runs_dir={runs_dir}"]
-        config = compose("evaluate", [quote_override(each) for each in asked])
+        words = [f"checkpoint={checkpoint}", f"runs_dir={asked['runs_dir']}"]
+        config = compose("evaluate", [quote_override(each) for each in words])
+        config["trust"] = asked["trust"]
         draw_pictures(open_subject(config, {}), missing, run.folder)
 
 

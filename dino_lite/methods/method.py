@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dino_lite.contracts import Crops, Progress, Schedule, StepOutputs, StepTargets
+from dino_lite.contracts import Backbone, Crops, Progress, Schedule, StepOutputs, StepTargets
 
 
 class Method(nn.Module):
@@ -43,6 +41,6 @@ class Method(nn.Module):
         """What moves with the run, by the name it is logged under."""
         raise NotImplementedError
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The backbone that is evaluated and exported: the teacher's."""
         raise NotImplementedError

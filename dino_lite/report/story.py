@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dino_lite.backbones.build import Trust
 from dino_lite.checkpoints import open_backbone, results_file, run_of
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
@@ -52,10 +53,10 @@ class Result(NamedTuple):
     found: dict[str, Any]
 
 
-def read_story(checkpoint: Path) -> Story:
+def read_story(checkpoint: Path, trust: Trust = ()) -> Story:
     """Whatever there is to tell; a file that cannot be read is told of, and no more."""
     run = run_of(checkpoint)
-    return _of_backbone(checkpoint) if run is None else _of_run(run)
+    return _of_backbone(checkpoint, trust) if run is None else _of_run(run)
 
 
 def _of_run(run: Run) -> Story:
@@ -87,8 +88,8 @@ def _of_run(run: Run) -> Story:
     )
 
 
-def _of_backbone(checkpoint: Path) -> Story:
-    backbone, about = open_backbone(checkpoint)
+def _of_backbone(checkpoint: Path, trust: Trust) -> Story:
+    backbone, about = open_backbone(checkpoint, trust)
     card = about.get("card") or {}
     config = card.get("config") or {}
     path = results_file(checkpoint)
@@ -104,7 +105,7 @@ def _of_backbone(checkpoint: Path) -> Story:
         curves={},
         bad_files=[],
         about={
-            **{"path": str(checkpoint), "spec": backbone.spec},
+            **{"path": str(checkpoint), "spec": backbone.stored_spec()},
             **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
             **{key: about.get(key) for key in ("in_chans", "image_size", "mean", "std")},
             **{key: card.get(key) for key in ("steps", "checkpoint")},
