@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from dino_lite.backbones.layers import prepare
 from dino_lite.backbones.build import build_backbone
 from dino_lite.backbones.dinov3 import rename
+from dino_lite.backbones.layers import prepare
 from dino_lite.backbones.rope import RoPEViT, RotaryPositions
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.evaluate import run_evaluate
