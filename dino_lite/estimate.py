@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dino_lite.checks import seconds
 from dino_lite.config import Config
 from dino_lite.cost import Work, memory, work
 from dino_lite.machine import Facts
 from dino_lite.peaks import Peaks, measure_peaks
+from dino_lite.planning.checks import seconds
 from dino_lite.sizes import Sizes, sizes
 
 

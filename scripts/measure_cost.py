@@ -75,7 +75,7 @@ CONFIGURATIONS: dict[str, tuple[str, int, int, list[str]]] = {
 
 def planned(name: str, threads: int) -> tuple[Config, Facts]:
     """A configuration of the table, settled by the plan, and the facts it was settled on."""
-    from dino_lite.plan import plan
+    from dino_lite.planning.plan import plan
 
     accelerator, num_images, side, overrides = CONFIGURATIONS[name]
     on_gpu = accelerator == "cuda"

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from dino_lite.runs.begin import build_method
+from dino_lite.runs.build import build_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,8 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lite import cost
 from dino_lite.backbones.blocks import set_memory
-from dino_lite.checkpoints import build_method
-from dino_lite.commands.pretrain import build_module
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import Crops, Progress
 from dino_lite.cost import memory, work
@@ -30,7 +30,7 @@ from dino_lite.estimate import EFFICIENCY, Estimate, peak_memory, predict, step_
 from dino_lite.machine import Facts
 from dino_lite.methods.step import Step
 from dino_lite.peaks import Peaks, free_memory, measure_peaks
-from dino_lite.plan import plan
+from dino_lite.planning.plan import plan
 from dino_lite.sizes import Group, Head, Sizes, sizes
 from test_conf import EXPERIMENTS, facts
 from tiny import tiny, tiny_command, train

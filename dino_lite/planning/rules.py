@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dino_lite import presets
-from dino_lite.checks import mixes_images, traits_of
 from dino_lite.config import Config, get, put
 from dino_lite.contracts import UserError
 from dino_lite.cost import kept_bytes
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import scale_rate
+from dino_lite.planning import presets
+from dino_lite.planning.checks import mixes_images, traits_of
 from dino_lite.sizes import sizes
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
