@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,9 +101,12 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
 
 
 def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """How a configuration was asked for: the overrides, and which of conf/method it is."""
+    """How a configuration was asked for: the overrides but `trust`, which is given anew with every
+    command, and which of conf/method it is.
+    """
     chosen = {group: choices[group] for group in ("method",) if group in choices}
-    return {"overrides": list(overrides), "choices": chosen}
+    kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
+    return {"overrides": kept, "choices": chosen}
 
 
 def to_plain(config: DictConfig) -> Config:
@@ -145,15 +149,23 @@ def instantiate(config: Config, **extra: Any) -> Any:
     return made
 
 
-def class_of(node: Config) -> Any:
-    """The class or function that `_target_` names, imported but not called."""
-    target = str(node["_target_"])
+def locate(target: str) -> Any:
+    """Import what `_target_` names."""
     try:
-        return hydra.utils.get_object(target)
-    except (ImportError, ValueError) as error:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"{target} cannot be imported ({error}): code of your own must be on PYTHONPATH."
         ) from error
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Every `_target_` in `node`, however deep."""
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, dict) and "_target_" in node:
+        yield str(node["_target_"])
+    for part in parts:
+        yield from targets(part)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

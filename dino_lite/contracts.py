@@ -7,13 +7,15 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
+Memory = Literal["high", "normal", "low"]  # how much is kept for the backward pass
 LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
@@ -127,40 +129,76 @@ class Tokens(NamedTuple):
     grid: tuple[int, int]  # rows, columns: P = rows * columns
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's
-    keywords}, plain JSON.
+class Traits(NamedTuple):
+    """What automatic settings depend on, known from a backbone's settings before it is built."""
 
-    With `cls_only` a backbone may leave out what only patches need: they come back empty, P = 0.
+    convolutional: bool = False  # crops, patch size and rate of a ResNet
+    small: bool = False  # given by its sizes, for a CPU, and no published model
+    drop_path: bool = True  # has stochastic depth
+    mixes_images: bool = False  # in training, by batch normalization
+    names: tuple[str, str] | None = None  # what name=auto stands for: on a CPU, on other devices
+
+
+class Backbone(nn.Module):
+    """Images to tokens. Abstract.
+
+    `spec` holds the constructor's keywords, plain JSON, without those that only training needs:
+    `type(self)(**spec)` builds the same network with fresh weights.
     """
 
+    kind: ClassVar[str]  # names the class in files: module:Class, or a short name of ours
     spec: dict[str, Any]
     embed_dim: int
     patch_size: int
     in_chans: int
     num_blocks: int
+    takes_masks: bool = False  # whether `forward` takes a mask
+    __call__: Callable[..., Tokens]
 
-    def __call__(
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "kind" not in vars(cls):
+            cls.kind = f"{cls.__module__}:{cls.__qualname__}"
+
+    @classmethod
+    def traits(cls, **settings: Any) -> Traits:
+        """What automatic settings ask of a backbone of these settings, of which some may still be
+        "auto".
+        """
+        return Traits(small=settings.get("embed_dim") is not None)
+
+    def stored_spec(self) -> dict[str, Any]:
+        """`spec` with the class's kind: what files hold and `build_backbone` reads."""
+        return self.spec | {"kind": self.kind}
+
+    def forward(
         self,
         images: Float[Tensor, "n C H W"],
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
-    ) -> Tokens: ...
+    ) -> Tokens:
+        """Tokens after the last norm, a learned token in the place of patches in `mask`. With
+        `cls_only` what only patches need may be left out: they come back empty, P = 0.
+        """
+        raise NotImplementedError
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
         """Tokens after each of `blocks` (negative: from the end), each through the last norm."""
-        ...
+        raise NotImplementedError
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
         """Softmax attention of the last block."""
-        ...
+        raise NotImplementedError
 
     def depth_of(self, name: str) -> int:
-        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, depth+1 for the last
-        norm.
-        """
-        ...
+        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, num_blocks+1 after."""
+        raise NotImplementedError
+
+    def set_memory(self, memory: Memory, compiled: bool) -> None:
+        """Set what is kept for the backward pass and what is compiled; no result depends on it."""
+
+    def disable_noise(self) -> None:
+        """Draw no random numbers in training mode; DropPath and Dropout are set by the caller."""
 
 
 class Prototypes(NamedTuple):

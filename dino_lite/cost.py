@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
-from dino_lite.backbones.blocks import PLAIN_TOKENS
+from dino_lite.backbones.layers import PLAIN_TOKENS
 from dino_lite.contracts import LOGITS_BYTES
 from dino_lite.losses.gram import MATRIX_BYTES
 from dino_lite.sizes import Anchored, Head, Sizes

@@ -13,16 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from dino_lite.backbones.blocks import (
-    Memory,
-    attention,
-    computed_part,
-    draw_drops,
-    run_blocks,
-    set_memory,
-)
+from dino_lite.backbones.blocks import computed_part, draw_drops, run_blocks, set_memory
+from dino_lite.backbones.layers import attention
+from dino_lite.backbones.transformer import timm_vit
 from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import Memory
 
 
 def make_vit(**changes: Any) -> ViT:
@@ -37,9 +34,14 @@ def make_vit(**changes: Any) -> ViT:
 
 
 def timm_blocks(vit: ViT, tokens: Tensor) -> Tensor:
-    """The blocks' own forward, in order."""
-    for block in vit.blocks:
-        tokens = block(tokens)
+    """timm's own forward of timm's blocks, with the weights, modes and drop paths of ours."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
+    named = ("init_values", "qkv_bias", "qk_norm", "mlp", "proj_bias")
+    settings = {name: vit.spec[name] for name in named if name in vit.spec}
+    model = timm_vit("vit", **sizes, **settings, drop_path_rate=0.6).train(vit.training)
+    for ours, theirs in zip(vit.blocks, model.blocks, strict=True):
+        theirs.drop_path1, theirs.drop_path2 = ours.drop_path1, ours.drop_path2
+        tokens = functional_call(theirs, dict(ours.named_parameters()), (tokens,))
     return tokens
 
 

@@ -180,7 +180,7 @@ def test_a_teacher_drops_no_paths() -> None:
 def test_the_spec_rebuilds_it() -> None:
     """Plain JSON; weights of the one fit the other."""
     for backbone in (small(in_chans=1), ConvNet("resnet18", norm="group", patch_size=16).double()):
-        spec = json.loads(json.dumps(backbone.spec))
+        spec = json.loads(json.dumps(backbone.stored_spec()))
         again: Any = build_backbone(spec).double()
         assert isinstance(again, ConvNet)
         again.load_state_dict(backbone.state_dict())

@@ -89,7 +89,7 @@ def images() -> np.ndarray:
 
 
 def pixels_of(store: FeatureStore) -> Backbone:
-    return cast(Backbone, raw_pixels(store.data, 8, 16))
+    return raw_pixels(store.data, 8, 16)
 
 
 def test_repeats_and_leaks_are_found_by_name(images: np.ndarray, tmp_path: Path) -> None:

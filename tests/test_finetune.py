@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.finetune import Finetune, find_labeled, mix
 from pooled import shades, small_vit, store_of
@@ -91,7 +90,7 @@ def test_mixed_images_have_mixed_classes() -> None:
 def test_raw_pixels_are_a_linear_classifier() -> None:
     """A baseline without parameters is measured too."""
     store = store_of(shades(36), shades(12, seed=1))
-    found = Finetune(**QUICK)(cast(Backbone, raw_pixels(store.data)), store)
+    found = Finetune(**QUICK)(raw_pixels(store.data), store)
     assert found["num_test"] == 12
 
 

@@ -19,7 +19,11 @@ from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import load_backbone, read_config
 from dino_lite.formats.weights import load_pretrained
-from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    open_backbone,
+)
 from test_importers import as_hugging_face_vit, dinov2, pretend_download, saved, small
 from tiny import train
 

@@ -47,7 +47,7 @@ def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> No
         grown = put(config, "optim.invented", 3)
         if "loss" in config and "dino" in config["loss"]:
             grown = put(grown, "loss.dino.invented", 3)
-        if not words[:1] == ["backbone=convnet"]:
+        if words != ["backbone=convnet"]:
             grown = put(grown, "backbone.invented", 3)
         bare = requested(compose("pretrain", []))
         bare |= dict.fromkeys(("optim.invented", "loss.dino.invented", "backbone.invented"), 3)

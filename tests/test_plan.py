@@ -114,7 +114,7 @@ def test_on_a_cpu_the_backbone_is_a_convnet_unless_something_is_asked_of_it() ->
     """A ViT where any of its keys is given, where patches are masked, on a GPU, for the embedded
     set; the choice is told, and each of its keys can be given in turn.
     """
-    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.spec.vit"
+    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.vit.ViT"
     told = plan(defaults(), facts())
     assert told.config["backbone"]["_target_"] == convnet
     assert "backbone=convnet" in told.table()

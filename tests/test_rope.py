@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from dino_lite.backbones.blocks import Memory, prepare
+from dino_lite.backbones.layers import prepare
 from dino_lite.backbones.rope import RoPEViT, RotaryPositions
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.vit import ViT
@@ -24,7 +24,7 @@ from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
-from dino_lite.contracts import Backbone, Tokens, UserError
+from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.eval.features import frozen
 from dino_lite.eval.pictures import attention_picture
 from dino_lite.formats.dinov3 import rename
@@ -403,7 +403,7 @@ def test_the_spec_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
     """From plain JSON, by its kind: the same tokens; what training alone knows is not in it."""
     backbone = small(**settings, drop_path=0.2, **MOVES)
     assert isinstance(backbone, Backbone)
-    spec = json.loads(json.dumps(backbone.spec))
+    spec = json.loads(json.dumps(backbone.stored_spec()))
     assert spec["kind"] == "rope"
     assert not {"drop_path", *MOVES} & spec.keys()
     twin: Any = build_backbone(spec).double().eval()

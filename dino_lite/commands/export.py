@@ -30,7 +30,7 @@ def run_export(config: Config) -> dict[str, Any]:
     config = absolute_paths(config)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     folder = _folder(config, checkpoint)
-    opened = open_backbone(checkpoint)
+    opened = open_backbone(checkpoint, config["trust"])
     for note in opened.notes:
         print(note)
     splits = open_data(asked_data(config, checkpoint, opened), opened)

@@ -29,10 +29,10 @@ def run_report(config: Config) -> Path:
     missing = []
     if config["draw"]:
         try:
-            _draw_missing(checkpoint, config["runs_dir"])
+            _draw_missing(checkpoint, config)
         except UserError as error:
             missing.append(f"Pictures of it could not be drawn: {error}")
-    story = read_story(checkpoint)
+    story = read_story(checkpoint, config["trust"])
     story = story._replace(missing=[*story.missing, *missing])
     write_text(path, page(story, datetime.now()))
     print(f"written to {path}")
@@ -45,7 +45,7 @@ def _page_file(checkpoint: Checkpoint) -> Path:
     return beside.with_name(f"{beside.name.removesuffix('results.json')}report.html")
 
 
-def _draw_missing(checkpoint: Checkpoint, runs_dir: str) -> None:
+def _draw_missing(checkpoint: Checkpoint, asked: Config) -> None:
     """Draw the pictures that a run lacks, or that are older than its checkpoint, on its data."""
     if checkpoint.run is None or checkpoint.path is None:
         return
@@ -57,9 +57,9 @@ def _draw_missing(checkpoint: Checkpoint, runs_dir: str) -> None:
         if not files[name].is_file() or files[name].stat().st_mtime < saved
     }
     if missing:
-        asked = [f"checkpoint={checkpoint}", f"runs_dir={runs_dir}"]
-        config = compose("evaluate", [quote_override(each) for each in asked])
-        subject = open_subject(config, {})
+        words = [f"checkpoint={checkpoint}", f"runs_dir={asked['runs_dir']}"]
+        config = compose("evaluate", [quote_override(each) for each in words])
+        subject = open_subject(config | {"trust": asked["trust"]}, {})
         drawn = draw_all(subject.backbone, subject.store, folder, missing, print)
         print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
@@ -27,10 +26,10 @@ class Baseline(NamedTuple):
 
     title: str
     key: str
-    build: Callable[[], Any]
+    build: Callable[[], Backbone]
 
 
-class RawPixels(nn.Module):
+class RawPixels(Backbone):
     """The backbone that learned nothing: an image's class token is the image itself at size x size
     pixels less the mean image, a patch token the patch's pixels.
 
@@ -83,16 +82,16 @@ class RawPixels(nn.Module):
 def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixels:
     """Raw pixels, centered on the mean image of train."""
     pixels = RawPixels(data.normalize, patch_size, size)
-    everything = extract(cast(Backbone, pixels), data, data.splits.train, torch.device("cpu"))
+    everything = extract(pixels, data, data.splits.train, torch.device("cpu"))
     pixels.mean.copy_(everything.features.mean(dim=0))
     return pixels
 
 
-def untrained(backbone: Backbone, seed: int = 0) -> nn.Module:
+def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network with fresh weights drawn from `seed`, where the backbone lives."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = build_backbone(backbone.spec)
+        fresh = type(backbone)(**backbone.spec)
     return fresh.to(device_of(backbone))
 
 
@@ -103,8 +102,8 @@ def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> 
     knn, store = KNN(ks=[20]), FeatureStore(data)
     after = knn(trained, store)
     return {
-        "knn_raw_pixels": round(knn(cast(Backbone, raw_pixels(data)), store)["top1"], 2),
-        "knn_untrained": round(knn(cast(Backbone, untrained(trained, seed)), store)["top1"], 2),
+        "knn_raw_pixels": round(knn(raw_pixels(data), store)["top1"], 2),
+        "knn_untrained": round(knn(untrained(trained, seed), store)["top1"], 2),
         "knn_trained": round(after["top1"], 2),
         "knn_protocol": f"k={after['top1_k']}, {after['protocol']}",
     }
@@ -133,7 +132,7 @@ def baselines_of(backbone: Backbone, data: CleanData, seed: int) -> list[Baselin
         ),
         Baseline(
             "untrained",
-            json.dumps([backbone.spec, data.size, scale]),
+            json.dumps([backbone.stored_spec(), data.size, scale]),
             lambda: untrained(backbone, seed),
         ),
     ]

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
@@ -141,7 +141,7 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
     """32 hex digits over everything that features depend on, but for the number of blocks."""
     total = blake2b(digest_size=16)
     about: list[Any] = [
-        *(_FORMAT, backbone.spec, str(dtype_of(backbone)), data.size),
+        *(_FORMAT, backbone.stored_spec(), str(dtype_of(backbone)), data.size),
         *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
         *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
     ]
@@ -149,7 +149,7 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
     total.update(b"" if source.labels is None else source.labels.tobytes())
     for part in (_rows(source), _stamps(source)):
         total.update(part)
-    for name, value in cast(nn.Module, backbone).state_dict().items():
+    for name, value in backbone.state_dict().items():
         total.update(name.encode() + _bytes(value))
     return total.hexdigest()
 

@@ -14,7 +14,7 @@ from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
@@ -22,7 +22,7 @@ from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
-def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
+def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
 
     A position embedding of another grid is resampled by the backbone's own rule; a first
@@ -30,6 +30,11 @@ def load_pretrained(backbone: Transformer, path: str | Path) -> Fit:
     is refused: half-loaded weights are the worst kind.
     """
     asked = f"backbone.pretrained={path}"
+    if not isinstance(backbone, Transformer):
+        raise UserError(
+            f"{asked}: only a ViT or RoPEViT can start from a file of weights, not a "
+            f"{type(backbone).__name__}; leave it out."
+        )
     return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
 
 

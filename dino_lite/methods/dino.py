@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dino_lite.contracts import (
+    Backbone,
     Crops,
     Match,
     Progress,
@@ -30,7 +31,7 @@ from dino_lite.nn.teachers import EMATeacher
 class Student(nn.Module):
     """Backbone and head: crops to bottleneck vectors. The teacher is another of the same make."""
 
-    def __init__(self, backbone: Any, head: DINOHead) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
@@ -61,7 +62,7 @@ class DINO(Method):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         head: Callable[[int], DINOHead],
         momentum: Schedule,
         teacher_temp: Schedule,
@@ -116,9 +117,10 @@ class DINO(Method):
         temp = {"teacher_temp": self.teacher_temp} if self.num_prototypes else {}
         return {"momentum": self.ema.momentum} | temp
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
-        return self.ema.module.backbone
+        backbone: Backbone = self.ema.module.backbone
+        return backbone
 
 
 def centered(

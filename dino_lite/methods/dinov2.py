@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dino_lite.contracts import (
     Anchor,
+    Backbone,
     Crops,
     Match,
     Progress,
@@ -39,7 +40,7 @@ from dino_lite.nn.teachers import EMATeacher
 class Student(nn.Module):
     """Backbone and heads, of class tokens and of patches; without the latter one serves both."""
 
-    def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
         self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
@@ -80,7 +81,7 @@ class DINOv2(Method):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         head: Callable[[int], DINOHead],
         momentum: Schedule,
         teacher_temp: Schedule,
@@ -90,7 +91,7 @@ class DINOv2(Method):
         gram: Callable[[nn.Module], SnapshotTeacher] | None = None,
     ) -> None:
         super().__init__()
-        if masking is not None and getattr(backbone, "mask_token", None) is None:
+        if masking is not None and not backbone.takes_masks:
             raise UserError(
                 "method.masking: this backbone has no mask token; set backbone.mask_token=true (a "
                 "vision transformer), or method.masking=null and ~loss.ibot."
@@ -238,9 +239,10 @@ class DINOv2(Method):
         temp = {"teacher_temp": self.teacher_temp} if "cls" in self.provides else {}
         return {"momentum": self.ema.momentum} | temp
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The teacher's backbone."""
-        return self.ema.module.backbone
+        backbone: Backbone = self.ema.module.backbone
+        return backbone
 
 
 def _forget(method: nn.Module, keys: Any) -> None:

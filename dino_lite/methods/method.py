@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dino_lite.contracts import (
+    Backbone,
     Crops,
     Progress,
     Schedule,
@@ -71,6 +72,6 @@ class Method(nn.Module):
         """What moves with the run, by the name it is logged under."""
         raise NotImplementedError
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The backbone that is evaluated and exported: the teacher's."""
         raise NotImplementedError

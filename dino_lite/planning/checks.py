@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from dino_lite.config import Config, get, instantiate, leaves
-from dino_lite.contracts import UserError
+from dino_lite.config import Config, get, instantiate, leaves, locate
+from dino_lite.contracts import Backbone, Traits, UserError
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import check_span, parse_span
 
@@ -132,8 +132,20 @@ def mixes_images(config: Config) -> bool:
     """
     losses = instantiate(config["loss"]).values()
     across = any(getattr(loss, "mixes_images", False) for loss in losses)
-    in_backbone = config["backbone"].get("norm") == "batch"
+    in_backbone = traits_of(config).mixes_images
     return bool(get(config, "method.head.batch_norm")) or in_backbone or across
+
+
+def traits_of(config: Config) -> Traits:
+    """What the backbone's class says of its settings."""
+    settings = dict(config["backbone"])
+    family = locate(target := settings.pop("_target_"))
+    if not (isinstance(family, type) and issubclass(family, Backbone)):
+        raise UserError(
+            f"backbone._target_={target} must name a class derived from "
+            "dino_lite.contracts.Backbone."
+        )
+    return family.traits(**settings)
 
 
 def _check_uses(config: Config) -> None:

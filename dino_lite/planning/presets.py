@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dino_lite.config import Config, config_dir, get, load
 from dino_lite.machine import Facts
-from dino_lite.planning.checks import PRESETS
+from dino_lite.planning.checks import PRESETS, traits_of
 
 FEW, MANY = 20_000, 1_280_000  # up to here a set is small; ImageNet
 
@@ -42,16 +42,6 @@ def on_log_scale(num: int, low: float, high: float) -> float:
     return low + (high - low) * min(1.0, max(0.0, part))
 
 
-def is_convnet(config: Config) -> bool:
-    """Whether the backbone is of that family."""
-    return str(get(config, "backbone._target_")).endswith(".ConvNet")
-
-
-def is_small(config: Config) -> bool:
-    """Whether the backbone is one of those given by sizes: for a CPU."""
-    return get(config, "backbone.name") in ("vit", "rope", "resnet")
-
-
 def choose_backbone(config: Config, facts: Facts) -> Choice | None:
     """Of conf/backbone, where nothing was asked of it; None: it stays what it is, a ViT."""
     folder = config_dir() / "backbone"
@@ -65,17 +55,19 @@ def choose_backbone(config: Config, facts: Facts) -> Choice | None:
 
 
 def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
-    if not is_convnet(config):
+    traits = traits_of(config)
+    if not traits.convolutional:
         return [0.4, 1.0], "DINO's"
-    if is_small(config):
+    if traits.small:
         return [0.6, 1.0], "a short run learns what is alike in large parts"
     return [0.14, 1.0], "DINO's for a ResNet-50"
 
 
 def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
-    if not is_convnet(config):
+    traits = traits_of(config)
+    if not traits.convolutional:
         return [0.05, 0.4], "DINO's"
-    if is_small(config):
+    if traits.small:
         return [0.2, 0.6], "up to where global crops begin"
     return [0.05, 0.14], "DINO's for a ResNet-50"
 
@@ -87,45 +79,48 @@ def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
-    rope = get(config, "backbone._target_").endswith(".rope")
+    names = traits_of(config).names
+    if names is None:
+        return "auto", "no rule"  # plan() refuses it
     if facts.accelerator == "cpu":
-        return "rope" if rope else "vit", "a small ViT that a CPU trains in minutes"
-    return f"vit_small_patch16_{'dinov3' if rope else '224'}", "the paper's smallest"
+        return names[0], "a small ViT that a CPU trains in minutes"
+    return names[1], "the paper's smallest"
 
 
 def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
-    if not is_small(config):
+    if not traits_of(config).small:
         return None, "the model's own"
     return (64, "for patterns") if facts.source == "shapes" else (128, "for a CPU")
 
 
 def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
-    if not is_small(config):
+    if not traits_of(config).small:
         return None, "the model's own"
     return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
 
 
 def _init_values(config: Config, facts: Facts) -> tuple[float | None, str]:
-    if is_small(config):
+    if traits_of(config).small:
         return 0.0, "no LayerScale: a small network behind 1e-5 learned nothing in 700 steps"
     return None, "the model's own"
 
 
 def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
-    if is_small(config):
+    traits = traits_of(config)
+    if traits.small:
         return 0.0, "a small network underfits"
-    if str(get(config, "backbone.name")).startswith("resnet"):
-        return 0.0, "a ResNet has none"
+    if not traits.drop_path:
+        return 0.0, "this network has none"
     return 0.1, "DINO's"
 
 
 def _rate(config: Config, facts: Facts) -> tuple[float, str]:
-    if is_small(config) and is_convnet(config):
-        return 4e-3, "a short run of a narrow network takes more than DINO's"
-    if is_small(config):
-        width = get(config, "backbone.embed_dim")
-        return round(0.512 / width, 6), "a short run of a narrow network takes more than DINO's"
-    return 5e-4, "DINO's"
+    traits = traits_of(config)
+    if not traits.small:
+        return 5e-4, "DINO's"
+    width = None if traits.convolutional else config["backbone"].get("embed_dim")
+    rate = round(0.512 / width, 6) if width else 4e-3
+    return rate, "a short run of a narrow network takes more than DINO's"
 
 
 def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
-from dino_lite.planning.checks import mixes_images
+from dino_lite.planning.checks import mixes_images, traits_of
 from dino_lite.sizes import sizes
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
@@ -45,7 +45,7 @@ def _where(config: Config, facts: Facts) -> tuple[str, str]:
 
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
     size = get(config, "augment.global_size")
-    if presets.is_convnet(config):
+    if traits_of(config).convolutional:
         return max(1, size // 8), "8 cells a side of a global crop"
     if facts.source == "shapes":
         return 8, "a pattern's period; 16 patches are quick"
@@ -56,7 +56,8 @@ def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     size, patch = get(config, "augment.global_size"), get(config, "backbone.patch_size")
-    if presets.is_convnet(config) and presets.is_small(config):
+    traits = traits_of(config)
+    if traits.convolutional and traits.small:
         return max(patch, size // 2 // patch * patch), "half the global crop"
     return max(
         patch, round(size * 96 / 224 / patch) * patch

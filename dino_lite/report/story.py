@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dino_lite.backbones.spec import Trust
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
@@ -54,10 +55,10 @@ class Result(NamedTuple):
     found: dict[str, Any]
 
 
-def read_story(checkpoint: Checkpoint) -> Story:
+def read_story(checkpoint: Checkpoint, trust: Trust = ()) -> Story:
     """All that is known about a checkpoint; files that cannot be read are listed in `missing`."""
     run = checkpoint.run
-    return _of_backbone(checkpoint) if run is None else _of_run(run)
+    return _of_backbone(checkpoint, trust) if run is None else _of_run(run)
 
 
 def _of_run(run: Run) -> Story:
@@ -89,8 +90,8 @@ def _of_run(run: Run) -> Story:
     )
 
 
-def _of_backbone(checkpoint: Checkpoint) -> Story:
-    opened = open_backbone(checkpoint)
+def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
+    opened = open_backbone(checkpoint, trust)
     backbone, card = opened.backbone, opened.card
     config = card.get("config") or {}
     path = checkpoint.results_file
@@ -106,7 +107,7 @@ def _of_backbone(checkpoint: Checkpoint) -> Story:
         curves={},
         bad_files=[],
         about={
-            **{"path": str(checkpoint), "spec": backbone.spec},
+            **{"path": str(checkpoint), "spec": backbone.stored_spec()},
             **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
             **{"in_chans": backbone.in_chans, "image_size": opened.image_size},
             **{"mean": opened.mean, "std": opened.std},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from dino_lite.config import Config, class_of, load
+from dino_lite.config import Config, load, locate, targets
 from dino_lite.contracts import UserError
 from dino_lite.formats.weights import fit_positions
 from dino_lite.methods.method import Method
-from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
+from dino_lite.runs.checkpoint import demand_trust, find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.folder import Run
 from dino_lite.runs.method import fresh_method
 from dino_lite.runs.old_names import current
@@ -20,16 +20,21 @@ _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform
 
 def begin_config(config: Config) -> Config:
     """`config` with the settings that must fit the weights of the run that `checkpoint` names, if
-    it names one: the backbone's, and those that the method inherits.
+    it names one: the backbone's, and those that the method inherits. `trust` is used here and left
+    out of the result: it is neither saved nor hashed.
     """
-    method = class_of(config["method"])
+    config = dict(config)
+    trust = config.pop("trust", None)
+    method = locate(config["method"]["_target_"])
     if not config.get("checkpoint"):
         if (why := method.requires_weights(config["method"])) is not None:
             raise UserError(f"{why}; name the run to begin with as checkpoint=, or start later.")
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
-    if class_of(before["method"]) is not method:
+    if [*targets(before["backbone"])] != [*targets(config["backbone"])]:  # which the user named
+        demand_trust(before["backbone"], trust, run.config_file)
+    if locate(before["method"]["_target_"]) is not method:
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
             "its method, as method=dinov2."
@@ -37,6 +42,7 @@ def begin_config(config: Config) -> Config:
     new, old = config["backbone"], before["backbone"]
     own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     inherited = {k: before["method"][k] for k in method.inherits if k in before["method"]}
+    demand_trust(inherited, trust, run.config_file)
     return config | {"backbone": old | own, "method": config["method"] | inherited}
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lite.config import load
+from dino_lite.backbones.spec import Trust, is_trusted, untrusted
+from dino_lite.config import load, locate, targets
 from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
@@ -81,13 +82,29 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
     )
 
 
-def open_backbone(checkpoint: Checkpoint) -> Opened:
-    """The backbone of a checkpoint (a run's is the teacher's) and what is known about it."""
-    if checkpoint.run is not None and checkpoint.path is not None:
-        return _open_run(checkpoint.path, checkpoint.run)
+def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
+    """The backbone of a checkpoint (a run's is the teacher's) and what is known about it.
+
+    Code of packages other than dino_lite is imported only from those that `trust` names.
+    """
     if checkpoint.path is None:
         return open_timm(checkpoint.name.removeprefix(_TIMM))
-    return (open_export if checkpoint.kind == "export" else open_weights)(checkpoint.path)
+    if checkpoint.run is not None:
+        return _open_run(checkpoint.path, checkpoint.run, trust)
+    if checkpoint.kind == "export":
+        return open_export(checkpoint.path, trust)
+    return open_weights(checkpoint.path)
+
+
+def demand_trust(node: Any, trust: Trust, where: object) -> Any:
+    """`node` of the saved configuration `where`, if every class that it names is of dino_lite or of
+    a package that `trust` names; else UserError, and nothing of that code is imported.
+    """
+    for target in targets(node):
+        ours = target.startswith("dino_lite.") and locate(target).__module__
+        if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
+            raise untrusted(str(where), target)
+    return node
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -135,8 +152,9 @@ def _is_foreign(inside: Path) -> bool:
     )
 
 
-def _open_run(file: Path, run: Run) -> Opened:
+def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
     config = current(load(run.config_file))
+    demand_trust([config["backbone"], config["method"]], trust, run.config_file)
     method, content = fresh_method(config), read_checkpoint(file)
     try:
         method.load_state_dict(method_weights(content))

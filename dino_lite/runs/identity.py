@@ -128,6 +128,7 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     digest = hashlib.sha1(identity.encode()).hexdigest()[:6]
     method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
     method = config.get("choices", {}).get("method", method).rpartition("/")[2]
-    backbone = str(config["backbone"]["name"]).partition("_patch")[0]
+    family = str(config["backbone"]["_target_"]).rpartition(".")[2].lower()
+    backbone = str(config["backbone"].get("name", family)).partition("_patch")[0]
     source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
     return f"{method}_{source}_{backbone}_{digest}"

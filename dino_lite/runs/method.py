@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dino_lite.backbones.spec import check_spec
 from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Backbone
 from dino_lite.formats.weights import load_pretrained
 from dino_lite.methods.method import Method
 
@@ -16,9 +16,9 @@ def fresh_method(config: Config, pretrained: str | None = None) -> Method:
     """
     torch.manual_seed(int(config["seed"]))
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
-    backbone: Backbone = instantiate(network)
+    make_method, backbone = instantiate(config["method"]), check_spec(instantiate(network))
     if pretrained:
         load_pretrained(backbone, pretrained)
-    method = instantiate(config["method"])(backbone=backbone)
+    method = make_method(backbone=backbone)
     assert isinstance(method, Method)
     return method.double() if str(config["trainer"]["precision"]) == "64" else method

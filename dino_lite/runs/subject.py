@@ -18,7 +18,7 @@ from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
-from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.checkpoint import Checkpoint, demand_trust, find_checkpoint, open_backbone
 from dino_lite.runs.folder import merge_json
 
 
@@ -46,7 +46,7 @@ def open_subject(
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
-    opened = open_backbone(checkpoint)
+    opened = open_backbone(checkpoint, config["trust"])
     backbone = opened.backbone
     if data is None:
         data = asked_data(config, checkpoint, opened)
@@ -94,7 +94,7 @@ def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config
             raise UserError(
                 f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
-        return dict(opened.data)
+        return dict(demand_trust(opened.data, config["trust"], checkpoint))
     if asked.get("channels") == 3:  # the default
         return asked | {"channels": opened.backbone.in_chans}
     return asked
