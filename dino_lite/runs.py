@@ -109,9 +109,12 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     return f"{method}_{source}_{backbone}_{digest}"
 
 
-def resume_config(run: Run, planned: Config, request: Config, splits: Splits) -> Config:
+def resume_config(
+    run: Run, planned: Config, request: Config, splits: Splits, is_auto: bool = False
+) -> Config:
     """The run's saved configuration with speed keys planned anew; refuses another request, other
-    data, lost precision.
+    data, lost precision. Where the size of micro-batches `is_auto`, a smaller one than planned was
+    chosen for want of memory, and is kept.
     """
     before = read_json(run.environment_file)
     changed = differences(before["request"], request)
@@ -143,10 +146,11 @@ def resume_config(run: Run, planned: Config, request: Config, splits: Splits) ->
             f"{run.folder} learns from images together, {key}={old}, not {new}: give the same to "
             "go on with it, or another name=."
         )
-    for key, value in leaves(planned):
-        if is_speed(key):
-            config = put(config, key, value)
-    return config
+    for name, value in leaves(planned):
+        if is_speed(name):
+            config = put(config, name, value)
+    keeps = is_auto and old and (not new or old < new)
+    return put(config, key, old) if keeps else config
 
 
 class Run:

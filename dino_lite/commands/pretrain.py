@@ -5,6 +5,7 @@ train → measure.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import warnings
 from contextlib import nullcontext
@@ -20,15 +21,14 @@ from dino_lite import config as cfg
 from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
-from dino_lite.checks import check_values, seconds
+from dino_lite.checks import check_values, mixes_images
 from dino_lite.commands.tables import baseline_table
-from dino_lite.config import Config, command, compose, instantiate, put
+from dino_lite.config import Config, command, compose, get, instantiate, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import alone, rank
-from dino_lite.estimate import Estimate, estimate
 from dino_lite.eval.baselines import knn_against_baselines
 from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
@@ -36,6 +36,7 @@ from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
+from dino_lite.methods.timing import is_out_of_memory
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.plan import Plan, gather_facts, plan
 from dino_lite.runs import (
@@ -49,6 +50,10 @@ from dino_lite.runs import (
 )
 
 _NUM_DRAWN = 2000  # training images among which neighbors are looked for
+_SMALLER = (
+    "give a smaller trainer.micro_batch_size, trainer.memory=low, a smaller loader.batch_size or a "
+    "smaller backbone"
+)
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
@@ -63,6 +68,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     config = absolute_paths(config)
     check_values(config)
     request = requested(config)
+    is_auto = get(config, "trainer.micro_batch_size") == "auto"
     config = begin_config(config)
     splits: Splits = instantiate(config["data"])
     facts = gather_facts(config, splits)
@@ -70,7 +76,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     run = Run(Path(config["runs_dir"]).expanduser() / run_name(planned.config, request, facts))
     resuming = run.last.is_file()
     if resuming:
-        config = resume_config(run, planned.config, request, splits)
+        config = resume_config(run, planned.config, request, splits, is_auto)
         if run.results().get("finished"):
             say(f"{run.folder} is finished; dino-lite evaluate checkpoint={run.folder} measures it")
             return run.results() | {"run": str(run.folder)}
@@ -81,29 +87,81 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         keep_freed_memory()
     # a resumed run has weights of its own
     begun = put(config, "checkpoint", None) if resuming else config
-    datamodule, module, callbacks = build(begun, facts, splits, run)
+    built = build(begun, facts, splits, run)
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         if rank() == 0:
-            told = estimate(config, facts)
             say_plan(planned, run, facts, resuming)
-            say_estimate(told, config)
-            write_run(run, config, request, facts, splits, told)
+            write_run(run, config, request, facts, splits)
         quiet_lightning()
-        trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
-        try:
-            checkpoint = str(run.last) if resuming else None
-            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:  # how Lightning ends after Ctrl-C
-            raise UserError(
-                f"{run.folder} was interrupted; the same command goes on from there."
-            ) from None
-        finally:
-            if trainer.is_global_zero:
-                run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
-        if not trainer.is_global_zero:
+        while not fit(config, facts, run, *built, resuming):  # out of memory in the first steps
+            del built  # its memory is needed
+            gc.collect()
+            if facts.accelerator == "cuda":
+                torch.cuda.empty_cache()
+            size = smaller_micro_batch(config, is_auto)
+            config, begun = (put(c, "trainer.micro_batch_size", size) for c in (config, begun))
+            cfg.save(config, run.config_file)
+            built = build(begun, facts, splits, run)
+        if rank() != 0:
             return {}
         with alone():  # the other ranks are through
-            return finish(run, config, facts, module, splits)
+            return finish(run, config, facts, built[1], splits)
+
+
+def fit(
+    config: Config,
+    facts: Facts,
+    run: Run,
+    datamodule: DataModule,
+    module: PretrainModule,
+    callbacks: list[pl.Callback],
+    resuming: bool,
+) -> bool:
+    """Train; False where the memory of the only device did not suffice for the first steps."""
+    trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
+    try:
+        checkpoint = str(run.last) if resuming else None
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        raise UserError(
+            f"{run.folder} was interrupted; the same command goes on from there."
+        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if trainer.world_size == 1 and module.clock.seconds_per_step is None:
+            return False
+        raise UserError(f"{run.folder} ran out of memory: {_SMALLER}.") from error
+    finally:
+        if trainer.is_global_zero:
+            run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
+            for found in filter(None, (getattr(c, "results", None) for c in callbacks)):
+                run.add_results(found)
+    return True
+
+
+def smaller_micro_batch(config: Config, is_auto: bool) -> int:
+    """Half of what the device has no memory for; refuses where that would not give the same
+    result, where the size was asked for, and below one image.
+    """
+    key, num_images = "trainer.micro_batch_size", config["loader"]["batch_size"]
+    old = config["trainer"]["micro_batch_size"] or num_images
+    new = -(-min(old, num_images) // 2)
+    failed = f"Out of memory in the first steps, with micro-batches of {old} images"
+    if not is_auto or old == 1:
+        raise UserError(f"{failed}: {_SMALLER}.")
+    if mixes_images(config):
+        raise UserError(
+            f"{failed}; batch normalization, KoLeo or a coding rate looks at the images of a "
+            f"micro-batch together, so that {key}={new} learns something else: give it, or choose "
+            "trainer.memory=low or a smaller loader.batch_size."
+        )
+    paths = "; stochastic depth draws anew for each micro-batch"
+    say(
+        f"{failed}: starting anew with {key}={new}, which adds up to the same gradient"
+        f"{paths if config['backbone'].get('drop_path') else ''}."
+    )
+    return int(new)
 
 
 def build(
@@ -132,11 +190,6 @@ def build(
 def build_module(config: Config, facts: Facts) -> PretrainModule:
     """Method and step, with the clock that measures the run."""
     trainer, optim = config["trainer"], config["optim"]
-    steps_per_epoch = facts.num_images / config["loader"]["batch_size"]
-    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
-    num_steps = None
-    if max_seconds is None:
-        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
@@ -159,7 +212,7 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
     )
     method = build_method(config)
     set_memory(method, trainer["memory"], trainer["compile"])
-    clock = Clock(num_steps, max_seconds, steps_per_epoch)
+    clock = Clock.of(trainer, facts.num_images, config["loader"]["batch_size"])
     module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, groups)
     module.bare_step()  # refuses what does not fit, now
     return module
@@ -199,17 +252,11 @@ def build_trainer(
     )
 
 
-def write_run(
-    run: Run, config: Config, request: Config, facts: Facts, splits: Splits, told: Estimate | None
-) -> None:
-    """What was asked for, what was decided, and on what; what it was thought to cost."""
+def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
+    """The request, the configuration it became, and the data and machine it was settled for."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
-    known = {
-        "data": data_card(splits, facts),
-        "request": request,
-        "estimate": told and told._asdict(),
-    }
+    known = {"data": data_card(splits, facts), "request": request}
     write_json(run.environment_file, environment(facts) | known)
 
 
@@ -258,14 +305,6 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
     )
     if planned.decisions and not resuming:
         say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
-
-
-def say_estimate(told: Estimate | None, config: Config) -> None:
-    """What it will cost, where that is known."""
-    if told is not None:
-        say(told.line())
-        if (warning := told.warning(config)) is not None:
-            say(warning)
 
 
 def say(text: str) -> None:
