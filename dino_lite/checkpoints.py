@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import torch
 
-from dino_lite.backbones.files import read_about, weights_file
-from dino_lite.backbones.weights import Opened, fit_positions, open_timm, open_weights
 from dino_lite.config import Config, instantiate, load
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import first_readable
 from dino_lite.formats.safetensors import load_backbone, read_config
+from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.weights import Opened, fit_positions, open_timm, open_weights
 from dino_lite.methods.method import Method
-from dino_lite.runs import Run
+from dino_lite.runs.folder import Run
 
 _TIMM = "timm:"
 # Of a run that begins with another's weights: what is not taken over, of weights and of settings.

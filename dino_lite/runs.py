@@ -15,11 +15,11 @@ try:
 except ImportError:  # Windows has none: two processes may then train one run
     fcntl = None  # type: ignore[assignment]
 
-from dino_lite.checks import mixes_images
 from dino_lite.config import Config, differences, get, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
+from dino_lite.planning.checks import mixes_images
 
 # Keys that change how fast a run goes or what is seen of it, never its weights.
 _SPEED = (

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.checkpoint import open_backbone
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.checkpoints import begin_config, build_method, open_backbone
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError

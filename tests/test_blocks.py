@@ -259,7 +259,7 @@ def test_memory_is_set_in_every_transformer_inside() -> None:
 
 _COMPILED = """
 import torch
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import build_backbone
 torch.manual_seed(0)
 sizes = dict(patch_size=8, embed_dim=16, depth=3, num_heads=2, drop_path=0.5)
 vit = build_backbone({**sizes, **CHANGES}).double().train()

@@ -20,10 +20,10 @@ from torch import nn
 from dino_lite.backbones.vit import ViT
 from dino_lite.callbacks import online_eval, throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
+from dino_lite.callbacks.drawing import Pictures
 from dino_lite.callbacks.health import Health
-from dino_lite.callbacks.metrics import MetricsFile
+from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.callbacks.online_eval import OnlineEval
-from dino_lite.callbacks.pictures import Pictures
 from dino_lite.callbacks.progress import RunProgress, duration
 from dino_lite.callbacks.throughput import Throughput
 from dino_lite.contracts import Splits, UserError
@@ -33,8 +33,8 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import spread
+from dino_lite.eval.collapse import rankme
 from dino_lite.eval.features import extract
-from dino_lite.eval.health import rankme
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
 from dino_lite.losses.prototype import PrototypeLoss

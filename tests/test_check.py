@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dino_lite.runs.build import build
+from dino_lite.runs.folder import Run
 from PIL import Image
 
 from dino_lite.commands import check as command
 from dino_lite.commands.check import run_check
-from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, compose, instantiate, put
 from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.data.auto import open_auto
@@ -29,11 +30,10 @@ from dino_lite.data.findings import (
     judge_pixels,
     judge_speed,
 )
-from dino_lite.data.tables import split_table
+from dino_lite.data.summary import split_table
 from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
-from dino_lite.plan import gather_facts, plan
-from dino_lite.runs import Run
+from dino_lite.planning.plan import gather_facts, plan
 from images import sentence
 from tiny import TINY, photos, tiny
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dino_lite.runs.identity import requested, run_name
 from torch import Tensor
 
 from dino_lite.backbones.vit import ViT
@@ -24,8 +25,7 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
-from dino_lite.plan import plan
-from dino_lite.runs import requested, run_name
+from dino_lite.planning.plan import plan
 from test_conf import facts
 from test_dino import random_crops
 from test_health import warnings_of

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from dino_lite.runs.build import build, build_module
+from dino_lite.runs.folder import Run
+from dino_lite.runs.subject import build_evaluations
 
-from dino_lite.commands.evaluate import build_evaluations
-from dino_lite.commands.pretrain import build, build_module
 from dino_lite.config import compose, config_dir, get, leaves
 from dino_lite.contracts import Evaluation, UserError
 from dino_lite.machine import Facts
-from dino_lite.plan import plan
-from dino_lite.runs import Run
+from dino_lite.planning.plan import plan
 
 EVALUATIONS = sorted(path.stem for path in (config_dir() / "eval").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))

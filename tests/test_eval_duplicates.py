@@ -142,7 +142,8 @@ def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -
 
 def test_it_is_not_asked_of_baselines() -> None:
     """What the file lists are the pairs of the backbone asked for, not those of another."""
-    from dino_lite.commands.evaluate import beside, comparable
+    from dino_lite.eval.measure import beside, comparable
+
     from dino_lite.eval.knn import KNN
 
     asked = {"duplicates": Duplicates(threshold=0.2), "knn": KNN()}
@@ -156,9 +157,10 @@ def test_it_is_not_asked_of_baselines() -> None:
 
 def test_the_file_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` in eval.duplicates.out is expanded; the configurations build what they name."""
-    from dino_lite.commands.evaluate import build_evaluations
+    from dino_lite.runs.identity import absolute_paths
+    from dino_lite.runs.subject import build_evaluations
+
     from dino_lite.config import compose
-    from dino_lite.runs import absolute_paths
 
     monkeypatch.setenv("HOME", "/somewhere")
     config = compose(

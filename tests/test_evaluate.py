@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dino_lite.commands.evaluate import run_evaluate
-from dino_lite.commands.tables import print_results
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.results import result
+from dino_lite.report.terminal import print_results
 from tiny import photos, train
 
 

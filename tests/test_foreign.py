@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, results_file, run_of
 from safetensors.torch import save_file
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
-from dino_lite.checkpoints import find_checkpoint, open_backbone, results_file, run_of
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import load_backbone, read_config
+from dino_lite.formats.weights import load_pretrained
 from test_importers import as_hugging_face_vit, dinov2, pretend_download, saved, small
 from tiny import train
 

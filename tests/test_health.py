@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dino_lite.contracts import Prototypes, Scores, Targets, UserError
-from dino_lite.eval import health as module
-from dino_lite.eval.health import collapse, health, look, rankme, relative_std
+from dino_lite.eval import collapse as module
+from dino_lite.eval.collapse import collapse, health, look, rankme, relative_std
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods import dino
 from test_pretrain import command

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dino_lite.backbones import weights as importer
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import Opened, load_pretrained, open_timm, open_weights
 from dino_lite.contracts import UserError
+from dino_lite.formats import weights as importer
+from dino_lite.formats.weights import Opened, load_pretrained, open_timm, open_weights
 from golden.adapters_vit import compare_tokens
 from golden.check import Bound, Check, below, compare
 from test_golden import cases, check_golden

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lite.backbones.rope import RoPEViT
-from dino_lite.backbones.weights import load_pretrained, open_timm, open_weights
-from dino_lite.checkpoints import find_checkpoint, open_backbone
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import export_safetensors
+from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from test_importers import pretend_download, saved, with_config
 from test_rope import joined
 from test_vit import randomize

@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 import torch
+from dino_lite.runs.subject import build_evaluations
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.baselines import raw_pixels

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
+from dino_lite.runs.checkpoint import open_backbone
 
-from dino_lite.checkpoints import open_backbone
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError

@@ -12,7 +12,7 @@ import yaml
 from dino_lite.config import Config, compose, config_dir, get, instantiate, leaves, load, put
 from dino_lite.contracts import Progress, UserError
 from dino_lite.methods.clock import seconds
-from dino_lite.plan import plan
+from dino_lite.planning.plan import plan
 from test_conf import facts
 
 
@@ -114,7 +114,7 @@ def test_on_a_cpu_the_backbone_is_a_convnet_unless_something_is_asked_of_it() ->
     """A ViT where any of its keys is given, where patches are masked, on a GPU, for the embedded
     set; the choice is told, and each of its keys can be given in turn.
     """
-    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.build.vit"
+    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.spec.vit"
     told = plan(defaults(), facts())
     assert told.config["backbone"]["_target_"] == convnet
     assert "backbone=convnet" in told.table()

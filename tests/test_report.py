@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dino_lite.runs.checkpoint import find_checkpoint, results_file
+from dino_lite.runs.folder import Run
+from dino_lite.runs.identity import absolute_paths, requested
 from PIL import Image
 
-from dino_lite.checkpoints import find_checkpoint, results_file
 from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
 from dino_lite.config import compose, put, quote_override, save, unquote
@@ -26,10 +28,9 @@ from dino_lite.eval.gallery import PICTURES
 from dino_lite.report.charts import line_chart, number
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page
-from dino_lite.report.pictures import data_uri, find_pictures
 from dino_lite.report.story import read_story, reproduce, results_of
+from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
-from dino_lite.runs import Run, absolute_paths, requested
 from test_importers import pretend_download, saved, small
 from tiny import photos, train
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from dino_lite.runs.subject import build_evaluations
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import oracle
 from dino_lite.backbones.blocks import Memory, prepare
-from dino_lite.backbones.build import build_backbone
-from dino_lite.backbones.dinov3 import rename
 from dino_lite.backbones.rope import RoPEViT, RotaryPositions
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
@@ -28,9 +27,10 @@ from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.eval.features import frozen
 from dino_lite.eval.pictures import attention_picture
+from dino_lite.formats.dinov3 import rename
 from dino_lite.formats.safetensors import load_backbone
 from dino_lite.nn.teachers import frozen_copy
-from dino_lite.plan import plan
+from dino_lite.planning.plan import plan
 from test_conf import facts
 from test_pretrain import assert_same
 from test_vit import images, randomize

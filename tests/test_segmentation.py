@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dino_lite.runs.subject import build_evaluations
 from PIL import Image
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.masks import fitted, open_masks
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.pixel_labels import fitted, open_masks
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.segmentation import Segmentation, confusion, iou, iou_interval
 from dino_lite.eval.segmenter import (

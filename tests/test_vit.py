@@ -17,10 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import oracle
-from dino_lite.backbones.build import build_backbone, vit
+from dino_lite.backbones.spec import build_backbone, vit
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
 from dino_lite.contracts import UserError
+from dino_lite.formats.weights import load_pretrained
 
 SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 

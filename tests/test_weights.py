@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino_lite.backbones.build import vit
-from dino_lite.backbones.files import read_tensors
+from dino_lite.backbones.spec import vit
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
 from dino_lite.contracts import UserError
+from dino_lite.formats.tensors import read_tensors
+from dino_lite.formats.weights import load_pretrained
 
 Weights = dict[str, Tensor]
 SPEC: dict[str, Any] = {

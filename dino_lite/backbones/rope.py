@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_lite.backbones.blocks import DropPathBy, Rotation
-from dino_lite.backbones.layouts import mlp_of
 from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
 from dino_lite.contracts import UserError
+from dino_lite.formats.layouts import mlp_of
 
 _DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there, the others zeros
     "num_registers": 4,

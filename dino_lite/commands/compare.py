@@ -10,24 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_lite.checkpoints import find_checkpoint, run_of
-from dino_lite.commands.evaluate import (
-    Subject,
-    baselines_of,
-    beside,
-    build_evaluations,
-    comparable,
-    keep,
-    measure,
-    open_subject,
-)
-from dino_lite.commands.tables import print_comparison
 from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.data.roots import several
 from dino_lite.distributed import rank
+from dino_lite.eval.baselines import baselines_of
+from dino_lite.eval.measure import beside, comparable, measure
 from dino_lite.eval.results import amount, interval
-from dino_lite.runs import absolute_paths, read_json, write_text
+from dino_lite.report.terminal import print_comparison
+from dino_lite.runs.checkpoint import find_checkpoint, run_of
+from dino_lite.runs.folder import read_json, write_text
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.subject import Subject, build_evaluations, keep, open_subject
 
 
 class Row(NamedTuple):

@@ -11,15 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from hydra.errors import HydraException
 
-from dino_lite.checkpoints import (
-    asked_data,
-    find_checkpoint,
-    open_backbone,
-    open_data,
-    results_file,
-    run_of,
-)
-from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
@@ -29,7 +20,11 @@ from dino_lite.eval.baselines import raw_pixels, untrained
 from dino_lite.eval.gallery import PICTURES, Picture, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator
-from dino_lite.runs import absolute_paths, merge_json
+from dino_lite.report.terminal import print_results
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, results_file, run_of
+from dino_lite.runs.folder import merge_json
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.subject import asked_data, open_data
 
 
 class Subject(NamedTuple):

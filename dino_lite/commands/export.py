@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from dino_lite.checkpoints import asked_data, find_checkpoint, open_backbone, open_data, run_of
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.runs import absolute_paths
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, run_of
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.subject import asked_data, open_data
 
 _NUM_IMAGES = 8  # of the check
 

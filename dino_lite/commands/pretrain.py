@@ -19,10 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite import config as cfg
 from dino_lite.backbones.blocks import set_memory
-from dino_lite.callbacks.metrics import MetricsFile
-from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
-from dino_lite.checks import check_values, mixes_images
-from dino_lite.commands.tables import baseline_table
+from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.config import Config, command, compose, get, instantiate, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
@@ -38,16 +35,14 @@ from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.methods.timing import is_out_of_memory
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.plan import Plan, gather_facts, plan
-from dino_lite.runs import (
-    Run,
-    absolute_paths,
-    data_card,
-    requested,
-    resume_config,
-    run_name,
-    write_json,
-)
+from dino_lite.planning.checks import check_values, mixes_images
+from dino_lite.planning.plan import Plan, gather_facts, plan
+from dino_lite.report.terminal import baseline_table
+from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.checkpoint import read_checkpoint
+from dino_lite.runs.folder import Run, write_json
+from dino_lite.runs.identity import absolute_paths, data_card, requested, run_name
+from dino_lite.runs.resume import resume_config
 
 _NUM_DRAWN = 2000  # training images among which neighbors are looked for
 _SMALLER = (

@@ -5,14 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from dino_lite.checkpoints import find_checkpoint, results_file, run_of
-from dino_lite.commands.evaluate import draw_pictures, open_subject
 from dino_lite.config import Config, command, compose, quote_override
 from dino_lite.contracts import UserError
 from dino_lite.eval.gallery import PICTURES
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story
-from dino_lite.runs import absolute_paths, write_text
+from dino_lite.runs.checkpoint import find_checkpoint, results_file, run_of
+from dino_lite.runs.folder import write_text
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.subject import draw_pictures, open_subject
 
 
 def report(*overrides: str) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, Shaped
 
 from dino_lite.contracts import Source
-from dino_lite.data.duplicates import NEAR, equal_groups, near_groups
+from dino_lite.data.hashing import NEAR, equal_groups, near_groups
 from dino_lite.data.inspection import Inspected
 
 SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, from … on

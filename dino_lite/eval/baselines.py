@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize

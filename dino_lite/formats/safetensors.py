@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dino_lite
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -8,13 +8,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dino_lite import __version__
 from dino_lite.report.charts import curve_sections, number
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
-from dino_lite.report.pictures import find_pictures, picture_figures
 from dino_lite.report.story import Story, results_of
+from dino_lite.report.thumbnails import find_pictures, picture_figures
 from dino_lite.report.worth import value_of, worth_section
+from dino_lite.version import __version__
 
 _LISTED = 20  # unreadable files
 _TEMPLATE = Path(__file__).with_name("page.html")

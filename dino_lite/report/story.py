@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dino_lite.checkpoints import open_backbone, results_file, run_of
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
-from dino_lite.runs import Run, absolute_paths, read_json, requested
+from dino_lite.runs.checkpoint import open_backbone, results_file, run_of
+from dino_lite.runs.folder import Run, read_json
+from dino_lite.runs.identity import absolute_paths, requested
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dino_lite.backbones.blocks import draw_drops, run_block, run_blocks
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import open_weights
 from dino_lite.contracts import Tokens
+from dino_lite.formats.weights import open_weights
 from golden.check import Bound, Check, below, bound, compare
 
 Case = dict[str, Any]

@@ -10,7 +10,7 @@ from torch import nn
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
+from dino_lite.formats.weights import load_pretrained
 
 
 def vit(pretrained: str | None = None, **spec: Any) -> ViT:

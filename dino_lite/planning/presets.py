@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dino_lite.checks import PRESETS
 from dino_lite.config import Config, config_dir, get, load
 from dino_lite.machine import Facts
+from dino_lite.planning.checks import PRESETS
 
 FEW, MANY = 20_000, 1_280_000  # up to here a set is small; ImageNet
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.dinov3 import BASE as DINOV3_BASE
-from dino_lite.backbones.dinov3 import rename
 from dino_lite.contracts import UserError
+from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
+from dino_lite.formats.dinov3 import rename
 
 LOOKED_FOR = (
     "looked for a class token and blocks as dino_lite, DINO, DINOv2, DINOv3, timm and Hugging Face "

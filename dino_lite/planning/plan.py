@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite.checks import check, check_values
 from dino_lite.config import Config, get, leaves, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.facts import read_facts
 from dino_lite.machine import Facts, has_compiler, has_fast_bf16, num_cores, pick_accelerator
-from dino_lite.presets import SIZE, Rule, choose_backbone
-from dino_lite.rules import RULES
+from dino_lite.planning.checks import check, check_values
+from dino_lite.planning.presets import SIZE, Rule, choose_backbone
+from dino_lite.planning.rules import RULES
 
 
 class Decision(NamedTuple):

@@ -12,12 +12,12 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from dino_lite.backbones.files import read_about, read_tensors, weights_file
-from dino_lite.backbones.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
+from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
+from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -123,7 +123,7 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
-    from dino_lite.backbones.build import build_backbone  # which fills from here
+    from dino_lite.backbones.spec import build_backbone
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return cast(Transformer, build_backbone(spec))
