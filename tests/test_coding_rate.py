@@ -17,7 +17,6 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose
 from dino_lite.contracts import Match, Progress, Prototypes, Scores, Targets, UserError
-from dino_lite.cost import memory, work
 from dino_lite.losses.coding_rate import CodingRateLoss, alignment, coding_rate, rate_scale
 from dino_lite.losses.prototype import PrototypeLoss, cross_view_pairs
 from dino_lite.methods.dino import DINO
@@ -27,7 +26,6 @@ from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
 from dino_lite.planning.plan import plan
 from dino_lite.runs.identity import requested, run_name
-from dino_lite.sizes import sizes
 from test_conf import facts
 from test_dino import random_crops
 from test_health import warnings_of
@@ -283,15 +281,11 @@ def asked(runs_dir: Path, *overrides: str) -> Config:
     return compose("pretrain", tiny_command(runs_dir, *groups, *overrides))
 
 
-def test_cost_and_plan_take_no_prototypes(tmp_path: Path) -> None:
-    """Nothing is estimated for them; the batch stays whole, however large."""
+def test_the_batch_stays_whole_however_large(tmp_path: Path) -> None:
+    """Micro-batches would change the rate."""
     config = asked(tmp_path, "loader.batch_size=100000", "trainer.micro_batch_size=auto")
     planned = plan(config, facts(source="shapes")).config
     assert planned["trainer"]["micro_batch_size"] == 0
-    size = sizes(planned)
-    assert size is not None
-    assert work(size).prototypes == 0
-    assert all(math.isfinite(value) and value > 0 for value in memory(size).values())
 
 
 def test_a_run_keeps_its_micro_batches(tmp_path: Path) -> None:

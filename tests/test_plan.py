@@ -11,7 +11,7 @@ import yaml
 
 from dino_lite.config import Config, compose, config_dir, get, instantiate, leaves, load, put
 from dino_lite.contracts import Progress, UserError
-from dino_lite.planning.checks import seconds
+from dino_lite.methods.clock import seconds
 from dino_lite.planning.plan import plan
 from test_conf import facts
 

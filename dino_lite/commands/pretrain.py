@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from dino_lite import config as cfg
-from dino_lite.config import Config, command, compose, instantiate, put
-from dino_lite.contracts import Backbone, Splits, UserError
+from dino_lite.config import Config, command, compose, get, instantiate, targets
+from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
-from dino_lite.estimate import Estimate, estimate
 from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import Plan, gather_facts, plan
@@ -26,7 +25,8 @@ from dino_lite.runs.finish import finish
 from dino_lite.runs.folder import Run, write_json
 from dino_lite.runs.identity import absolute_paths, data_card, requested, run_name
 from dino_lite.runs.resume import resume_config
-from dino_lite.runs.trainer import build_trainer, quiet_lightning
+from dino_lite.runs.trainer import quiet_lightning
+from dino_lite.runs.training import train
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     config = absolute_paths(config)
     check_values(config)
     request = requested(config)
+    is_auto = get(config, "trainer.micro_batch_size") == "auto"
     config = begin_config(config)
     splits: Splits = instantiate(config["data"])
     facts = gather_facts(config, splits)
@@ -48,41 +49,39 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     run = Run(Path(config["runs_dir"]).expanduser() / run_name(planned.config, request, facts))
     resuming = run.last.is_file()
     if resuming:
-        config = resume_config(run, planned.config, request, splits)
+        config = resume_config(run, planned.config, request, splits, is_auto)
         if run.is_trained():
             say(f"{run.folder} is trained; dino-lite evaluate checkpoint={run.folder} measures it")
             if rank() == 0:
                 with run.locked():
                     checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
-                    return _finish(run, config, facts, splits, open_backbone(checkpoint).backbone)
+                    # The command names the same classes.
+                    trust = [*targets([planned.config["backbone"], planned.config["method"]])]
+                    opened = open_backbone(checkpoint, trust)
+                    return _finish(run, config, facts, splits, opened.backbone)
             return {}
     else:
         config = planned.config
     torch.set_num_threads(config["trainer"]["num_threads"])
     if facts.accelerator == "cpu":
         keep_freed_memory()
-    # a resumed run has weights of its own
-    begun = put(config, "checkpoint", None) if resuming else config
-    datamodule, module, callbacks = build(begun, facts, splits, run)
+    # A resumed run has weights of its own.
+    started = {"checkpoint": None} if resuming else {}
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
-        if rank() == 0:
-            told = estimate(config, facts)
-            say_plan(planned, run, facts, resuming)
-            say_estimate(told, config)
-            write_run(run, config, request, facts, splits, told)
         quiet_lightning()
-        trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
-        try:
-            last = str(run.last) if resuming else None
-            trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
-        except SystemExit:  # how Lightning ends after Ctrl-C
-            raise UserError(
-                f"{run.folder} was interrupted; the same command goes on from there."
-            ) from None
-        finally:
-            if trainer.is_global_zero:
-                run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
-        if not trainer.is_global_zero:
+        if rank() == 0:
+            say_plan(planned, run, facts, resuming)
+            write_run(run, config, request, facts, splits)
+        module = train(
+            config,
+            facts,
+            run,
+            lambda config: build(config | started, facts, splits, run),
+            resuming=resuming,
+            may_shrink=is_auto,
+            say=say,
+        )
+        if rank() != 0:
             return {}
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}
         run.add_results({"trained": True} | spent)
@@ -91,17 +90,11 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             return _finish(run, config, facts, splits, backbone)
 
 
-def write_run(
-    run: Run, config: Config, request: Config, facts: Facts, splits: Splits, told: Estimate | None
-) -> None:
-    """What was asked for, what was decided, and on what; what it was thought to cost."""
+def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
+    """The request, the configuration it became, and the data and machine it was settled for."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
-    known = {
-        "data": data_card(splits, facts),
-        "request": request,
-        "estimate": told and told._asdict(),
-    }
+    known = {"data": data_card(splits, facts), "request": request}
     write_json(run.environment_file, environment(facts) | known)
 
 
@@ -126,14 +119,6 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
     )
     if planned.decisions and not resuming:
         say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
-
-
-def say_estimate(told: Estimate | None, config: Config) -> None:
-    """What it will cost, where that is known."""
-    if told is not None:
-        say(told.line())
-        if (warning := told.warning(config)) is not None:
-            say(warning)
 
 
 def say(text: str) -> None:

@@ -87,9 +87,6 @@ def speed_table(speed: dict[str, Any]) -> str:
         ("together", f"{speed['images_per_second']:,.1f} images/s; limit: {speed['bottleneck']}"),
         ("an epoch", _duration(speed["seconds_per_epoch"])),
     ]
-    if (told := speed["estimate"]) is not None:
-        memory = f"{told['memory'] / 2**30:.2f} GiB of memory"
-        rows.insert(2, ("estimated", f"{told['images_per_second']:,.1f} images/s, {memory}"))
     if speed["seconds_per_run"] is not None:
         rows.append(("the run", _duration(speed["seconds_per_run"])))
     return "\n".join(["speed, measured here (files were in memory by then):", *_lines(rows)])

@@ -94,6 +94,7 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
+
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return cast(Transformer, build_backbone(spec))
 

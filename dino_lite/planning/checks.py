@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dino_lite.config import Config, get, instantiate, leaves, locate
 from dino_lite.contracts import Backbone, Traits, UserError
 from dino_lite.machine import Facts
+from dino_lite.methods.clock import seconds
 from dino_lite.optim.schedules import check_span, parse_span
 
 TRAINER_KEYS = {
@@ -282,13 +283,3 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
             raise UserError(
                 f"{key}={span} is longer than the run (trainer.{measure}={length}): shorten it."
             )
-
-
-def seconds(duration: str | float) -> float:
-    """Seconds in a text as 90s, 30m, 2h or 1d, or in a number of minutes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([smhd]?)\s*", str(duration))
-    if match is None or float(match[1]) <= 0:
-        raise UserError(
-            f'trainer.max_time={duration}: write a positive time as "90s", "30m" or "2h".'
-        )
-    return float(match[1]) * {"s": 1, "m": 60, "": 60, "h": 3600, "d": 86_400}[match[2]]

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dino_lite.config import Config, get, put
+import torch
+
+from dino_lite.config import Config, get, instantiate
 from dino_lite.contracts import UserError
-from dino_lite.cost import kept_bytes
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from dino_lite.machine import Facts
+from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
 from dino_lite.planning.checks import mixes_images, traits_of
-from dino_lite.sizes import sizes
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
 _PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}
@@ -135,37 +136,79 @@ def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.01, "a hundredth of the run, the paper's 1 of 100 epochs"
 
 
+def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
+    """Width, depth and tokens of a global crop of one of our transformers, None for all else. A
+    named model is built without storage for its numbers.
+    """
+    backbone = config["backbone"]
+    if not str(backbone["_target_"]).startswith("dino_lite.") or traits_of(config).convolutional:
+        return None
+    width, depth = backbone.get("embed_dim"), backbone.get("depth")
+    if width is None or depth is None:
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                built = instantiate({k: v for k, v in backbone.items() if k != "pretrained"})
+        except UserError:
+            return None  # building it for the run raises the same
+        width, depth = built.embed_dim, built.num_blocks
+    return width, depth, _num_tokens(config, "augment.global_size")
+
+
+def _num_tokens(config: Config, size: str) -> int:
+    """Patches of a crop and its class token."""
+    return int((get(config, size) // get(config, "backbone.patch_size")) ** 2) + 1
+
+
+# Values of a global crop between two blocks (tokens x width) below which products are too small for
+# bfloat16 to pay on a CPU (docs/performance.md).
+_SMALL_CROP = 2000
+
+
 def _precision(config: Config, facts: Facts) -> tuple[str, str]:
-    if facts.bf16:
-        return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
-    return "32", f"no native bfloat16 on {facts.device_name}"
+    if not facts.bf16:
+        return "32", f"no native bfloat16 on {facts.device_name}"
+    width = config["backbone"].get("embed_dim") if "patch_size" in config["backbone"] else None
+    values = 0 if width is None else width * _num_tokens(config, "augment.global_size")
+    if facts.accelerator == "cpu" and 0 < values < _SMALL_CROP:
+        return "32", "so small a network gains little from bfloat16 on a CPU"
+    return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
 
 
 _KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a batch in parts
+_KEPT_BYTES = {"bf16": 30, "32": 48, "64": 96}  # of a value between two blocks, by a block
 
 
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.accelerator != "cpu" or mixes_images(config):
+    sizes = None if facts.accelerator != "cpu" or mixes_images(config) else _vit_sizes(config)
+    if sizes is None:
         return 0, "the whole batch"
-    try:
-        size = sizes(put(config, "trainer.micro_batch_size", 0))
-    except UserError:
-        size = None  # the checks that follow say it better
-    num_parts = 1 if size is None else math.ceil(kept_bytes(size) / _KEPT)
-    if size is None or num_parts == 1:
+    width, depth, tokens = sizes
+    local_tokens = get(config, "augment.num_local") * _num_tokens(config, "augment.local_size")
+    ranks = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
+    num_images = get(config, "loader.batch_size") // ranks
+    value = _KEPT_BYTES.get(str(get(config, "trainer.precision")), 48)
+    num_parts = math.ceil(num_images * (2 * tokens + local_tokens) * depth * width * value / _KEPT)
+    if num_parts <= 1:
         return 0, "the whole batch"
-    images = math.ceil(size.num_images / num_parts)
-    return images, f"{math.ceil(size.num_images / images)} parts, for less memory"
+    images = math.ceil(num_images / num_parts)
+    return images, f"{math.ceil(num_images / images)} parts, for less memory"
+
+
+# How long a run must be to gain back the minutes that compiling takes (docs/performance.md).
+_COMPILED_STEPS, _COMPILED_SECONDS = 2000, 15 * 60
 
 
 def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
     if not facts.compiler:
         return False, "no compiler was found"
-    if get(config, "trainer.max_time") is not None:
-        return False, "a run by the clock would spend its first minute compiling"
-    if facts.accelerator == "cuda" or facts.bf16:
-        return True, "blocks as one graph each"
-    return False, "two percent in float32, for a minute of compiling"
+    if traits_of(config).convolutional:
+        return False, "only a transformer's blocks are compiled"
+    if facts.accelerator == "cpu" and get(config, "trainer.precision") != "bf16":
+        return False, "two percent in float32, for a minute of compiling"
+    run = Clock.of(config["trainer"], facts.num_images, get(config, "loader.batch_size"))
+    if (run.max_seconds or 0) < _COMPILED_SECONDS and (run.num_steps or 0) < _COMPILED_STEPS:
+        return False, "the run is too short to gain back the time of compiling"
+    return True, "blocks as one graph each"
 
 
 def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:

@@ -16,7 +16,6 @@ from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.planning.checks import seconds
 from dino_lite.runs.begin import build_method
 from dino_lite.runs.folder import Run
 
@@ -47,11 +46,6 @@ def build(
 def build_module(config: Config, facts: Facts) -> PretrainModule:
     """Method and step, with the clock that measures the run."""
     trainer, optim = config["trainer"], config["optim"]
-    steps_per_epoch = facts.num_images / config["loader"]["batch_size"]
-    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
-    num_steps = None
-    if max_seconds is None:
-        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
@@ -74,7 +68,7 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
     )
     method = build_method(config)
     set_memory(method, trainer["memory"], trainer["compile"])
-    clock = Clock(num_steps, max_seconds, steps_per_epoch)
+    clock = Clock.of(trainer, facts.num_images, config["loader"]["batch_size"])
     module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, groups)
     module.bare_step()  # refuses what does not fit, now
     return module

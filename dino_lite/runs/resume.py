@@ -14,8 +14,11 @@ from dino_lite.runs.old_names import current
 _MISSING = object()
 
 
-def resume_config(run: Run, planned: Config, request: Config, splits: Splits) -> Config:
-    """The run's saved configuration with its speed keys planned anew.
+def resume_config(
+    run: Run, planned: Config, request: Config, splits: Splits, is_auto: bool = False
+) -> Config:
+    """The run's saved configuration with its speed keys planned anew. Where the size of micro-
+    batches `is_auto`, one that is smaller than planned was chosen for want of memory: it is kept.
 
     A key that the saved run lacks keeps its old behavior, the default in code. Raises UserError
     where a setting or a default differs, the data has changed, or this machine lacks the precision.
@@ -42,10 +45,11 @@ def resume_config(run: Run, planned: Config, request: Config, splits: Splits) ->
             f"{run.folder} learns from images together, {key}={old}, not {new}: give the same to "
             "continue it, or another name=."
         )
-    for key, value in leaves(planned):
-        if is_speed(key):
-            config = put(config, key, value)
-    return config
+    for name, value in leaves(planned):
+        if is_speed(name):
+            config = put(config, name, value)
+    keeps = is_auto and old and (not new or old < new)
+    return put(config, key, old) if keeps else config
 
 
 def _check_request(
