@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How much of a folder of configs is written more than once: `count_settings.py [FOLDER] [--json FILE]`.
+"""Count the settings that several configs repeat: `count_settings.py [FOLDER] [--json FILE]`.
 
 A setting is a dotted key with its value in one file below FOLDER (default: conf/experiment), the
 defaults list left out; it is repeated where another file sets the same key to the same value.
