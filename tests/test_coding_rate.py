@@ -277,7 +277,7 @@ def test_with_prototypes_both_matches_are_one() -> None:
 
 def asked(runs_dir: Path, *overrides: str) -> Config:
     """A tiny run of SimDINO."""
-    groups = ["method=simdino", "loss=simdino", "method.head.num_prototypes=0"]
+    groups = ["method=simdino", "loss=[simdino]", "method.head.num_prototypes=0"]
     return compose("pretrain", tiny_command(runs_dir, *groups, *overrides))
 
 
@@ -328,7 +328,7 @@ def test_an_interrupted_run_resumes_bit_equal(tmp_path: Path) -> None:
 
 def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
     """Every weight has a gradient, so none waits for another; the run has its method's name."""
-    groups = ["method=simdino", "loss=simdino", "method.head.num_prototypes=0"]
+    groups = ["method=simdino", "loss=[simdino]", "method.head.num_prototypes=0"]
     options = [*groups, "trainer.devices=2", "callbacks.pictures=null", "trainer.max_steps=3"]
     result = command("pretrain", *tiny_command(tmp_path, *options))
     assert result.returncode == 0, result.stderr[-3000:]

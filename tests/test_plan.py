@@ -296,9 +296,11 @@ def test_times_are_read(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["loss=[]"], "choose loss="),
+        (["method=simdino", "~loss.simdino"], "choose loss="),
         (["method=dinov2", "~loss.ibot"], "no loss reads masked patches"),
-        (["method=dinov2", "loss=simdinov2"], "no loss reads its prototypes"),
-        (["method=dino", "loss=simdino"], "no loss reads its prototypes"),
+        (["method=dinov2", "loss=[simdino,patch]"], "no loss reads its prototypes"),
+        (["method=dino", "loss=[simdino]"], "no loss reads its prototypes"),
         (["method=dinov2", "method.patch_head.batch_norm=true"], "one alone has no variance"),
         (
             ["method=dinov2", "method.patch_head=null", "method.head.batch_norm=true"],

@@ -151,6 +151,8 @@ def traits_of(config: Config) -> Traits:
 
 def _check_uses(config: Config) -> None:
     """Every weight is read by a loss: else several processes would wait for its gradient."""
+    if not config["loss"]:
+        raise UserError("loss=[]: there is nothing to learn from; choose loss=[dino] or another.")
     method, reads = config["method"], {loss["reads"] for loss in config["loss"].values()}
     masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
     if masks and not of_patches:
@@ -165,7 +167,7 @@ def _check_uses(config: Config) -> None:
                 continue  # its prototypes are the patches'
             raise UserError(
                 f"method.{name}: no loss reads its prototypes; set "
-                f"method.{name}.num_prototypes=0, or choose loss=dino or another that does."
+                f"method.{name}.num_prototypes=0, or choose loss=[dino] or another that does."
             )
     serves = "head" if method.get("patch_head", 0) is None and masks else "patch_head"
     if (method.get(serves) or {}).get("batch_norm"):
