@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from dino_lite.settings.kinds import Must
+
 Memory = Literal["high", "normal", "low"]
 Activation = Callable[[Tensor], Tensor]
 Project = Callable[[Activation, Tensor, nn.Linear], Tensor]  # layer(act(x))
 DropPathBy = Literal["sample", "batch"]
+DropRate = Annotated[float, Must("a number in [0, 1)", lambda rate: 0 <= rate < 1)]
 # What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only
 # these m samples through; None: nothing.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -11,9 +11,10 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import load_pretrained
+from dino_lite.settings.kinds import KeywordsOf
 
 
-def vit(pretrained: str | None = None, **spec: Any) -> ViT:
+def vit(pretrained: str | None = None, **spec: Annotated[Any, KeywordsOf(ViT)]) -> ViT:
     """A vision transformer, filled with the weights in `pretrained` where that is given."""
     backbone = ViT(**spec)
     if pretrained:
@@ -21,7 +22,9 @@ def vit(pretrained: str | None = None, **spec: Any) -> ViT:
     return backbone
 
 
-def rope(pretrained: str | None = None, **spec: Any) -> RoPEViT:
+def rope(
+    pretrained: str | None = None, **spec: Annotated[Any, KeywordsOf(RoPEViT)]
+) -> RoPEViT:
     """DINOv3's vision transformer, filled with the weights in `pretrained` where that is given."""
     backbone = RoPEViT(**spec)
     if pretrained:

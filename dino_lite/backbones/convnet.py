@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -14,7 +14,10 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
+from dino_lite.backbones.blocks import DropRate
 from dino_lite.contracts import Tokens, UserError
+from dino_lite.settings.kinds import Count, Size
+from dino_lite.settings.validate import checked
 
 _GROUP = 16  # channels that are normalized together
 
@@ -32,16 +35,17 @@ class ConvNet(nn.Module):
     its own, "layer". Blocks, to `intermediate`, are stages.
     """
 
+    @checked
     def __init__(
         self,
         name: str = "resnet",
-        patch_size: int = 32,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        norm: str = "batch",
-        widths: Sequence[int] | None = None,
-        depths: Sequence[int] | None = None,
-        fields: int = 0,
+        patch_size: Size = 32,
+        in_chans: Size = 3,
+        drop_path: DropRate = 0.0,
+        norm: Literal["batch", "group", "layer"] = "batch",
+        widths: Sequence[Size] | None = None,
+        depths: Sequence[Size] | None = None,
+        fields: Count = 0,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
@@ -66,6 +70,11 @@ class ConvNet(nn.Module):
             self.embed_dim = sum(width * side**2 for width, side in each)
         self.num_blocks = len(self.stages)
         self.to(memory_format=torch.channels_last)  # quicker
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Whether micro-batches change the result: batch normalization looks at all their images."""
+        return bool(settings["norm"] == "batch")
 
     def forward(
         self,

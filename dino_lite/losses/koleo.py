@@ -45,7 +45,7 @@ class KoLeoLoss:
     `across_ranks`, among those that all ranks have at the moment.
     """
 
-    mixes_images = True  # so a run keeps its micro-batches
+    mixes_images = True
 
     def __init__(self, reads: str, weight: Schedule, across_ranks: bool = False) -> None:
         self.reads, self.weight, self.across_ranks = reads, weight, across_ranks
