@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino_lite.checkpoints import find_checkpoint, run_of
+from dino_lite.checks import check_values
 from dino_lite.commands.evaluate import (
     Subject,
     baselines_of,
@@ -46,7 +47,7 @@ def compare(*overrides: str) -> dict[str, Any]:
 
 def run_compare(config: Config) -> dict[str, Any]:
     """Print the table, and merge the results of each checkpoint into its results.json."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     out = None if config["out"] is None else Path(config["out"])
     if out is not None and out.suffix not in _WRITERS:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.errors import HydraException
 
 from dino_lite.checkpoints import (
     asked_data,
@@ -19,6 +18,7 @@ from dino_lite.checkpoints import (
     results_file,
     run_of,
 )
+from dino_lite.checks import check_values
 from dino_lite.commands.tables import print_results
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
@@ -59,7 +59,7 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 
 def run_evaluate(config: Config) -> dict[str, Any]:
     """Print all results and merge them into results.json beside the checkpoint."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     subject = open_subject(config, evaluations)
     data = subject.store.data
@@ -86,15 +86,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
 
 def build_evaluations(config: Config) -> dict[str, Any]:
     """What `eval` names, by name."""
-    evaluations = {}
-    for name, node in (config.get("eval") or {}).items():
-        try:
-            evaluations[name] = instantiate(node)
-        except HydraException as error:
-            raise UserError(
-                f"eval.{name}: a value is of another kind than its default "
-                f"({str(error.__cause__ or error).splitlines()[0]}); see conf/eval/{name}.yaml."
-            ) from error
+    evaluations = {n: instantiate(node) for n, node in (config.get("eval") or {}).items()}
     if not evaluations:
         raise UserError("eval= names no evaluation: choose eval=knn.")
     return evaluations

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dino_lite.checkpoints import asked_data, find_checkpoint, open_backbone, open_data, run_of
+from dino_lite.checks import check_values
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
@@ -26,7 +27,7 @@ def export(*overrides: str) -> dict[str, Any]:
 
 def run_export(config: Config) -> dict[str, Any]:
     """Write every format asked for, and print how far its tokens are from the teacher's."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     run = run_of(checkpoint)
     if run is None and not config["out"]:

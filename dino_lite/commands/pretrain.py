@@ -20,7 +20,7 @@ from dino_lite import config as cfg
 from dino_lite.backbones.blocks import set_memory
 from dino_lite.callbacks.metrics import MetricsFile
 from dino_lite.checkpoints import begin_config, build_method, read_checkpoint
-from dino_lite.checks import check_values, seconds
+from dino_lite.checks import Loader, Optim, Trainer, check_values, seconds
 from dino_lite.commands.tables import baseline_table
 from dino_lite.config import Config, command, compose, instantiate, put
 from dino_lite.contracts import Splits, UserError
@@ -60,8 +60,7 @@ def pretrain(*overrides: str) -> dict[str, Any]:
 
 def run_pretrain(config: Config) -> dict[str, Any]:
     """Train, or go on where the same request stopped."""
-    config = absolute_paths(config)
-    check_values(config)
+    config = check_values(absolute_paths(config))
     request = requested(config)
     config = begin_config(config)
     splits: Splits = instantiate(config["data"])
@@ -110,16 +109,13 @@ def build(
     config: Config, facts: Facts, splits: Splits, run: Run
 ) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
     """Data, method and step from a planned configuration; nothing is written."""
-    loader, module = config["loader"], build_module(config, facts)
+    loader, module = Loader(**config["loader"]), build_module(config, facts)
     datamodule = DataModule(
         splits,
         instantiate(config["augment"]),
         instantiate(config["normalize"]),
-        batch_size=loader["batch_size"],
-        num_workers=loader["num_workers"],
+        **loader._asdict(),
         seed=config["seed"],
-        max_bad_fraction=loader["max_bad_fraction"],
-        draft=loader["draft"],
         num_steps=module.clock.num_steps,
         bad_files=run.folder / "bad_files.csv",
     )
@@ -131,36 +127,37 @@ def build(
 
 def build_module(config: Config, facts: Facts) -> PretrainModule:
     """Method and step, with the clock that measures the run."""
-    trainer, optim = config["trainer"], config["optim"]
+    trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
     steps_per_epoch = facts.num_images / config["loader"]["batch_size"]
-    max_seconds = None if trainer["max_time"] is None else seconds(trainer["max_time"])
-    num_steps = None
-    if max_seconds is None:
-        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
+    max_seconds = None if trainer.max_time is None else seconds(trainer.max_time)
+    num_steps = trainer.max_steps
+    if trainer.max_epochs is not None:
+        num_steps = max(1, round(trainer.max_epochs * steps_per_epoch))
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
-        learning_rate=instantiate(optim["learning_rate"]),
-        weight_decay=instantiate(optim["weight_decay"]),
-        clip=optim["clip"],
-        clip_by=optim["clip_by"],
-        freeze_last_layer=optim["freeze_last_layer"],
-        max_skipped=optim["max_skipped"],
-        micro_batch_size=trainer["micro_batch_size"],
-        autocast=torch.bfloat16 if str(trainer["precision"]) == "bf16" else None,
+        learning_rate=instantiate(config["optim"]["learning_rate"]),
+        weight_decay=instantiate(config["optim"]["weight_decay"]),
+        clip=optim.clip,
+        clip_by=optim.clip_by,
+        freeze_last_layer=optim.freeze_last_layer,
+        max_skipped=optim.max_skipped,
+        micro_batch_size=trainer.micro_batch_size,
+        autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
         seed=config["seed"],
     )
     groups = functools.partial(
         param_groups,
-        decay_tokens=optim["decay_tokens"],
-        layer_decay=optim["layer_decay"],
-        patch_embed_scale=optim["patch_embed_scale"],
-        freeze_by=optim["freeze_by"],
+        decay_tokens=optim.decay_tokens,
+        layer_decay=optim.layer_decay,
+        patch_embed_scale=optim.patch_embed_scale,
+        freeze_by=optim.freeze_by,
     )
     method = build_method(config)
-    set_memory(method, trainer["memory"], trainer["compile"])
+    set_memory(method, trainer.memory, trainer.compile)
     clock = Clock(num_steps, max_seconds, steps_per_epoch)
-    module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, groups)
+    optimizer = instantiate(config["optim"]["optimizer"])
+    module = PretrainModule(method, step, optimizer, clock, groups)
     module.bare_step()  # refuses what does not fit, now
     return module
 
@@ -176,15 +173,15 @@ def build_trainer(
     """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules
     are the step's.
     """
-    trainer = config["trainer"]
-    ranks = trainer["devices"] * trainer["num_nodes"]
+    trainer = Trainer(**config["trainer"])
+    ranks = trainer.devices * trainer.num_nodes
     resume_step = int(read_checkpoint(run.last)["global_step"]) if resuming else 0
     return pl.Trainer(
         accelerator=facts.accelerator,
-        devices=trainer["devices"],
-        num_nodes=trainer["num_nodes"],
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
         strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
-        precision="64-true" if str(trainer["precision"]) == "64" else "32-true",
+        precision="64-true" if str(trainer.precision) == "64" else "32-true",
         max_epochs=-1,
         max_steps=-1 if num_steps is None else num_steps,
         logger=MetricsFile(run.folder / "metrics.csv", resume_step),

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dino_lite.checkpoints import find_checkpoint, results_file, run_of
+from dino_lite.checks import check_values
 from dino_lite.commands.evaluate import draw_pictures, open_subject
 from dino_lite.config import Config, command, compose, quote_override
 from dino_lite.contracts import UserError
@@ -22,7 +23,7 @@ def report(*overrides: str) -> Path:
 
 def run_report(config: Config) -> Path:
     """Write the page beside the results, or to `out`."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     path = Path(config["out"] or _page_file(checkpoint)).absolute()
     missing = []

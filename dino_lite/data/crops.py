@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from dino_lite import draws
-from dino_lite.settings.kinds import Count, Fraction, Must, Size, rising, within
+from dino_lite.settings.kinds import Count, Fraction, Must, Shares, Size, rising, within
 from dino_lite.settings.validate import checked
 
 # The parameters of a crop, in this order wherever they are stored, each with the value that says
@@ -82,7 +82,6 @@ LOCAL = Photometric(blur_prob=0.5)
 # -------------------------------------------------------------------------------- all crops' draws
 
 
-Scale = Annotated[Sequence[float], rising(1e-6, 1)]  # fractions of an image's area
 OddSize = Annotated[int, Must("an odd number of at least 1", lambda size: size > 0 and size % 2)]
 
 
@@ -106,8 +105,8 @@ class MultiCrop:
         global_size: Size,
         local_size: Size,
         num_local: Count,
-        global_scale: Scale = (0.4, 1.0),
-        local_scale: Scale = (0.05, 0.4),
+        global_scale: Shares = (0.4, 1.0),
+        local_scale: Shares = (0.05, 0.4),
         ratio: Annotated[Sequence[float], rising(1e-3, 1e3)] = (3 / 4, 4 / 3),
         global_1: Photometric = GLOBAL_1,
         global_2: Photometric = GLOBAL_2,

@@ -7,8 +7,7 @@ et al. 2022, appendix A.1).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore, demand_labels
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Cosine, Span, scale_rate
-from dino_lite.settings.kinds import Count, NonNegative, Positive, Share, Size, rising
+from dino_lite.settings.kinds import Count, NonNegative, Positive, Share, Shares, Size
 from dino_lite.settings.validate import checked
 
 
@@ -59,7 +58,7 @@ class Finetune:
         layer_decay: Share = 0.75,
         weight_decay: NonNegative = 0.05,
         warmup: Span = 0.1,
-        scale: Annotated[Sequence[float], rising(1e-6, 1)] = (0.25, 1.0),
+        scale: Shares = (0.25, 1.0),
         mixup: NonNegative = 0.0,
         cutmix: NonNegative = 0.0,
         seed: Count = 0,

@@ -5,7 +5,6 @@ Caron et al. 2021, appendix F.1; Wu et al. 2018.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.heads import Head, LinearHeads, make_grid, train
 from dino_lite.eval.holdout import Task, chooser, classification

@@ -60,9 +60,13 @@ NonNegative = Annotated[float, Must("a number of at least 0", lambda value: valu
 Share = Annotated[float, Must("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
 # A number of a schedule: what it may be is for whoever takes the schedule to say (`Values`).
 Value = Annotated[float, "value"]
-Sizes = Annotated[
-    Sequence[Size], Must("a list of whole numbers of at least 1, not empty", bool)
+# Two of them, as the bounds of a random crop's area in parts of the image's.
+Shares = Annotated[
+    Sequence[float],
+    Must(
+        "a list of two numbers above 0 and at most 1, the smaller first",
+        lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
+    ),
 ]
-Rates = Annotated[
-    Sequence[Positive], Must("a list of numbers above 0, not empty", bool)
-]
+Sizes = Annotated[Sequence[Size], Must("a list of whole numbers of at least 1, not empty", bool)]
+Rates = Annotated[Sequence[Positive], Must("a list of numbers above 0, not empty", bool)]

@@ -187,7 +187,7 @@ def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
                 return _read(each, value, key, auto)
             except _Refused as refused:
                 refusals.append(str(refused))
-        raise _Refused(" or ".join(refusals))
+        raise _Refused(", or ".join(refusals))
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
@@ -248,4 +248,6 @@ def _shown(value: Any) -> str:
     """As YAML has it."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
