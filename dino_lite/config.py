@@ -7,7 +7,6 @@ import difflib
 import errno
 import functools
 import inspect
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,16 +153,6 @@ def instantiate(config: Config, **extra: Any) -> Any:
             target = config["_target_"]
             raise UserError(f"{target} does not take these keys: {error}.") from error
     return made
-
-
-def locate(target: str) -> Any:
-    """Import what `_target_` names."""
-    try:
-        return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{target} cannot be imported ({error}): code of your own must be on PYTHONPATH."
-        ) from error
 
 
 def targets(node: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -300,16 +300,21 @@ StepTargets = dict[str, Divisible]
 class Loss:
     """One term of the objective. Abstract.
 
-    `reads` names the Match it takes, one of the method's `provides`. The class says whether the
-    result depends on which images share a micro-batch (`mixes_images`), and whether it needs no
-    patches of the `Tokens` it reads (`cls_only`; the forward pass may then skip them).
+    `reads` names the Match it takes, one of the method's `provides`. With `cls_only` the loss needs
+    no patches of the `Tokens` it reads: the forward pass may skip them.
     """
 
-    mixes_images: bool = False
     cls_only: ClassVar[bool] = False
 
     reads: str
     weight: Schedule
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Whether the result depends on which images share a micro-batch, given the constructor's
+        keywords.
+        """
+        return False
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         """The mean over images, unweighted."""

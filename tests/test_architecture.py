@@ -22,7 +22,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dino_lit
 # A room may import from rooms of lower rank and from itself, never from neighbors of its own rank.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("contracts", "version"),
-    ("distributed", "draws"),
+    ("distributed", "draws", "settings"),
     ("nn", "optim", "losses", "backbones", "data"),
     ("methods", "eval", "formats"),
     ("callbacks", "config", "machine"),

@@ -99,10 +99,10 @@ def test_what_cannot_be_learned_is_a_sentence(
     assert "targets" in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "count"), [(MultiLabel, "num_cs"), (Regression, "num_alphas")])
-def test_impossible_settings_are_refused_by_their_own_keys(kind: type, count: str) -> None:
+@pytest.mark.parametrize("kind", [MultiLabel, Regression])
+def test_impossible_settings_are_refused_by_their_own_keys(kind: type) -> None:
     """Not by those of the evaluation they are built on."""
-    with pytest.raises(UserError, match=rf"eval\.{kind.__name__.lower()}\.powers=.*{count}="):
+    with pytest.raises(UserError, match=rf"{kind.__name__}\.powers=\[-1\]: .*two numbers"):
         kind(powers=[-1])
 
 

@@ -172,7 +172,7 @@ def test_the_loss_is_alignment_less_the_rate_of_the_teachers_crops() -> None:
     expected = float(alignment(z, found.target)) - 3 * eps * math.sqrt(6 / 16) * rate
     loss = CodingRateLoss("embedding", Constant(0.5), gamma=3.0, eps=eps)
     assert float(loss(found)) == pytest.approx(expected)  # the weight is the step's to apply
-    assert (loss.reads, loss.mixes_images) == ("embedding", True)
+    assert loss.reads == "embedding"
 
 
 def test_micro_batches_of_whole_groups_add_up() -> None:
@@ -200,7 +200,6 @@ def test_micro_batches_of_whole_groups_add_up() -> None:
 def test_alignment_alone_takes_masked_patches_and_none_of_them() -> None:
     """One row of patches with weights of their own, or an empty one."""
     loss = CodingRateLoss("patch_embedding", ONE, gamma=0.0)
-    assert not loss.mixes_images
     patches = match(unit(1, 7, 4), 1)
     assert isinstance(patches.student, Scores)
     assert isinstance(patches.target, Targets)
@@ -212,7 +211,7 @@ def test_alignment_alone_takes_masked_patches_and_none_of_them() -> None:
 @pytest.mark.parametrize(("key", "value"), [("gamma", -1.0), ("eps", 0.0), ("num_images", 1)])
 def test_impossible_settings_are_sentences(key: str, value: float) -> None:
     """Named by their key."""
-    with pytest.raises(UserError, match=f"loss {key}="):
+    with pytest.raises(UserError, match=f"CodingRateLoss.{key}="):
         CodingRateLoss("embedding", ONE, **{key: value})
 
 

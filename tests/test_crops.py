@@ -181,7 +181,7 @@ def test_no_box_needs_more_pixels_than_stated() -> None:
 )
 def test_impossible_values_are_refused_by_name(values: dict[str, object], key: str) -> None:
     """One sentence that names the key."""
-    with pytest.raises(UserError, match=f"augment.{key}"):
+    with pytest.raises(UserError, match=f"MultiCrop.{key}="):
         MultiCrop(**{"global_size": 32, "local_size": 16, "num_local": 2, **values})
 
 

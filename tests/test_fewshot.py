@@ -80,7 +80,7 @@ def test_one_try_has_no_deviation() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     """No number of images, none of them, no try, no neighbor, no temperature."""
-    with pytest.raises(UserError, match=r"eval\.fewshot"):
+    with pytest.raises(UserError, match=r"FewShot\."):
         FewShot(**wrong)
 
 

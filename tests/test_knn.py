@@ -191,7 +191,7 @@ def test_what_cannot_be_scored_is_a_sentence(
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     """No k, k of 0, a temperature that is not above 0."""
-    with pytest.raises(UserError, match=r"eval\.knn\."):
+    with pytest.raises(UserError, match=r"KNN\."):
         KNN(**wrong)
 
 

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
+from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
 from dino_lite.eval.linear import Linear
-from dino_lite.runs.subject import build_evaluations
 from golden.adapters_linear import d24_grid, d24_run
 from pooled import draw_pooled, draw_task, shades, small_vit, store_of
 from test_golden import cases, check_golden
@@ -153,8 +153,8 @@ def test_what_cannot_be_learned_is_a_sentence() -> None:
 def test_messages_name_the_evaluation_that_was_asked_for() -> None:
     """As its YAML names itself; patches are no numbers."""
     with pytest.raises(UserError, match=r"eval\.linear_dino\.rates"):
-        build_evaluations(compose("evaluate", ["eval=linear_dino", "eval.linear_dino.rates=[]"]))
-    with pytest.raises(UserError, match="true, false or both"):
+        run_evaluate(compose("evaluate", ["eval=linear_dino", "eval.linear_dino.rates=[]"]))
+    with pytest.raises(UserError, match=r"\[true\], \[false\] or both"):
         Linear(patches=[])
 
 
@@ -174,7 +174,7 @@ def test_messages_name_the_evaluation_that_was_asked_for() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     """The key is named."""
-    with pytest.raises(UserError, match=r"eval\.linear\.") as caught:
+    with pytest.raises(UserError, match=r"Linear\.") as caught:
         Linear(**wrong)
     assert next(iter(wrong)) in str(caught.value)
 

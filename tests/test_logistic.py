@@ -64,6 +64,6 @@ def test_nothing_to_choose_by_is_told_by_name() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     """The key is named."""
-    with pytest.raises(UserError, match=r"eval\.logistic\.") as caught:
+    with pytest.raises(UserError, match=r"Logistic\.") as caught:
         Logistic(**wrong)
     assert next(iter(wrong)) in str(caught.value)

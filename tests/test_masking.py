@@ -174,5 +174,5 @@ def test_a_block_is_a_rectangle_that_keeps_to_its_bounds(
 )
 def test_impossible_values_are_refused_by_name(values: dict[str, Any], key: str) -> None:
     """One sentence that names the key."""
-    with pytest.raises(UserError, match=f"masking.{key}"):
+    with pytest.raises(UserError, match=f"BlockMasking.{key}="):
         BlockMasking(**values)

@@ -342,7 +342,7 @@ def test_the_adapter_applies_its_temperature_and_chunk() -> None:
 @pytest.mark.parametrize("temp", [0.0, -0.1])
 def test_a_temperature_that_is_not_positive_is_refused(temp: float) -> None:
     """In a sentence, when the loss is built."""
-    with pytest.raises(UserError, match="temperature is positive"):
+    with pytest.raises(UserError, match=r"student_temp=.* a number above 0"):
         PrototypeLoss("cls", Constant(1.0), student_temp=temp)
 
 

@@ -100,7 +100,7 @@ def test_unlabeled_rows_take_no_part() -> None:
 
 def test_what_cannot_be_ranked_is_a_sentence() -> None:
     """No two images of a class, no number of images, features that are not finite."""
-    with pytest.raises(UserError, match=r"eval\.retrieval\.ks"):
+    with pytest.raises(UserError, match=r"Retrieval\.ks"):
         Retrieval(ks=[0])
     with pytest.raises(UserError, match="share their class"):
         Retrieval().score(Features(torch.eye(3), torch.arange(3)), None)

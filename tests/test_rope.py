@@ -425,7 +425,7 @@ def test_the_spec_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
         ({"name": "vit_small_patch16_rope_224"}, "is no DINOv3 ViT"),
         ({"num_heads": 4}, "heads are 6 wide, and RoPE needs a multiple of 4"),
         ({"num_heads": 5}, "cannot be built"),
-        ({"mlp": "relu"}, r"backbone\.mlp=relu: choose gelu or swiglu"),
+        ({"mlp": "relu"}, "mlp=relu: it must be one of gelu, swiglu"),
         ({"embed_dims": 8}, "cannot be built.*embed_dims"),
         ({"class_token": False, "global_pool": "avg"}, "is no DINOv3 ViT: leave out"),
         ({"patch_drop_rate": 0.5}, "patch_drop_rate.* is no DINOv3 ViT: leave out"),

@@ -126,8 +126,8 @@ def test_what_is_wrong_with_the_masks_is_a_sentence(scenes: Path, how: str, told
     ("changes", "told"),
     [
         ({"root": None}, "root is not set"),
-        ({"rates": []}, "give rates"),
-        ({"rates": [0.0]}, "give rates"),
+        ({"rates": []}, "numbers above 0"),
+        ({"rates": [0.0]}, "numbers above 0"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"shorter": 0}, "shorter=0"),
     ],

@@ -425,7 +425,10 @@ def test_a_size_that_is_none_is_the_models_own() -> None:
         ({"name": "beit_base_patch16_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "deit_tiny_distilled_patch16_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "vit_wee_patch16_reg1_gap_256", "depth": 1}, "no plain vision transformer"),
-        ({"name": "vit", "embed_dim": 8, "num_heads": 1, "mlp": "relu"}, "backbone.mlp=relu"),
+        (
+            {"name": "vit", "embed_dim": 8, "num_heads": 1, "mlp": "relu"},
+            "mlp=relu: it must be one of gelu, swiglu",
+        ),
         ({"name": "vit_base_patch16_siglip_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "vit_base_patch16_clip_224", "depth": 1}, "no plain vision transformer"),
         ({"name": "vit", "embed_dim": 10, "num_heads": 3}, "name=vit cannot be built"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_lite.backbones.layers import MLP, Attention, Rotation, has_hooks, is_bare
 from dino_lite.contracts import Backbone, Memory
+from dino_lite.settings.kinds import Must
 
 DropPathBy = Literal["sample", "batch"]
+DropRate = Annotated[float, Must("a number in [0, 1)", lambda rate: 0 <= rate < 1)]
 # What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only
 # these m samples through; None: nothing.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -14,7 +14,10 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
+from dino_lite.backbones.blocks import DropRate
 from dino_lite.contracts import Backbone, Tokens, Traits, UserError
+from dino_lite.settings.kinds import Count, Size
+from dino_lite.settings.validate import checked
 
 _GROUP = 16  # channels that are normalized together
 
@@ -34,16 +37,17 @@ class ConvNet(Backbone):
 
     kind = "convnet"
 
+    @checked
     def __init__(
         self,
         name: str = "resnet",
-        patch_size: int = 32,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        norm: str = "batch",
-        widths: Sequence[int] | None = None,
-        depths: Sequence[int] | None = None,
-        fields: int = 0,
+        patch_size: Size = 32,
+        in_chans: Size = 3,
+        drop_path: DropRate = 0.0,
+        norm: Literal["batch", "group", "layer"] = "batch",
+        widths: Sequence[Size] | None = None,
+        depths: Sequence[Size] | None = None,
+        fields: Count = 0,
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -16,10 +16,15 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_lite.backbones.blocks import DropPathBy
+from dino_lite.backbones.blocks import DropPathBy, DropRate
 from dino_lite.backbones.layers import Rotation
 from dino_lite.backbones.transformer import Transformer, is_plain, mlp_of, timm_vit
 from dino_lite.contracts import Traits, UserError
+from dino_lite.settings.kinds import KeywordsOf, Must, NonNegative, Positive, Size
+from dino_lite.settings.validate import checked
+
+# A range of factors, from 1 / so much to so much.
+Factor = Annotated[float, Must("a number of at least 1", lambda factor: factor >= 1)]
 
 _DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there, the others zeros
     "num_registers": 4,
@@ -43,21 +48,24 @@ class RoPEViT(Transformer):
 
     kind = "rope"
 
+    @checked
     def __init__(
         self,
         name: str = "rope",
-        patch_size: int = 16,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
+        patch_size: Size = 16,
+        in_chans: Size = 3,
+        drop_path: DropRate = 0.0,
         drop_path_by: DropPathBy = "sample",
         drop_path_uniform: bool = False,
-        rope_shift: float = 0.0,
-        rope_jitter: float = 1.0,
-        rope_rescale: float = 1.0,
+        rope_shift: NonNegative = 0.0,
+        rope_jitter: Factor = 1.0,
+        rope_rescale: Factor = 1.0,
         mask_token: bool = False,
-        **architecture: Any,
+        rope_base: Positive | None = None,
+        **architecture: Annotated[Any, KeywordsOf(timm_vit)],
     ) -> None:
-        given = {key: value for key, value in architecture.items() if value is not None}
+        asked = architecture | {"rope_base": rope_base}
+        given = {key: value for key, value in asked.items() if value is not None}
         sizes: dict[str, Any] = {"patch_size": patch_size, "in_chans": in_chans}
         made_of = _DINOV3 | ({} if name == "rope" else sizes_of(name)) | given
         base, qkv_bias = made_of.pop("rope_base"), made_of.pop("qkv_bias")
@@ -113,18 +121,19 @@ class RotaryPositions(nn.Module):
     nor where `moves` is false, as in a teacher.
     """
 
+    @checked
     def __init__(
-        self, width: int, base: float, shift: float = 0.0, jitter: float = 1.0, rescale: float = 1.0
+        self,
+        width: int,
+        base: Positive,
+        shift: NonNegative = 0.0,
+        jitter: Factor = 1.0,
+        rescale: Factor = 1.0,
     ) -> None:
         super().__init__()
         if width % 4:
             raise UserError(
                 f"backbone.num_heads: heads are {width} wide, and RoPE needs a multiple of 4."
-            )
-        if shift < 0 or min(jitter, rescale) < 1 or base <= 0:
-            raise UserError(
-                f"backbone.rope_shift={shift}, rope_jitter={jitter}, rope_rescale={rescale} and "
-                f"rope_base={base}: the first is at least 0, the next two 1, the last above 0."
             )
         self.width, self.base = width, base
         self.shift, self.jitter, self.rescale = shift, jitter, rescale

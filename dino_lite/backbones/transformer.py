@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from dino_lite.backbones.blocks import Block, DropPathBy, run_blocks
 from dino_lite.backbones.layers import Rotation
 from dino_lite.contracts import Backbone, Memory, Tokens, UserError
+from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Positive, Size
+from dino_lite.settings.validate import checked
 
 
 class Transformer(Backbone):
@@ -155,23 +157,28 @@ class Transformer(Backbone):
         return Tokens(tokens[:, 0], tokens[:, first:], registers, grid)
 
 
+@checked
 def timm_vit(
     name: str,
-    num_registers: int | None = None,
-    mlp: str | None = None,
-    norm_eps: float | None = None,
-    **architecture: Any,
+    num_registers: Count | None = None,
+    mlp: Literal["gelu", "swiglu"] | None = None,
+    norm_eps: Positive | None = None,
+    embed_dim: Size | None = None,
+    depth: Size | None = None,
+    num_heads: Size | None = None,
+    init_values: NonNegative | None = None,
+    **architecture: Annotated[Any, KeywordsOf(VisionTransformer)],
 ) -> Any:
     """The timm model whose parts we take, without classifier; `name` is timm's, or "vit" with its
     sizes.
     """
-    kwargs = {"num_classes": 0, **architecture}
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    given = {k: v for k, v in (sizes | {"init_values": init_values}).items() if v is not None}
+    kwargs: dict[str, Any] = {"num_classes": 0, **architecture, **given}
     if num_registers is not None:
         kwargs["reg_tokens"] = num_registers
     if num_registers:
         kwargs["no_embed_class"] = True
-    if mlp not in (None, "gelu", "swiglu"):
-        raise UserError(f"backbone.mlp={mlp}: choose gelu or swiglu.")
     if mlp == "swiglu":
         kwargs["mlp_layer"] = _swiglu
     if norm_eps is not None:

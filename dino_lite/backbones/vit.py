@@ -4,16 +4,18 @@ that DINO needs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.backbones.blocks import DropPathBy
+from dino_lite.backbones.blocks import DropPathBy, DropRate
 from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
 from dino_lite.contracts import Traits, UserError
+from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Size
+from dino_lite.settings.validate import checked
 
 
 class ViT(Transformer):
@@ -35,20 +37,21 @@ class ViT(Transformer):
 
     kind = "vit"
 
+    @checked
     def __init__(
         self,
         name: str = "vit",
-        image_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        position_offset: float = 0.0,
+        image_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: Size = 3,
+        drop_path: DropRate = 0.0,
+        position_offset: NonNegative = 0.0,
         position_antialias: bool = True,
-        num_registers: int | None = None,
+        num_registers: Count | None = None,
         mask_token: bool = False,
         drop_path_by: DropPathBy = "sample",
         drop_path_uniform: bool = False,
-        **architecture: Any,
+        **architecture: Annotated[Any, KeywordsOf(timm_vit)],
     ) -> None:
         architecture = {key: value for key, value in architecture.items() if value is not None}
         spec: dict[str, Any] = {

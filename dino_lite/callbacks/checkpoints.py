@@ -16,6 +16,8 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from dino_lite.contracts import UserError
 from dino_lite.distributed import broadcast_value
+from dino_lite.settings.kinds import Positive, Size
+from dino_lite.settings.validate import checked
 
 
 class Checkpoints(Checkpoint):
@@ -27,18 +29,13 @@ class Checkpoints(Checkpoint):
     lets the running step end. (A second one does not; then the last regular file stays.)
     """
 
+    @checked
     def __init__(
         self,
         run_dir: str | Path | None = None,
-        every_n_minutes: float | None = 10.0,
-        every_n_steps: int | None = None,
+        every_n_minutes: Positive | None = 10.0,
+        every_n_steps: Size | None = None,
     ) -> None:
-        if every_n_minutes is not None and every_n_minutes <= 0:
-            raise UserError(
-                f"callbacks.checkpoints.every_n_minutes={every_n_minutes}: give more than 0."
-            )
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.checkpoints.every_n_steps={every_n_steps}: give 1 or more.")
         self.run_dir = run_dir
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.best: float | None = None

@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 from dino_lite.contracts import Crops, UserError
 from dino_lite.eval.curves import curves_picture
 from dino_lite.eval.pictures import crops_picture
+from dino_lite.settings.kinds import Size
+from dino_lite.settings.validate import checked
 
 
 class Pictures(pl.Callback):
@@ -20,9 +22,8 @@ class Pictures(pl.Callback):
     line of text, not the run's end.
     """
 
-    def __init__(self, run_dir: str | Path | None = None, num_images: int = 6) -> None:
-        if num_images < 1:
-            raise UserError(f"callbacks.pictures.num_images={num_images}: give 1 or more.")
+    @checked
+    def __init__(self, run_dir: str | Path | None = None, num_images: Size = 6) -> None:
         self.run_dir, self.num_images = run_dir, num_images
         self._has_seen_batch = False
 

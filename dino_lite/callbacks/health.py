@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 from torch import nn
@@ -15,6 +15,8 @@ from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Crops, Scores, StepOutputs, Targets, UserError
 from dino_lite.distributed import broadcast_value
 from dino_lite.eval.collapse import Alarm, Look, collapse, health, look
+from dino_lite.settings.kinds import Size
+from dino_lite.settings.validate import checked
 
 _MOST_IMAGES = 256  # of rank 0's batch that a look takes in
 _WINDOW = 10  # looks over which prototypes are counted, and for which a collapse must last
@@ -32,16 +34,13 @@ class Health(pl.Callback):
     the run, last.ckpt and all, with that sentence.
     """
 
+    @checked
     def __init__(
         self,
         reads: str = "embedding",
-        every_n_steps: int | None = None,
-        on_collapse: str = "warn",
+        every_n_steps: Size | None = None,
+        on_collapse: Literal["warn", "stop"] = "warn",
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.health.every_n_steps={every_n_steps}: give 1 or more.")
-        if on_collapse not in ("warn", "stop"):
-            raise UserError(f"callbacks.health.on_collapse={on_collapse}: give warn or stop.")
         self.reads, self.every_n_steps, self.on_collapse = reads, every_n_steps, on_collapse
         self.warnings: list[dict[str, Any]] = []  # kind, step, text
         self._looks: deque[Look] = deque(maxlen=_WINDOW)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import pytorch_lightning as pl
 import torch
 
 from dino_lite.callbacks.progress import run_fraction
-from dino_lite.contracts import Backbone, Source, UserError
+from dino_lite.contracts import Backbone, Source
 from dino_lite.data.clean import CleanData
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
@@ -19,6 +19,8 @@ from dino_lite.eval.collapse import rankme, relative_std
 from dino_lite.eval.features import Features, device_of, extract
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
+from dino_lite.settings.kinds import Positive, Share, Size, whole
+from dino_lite.settings.validate import checked
 
 _BATCH_SIZE = 256  # images at once through the backbone, without gradient
 _MOST_BYTES = 2**30  # of clean images held between two evaluations
@@ -35,22 +37,15 @@ class OnlineEval(pl.Callback):
     Rank 0 computes, the others wait.
     """
 
+    @checked
     def __init__(
         self,
-        every: float = 0.1,
-        every_n_steps: int | None = None,
-        max_images: int = 5000,
-        k: int = 20,
-        temperature: float = 0.07,
+        every: Share = 0.1,
+        every_n_steps: Size | None = None,
+        max_images: Annotated[int, whole(2)] = 5000,
+        k: Size = 20,
+        temperature: Positive = 0.07,
     ) -> None:
-        if not 0 < every <= 1:
-            raise UserError(
-                f"callbacks.online_eval.every={every}: it is a fraction of the run, in (0, 1]."
-            )
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"callbacks.online_eval.every_n_steps={every_n_steps}: give 1 or more.")
-        if max_images < 2 or k < 1:
-            raise UserError("callbacks.online_eval: max_images must be 2 or more and k 1 or more.")
         self.every, self.every_n_steps, self.max_images = every, every_n_steps, max_images
         self.k, self.temperature = k, temperature
         self._turn = 0  # how many times `every` has passed

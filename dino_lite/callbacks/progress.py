@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dino_lite.settings.kinds import NonNegative
+
 _BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
 
 
@@ -20,7 +22,9 @@ class RunProgress(ProgressBar):
     every `refresh_seconds`; where output goes to a file, a line is written every `line_seconds`.
     """
 
-    def __init__(self, refresh_seconds: float = 0.5, line_seconds: float = 30.0) -> None:
+    def __init__(
+        self, refresh_seconds: NonNegative = 0.5, line_seconds: NonNegative = 30.0
+    ) -> None:
         super().__init__()
         self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
         self._enabled = True

@@ -8,7 +8,9 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 
-from dino_lite.contracts import Crops, UserError
+from dino_lite.contracts import Crops
+from dino_lite.settings.kinds import Size
+from dino_lite.settings.validate import checked
 
 
 class Throughput(pl.Callback):
@@ -18,9 +20,8 @@ class Throughput(pl.Callback):
     logs), with all that happened between them.
     """
 
-    def __init__(self, log_every: int | None = None) -> None:
-        if log_every is not None and log_every < 1:
-            raise UserError(f"callbacks.throughput.log_every={log_every}: give 1 or more.")
+    @checked
+    def __init__(self, log_every: Size | None = None) -> None:
         self.log_every = log_every
         self._images, self._started, self._waited = 0, 0.0, 0.0
 

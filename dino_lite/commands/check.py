@@ -71,8 +71,9 @@ def check(*overrides: str) -> dict[str, Any]:
 def run_check(config: Config) -> dict[str, Any]:
     """Print what was found and write it to `out`; "ok" is False where a run would fail."""
     started = time.monotonic()
-    config = begin_config(absolute_paths(config))
-    _check_own(config)
+    config = check_values(begin_config(absolute_paths(config)))
+    if config["pack"]:
+        check_target(Path(config["pack"]))
     splits: Splits = instantiate(config["data"])
     title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
     out = Path(config["out"] or Path("checks") / title)
@@ -106,16 +107,6 @@ def run_check(config: Config) -> dict[str, Any]:
     if config["pack"]:
         _pack(splits, Path(config["pack"]))
     return report
-
-
-def _check_own(config: Config) -> None:
-    """Refuse at once what no look at the data can mend."""
-    check_values(config)
-    most = config["max_images"]
-    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise UserError(f"max_images={most}: a whole number from 1 on is needed, or null for all.")
-    if config["pack"]:
-        check_target(Path(config["pack"]))
 
 
 def _sources(splits: Splits) -> list[tuple[str, Source]]:

@@ -17,6 +17,7 @@ from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.measure import beside, comparable, measure
 from dino_lite.eval.results import amount, interval
+from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_comparison
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.folder import read_json, write_text
@@ -40,7 +41,7 @@ def compare(*overrides: str) -> dict[str, Any]:
 
 def run_compare(config: Config) -> dict[str, Any]:
     """Print the table, and merge the results of each checkpoint into its results.json."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     out = None if config["out"] is None else Path(config["out"])
     if out is not None and out.suffix not in _WRITERS:

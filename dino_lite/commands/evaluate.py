@@ -10,6 +10,7 @@ from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.gallery import PICTURES, draw_on_all_ranks
 from dino_lite.eval.measure import beside, comparable, measure
+from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_results
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import build_evaluations, open_subject, save_results
@@ -22,7 +23,7 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 
 def run_evaluate(config: Config) -> dict[str, Any]:
     """Print all results and merge them into results.json beside the checkpoint."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     subject = open_subject(config, evaluations)
     data = subject.store.data

@@ -13,6 +13,7 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.planning.checks import check_values
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
@@ -27,7 +28,7 @@ def export(*overrides: str) -> dict[str, Any]:
 
 def run_export(config: Config) -> dict[str, Any]:
     """Write every format asked for, and print how far its tokens are from the teacher's."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     folder = _folder(config, checkpoint)
     opened = open_backbone(checkpoint, config["trust"])

@@ -38,8 +38,7 @@ def pretrain(*overrides: str) -> dict[str, Any]:
 
 def run_pretrain(config: Config) -> dict[str, Any]:
     """Train, or continue where the same request stopped."""
-    config = absolute_paths(config)
-    check_values(config)
+    config = check_values(absolute_paths(config))
     request = requested(config)
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
     config = begin_config(config)

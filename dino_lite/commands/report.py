@@ -8,6 +8,7 @@ from pathlib import Path
 from dino_lite.config import Config, command, compose, quote_override
 from dino_lite.contracts import UserError
 from dino_lite.eval.gallery import PICTURES, draw_all
+from dino_lite.planning.checks import check_values
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
@@ -23,7 +24,7 @@ def report(*overrides: str) -> Path:
 
 def run_report(config: Config) -> Path:
     """Write the page beside the results, or to `out`."""
-    config = absolute_paths(config)
+    config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     path = Path(config["out"] or _page_file(checkpoint)).absolute()
     missing = []

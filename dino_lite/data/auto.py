@@ -16,9 +16,10 @@ from dino_lite.data.roots import Root, is_pattern, is_url, several
 from dino_lite.data.shapes import open_shapes
 from dino_lite.data.shards import open_shards
 from dino_lite.data.sources import expand
+from dino_lite.settings.kinds import Size
 
 
-def open_auto(root: Root | None = None, labels: str | None = "auto", channels: int = 3) -> Splits:
+def open_auto(root: Root | None = None, labels: str | None = "auto", channels: Size = 3) -> Splits:
     """Without `root` the embedded shapes; else what it is.
 
     A list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or Arrow with

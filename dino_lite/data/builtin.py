@@ -17,6 +17,7 @@ from dino_lite.data.decode import to_channels
 from dino_lite.data.folder import open_folder
 from dino_lite.data.paths import PathList
 from dino_lite.data.sources import ArraySource, PathSource, expand
+from dino_lite.settings.kinds import Size
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -71,7 +72,7 @@ def open_builtin(
     name: str | None = None,
     root: str | Path | None = None,
     download: bool = False,
-    channels: int = 3,
+    channels: Size = 3,
 ) -> Splits:
     """The set `name` of SETS from torchvision's files below `root`, or from its own folder there.
 

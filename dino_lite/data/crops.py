@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from dino_lite import draws
-from dino_lite.contracts import UserError
+from dino_lite.settings.kinds import Count, Fraction, Must, Shares, Size, rising, within
+from dino_lite.settings.validate import checked
 
 # The parameters of a crop, in this order wherever they are stored, each with the value that says
 # "not applied".
@@ -44,17 +45,17 @@ NUM_DRAWS = 2 * NUM_TRIES + 13  # uniforms of a crop: crop s owns draws s*NUM_DR
 class Photometric(NamedTuple):
     """How often one kind of crop is changed, and how strongly (half-widths of factors)."""
 
-    flip_prob: float = 0.5
-    jitter_prob: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    gray_prob: float = 0.2
-    blur_prob: float = 0.5
-    blur_radius: Sequence[float] = (0.1, 2.0)  # pixels
-    solarize_prob: float = 0.0
-    vertical_prob: float = 0.0
+    flip_prob: Fraction = 0.5
+    jitter_prob: Fraction = 0.8
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.2
+    hue: Annotated[float, within(0, 0.5)] = 0.1
+    gray_prob: Fraction = 0.2
+    blur_prob: Fraction = 0.5
+    blur_radius: Annotated[Sequence[float], rising(0, 1000)] = (0.1, 2.0)  # pixels
+    solarize_prob: Fraction = 0.0
+    vertical_prob: Fraction = 0.0
     quarter_turns: bool = False  # all four directions alike
 
 
@@ -81,26 +82,7 @@ LOCAL = Photometric(blur_prob=0.5)
 # -------------------------------------------------------------------------------- all crops' draws
 
 
-def _range(name: str, values: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """The two ends of a range, checked: low <= first <= second <= high."""
-    if len(values) != 2 or not low <= values[0] <= values[1] <= high:
-        raise UserError(
-            f"augment.{name} is {list(values)}, but must be two rising numbers "
-            f"between {low:g} and {high:g}."
-        )
-    return float(values[0]), float(values[1])
-
-
-def _check(name: str, kind: Photometric) -> None:
-    for field in (field for field in Photometric._fields if field.endswith("_prob")):
-        value = getattr(kind, field)
-        if not 0 <= value <= 1:
-            raise UserError(f"augment.{name}.{field} is {value}, but must lie in [0, 1].")
-    for field, high in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-        value = getattr(kind, field)
-        if not 0 <= value <= high:
-            raise UserError(f"augment.{name}.{field} is {value}, but must lie in [0, {high}].")
-    _range(f"{name}.blur_radius", kind.blur_radius, 0.0, 1e3)
+OddSize = Annotated[int, Must("an odd number of at least 1", lambda size: size > 0 and size % 2)]
 
 
 class MultiCrop:
@@ -117,44 +99,29 @@ class MultiCrop:
     Errors: UserError for values outside their range.
     """
 
+    @checked
     def __init__(
         self,
-        global_size: int,
-        local_size: int,
-        num_local: int,
-        global_scale: Sequence[float] = (0.4, 1.0),
-        local_scale: Sequence[float] = (0.05, 0.4),
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        global_size: Size,
+        local_size: Size,
+        num_local: Count,
+        global_scale: Shares = (0.4, 1.0),
+        local_scale: Shares = (0.05, 0.4),
+        ratio: Annotated[Sequence[float], rising(1e-3, 1e3)] = (3 / 4, 4 / 3),
         global_1: Photometric = GLOBAL_1,
         global_2: Photometric = GLOBAL_2,
         local: Photometric = LOCAL,
-        blur_kernel: int | None = None,
-        gram_size: int | None = None,
-        where: str = "worker",
-        seed: int = 0,
+        blur_kernel: OddSize | None = None,
+        gram_size: Size | None = None,
+        where: Literal["worker", "device"] = "worker",
+        seed: Count = 0,
     ) -> None:
-        for name, value, low in (
-            ("global_size", global_size, 1),
-            ("local_size", local_size, 1),
-            ("num_local", num_local, 0),
-            ("gram_size", gram_size, 1),
-        ):
-            if value is not None and value < low:
-                raise UserError(f"augment.{name} is {value}, but must be at least {low}.")
-        tiny = 1e-6
-        scales = 2 * [_range("global_scale", global_scale, tiny, 1.0)]
-        scales += num_local * [_range("local_scale", local_scale, tiny, 1.0)]
-        for name, kind in (("global_1", global_1), ("global_2", global_2), ("local", local)):
-            _check(name, kind)
-        if blur_kernel is not None and (blur_kernel < 1 or blur_kernel % 2 == 0):
-            raise UserError(f"augment.blur_kernel is {blur_kernel}, but must be an odd number.")
+        scales = 2 * [global_scale] + num_local * [local_scale]
         self.blur_kernel, self.gram_size = blur_kernel, gram_size
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
-        self.scales = np.array(scales)  # S 2
-        self.ratio = _range("ratio", ratio, 1e-3, 1e3)
+        self.scales = np.array(scales, np.float64)  # S 2
+        self.ratio = (float(ratio[0]), float(ratio[1]))
         self.kinds = [global_1, global_2] + num_local * [local]
-        if where not in ("worker", "device"):
-            raise UserError(f"augment.where={where}: choose auto, worker or device.")
         self.where, self.seed = where, seed
         self.turns = any(kind.vertical_prob > 0 or kind.quarter_turns for kind in self.kinds)
 

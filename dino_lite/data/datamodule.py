@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lite.contracts import Crops, Splits, UserError
+from dino_lite.contracts import Crops, Splits
 from dino_lite.data import exact, resample
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, Pixels, join
 from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
 from dino_lite.data.sources import ArraySource
+from dino_lite.settings.kinds import Count, Fraction, Size
+from dino_lite.settings.validate import checked
 
 # Pixels. Cutting crops out of larger images by matrices costs more than it saves.
 MAX_WHOLE_SIDE = 64
@@ -84,26 +86,21 @@ class DataModule(pl.LightningDataModule):
     are changed on the device lie there as one tensor, and their crops are cut out there too.
     """
 
+    @checked
     def __init__(
         self,
         splits: Splits,
         multi_crop: MultiCrop,
         normalize: Normalize,
-        batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        max_bad_fraction: float = 0.05,
+        batch_size: Size,
+        num_workers: Count = 0,
+        seed: Count = 0,
+        max_bad_fraction: Fraction = 0.05,
         num_steps: int | None = None,
         bad_files: Path | None = None,
         draft: bool = True,
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise UserError(f"loader.num_workers is {num_workers}, but must be 0 or more.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(
-                f"loader.max_bad_fraction is {max_bad_fraction}, but must lie in [0, 1]."
-            )
         self.splits, self.multi_crop, self.normalize = splits, multi_crop, normalize
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.num_steps, self.draft = num_steps, draft

@@ -18,6 +18,7 @@ from dino_lite.data.paths import PathList, Paths
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_url
 from dino_lite.data.sources import PathSource, expand
+from dino_lite.settings.kinds import Size
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".txt")
 COLUMNS = ("path", "label", "split")
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 def open_files(
     root: str | Path | None = None,
     labels: str | None = "auto",
-    channels: int = 3,
+    channels: Size = 3,
     base: str | Path | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> Splits:

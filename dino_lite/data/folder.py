@@ -11,6 +11,7 @@ from dino_lite.data.labels import Split, find_labels
 from dino_lite.data.paths import PathList, Paths, joined
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.sources import PathSource, text
+from dino_lite.settings.kinds import Size
 
 # What Pillow reads by itself and people keep pictures in, and NumPy's arrays.
 SUFFIXES = (
@@ -19,7 +20,9 @@ SUFFIXES = (
 )
 
 
-def open_folder(root: Root | None = None, labels: str | None = "auto", channels: int = 3) -> Splits:
+def open_folder(
+    root: Root | None = None, labels: str | None = "auto", channels: Size = 3
+) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     `root`: a folder; a pattern (`*`, `?`, `[]`, `**`) of folders or image files; or several of

@@ -19,6 +19,7 @@ from dino_lite.data.row_groups import RowGroups
 from dino_lite.data.rows import Rows, RowSource, Table
 from dino_lite.data.shards import split_names
 from dino_lite.data.sources import expand
+from dino_lite.settings.kinds import Size
 
 _TESTS = ("validation", "val", "valid", "test")  # test split of a set, the first that there is
 
@@ -32,7 +33,7 @@ def open_huggingface(
     label: str | None = None,
     streaming: bool = False,
     download: bool = False,
-    channels: int = 3,
+    channels: Size = 3,
 ) -> Splits:
     """A set on the Hub by its name, or a local folder or file of Parquet or Arrow.
 

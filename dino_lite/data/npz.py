@@ -15,11 +15,12 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import to_channels
 from dino_lite.data.labels import encode_labels
 from dino_lite.data.sources import ArraySource, expand
+from dino_lite.settings.kinds import Size
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def open_npz(root: str | Path | None = None, channels: int = 3) -> Splits:
+def open_npz(root: str | Path | None = None, channels: Size = 3) -> Splits:
     """An .npz with x_train and, as far as it has them, y_train, x_test and y_test.
 
     Images: uint8, N H W (gray) or N H W C; made to have `channels` as `decode` does it. Labels:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import to_channels
 from dino_lite.data.sources import ArraySource
 from dino_lite.draws import GOLDEN, hashed, mix
+from dino_lite.settings.kinds import Count, Size, whole
+from dino_lite.settings.validate import checked
 
 PALETTE = np.array(
     [
@@ -51,19 +54,15 @@ Plane = Float32[np.ndarray, "..."]
 Kind = Callable[[Keys, Plane, Plane], tuple[Keys, Plane]]
 
 
+@checked
 def open_shapes(
-    num_train: int = 4000,
-    num_test: int = 1000,
-    image_size: int = 32,
-    seed: int = 0,
-    channels: int = 3,
+    num_train: Size = 4000,
+    num_test: Count = 1000,
+    image_size: Annotated[int, whole(8)] = 32,
+    seed: Count = 0,
+    channels: Size = 3,
 ) -> Splits:
     """Two splits of square pictures, RGB or luma; each ten in a row have all ten kinds."""
-    if num_train < 1 or num_test < 0 or image_size < 8:
-        raise UserError(
-            f"data=shapes cannot make num_train={num_train}, num_test={num_test} and "
-            f"image_size={image_size}: they must be at least 1, 0 and 8."
-        )
     if channels not in (1, 3):
         raise UserError(f"data.channels={channels}: the embedded shapes have 3, or 1 as luma.")
     train = _source("train", num_train, image_size, seed, channels)

@@ -47,12 +47,13 @@ from dino_lite.data.tar_index import (
     join_indexes,
     read_index,
 )
+from dino_lite.settings.kinds import Size
 
 _NUM_CONNECTIONS = 8  # shards indexed at once over a network
 _SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
-def open_shards(root: str | Path | None = None, channels: int = 3) -> Splits:
+def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
     """The images of tar shards: a folder of them, one, or a pattern `train-{000..146}.tar`.
 
     `root` may be a URL: s3://…, https://…. Train is what has the word `train` in its path, test

@@ -17,10 +17,12 @@ from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.targets import Targets, read_targets
 from dino_lite.eval.features import Pooled, check_finite
 from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE, hold_out
-from dino_lite.eval.logistic import Logistic, double, powers_of_ten
+from dino_lite.eval.logistic import Logistic, Powers, double, powers_of_ten
 from dino_lite.eval.metrics import explained, mean_average_precision
 from dino_lite.eval.results import resampled, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Count, Size
+from dino_lite.settings.validate import checked
 
 
 class Parts(NamedTuple):
@@ -40,15 +42,15 @@ class MultiLabel:
     average precision; one C for all, chosen on a part of train.
     """
 
+    @checked
     def __init__(
         self,
         targets: str | None = None,
-        powers: Sequence[float] = (-6, 5),
-        num_cs: int = 12,
-        seed: int = 0,
+        powers: Powers = (-6, 5),
+        num_cs: Size = 12,
+        seed: Count = 0,
     ) -> None:
         self.targets, self.seed = targets, seed
-        powers_of_ten("multilabel", powers, num_cs=num_cs)  # its own sentence, not Logistic's
         self.regression = Logistic(powers, num_cs)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
@@ -135,14 +137,15 @@ class Regression:
     penalty is chosen for each on train, by leaving out one image after the other.
     """
 
+    @checked
     def __init__(
         self,
         targets: str | None = None,
-        powers: Sequence[float] = (-3, 6),
-        num_alphas: int = 19,
+        powers: Powers = (-3, 6),
+        num_alphas: Size = 19,
     ) -> None:
         self.targets = targets
-        self.alphas = powers_of_ten("regression", powers, num_alphas=num_alphas)
+        self.alphas = powers_of_ten(powers, num_alphas)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """R², averaged over the columns; each one's R² and mean absolute error in the table.

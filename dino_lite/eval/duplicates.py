@@ -24,6 +24,8 @@ from dino_lite.eval.features import check_finite, device_of
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Share
+from dino_lite.settings.validate import checked
 
 _QUERIES = 1024  # rows held against the others at once
 _ROUNDING = 1e-6  # equal images have a cosine of 1 less this
@@ -52,11 +54,8 @@ class Duplicates:
 
     has_baselines = False  # it lists the user's images, whatever the number of pairs
 
-    def __init__(self, threshold: float = 0.95, out: str | None = None) -> None:
-        if not 0 < threshold <= 1:
-            raise UserError(
-                f"eval.duplicates.threshold={threshold}: give a cosine similarity in (0, 1]."
-            )
+    @checked
+    def __init__(self, threshold: Share = 0.95, out: str | None = None) -> None:
         self.threshold, self.out = threshold, None if out is None else Path(out)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:

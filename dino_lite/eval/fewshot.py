@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
-from dino_lite.eval.knn import check_temperature, knn_answers
+from dino_lite.eval.knn import knn_answers
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Positive, Size, Sizes
+from dino_lite.settings.validate import checked
 
 
 class Tries(NamedTuple):
@@ -36,20 +37,14 @@ class FewShot:
     the images that were not drawn are asked. Try t draws from seed t, as DINOv2's k-NN does.
     """
 
+    @checked
     def __init__(
         self,
-        nums: Sequence[int] = (1, 5, 10, 20),
-        num_tries: int = 5,
-        k: int = 20,
-        temperature: float = 0.07,
+        nums: Sizes = (1, 5, 10, 20),
+        num_tries: Size = 5,
+        k: Size = 20,
+        temperature: Positive = 0.07,
     ) -> None:
-        if not nums or min(nums) < 1:
-            raise UserError(f"eval.fewshot.nums={list(nums)}: give numbers of images, 1 or more.")
-        if num_tries < 1 or k < 1:
-            raise UserError(
-                f"eval.fewshot: num_tries={num_tries} and k={k} must both be 1 or more."
-            )
-        check_temperature("fewshot", temperature)
         self.nums, self.num_tries = sorted(set(nums)), num_tries
         self.k, self.temperature = k, temperature
 

@@ -7,7 +7,6 @@ et al. 2022, appendix A.1).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -27,7 +26,9 @@ from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore, demand_labels
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.optim.schedules import Cosine, check_span, scale_rate
+from dino_lite.optim.schedules import Cosine, Span, scale_rate
+from dino_lite.settings.kinds import Count, NonNegative, Positive, Share, Shares, Size
+from dino_lite.settings.validate import checked
 
 
 class Labeled(NamedTuple):
@@ -48,35 +49,20 @@ class Finetune:
     their Beta distributions, 0: off; with both, a coin decides batch by batch.
     """
 
+    @checked
     def __init__(
         self,
-        num_epochs: int = 30,
-        batch_size: int = 64,
-        rate: float = 1e-3,
-        layer_decay: float = 0.75,
-        weight_decay: float = 0.05,
-        warmup: float | str = 0.1,
-        scale: Sequence[float] = (0.25, 1.0),
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        seed: int = 0,
+        num_epochs: Size = 30,
+        batch_size: Size = 64,
+        rate: Positive = 1e-3,
+        layer_decay: Share = 0.75,
+        weight_decay: NonNegative = 0.05,
+        warmup: Span = 0.1,
+        scale: Shares = (0.25, 1.0),
+        mixup: NonNegative = 0.0,
+        cutmix: NonNegative = 0.0,
+        seed: Count = 0,
     ) -> None:
-        if min(num_epochs, batch_size) < 1 or rate <= 0 or not 0 < layer_decay <= 1:
-            raise UserError(
-                f"eval.finetune: num_epochs={num_epochs}, batch_size={batch_size}, rate={rate} and "
-                f"layer_decay={layer_decay}: all must be above 0, the last at most 1."
-            )
-        if min(mixup, cutmix, weight_decay) < 0:
-            raise UserError(
-                f"eval.finetune: mixup={mixup}, cutmix={cutmix} and weight_decay={weight_decay}: "
-                "none may be below 0."
-            )
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(
-                f"eval.finetune.scale={list(scale)}: give two shares of an image's area, the "
-                "smaller first, above 0 and at most 1."
-            )
-        check_span(warmup, "eval.finetune.warmup")
         self.num_epochs, self.batch_size, self.rate = num_epochs, batch_size, rate
         self.layer_decay, self.weight_decay = layer_decay, weight_decay
         self.warmup, self.scale = warmup, list(scale)

@@ -5,7 +5,6 @@ Caron et al. 2021, appendix F.1; Wu et al. 2018.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Positive, Sizes
+from dino_lite.settings.validate import checked
 
 _QUERIES = 1024  # at once: enough for a fast product with the bank
 _VOTES = 2**17  # held at once: 1 MB, whatever the number of classes
@@ -56,10 +57,8 @@ class KNN:
     Values of `ks` above the size of the bank mean the whole bank.
     """
 
-    def __init__(self, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> None:
-        if not ks or min(ks) < 1:
-            raise UserError(f"eval.knn.ks={list(ks)}: give at least one number, each 1 or more.")
-        check_temperature("knn", temperature)
+    @checked
+    def __init__(self, ks: Sizes = (10, 20, 100, 200), temperature: Positive = 0.07) -> None:
         self.ks, self.temperature = list(ks), temperature
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
@@ -225,12 +224,6 @@ def knn_votes(
     weight = (similarity.double() / temperature).exp()
     votes = weight.new_zeros(len(similarity), num_classes)
     return votes.scatter_add_(1, classes, weight)
-
-
-def check_temperature(name: str, temperature: float) -> None:
-    """Refuse one that is not above 0; `name` is the evaluation's."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"eval.{name}.temperature={temperature}: it must be greater than 0.")
 
 
 def _blocks(num: int, size: int) -> list[slice]:

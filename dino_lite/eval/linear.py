@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.probes import Head, LinearHeads, make_grid, train
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Count, Must, Rates, Size, Sizes
+from dino_lite.settings.validate import checked
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
@@ -38,34 +40,20 @@ class Linear:
     `batch_size` may be "auto", see the YAML.
     """
 
+    @checked
     def __init__(
         self,
-        blocks: Sequence[int] = (1, 4),
-        patches: Sequence[bool] = (False, True),
-        rates: Sequence[float] = RATES,
-        batch_size: int | str = "auto",
-        num_steps: int | str = "auto",
-        num_epochs: int | None = None,
-        cosine: str = "step",
-        choose: str = "held_out",
-        seed: int = 0,
+        blocks: Sizes = (1, 4),
+        patches: Annotated[Sequence[bool], Must("[true], [false] or both", bool)] = (False, True),
+        rates: Rates = RATES,
+        batch_size: Size | Literal["auto"] = "auto",
+        num_steps: Size | Literal["auto"] = "auto",
+        num_epochs: Size | None = None,
+        cosine: Literal["step", "epoch"] = "step",
+        choose: Literal["held_out", "test"] = "held_out",
+        seed: Count = 0,
         name: str = "linear",  # under conf/eval, for its messages
     ) -> None:
-        for key, values in (("blocks", blocks), ("rates", rates)):
-            if not values or min(values) <= 0:
-                raise UserError(f"eval.{name}.{key}={list(values)}: give numbers above 0.")
-        if not patches:
-            raise UserError(f"eval.{name}.patches=[]: give true, false or both.")
-        for key, value in (
-            *(("batch_size", batch_size), ("num_steps", num_steps), ("num_epochs", num_epochs)),
-        ):
-            if value not in ("auto", None) and not (isinstance(value, int) and value > 0):
-                raise UserError(f"eval.{name}.{key}={value}: give a whole number above 0.")
-        if cosine not in ("step", "epoch") or choose not in ("held_out", "test"):
-            raise UserError(
-                f"eval.{name}.cosine={cosine} and choose={choose}: choose step or epoch, and "
-                "held_out or test."
-            )
         self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
         self.batch_size, self.num_steps, self.num_epochs = batch_size, num_steps, num_epochs
         self.cosine, self.choose, self.seed = cosine, choose, seed

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone
 from dino_lite.eval.holdout import chooser, classification
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Count, Positive, Size, rising
+from dino_lite.settings.validate import checked
+
+# Of ten: an exponent, and another that is no smaller.
+Powers = Annotated[Sequence[float], rising()]
 
 
 class Logistic:
@@ -26,20 +31,17 @@ class Logistic:
     `powers[0]` to `powers[1]`.
     """
 
+    @checked
     def __init__(
         self,
-        powers: Sequence[float] = (-6, 5),
-        num_cs: int = 12,
-        tol: float = 1e-5,
-        max_iter: int = 300,
-        seed: int = 0,
+        powers: Powers = (-6, 5),
+        num_cs: Size = 12,
+        tol: Positive = 1e-5,
+        max_iter: Size = 300,
+        seed: Count = 0,
     ) -> None:
-        self.cs = powers_of_ten("logistic", powers, num_cs=num_cs)
+        self.cs = powers_of_ten(powers, num_cs)
         self.tol, self.max_iter, self.seed = tol, max_iter, seed
-        if not (tol > 0 and max_iter > 0):
-            raise UserError(
-                f"eval.logistic.tol={tol} and max_iter={max_iter}: both must be above 0."
-            )
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """Accuracy on test, of the fit to all of train with the C that a tenth of it chose."""
@@ -92,16 +94,8 @@ class Logistic:
             yield c, fit
 
 
-def powers_of_ten(name: str, powers: Sequence[float], **count: int) -> list[float]:
-    """Numbers from 10^powers[0] to 10^powers[1], each the same times the one before: as many as the
-    one further key of the evaluation `name` says.
-    """
-    ((key, num),) = count.items()
-    if len(powers) != 2 or powers[0] > powers[1] or num < 1:
-        raise UserError(
-            f"eval.{name}.powers={list(powers)}, {key}={num}: give two rising powers of ten, and "
-            "how many numbers from one to the other, 1 or more."
-        )
+def powers_of_ten(powers: Powers, num: int) -> list[float]:
+    """`num` numbers from 10^powers[0] to 10^powers[1], each the same times the one before."""
     return [float(value) for value in np.logspace(powers[0], powers[1], num)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from dino_lite.eval.metrics import last_equal
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Sizes
+from dino_lite.settings.validate import checked
 
 _CELLS = 2**22  # similarities sorted at once
 
@@ -35,11 +36,8 @@ class Retrieval:
     queries with an image of their class among the first k (Song et al. 2016).
     """
 
-    def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
-        if not ks or min(ks) < 1:
-            raise UserError(
-                f"eval.retrieval.ks={list(ks)}: give at least one number, each 1 or more."
-            )
+    @checked
+    def __init__(self, ks: Sizes = (1, 5, 10)) -> None:
         self.ks = sorted(set(ks))
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:

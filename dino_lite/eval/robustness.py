@@ -20,9 +20,11 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
 from dino_lite.draws import uniforms
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
-from dino_lite.eval.knn import check_temperature, knn_predict
+from dino_lite.eval.knn import knn_predict
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Positive, Size
+from dino_lite.settings.validate import checked
 
 Images = Float[Tensor, "n C H W"]  # from 0 (black) to 1
 Corruption = Callable[[Images, Int[np.ndarray, "n"], float], Images]
@@ -79,12 +81,8 @@ class Robustness:
     `max_images`: of the test images at most so many ask, spread over all.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07, max_images: int = 1000) -> None:
-        if k < 1 or max_images < 1:
-            raise UserError(
-                f"eval.robustness: k={k} and max_images={max_images} must be 1 or more."
-            )
-        check_temperature("robustness", temperature)
+    @checked
+    def __init__(self, k: Size = 20, temperature: Positive = 0.07, max_images: Size = 1000) -> None:
         self.k, self.temperature, self.max_images = k, temperature, max_images
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import resampled, result
 from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
 from dino_lite.eval.store import FeatureStore
+from dino_lite.settings.kinds import Count, NonNegative, Rates, Size
+from dino_lite.settings.validate import checked
 
 _HELD_OUT = 5  # every fifth image
 _MOST_CLASSES = 256
@@ -45,30 +47,25 @@ class Segmentation:
     they are). Of train `num_pixels` pixels in all are learned from.
     """
 
+    @checked
     def __init__(
         self,
         root: str | Path | None,
         ignore: int | Sequence[int] = 255,
         classes: Sequence[str] | None = None,
-        shorter: int | None = None,
-        num_pixels: int = 200_000,
-        rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        num_steps: int = 2000,
-        batch_size: int = 2048,
-        weight_decay: float = 1e-3,
-        seed: int = 0,
+        shorter: Size | None = None,
+        num_pixels: Size = 200_000,
+        rates: Rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        num_steps: Size = 2000,
+        batch_size: Size = 2048,
+        weight_decay: NonNegative = 1e-3,
+        seed: Count = 0,
     ) -> None:
         if not root:
             raise UserError(
                 "eval.segmentation.root is not set: name a folder with images/train, masks/train, "
                 "images/val and masks/val."
             )
-        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-            raise UserError(f"eval.segmentation.rates={list(rates)}: give rates above 0.")
-        least = {"num_pixels": num_pixels, "num_steps": num_steps, "batch_size": batch_size}
-        for name, value in (least if shorter is None else least | {"shorter": shorter}).items():
-            if value < 1:
-                raise UserError(f"eval.segmentation.{name}={value}: give 1 or more.")
         self.root, self.classes, self.shorter = root, list(classes or []), shorter
         self.ignore = [ignore] if isinstance(ignore, int) else list(ignore)
         self.num_pixels, self.rates, self.seed = num_pixels, list(rates), seed

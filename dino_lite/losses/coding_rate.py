@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Loss, Match, Schedule, Scores, Targets, UserError
+from dino_lite.contracts import Loss, Match, Schedule, Scores, Targets
+from dino_lite.settings.kinds import NonNegative, Positive, whole
+from dino_lite.settings.validate import checked
 
 
 def alignment(z: Float[Tensor, "S n E"], targets: Targets) -> Float[Tensor, ""]:
@@ -73,25 +77,22 @@ class CodingRateLoss(Loss):
     and `rate_scale`.
     """
 
+    @checked
     def __init__(
         self,
         reads: str,
         weight: Schedule,
-        gamma: float = 1.0,
-        eps: float = 0.05,
-        num_images: int = 64,
+        gamma: NonNegative = 1.0,
+        eps: Positive = 0.05,
+        num_images: Annotated[int, whole(2)] = 64,  # one image alone has no rate
     ) -> None:
-        if gamma < 0:
-            raise UserError(f"loss gamma={gamma}: it cannot be negative (0: alignment alone).")
-        if eps <= 0:
-            raise UserError(f"loss eps={eps}: a distance is positive (0.05 in SimDINO).")
-        if num_images < 2:
-            raise UserError(
-                f"loss num_images={num_images}: one image alone has no rate; give more."
-            )
         self.reads, self.weight = reads, weight
         self.gamma, self.eps, self.num_images = gamma, eps, num_images
-        self.mixes_images = gamma > 0  # so a run keeps its micro-batches
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Whether micro-batches change the result: alignment alone is a sum over images."""
+        return bool(settings["gamma"] != 0)
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target

@@ -4,6 +4,9 @@ arXiv 2304.07193, section 4; Sablayrolles et al. 2018, arXiv 1806.03198).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -45,8 +48,12 @@ class KoLeoLoss(Loss):
     `across_ranks`, among those that all ranks have at the moment.
     """
 
-    mixes_images = True
     cls_only = True
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Neighbors are searched among the images of a micro-batch."""
+        return True
 
     def __init__(self, reads: str, weight: Schedule, across_ranks: bool = False) -> None:
         self.reads, self.weight, self.across_ranks = reads, weight, across_ranks

@@ -19,8 +19,9 @@ from dino_lite.contracts import (
     Schedule,
     Scores,
     Targets,
-    UserError,
 )
+from dino_lite.settings.kinds import Count, Positive
+from dino_lite.settings.validate import checked
 
 
 def prototype_cross_entropy(
@@ -176,13 +177,10 @@ def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]
 class PrototypeLoss(Loss):
     """Adapter: cross-entropy of the Match called `reads`, student sharpened by `student_temp`."""
 
+    @checked
     def __init__(
-        self, reads: str, weight: Schedule, student_temp: float = 0.1, chunk: int = 0
+        self, reads: str, weight: Schedule, student_temp: Positive = 0.1, chunk: Count = 0
     ) -> None:
-        if student_temp <= 0:
-            raise UserError(
-                f"loss student_temp={student_temp}: a temperature is positive (0.1 in the paper)."
-            )
         self.reads, self.weight, self.student_temp, self.chunk = reads, weight, student_temp, chunk
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +26,7 @@ from dino_lite.methods.method import Method
 from dino_lite.nn.centering import EMACentering
 from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.teachers import EMATeacher
+from dino_lite.settings.kinds import Fraction, Positive, Values
 
 
 class Student(nn.Module):
@@ -64,9 +65,9 @@ class DINO(Method):
         self,
         backbone: Backbone,
         head: Callable[[int], DINOHead],
-        momentum: Schedule,
-        teacher_temp: Schedule,
-        center_momentum: float = 0.9,
+        momentum: Annotated[Schedule, Values(Fraction)],
+        teacher_temp: Annotated[Schedule, Values(Positive)],
+        center_momentum: Fraction = 0.9,
     ) -> None:
         super().__init__()
         self.student = Student(backbone, head(backbone.embed_dim))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool
@@ -35,6 +35,7 @@ from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.masking import BlockMasking
 from dino_lite.nn.masks import Masks, masks_of
 from dino_lite.nn.teachers import EMATeacher
+from dino_lite.settings.kinds import Fraction, Positive, Values
 
 
 class Student(nn.Module):
@@ -83,8 +84,8 @@ class DINOv2(Method):
         self,
         backbone: Backbone,
         head: Callable[[int], DINOHead],
-        momentum: Schedule,
-        teacher_temp: Schedule,
+        momentum: Annotated[Schedule, Values(Fraction)],
+        teacher_temp: Annotated[Schedule, Values(Positive)],
         centering: Callable[[int], Any],
         masking: BlockMasking | None = None,
         patch_head: Callable[[int], DINOHead] | None = None,

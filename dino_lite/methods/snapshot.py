@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dino_lite.contracts import Progress, UserError
+from dino_lite.contracts import Progress
 from dino_lite.nn.teachers import frozen_copy
-from dino_lite.optim.schedules import Span, check_span, span_steps
+from dino_lite.optim.schedules import Span, span_steps
+from dino_lite.settings.kinds import Size
+from dino_lite.settings.validate import checked
 
 
 class SnapshotTeacher(nn.Module):
@@ -24,19 +26,15 @@ class SnapshotTeacher(nn.Module):
 
     taken: Tensor
 
+    @checked
     def __init__(
         self,
         module: nn.Module,
         start_step: Span | None,
         every: Span | None = None,
-        most: int = 1,
+        most: Size = 1,
     ) -> None:
         super().__init__()
-        for name, span in (("start_step", start_step), ("every", every)):
-            if span is not None:
-                check_span(span, f"method.gram.{name}")
-        if most < 1:
-            raise UserError(f"method.gram.most={most}: it is taken at least once.")
         self.module: Any = nn.Identity() if start_step is None else frozen_copy(module)
         self.start_step, self.every, self.most = start_step, every, most
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.contracts import LOGITS_BYTES, Prototypes, UserError
+from dino_lite.contracts import LOGITS_BYTES, Prototypes
 from dino_lite.distributed import all_reduce_logsumexp, all_reduce_sum_
+from dino_lite.settings.kinds import Count, Fraction, Size
+from dino_lite.settings.validate import checked
 
 
 class EMACentering(nn.Module):
@@ -23,7 +25,7 @@ class EMACentering(nn.Module):
     center: Tensor
     batch_center: Tensor
 
-    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+    def __init__(self, num_prototypes: Count, momentum: Fraction = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
@@ -70,13 +72,9 @@ class SinkhornKnopp(nn.Module):
     Nothing is kept from step to step: `num_prototypes` is taken because every centering is told.
     """
 
-    def __init__(self, num_prototypes: int, num_iterations: int = 3) -> None:
+    @checked
+    def __init__(self, num_prototypes: Count, num_iterations: Size = 3) -> None:
         super().__init__()
-        if num_iterations < 1:
-            raise UserError(
-                f"centering num_iterations={num_iterations}: Sinkhorn-Knopp needs one at least "
-                "(3 in the paper)."
-            )
         self.num_iterations = num_iterations
 
     @torch.no_grad()

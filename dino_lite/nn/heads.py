@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino_lite.contracts import Prototypes
+from dino_lite.settings.kinds import Count, Size
 
 
 class LastLayer(nn.Module):
@@ -54,10 +58,10 @@ class DINOHead(nn.Module):
     def __init__(
         self,
         in_dim: int,
-        num_prototypes: int,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_layers: int = 3,
+        num_prototypes: Count,
+        hidden_dim: Size = 2048,
+        bottleneck_dim: Size = 256,
+        num_layers: Size = 3,
         batch_norm: bool = False,
         learn_norm: bool = False,
         plain: bool = False,
@@ -79,6 +83,11 @@ class DINOHead(nn.Module):
             self.last_layer = PlainLayer(bottleneck_dim, num_prototypes)
         elif num_prototypes:
             self.last_layer = LastLayer(bottleneck_dim, num_prototypes, learn_norm)
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Batch normalization looks at all the images of a micro-batch."""
+        return bool(settings["batch_norm"])
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
         # Unit norm in at least float32: half precision would leave norms off by 1e-3.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int64
 
 from dino_lite import draws
-from dino_lite.contracts import UserError
+from dino_lite.settings.kinds import Count, Fraction, Share, Size, rising
+from dino_lite.settings.validate import checked
 
 NUM_TRIES = 10  # rectangles tried before a crop gets no more blocks
 
@@ -29,25 +31,16 @@ class BlockMasking:
     worth, their sides at a ratio from `min_aspect` to 1/`min_aspect`; what overlaps counts once.
     """
 
+    @checked
     def __init__(
         self,
-        ratio: Sequence[float] = (0.1, 0.5),
-        sample_prob: float = 0.5,
+        ratio: Annotated[Sequence[float], rising(0, 1)] = (0.1, 0.5),
+        sample_prob: Fraction = 0.5,
         exact: bool = True,
-        min_patches: int = 4,
-        min_aspect: float = 0.3,
-        seed: int = 0,
+        min_patches: Size = 4,
+        min_aspect: Share = 0.3,
+        seed: Count = 0,
     ) -> None:
-        if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
-            raise UserError(
-                f"masking.ratio is {list(ratio)}, but must be two rising numbers between 0 and 1."
-            )
-        if not 0 <= sample_prob <= 1:
-            raise UserError(f"masking.sample_prob is {sample_prob}, but must lie in [0, 1].")
-        if min_patches < 1:
-            raise UserError(f"masking.min_patches is {min_patches}, but must be at least 1.")
-        if not 0 < min_aspect <= 1:
-            raise UserError(f"masking.min_aspect is {min_aspect}, but must lie in (0, 1].")
         self.ratio, self.sample_prob, self.exact = ratio, sample_prob, exact
         self.min_patches, self.min_aspect, self.seed = min_patches, min_aspect, seed
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_lite.settings.kinds import Fraction, NonNegative, Positive
+
 
 class LARS(torch.optim.Optimizer):
     """LARS as DINO has it: μ ← momentum·μ + q·d, p ← p − lr·μ.
@@ -24,10 +26,10 @@ class LARS(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        eta: float = 0.001,
+        lr: NonNegative = 0.0,
+        weight_decay: NonNegative = 0.0,
+        momentum: Fraction = 0.9,
+        eta: Positive = 0.001,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         super().__init__(params, defaults)

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from dino_lite.contracts import Progress, UserError
+from dino_lite.settings.kinds import Must, Value
+from dino_lite.settings.validate import checked
 
-Span = float | int | str
+RateRule = Literal["linear", "sqrt", "none"]
 _SPAN = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*(ep|epochs?|st|steps?)\s*", re.IGNORECASE
 )
@@ -29,18 +31,15 @@ def parse_span(span: str) -> tuple[float, str]:
     return float(match[1]), "epoch" if match[2].lower().startswith("e") else "step"
 
 
-def check_span(span: Span, what: str) -> None:
-    """Refuse what is no length of time: a fraction of the run in [0, 1], or text for parse_span."""
-    if isinstance(span, str):
-        try:
-            parse_span(span)
-        except UserError as error:
-            raise UserError(f"{what}: {error}") from None
-    elif not 0 <= span <= 1:
-        raise UserError(
-            f"{what}={span} is longer than the run or negative: it is a fraction of the run in "
-            f'[0, 1]; for epochs or steps write "{span:g} epochs" or "{span:g} steps".'
-        )
+def _is_span(span: Any) -> bool:
+    return 0 <= span <= 1 if not isinstance(span, str) else _SPAN.fullmatch(span) is not None
+
+
+# A length of time within the run.
+Span = Annotated[
+    float | int | str,
+    Must('a fraction of the run in [0, 1], "10 epochs" or "500 steps"', _is_span),
+]
 
 
 def span_steps(span: Span, at: Progress) -> float:
@@ -56,7 +55,7 @@ def span_steps(span: Span, at: Progress) -> float:
 class Constant:
     """The same value always."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: Value) -> None:
         self.value = float(value)
 
     def __call__(self, at: Progress) -> float:
@@ -71,15 +70,15 @@ class Cosine:
     included, so `base` comes twice, and the cosine stops one step short of `end`.
     """
 
+    @checked
     def __init__(
         self,
-        base: float,
-        end: float,
-        start: float = 0.0,
+        base: Value,
+        end: Value,
+        start: Value = 0.0,
         warmup: Span = 0.0,
         end_reached: bool = True,
     ) -> None:
-        check_span(warmup, "warmup")
         self.base, self.end, self.start = float(base), float(end), float(start)
         self.warmup, self.end_reached = warmup, end_reached
 
@@ -105,10 +104,10 @@ class Warmup:
     DINOv2 does.
     """
 
+    @checked
     def __init__(
-        self, start: float, end: float, warmup: Span = 0.0, per: Literal["step", "epoch"] = "step"
+        self, start: Value, end: Value, warmup: Span = 0.0, per: Literal["step", "epoch"] = "step"
     ) -> None:
-        check_span(warmup, "warmup")
         self.start, self.end, self.warmup, self.per = float(start), float(end), warmup, per
 
     def __call__(self, at: Progress) -> float:
@@ -121,7 +120,7 @@ class Warmup:
         return self.start + (self.end - self.start) * (step / (num - 1) if num > 1 else 0.0)
 
 
-def scale_rate(rate: float, batch_size: int, rule: Literal["linear", "sqrt", "none"]) -> float:
+def scale_rate(rate: float, batch_size: int, rule: RateRule) -> float:
     """Learning rate for `batch_size` images a step over all ranks: linear per 256 (DINO), sqrt per
     1024 (DINOv2).
     """

@@ -2,139 +2,157 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-from dino_lite.config import Config, get, instantiate, leaves, locate
-from dino_lite.contracts import Backbone, Traits, UserError
+from dino_lite.config import Config, get, leaves
+from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule, Traits, UserError
 from dino_lite.machine import Facts
 from dino_lite.methods.clock import seconds
-from dino_lite.optim.schedules import check_span, parse_span
+from dino_lite.optim.param_groups import ClipBy, FreezeBy
+from dino_lite.optim.schedules import RateRule, Span, parse_span
+from dino_lite.settings.kinds import (
+    Count,
+    Fraction,
+    Must,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Values,
+)
+from dino_lite.settings.validate import locate, settings_of, validated
 
-TRAINER_KEYS = {
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "num_threads",
-    "max_epochs",
-    "max_steps",
-    "max_time",
-    "precision",
-    "micro_batch_size",
-    "memory",
-    "compile",
-}
 # What the words of `preset` mean: so many images.
 PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
-# Whole numbers, and the least that makes sense.
-WHOLE = {
-    "augment.blur_kernel": 1,
-    "augment.global_size": 1,
-    "augment.gram_size": 1,
-    "augment.local_size": 1,
-    "augment.num_local": 0,
-    "backbone.depth": 1,
-    "backbone.embed_dim": 1,
-    "backbone.image_size": 1,
-    "backbone.in_chans": 1,
-    "backbone.num_heads": 1,
-    "backbone.num_registers": 0,
-    "backbone.patch_size": 1,
-    "data.channels": 1,
-    "loader.batch_size": 1,
-    "loader.num_workers": 0,
-    "method.head.bottleneck_dim": 1,
-    "method.head.hidden_dim": 1,
-    "method.head.num_layers": 1,
-    "method.head.num_prototypes": 0,
-    "optim.max_skipped": 1,
-    "seed": 0,
-    "trainer.devices": 1,
-    "trainer.max_steps": 1,
-    "trainer.micro_batch_size": 0,
-    "trainer.num_nodes": 1,
-    "trainer.num_threads": 1,
-}
-NULLABLE = {
-    "augment.blur_kernel",
-    "augment.gram_size",
-    "backbone.depth",
-    "backbone.embed_dim",
-    "backbone.num_heads",
-    "backbone.num_registers",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-}
-CHOICES: dict[str, tuple[object, ...]] = {
-    **{
-        f"augment.{kind}.quarter_turns": (True, False) for kind in ("global_1", "global_2", "local")
-    },
-    "augment.where": ("worker", "device"),
-    "backbone.drop_path_by": ("sample", "batch"),
-    "backbone.drop_path_uniform": (True, False),
-    "backbone.mask_token": (True, False),
-    "baselines": (True, False),
-    "loader.draft": (True, False),
-    "method.teacher_temp.per": ("step", "epoch"),
-    "optim.clip_by": ("global", "module", "parameter"),
-    "optim.decay_tokens": (True, False),
-    "optim.freeze_by": ("gradient", "rate"),
-    "optim.rate_rule": ("linear", "sqrt", "none"),
-    "trainer.compile": (True, False),
-    "trainer.memory": ("high", "normal", "low"),
-}
-# Numbers: which keys, what they may be, and how that is said.
-NUMBERS: list[tuple[str, Callable[[float], bool], str]] = [
-    (r".*_prob", lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
-    (r".*(teacher_temp\.(start|end)|student_temp)", lambda v: v > 0, "a temperature is positive"),
-    (
-        r"method\.(momentum\.(base|end|start)|center_momentum)",
-        lambda v: 0 <= v <= 1,
-        "a momentum lies in [0, 1]",
+
+
+Preset = Annotated[
+    int | str,
+    Must(
+        f"one of {', '.join(PRESETS)}, or a number of images",
+        lambda size: size in PRESETS or (isinstance(size, int) and size > 0),
     ),
-    (r"backbone\.drop_path", lambda v: 0 <= v < 1, "it lies in [0, 1)"),
-    (r"loader\.max_bad_fraction", lambda v: 0 <= v <= 1, "a fraction lies in [0, 1]"),
-    (r"optim\.layer_decay", lambda v: 0 < v <= 1, "it lies in (0, 1]"),
-    (
-        r"optim\.(rate|clip|patch_embed_scale|(learning_rate|weight_decay)\.(base|end|start))"
-        r"|trainer\.max_epochs",
-        lambda v: v >= 0,
-        "this cannot be negative",
-    ),
+]
+Precision = Annotated[
+    int | str,
+    Must("32, bf16 or 64 (fp16 overflows in DINO)", lambda kind: str(kind) in ("32", "bf16", "64")),
+]
+Duration = Annotated[
+    float | str, Must('a positive time as "90s", "30m" or "2h"', lambda time: seconds(time) > 0)
 ]
 
 
-def check_values(config: Config) -> None:
-    """Every value on its own: refuse the wrong kind and what is outside its range."""
-    for key, value in leaves(config):
-        if value == "auto" or (value is None and key in NULLABLE):
-            continue
-        if key in CHOICES and value not in CHOICES[key]:
-            known = ", ".join(str(choice).lower() for choice in CHOICES[key])
-            raise UserError(f"{key}={value}: choose one of {known}.")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "preset" and value not in PRESETS and not (number and value % 1 == 0 < value):
-            words = ", ".join(PRESETS)
-            raise UserError(f"preset={value}: choose auto, {words}, or a number of images.")
-        if key in WHOLE and not (number and value % 1 == 0 and value >= WHOLE[key]):
-            raise UserError(f"{key}={value}: a whole number from {WHOLE[key]} on is needed.")
-        for pattern, allows, why in NUMBERS:
-            if re.fullmatch(pattern, key) and not (number and allows(value)):
-                raise UserError(f"{key}={value}: {why if number else 'a number is needed'}.")
-    unknown = sorted(config["trainer"].keys() - TRAINER_KEYS)
-    if unknown:
-        known = ", ".join(sorted(TRAINER_KEYS))
-        raise UserError(f"trainer.{unknown[0]}: there is no such key; known are {known}.")
+class Trainer(NamedTuple):
+    """The group `trainer`: where and how long a run trains, and at what speed."""
+
+    accelerator: Literal["cpu", "cuda", "mps"]
+    devices: Size
+    num_nodes: Size
+    max_epochs: Positive | None
+    max_steps: Size | None
+    max_time: Duration | None
+    precision: Precision
+    num_threads: Size
+    micro_batch_size: Count
+    memory: Memory
+    compile: bool
+
+
+class Loader(NamedTuple):
+    """The group `loader`: how images are read."""
+
+    batch_size: Size
+    num_workers: Count
+    draft: bool
+    max_bad_fraction: Fraction
+
+
+class Optim(NamedTuple):
+    """The group `optim`: the optimizer, its schedules and parameter groups, and clipping."""
+
+    optimizer: Any
+    rate: NonNegative
+    rate_rule: RateRule
+    learning_rate: Annotated[Schedule, Values(NonNegative)]
+    weight_decay: Annotated[Schedule, Values(NonNegative)]
+    decay_tokens: bool
+    layer_decay: Share
+    patch_embed_scale: NonNegative
+    clip: NonNegative
+    clip_by: ClipBy
+    freeze_last_layer: Span
+    freeze_by: FreezeBy
+    max_skipped: Size
+
+
+class Start(TypedDict, total=False):
+    """Keys of the group `backbone` beside those of the class that it names."""
+
+    pretrained: str | None
+
+
+class Settings(TypedDict, total=False):
+    """Keys of the commands; groups that are not here name their constructor in `_target_`."""
+
+    trainer: Trainer
+    loader: Loader
+    optim: Optim
+    loss: dict[str, Loss]
+    eval: dict[str, Evaluation] | None
+    callbacks: dict[str, Any] | None
+    name: str
+    runs_dir: str
+    checkpoint: str | None
+    trust: list[str] | str | None
+    preset: Preset
+    seed: Count
+    baselines: bool
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    features_dir: str | None
+    image_size: Size | Literal["auto"]
+    batch_size: Size
+    num_workers: Count
+    max_images: Size | None
+    draw: bool
+    out: str | None
+    pack: str | None
+    pictures: str | None
+
+
+def check_values(config: Config, auto: bool = True) -> Config:
+    """`config`, each value checked against the annotation of the constructor that takes it; whole
+    numbers written as 1e3 become ints.
+
+    With `auto`, "auto" may stand for any value: a plan is to follow. Raises UserError naming the
+    first key that does not exist, or whose value is of the wrong kind or outside its range.
+    """
+    network = dict(config.get("backbone") or {})
+    start = {key: network.pop(key) for key in ("pretrained",) if key in network}  # no constructor's
+    read = validated(Settings, config | ({"backbone": network} if network else {}), auto=auto)
+    if start:
+        read["backbone"] |= validated(Start, start, "backbone.")
+    return read
 
 
 def mixes_images(config: Config) -> bool:
-    """Whether it changes results which images share a micro-batch: by batch normalization in head
-    or backbone, or by a loss that says so in its `mixes_images`.
+    """Whether results depend on which images share a micro-batch: a loss or a head says so in its
+    `mixes_images` (a truth value, or a function of its settings), the backbone in its traits.
     """
-    losses = instantiate(config["loss"]).values()
-    across = any(getattr(loss, "mixes_images", False) for loss in losses)
-    in_backbone = traits_of(config).mixes_images
-    return bool(get(config, "method.head.batch_norm")) or in_backbone or across
+    for node in _nodes([config["loss"], config["method"]]):
+        says = getattr(locate(node["_target_"]), "mixes_images", False)
+        if says(settings_of(node)) if callable(says) else says:
+            return True
+    return traits_of(config).mixes_images
+
+
+def _nodes(value: Any) -> Iterator[Config]:
+    """What names a `_target_`, anywhere in `value`."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _nodes(each)
 
 
 def traits_of(config: Config) -> Traits:
@@ -214,11 +232,6 @@ def check(config: Config, facts: Facts) -> None:
     devices = get(config, "trainer.devices")
     if facts.accelerator == "cuda" and devices > facts.num_devices:
         raise UserError(f"trainer.devices={devices}: this machine has {facts.num_devices}.")
-    precision = str(get(config, "trainer.precision"))
-    if precision in ("16", "fp16", "16-mixed", "16-true"):
-        raise UserError(f"trainer.precision={precision}: fp16 overflows in DINO; use bf16 or 32.")
-    if precision not in ("32", "bf16", "64"):
-        raise UserError(f"trainer.precision={precision}: choose auto, 32, bf16 or 64.")
     if get(config, "trainer.compile") and not facts.compiler:
         raise UserError(
             "trainer.compile=true: torch.compile finds no C++ compiler (g++, or what CXX names; on "
@@ -258,16 +271,9 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
             "trainer.max_steps and trainer.max_time."
         )
     ((measure, length),) = given.items()
-    if measure == "max_time":
-        seconds(length)
-    elif isinstance(length, str) or length <= 0:
-        raise UserError(f"trainer.{measure}={length}: a positive number is needed.")
     for key, span in leaves(config):
         if key.rpartition(".")[2] not in ("warmup", "freeze_last_layer", "start_step", "every"):
             continue
-        if span is None:
-            continue
-        check_span(span, key)
         if not isinstance(span, str):
             continue
         if measure == "max_time":

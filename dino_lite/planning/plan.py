@@ -56,7 +56,7 @@ def plan(config: Config, facts: Facts) -> Plan:
     """Pure: the same configuration and facts give the same plan. Rules are tried in order and may
     read earlier ones.
     """
-    check_values(config)
+    config = check_values(config)
     decisions: list[Decision] = []
     config = _settle(config, facts, SIZE, decisions)
     if (choice := choose_backbone(config, facts)) is not None:

@@ -16,6 +16,7 @@ from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
+from dino_lite.planning.checks import Loader, Optim, Trainer
 from dino_lite.runs.begin import build_method
 from dino_lite.runs.folder import Run
 
@@ -24,16 +25,13 @@ def build(
     config: Config, facts: Facts, splits: Splits, run: Run
 ) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
     """Data, method with its step, and callbacks."""
-    loader, module = config["loader"], build_module(config, facts)
+    loader, module = Loader(**config["loader"]), build_module(config, facts)
     datamodule = DataModule(
         splits,
         instantiate(config["augment"]),
         instantiate(config["normalize"]),
-        batch_size=loader["batch_size"],
-        num_workers=loader["num_workers"],
+        **loader._asdict(),
         seed=config["seed"],
-        max_bad_fraction=loader["max_bad_fraction"],
-        draft=loader["draft"],
         num_steps=module.clock.num_steps,
         bad_files=run.folder / "bad_files.csv",
     )
@@ -45,30 +43,31 @@ def build(
 
 def build_module(config: Config, facts: Facts) -> PretrainModule:
     """Method and step, with the clock that measures the run."""
-    trainer, optim = config["trainer"], config["optim"]
+    trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
-        learning_rate=instantiate(optim["learning_rate"]),
-        weight_decay=instantiate(optim["weight_decay"]),
-        clip=optim["clip"],
-        clip_by=optim["clip_by"],
-        freeze_last_layer=optim["freeze_last_layer"],
-        max_skipped=optim["max_skipped"],
-        micro_batch_size=trainer["micro_batch_size"],
-        autocast=torch.bfloat16 if str(trainer["precision"]) == "bf16" else None,
+        learning_rate=instantiate(config["optim"]["learning_rate"]),
+        weight_decay=instantiate(config["optim"]["weight_decay"]),
+        clip=optim.clip,
+        clip_by=optim.clip_by,
+        freeze_last_layer=optim.freeze_last_layer,
+        max_skipped=optim.max_skipped,
+        micro_batch_size=trainer.micro_batch_size,
+        autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
         seed=config["seed"],
     )
     groups = functools.partial(
         param_groups,
-        decay_tokens=optim["decay_tokens"],
-        layer_decay=optim["layer_decay"],
-        patch_embed_scale=optim["patch_embed_scale"],
-        freeze_by=optim["freeze_by"],
+        decay_tokens=optim.decay_tokens,
+        layer_decay=optim.layer_decay,
+        patch_embed_scale=optim.patch_embed_scale,
+        freeze_by=optim.freeze_by,
     )
     method = build_method(config)
-    set_memory(method, trainer["memory"], trainer["compile"])
-    clock = Clock.of(trainer, facts.num_images, config["loader"]["batch_size"])
-    module = PretrainModule(method, step, instantiate(optim["optimizer"]), clock, groups)
+    set_memory(method, trainer.memory, trainer.compile)
+    clock = Clock.of(config["trainer"], facts.num_images, config["loader"]["batch_size"])
+    optimizer = instantiate(config["optim"]["optimizer"])
+    module = PretrainModule(method, step, optimizer, clock, groups)
     module.bare_step()  # refuses what does not fit, now
     return module

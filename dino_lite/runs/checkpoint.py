@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino_lite.backbones.spec import Trust, is_trusted, untrusted
-from dino_lite.config import load, locate, targets
+from dino_lite.config import load, targets
 from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
@@ -19,6 +19,7 @@ from dino_lite.formats.weights import open_timm, open_weights
 from dino_lite.runs.folder import Run
 from dino_lite.runs.method import fresh_method
 from dino_lite.runs.old_names import current
+from dino_lite.settings.validate import locate
 
 _TIMM = "timm:"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.errors import HydraException
 
 from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, Splits, UserError
@@ -72,15 +71,7 @@ def open_subject(
 
 def build_evaluations(config: Config) -> dict[str, Any]:
     """The evaluations that `eval` names, by name."""
-    evaluations = {}
-    for name, node in (config.get("eval") or {}).items():
-        try:
-            evaluations[name] = instantiate(node)
-        except HydraException as error:
-            raise UserError(
-                f"eval.{name}: a value is of another kind than its default "
-                f"({str(error.__cause__ or error).splitlines()[0]}); see conf/eval/{name}.yaml."
-            ) from error
+    evaluations = {n: instantiate(node) for n, node in (config.get("eval") or {}).items()}
     if not evaluations:
         raise UserError("eval= names no evaluation: choose eval=knn.")
     return evaluations

@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.config import Config
 from dino_lite.machine import Facts
+from dino_lite.planning.checks import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.folder import Run
 
@@ -27,15 +28,15 @@ def build_trainer(
     """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules
     are the step's.
     """
-    trainer = config["trainer"]
-    ranks = trainer["devices"] * trainer["num_nodes"]
+    trainer = Trainer(**config["trainer"])
+    ranks = trainer.devices * trainer.num_nodes
     resume_step = int(read_checkpoint(run.last)["global_step"]) if resuming else 0
     return pl.Trainer(
         accelerator=facts.accelerator,
-        devices=trainer["devices"],
-        num_nodes=trainer["num_nodes"],
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
         strategy=DDPStrategy(broadcast_buffers=False) if ranks > 1 else "auto",
-        precision="64-true" if str(trainer["precision"]) == "64" else "32-true",
+        precision="64-true" if str(trainer.precision) == "64" else "32-true",
         max_epochs=-1,
         max_steps=-1 if num_steps is None else num_steps,
         logger=MetricsFile(run.folder / "metrics.csv", resume_step),

@@ -1,0 +1,253 @@
+"""Checks settings against the annotations of the constructor that takes them, without calling it.
+
+`validated` reads a configuration so, before anything is built; `checked` makes a function read its
+own arguments so when it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import os
+import pydoc
+import types
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from dino_lite.contracts import UserError
+from dino_lite.settings.kinds import KeywordsOf, Must, Value, Values
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+_PLAIN: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    type(None): (type(None), "null"),
+}
+
+
+class Parameters(NamedTuple):
+    """The keywords of a function: annotations and defaults by name; `is_open`: others too."""
+
+    hints: dict[str, Any]
+    defaults: dict[str, Any]
+    is_open: bool
+
+
+class _Refused(Exception):
+    """A value that its annotation does not allow; the text completes "it must be ..."."""
+
+
+def locate(path: str) -> Any:
+    """The class or function at a dotted path (`_target_`); UserError where there is none."""
+    try:
+        found = pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{path} cannot be imported: {error}.") from error
+    if found is None:
+        raise UserError(f"{path} cannot be imported: code of your own must be on PYTHONPATH.")
+    return found
+
+
+@functools.cache
+def parameters(target: Callable[..., Any]) -> Parameters:
+    """The keywords of a function, class, NamedTuple or TypedDict."""
+    is_record = inspect.isclass(target) and (is_typeddict(target) or issubclass(target, tuple))
+    annotated = target if is_record or not inspect.isclass(target) else target.__init__
+    try:
+        hints = get_type_hints(annotated, include_extras=True)
+    except (AttributeError, NameError, TypeError):  # names that only type checkers import
+        hints = {}
+    if is_typeddict(target):
+        return Parameters(hints, {}, True)
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # written in C
+        return Parameters({}, {}, True)
+    known = Parameters({}, {}, False)
+    for name, parameter in signature.parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            takers = [taker for mark in _marks(hint, KeywordsOf) for taker in mark.takers]
+            more = [parameters(taker) for taker in takers] or [Parameters({}, {}, True)]
+            for each in reversed(more):
+                known = Parameters(
+                    each.hints | known.hints, each.defaults | known.defaults, each.is_open
+                )
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            known.hints[name] = hint
+            if parameter.default is not inspect.Parameter.empty:
+                known.defaults[name] = parameter.default
+    return known
+
+
+def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `_target_` of `node` would be called with, its own defaults included."""
+    return parameters(locate(node["_target_"])).defaults | dict(node)
+
+
+def validated(
+    target: Callable[..., Any],
+    settings: Mapping[str, Any],
+    prefix: str = "",
+    auto: bool = False,
+    values: Any = Value,
+) -> dict[str, Any]:
+    """`settings` as keywords of `target`, and so on below each `_target_` among them; whole
+    numbers written as 1e3 become ints.
+
+    With `auto`, "auto" may stand for any value. `values` annotates the numbers of a schedule.
+    Raises UserError naming the key (below `prefix`) where `target` has no such keyword, or its
+    annotation does not allow the value.
+    """
+    known, read = parameters(target), {}
+    for name, value in settings.items():
+        key, hint = f"{prefix}{name}", known.hints.get(name, Any)
+        if name in _OF_HYDRA or (value is None and known.defaults.get(name, ...) is None):
+            read[name] = value
+            continue
+        if name not in known.hints and not known.is_open:
+            near = difflib.get_close_matches(name, known.hints, n=1)
+            hints = f"did you mean {prefix}{near[0]}?" if near else None
+            hints = hints or f"known are {', '.join(sorted(known.hints))}."
+            raise UserError(f"{key}: there is no such key; {hints}")
+        read[name] = _setting(values if hint == Value else hint, value, key, auto)
+    return read
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, but arguments that its annotations do not allow are a UserError."""
+    signature = inspect.signature(function)
+    owner = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        hints, bound = parameters(function).hints, signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in hints:
+                bound.arguments[name] = _setting(hints[name], value, f"{owner}.{name}", False)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _marks(hint: Any, kind: type[R]) -> list[R]:
+    """The metadata of an `Annotated` that is of this kind."""
+    return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind)]
+
+
+def _setting(hint: Any, value: Any, key: str, auto: bool) -> Any:
+    """`value`, as `hint` allows it."""
+    if auto and isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, dict) and "_target_" in value:
+        numbers = [mark.kind for mark in _marks(hint, Values)]
+        return validated(locate(value["_target_"]), value, f"{key}.", auto, *numbers)
+    try:
+        return _read(hint, value, key, auto)
+    except _Refused as refused:
+        raise UserError(f"{key}={_shown(value)}: it must be {refused}.") from None
+
+
+def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
+    """As `_setting`, of what has no `_target_`; raises _Refused."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        musts = _marks(hint, Must)
+        try:
+            value = _read(args[0], value, key, auto)
+        except _Refused as refused:
+            raise _Refused(musts[0].be if musts else str(refused)) from None
+        for must in musts:
+            if not must.holds(value):
+                raise _Refused(must.be)
+        return value
+    if origin in (Union, types.UnionType):
+        refusals = []
+        for each in sorted(args, key=lambda each: each is type(None)):
+            try:
+                return _read(each, value, key, auto)
+            except _Refused as refused:
+                refusals.append(str(refused))
+        raise _Refused(", or ".join(refusals))
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        raise _Refused(("one of " if len(args) > 1 else "") + ", ".join(map(_shown, args)))
+    if hint in _PLAIN:
+        return _read_plain(hint, value)
+    return _read_compound(origin or hint, args, value, key, auto)
+
+
+def _read_plain(kind: type, value: Any) -> Any:
+    """A truth value, number, text or null; a whole float is an int where one is needed."""
+    allowed, name = _PLAIN[kind]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    odd = isinstance(value, bool) and kind is not bool
+    odd |= isinstance(value, float) and not math.isfinite(value)
+    if odd or not isinstance(value, allowed):
+        raise _Refused(name)
+    return value
+
+
+def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto: bool) -> Any:
+    """A list, a group of keys or an object, each with what is in it."""
+    is_class = isinstance(kind, type)
+    is_record = is_typeddict(kind) or (is_class and issubclass(kind, tuple) and kind is not tuple)
+    if is_record and isinstance(value, dict):
+        return validated(kind, value, f"{key}.", auto)
+    if is_record and isinstance(value, kind):  # built already
+        return kind(**validated(kind, value._asdict(), f"{key}."))
+    if is_class and issubclass(kind, os.PathLike) and isinstance(value, str):
+        return value
+    is_list = is_class and issubclass(kind, Sequence)
+    is_group = is_class and issubclass(kind, Mapping)
+    if isinstance(value, list | tuple) and (is_list or kind is Any):
+        fixed = kind is tuple and ... not in args
+        if fixed and args and len(args) != len(value):
+            raise _Refused(f"a list of {len(args)}")
+        hints = args if fixed and args else [args[0] if args else Any] * len(value)
+        read = [
+            (_setting if isinstance(each, dict) else _read)(hint, each, key, auto)
+            for hint, each in zip(hints, value, strict=True)
+        ]
+        return tuple(read) if isinstance(value, tuple) else read
+    if isinstance(value, dict) and (is_group or kind is Any):
+        hint = args[1] if len(args) == 2 else Any
+        return {name: _setting(hint, each, f"{key}.{name}", auto) for name, each in value.items()}
+    if is_list and isinstance(value, str | Real | dict | None):
+        raise _Refused("a list")
+    if is_group and isinstance(value, str | Real | list | None):
+        raise _Refused("a group of keys")
+    ours = str(getattr(kind, "__module__", "")).startswith("dino_lite.")
+    if (ours or kind is Callable) and isinstance(value, str | Real | list | dict | None):
+        raise _Refused("a group of keys with a _target_")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
