@@ -7,12 +7,13 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 Memory = Literal["high", "normal", "low"]  # how much is kept for the backward pass
@@ -48,32 +49,53 @@ class Schedule(Protocol):
     def __call__(self, at: Progress) -> float: ...
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A finite, ordered collection of images: all that is known of where they come from."""
+class Source(ABC):
+    """A finite, ordered collection of images. Subclasses implement `__len__`, `read`, `name` and
+    `digest`; all other members have defaults. Workers get a forked or pickled copy.
+    """
 
-    labels: Int[np.ndarray, "N"] | None  # -1: an image without one
-    classes: list[str]
+    labels: Int[np.ndarray, "N"] | None = None  # indices into `classes`; -1: unlabeled
+    classes: Sequence[str] = ()
+    channels: int = 3  # to which `data.decode.decode` converts the files from `encoded`
+    # Images groups[g] to groups[g+1] are stored, so best read, together (a shard, a row group).
+    groups: Int64[np.ndarray, "bounds"] | None = None
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, upright; C is the same for all images of a source.
 
-        With `min_pixels` it may come back smaller than it is, but with no fewer pixels than that.
-        Raises OSError or ValueError where it cannot be read.
+        With `min_pixels` it may be downscaled, to no fewer pixels than that. Raises OSError or
+        ValueError if it cannot be read.
         """
-        ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        """What messages and bad_files.csv call image `index`: a path, or the set's name and the
-        index.
-        """
-        ...
+        """Image `index` in messages and bad_files.csv: a path, or the set's name and the index."""
 
+    @abstractmethod
     def digest(self) -> str:
-        """16 hex digits over names or bytes in order: a resumed run must find the same list."""
-        ...
+        """16 hex digits over names or bytes in order; a run only resumes on the same digest."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Announce the next images to be read, for sources that can fetch them concurrently."""
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`. The default reads it. Raises as `read` does."""
+        height, width = self.read(index).shape[:2]
+        return height, width
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """Content and suffix (".jpg") of a file that `data.decode.decode` reads, if there is one.
+        Raises as `read` does.
+        """
+        return None
+
+    def data_files(self) -> Iterable[str | bytes]:
+        """Files that hold the images: cached features are discarded when one of them changes."""
+        return ()
 
 
 class Splits(NamedTuple):

@@ -12,7 +12,7 @@ from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.finetune import Finetune, find_labeled, mix
 from pooled import shades, small_vit, store_of
-from test_features import HalfBroken, images
+from test_features import half_broken, images
 
 QUICK = {"num_epochs": 4, "batch_size": 12, "rate": 0.02}
 
@@ -104,7 +104,7 @@ def test_without_test_labels_a_fifth_of_train_is_the_test() -> None:
 
 def test_images_that_cannot_be_read_are_left_out() -> None:
     """In train and in test, and noted."""
-    source = images(12, HalfBroken)
+    source = images(12, half_broken)
     source.labels = np.arange(12) % 2
     store = store_of(source, source)
     found = Finetune(num_epochs=1, batch_size=4)(small_vit(), store)

@@ -36,7 +36,7 @@ from dino_lite.eval.segmentation import confusion
 from dino_lite.eval.sheets import shortened, start_page
 from dino_lite.eval.store import FeatureStore
 from test_features import vit
-from test_pictures import Broken, colors_of, pixels_of, stripes
+from test_pictures import colors_of, first_broken, pixels_of, stripes
 from tiny import pixel_features, train
 
 PIXELS = RawPixels(Normalize(), 8)
@@ -77,7 +77,8 @@ def test_one_picture_that_fails_costs_no_other(tmp_path: Path) -> None:
 
 def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     """In a split of which one cannot be read, all pictures are drawn."""
-    data = CleanData(Splits(stripes(24, True, Broken), None, "x"), 32, Normalize(), batch_size=8)
+    source = first_broken(stripes(24))
+    data = CleanData(Splits(source, None, "x"), 32, Normalize(), batch_size=8)
     assert list(draw_all(PIXELS, FeatureStore(data), tmp_path)) == list(PICTURES)
 
 

@@ -25,7 +25,7 @@ from dino_lite.eval import store as store_file
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Pooled
 from dino_lite.eval.store import FeatureStore, content_key
-from test_features import HalfBroken, images, vit
+from test_features import half_broken, images, vit
 from tiny import photos
 
 
@@ -86,7 +86,7 @@ def test_each_split_is_extracted_once(tmp_path: Path, count: list[int]) -> None:
 
 def test_unreadable_images_are_remembered(tmp_path: Path, count: list[int]) -> None:
     """What was left out is told again where features come from the disk."""
-    source = images(7, HalfBroken)
+    source = images(7, half_broken)
     for _ in range(2):
         data = data_of(source)
         found = FeatureStore(data, tmp_path).pooled(vit_of(0), source)
@@ -173,7 +173,7 @@ def test_labels_are_asked_for_in_words() -> None:
 def test_nothing_readable_is_a_sentence() -> None:
     """Where to look."""
     with pytest.raises(UserError, match="no image it could read"):
-        FeatureStore(data_of(images(1, HalfBroken))).pooled(vit(), images(1, HalfBroken))
+        FeatureStore(data_of(images(1, half_broken))).pooled(vit(), images(1, half_broken))
 
 
 def _rank(rank: int, world: int, folder: str, kind: str) -> None:
@@ -183,7 +183,7 @@ def _rank(rank: int, world: int, folder: str, kind: str) -> None:
     )
     torch.manual_seed(0)
     broken = kind == "broken"
-    source = images(1 if kind == "one" else 7, HalfBroken if broken else ArraySource)
+    source = images(1 if kind == "one" else 7, half_broken if broken else ArraySource)
     data = data_of(source)
     found = FeatureStore(data).pooled(vit_of(0), source, num_blocks=2)
     torch.save((tuple(found), sorted(data.bad)), f"{folder}/{rank}.pt")
@@ -196,7 +196,7 @@ def test_ranks_share_the_work_and_all_get_all(tmp_path: Path, kind: str) -> None
     """Two and one process have the same rows in the same order; none is counted twice, also where
     a rank has none."""
     torch.manual_seed(0)
-    source = images(1 if kind == "one" else 7, HalfBroken if kind == "broken" else ArraySource)
+    source = images(1 if kind == "one" else 7, half_broken if kind == "broken" else ArraySource)
     if kind == "one":
         source.labels = np.array([0])
     data = data_of(source)

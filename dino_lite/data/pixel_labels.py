@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -13,7 +13,7 @@ from PIL import Image
 from dino_lite.contracts import Source, UserError
 from dino_lite.data.clean import by_channel
 from dino_lite.data.folder import open_folder
-from dino_lite.data.sources import PathSource, expand, reason, text
+from dino_lite.data.sources import expand, reason
 
 _MODES = ("1", "L", "P", "I;16")  # of PNG files that hold numbers, not colors
 
@@ -104,7 +104,7 @@ def open_masks(
             )
     splits = open_folder(images, labels="none", channels=channels)
 
-    def with_masks(source: Any) -> MaskedImages:
+    def with_masks(source: Source) -> MaskedImages:
         paths = [_mask_of(source, i, images, masks) for i in range(len(source))]
         lost = [i for i, path in enumerate(paths) if not path.is_file()]
         if lost:
@@ -117,8 +117,8 @@ def open_masks(
     return with_masks(splits.train), None if splits.test is None else with_masks(splits.test)
 
 
-def _mask_of(source: PathSource, index: int, images: Path, masks: Path) -> Path:
-    return masks / Path(text(source.path(index))).relative_to(images).with_suffix(".png")
+def _mask_of(source: Source, index: int, images: Path, masks: Path) -> Path:
+    return masks / Path(source.name(index)).relative_to(images).with_suffix(".png")
 
 
 def fitted(
