@@ -38,7 +38,8 @@ def timm_blocks(vit: ViT, tokens: Tensor) -> Tensor:
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
     named = ("init_values", "qkv_bias", "qk_norm", "mlp", "proj_bias")
     settings = {name: vit.spec[name] for name in named if name in vit.spec}
-    model = timm_vit("vit", **sizes, **settings, drop_path_rate=0.6).train(vit.training)
+    with torch.random.fork_rng():
+        model = timm_vit("vit", **sizes, **settings).train(vit.training)
     for ours, theirs in zip(vit.blocks, model.blocks, strict=True):
         theirs.drop_path1, theirs.drop_path2 = ours.drop_path1, ours.drop_path2
         tokens = functional_call(theirs, dict(ours.named_parameters()), (tokens,))
