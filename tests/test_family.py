@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 import dino_lite
-from dino_lite.backbones.build import build_backbone, check_spec
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.spec import build_backbone, check_spec
 from dino_lite.backbones.vit import ViT
-from dino_lite.checkpoints import begin_config, build_method
 from dino_lite.commands.compare import run_compare
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
@@ -28,8 +27,9 @@ from dino_lite.commands.report import run_report
 from dino_lite.config import Config, compose, get, load, put, save
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.baselines import untrained
-from dino_lite.plan import plan
-from dino_lite.runs import requested
+from dino_lite.planning.plan import plan
+from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.identity import requested
 from test_conf import facts
 from tiny import tiny, tiny_command
 
@@ -413,7 +413,7 @@ def test_a_name_that_no_family_settles_is_a_sentence() -> None:
         plan(config | {"backbone": node}, facts())
 
 
-@pytest.mark.parametrize("target", ["torch.nn.Linear", "dino_lite.backbones.build.build_backbone"])
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "dino_lite.backbones.spec.build_backbone"])
 def test_a_target_that_is_no_backbone_is_refused_by_the_plan(target: str) -> None:
     """Functions too: what a family declares is read from its class."""
     config = put(compose("pretrain", []), "backbone._target_", target)
