@@ -50,10 +50,6 @@ from dino_lite.runs import (
 )
 
 _NUM_DRAWN = 2000  # training images among which neighbors are looked for
-_SMALLER = (
-    "give a smaller trainer.micro_batch_size, trainer.memory=low, a smaller loader.batch_size or a "
-    "smaller backbone"
-)
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
@@ -131,7 +127,10 @@ def fit(
             raise
         if trainer.world_size == 1 and module.clock.seconds_per_step is None:
             return False
-        raise UserError(f"{run.folder} ran out of memory: {_SMALLER}.") from error
+        raise UserError(
+            f"{run.folder} ran out of memory: give trainer.memory=low or a smaller "
+            "trainer.micro_batch_size, and it goes on from its last checkpoint."
+        ) from error
     finally:
         if trainer.is_global_zero:
             run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
@@ -141,20 +140,23 @@ def fit(
 
 
 def smaller_micro_batch(config: Config, is_auto: bool) -> int:
-    """Half of what the device has no memory for; refuses where that would not give the same
-    result, where the size was asked for, and below one image.
+    """Half the micro-batch size that the device has no memory for. Raises UserError where another
+    size changes the result, where the size was given, and below one image.
     """
     key, num_images = "trainer.micro_batch_size", config["loader"]["batch_size"]
     old = config["trainer"]["micro_batch_size"] or num_images
     new = -(-min(old, num_images) // 2)
     failed = f"Out of memory in the first steps, with micro-batches of {old} images"
     if not is_auto or old == 1:
-        raise UserError(f"{failed}: {_SMALLER}.")
+        raise UserError(
+            f"{failed}: give a smaller {key}, trainer.memory=low, a smaller loader.batch_size or a "
+            "smaller backbone."
+        )
     if mixes_images(config):
         raise UserError(
-            f"{failed}; batch normalization, KoLeo or a coding rate looks at the images of a "
-            f"micro-batch together, so that {key}={new} learns something else: give it, or choose "
-            "trainer.memory=low or a smaller loader.batch_size."
+            f"{failed}: batch normalization, KoLeo or a coding rate looks at images together, so "
+            f"that {key}={new} changes what is learned; give it all the same, or "
+            "trainer.memory=low, or a smaller loader.batch_size."
         )
     paths = "; stochastic depth draws anew for each micro-batch"
     say(
