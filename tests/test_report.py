@@ -231,12 +231,13 @@ def test_alarms_are_sentences_with_their_step(tmp_path: Path) -> None:
 def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
     """Nothing was measured, and what to do is said."""
     environment = {"data": {"name": "photos", "num_images": 7, "num_classes": 0, "classes": []}}
-    results = {"finished": True, "steps": 5, "train_seconds": 4000}
+    results = {"finished": True, "steps": 5, "train_seconds": 4000, "estimate": {"memory": 2**31}}
     changes = {"environment.json": environment, "results.json": results}
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "photos: 7 images, no labels" in text
     assert "Nothing was measured yet: dino-lite evaluate" in text
     assert "1 h 6 min" in text
+    assert "2,048 MiB" in text
 
 
 def test_every_column_with_numbers_is_drawn_once(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ class Clock:
         steps_per_epoch = num_images / batch_size
         if trainer["max_time"] is not None:
             return cls(None, seconds(trainer["max_time"]), steps_per_epoch)
-        num_steps = trainer["max_steps"] or max(1, round(trainer["max_epochs"] * steps_per_epoch))
+        num_steps = trainer["max_steps"]
+        if num_steps is None:
+            num_steps = max(1, round((trainer["max_epochs"] or 0) * steps_per_epoch))
         return cls(num_steps, None, steps_per_epoch)
 
     @property

@@ -194,8 +194,8 @@ def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     return images, f"{math.ceil(num_images / images)} parts, for less memory"
 
 
-# How long a run must be to gain back the minutes that compiling takes (docs/performance.md).
-_COMPILED_STEPS, _COMPILED_SECONDS = 2000, 15 * 60
+# Compiling takes one to three minutes and saves a tenth of each step (docs/performance.md).
+_COMPILED_STEPS, _COMPILED_SECONDS = 5000, 3600
 
 
 def _compile(config: Config, facts: Facts) -> tuple[bool, str]:

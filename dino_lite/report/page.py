@@ -147,6 +147,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
     length = next((f"{v}{u}" for k, u in lengths.items() if (v := at(f"trainer.{k}"))), "")
     rate = at("optim.learning_rate.base")
     last = story.curves.get("images_per_second")
+    memory = (story.results.get("estimate") or {}).get("memory")
     return [
         ("Data", _data(story, long=True)),
         ("Root", _text(at("data.root"))),
@@ -168,6 +169,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
         ("Device", " · ".join(_text(machine[k]) for k in ("device", "platform") if k in machine)),
         ("Cores", _text(machine.get("cores"))),
         ("Speed", f"{number(float(last[-1, 1]))} images a second" if last is not None else ""),
+        ("Peak memory", f"{memory / 2**20:,.0f} MiB in the first steps" if memory else ""),
         ("dino_lite", " at commit ".join(filter(None, [story.environment.get("dino_lite"), git]))),
         ("Python", _text(story.environment.get("python"))),
         ("Packages", ", ".join(f"{name} {version}" for name, version in versions.items())),

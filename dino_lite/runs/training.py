@@ -21,10 +21,6 @@ from dino_lite.runs.trainer import build_trainer
 Built = tuple[DataModule, PretrainModule, list[pl.Callback]]
 
 _KEY = "trainer.micro_batch_size"
-_SMALLER = (
-    "give a smaller trainer.micro_batch_size, trainer.memory=low, a smaller loader.batch_size or a "
-    "smaller backbone"
-)
 
 
 def train(
@@ -78,7 +74,10 @@ def _fit(
             raise
         if trainer.world_size == 1 and module.clock.seconds_per_step is None:
             return False
-        raise UserError(f"{run.folder} ran out of memory: {_SMALLER}.") from error
+        raise UserError(
+            f"{run.folder} ran out of memory: give trainer.memory=low or a smaller {_KEY}, and it "
+            "continues from its last checkpoint."
+        ) from error
     finally:
         if trainer.is_global_zero:
             run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
@@ -96,12 +95,15 @@ def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], 
     new = -(-min(old, num_images) // 2)
     failed = f"Out of memory in the first steps, with micro-batches of {old} images"
     if not may_shrink or old == 1:
-        raise UserError(f"{failed}: {_SMALLER}.")
+        raise UserError(
+            f"{failed}: give a smaller {_KEY}, trainer.memory=low, a smaller loader.batch_size or a "
+            "smaller backbone."
+        )
     if mixes_images(config):
         raise UserError(
-            f"{failed}; batch normalization, KoLeo or a coding rate looks at the images of a "
-            f"micro-batch together, so {_KEY}={new} would learn something else: give it, or choose "
-            "trainer.memory=low or a smaller loader.batch_size."
+            f"{failed}: batch normalization, KoLeo or a coding rate looks at images together, so "
+            f"that {_KEY}={new} changes what is learned; give it all the same, or "
+            "trainer.memory=low, or a smaller loader.batch_size."
         )
     paths = "; stochastic depth draws anew for each micro-batch"
     say(
