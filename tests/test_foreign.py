@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from dino_lite.commands.export import run_export
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import load_backbone, read_config
+from ranks import command
 from test_importers import as_hugging_face_vit, dinov2, pretend_download, saved, small
 from tiny import train
 
@@ -140,8 +139,7 @@ def test_a_file_that_is_no_backbone_exits_with_a_sentence(kind: str, tmp_path: P
     file = saved({"conv1.weight": torch.zeros(3)}, tmp_path)
     if kind == "garbage":
         file.write_bytes(b"nothing")
-    line = [sys.executable, "-m", "dino_lite.commands.evaluate", f"checkpoint={file}", *DATA]
-    done = subprocess.run([*line, f"runs_dir={tmp_path}"], capture_output=True, text=True)
+    done = command("evaluate", f"checkpoint={file}", *DATA, f"runs_dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"dino-lite: checkpoint={file} ")
     assert done.stderr.count("\n") == 1

@@ -17,7 +17,7 @@ from dino_lite.eval import health as module
 from dino_lite.eval.health import collapse, health, look, rankme, relative_std
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods import dino
-from test_pretrain import command
+from ranks import command
 from tiny import checkpoint, tiny_command, train
 
 T, S, N, E, K = 2, 4, 6, 5, 7
@@ -211,7 +211,8 @@ def test_a_short_run_is_watched_by_default(tmp_path: Path) -> None:
 def test_all_processes_stop_together(tmp_path: Path) -> None:
     """What rank 0 sees ends the others too, between the same two steps."""
     options = [*QUICK[:1], STOP, *PLANTED["uniform_teacher"], "trainer.max_steps=60"]
-    result = command("pretrain", *tiny_command(tmp_path, *options, "trainer.devices=2"))
+    words = tiny_command(tmp_path, *options, "trainer.devices=2")
+    result = command("pretrain", *words, ranks=2)
     assert result.returncode == 2, result.stderr[-3000:]
     assert result.stderr.count("collapse: ") == 1
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, put
 from dino_lite.contracts import UserError
+from ranks import command
 from tiny import checkpoint, photos, tiny, tiny_command, train
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -140,21 +139,15 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     assert not torch.equal(checkpoint(a)["state_dict"][key], checkpoint(b)["state_dict"][key])
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`dino-lite ARGUMENTS` in a process of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dino-lite ARGUMENTS` in an interpreter of its own, which starts the other ranks itself."""
     line = [sys.executable, "-c", "from dino_lite.cli import main; main()", *arguments]
-    return subprocess.run(
-        line, capture_output=True, text=True, env=environment, cwd=cwd, check=False
-    )
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     """1x1, 1x4 and, through the command line, 2x1 and 2x2 (processes x micro-batches) agree in
-    float64 without drop path.
+    float64 without drop path, whether the command starts the second process or a launcher does.
     """
     options = [
         "trainer.precision=64",
@@ -171,7 +164,8 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         arguments = tiny_command(
             tmp_path / name, *options, "trainer.devices=2", f"trainer.micro_batch_size={micro}"
         )
-        result = command("pretrain", *arguments)
+        launched = start if name == "2x1" else partial(command, ranks=2)
+        result = launched("pretrain", *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         (folder,) = (path for path in (tmp_path / name).iterdir() if path.is_dir())
         others[name] = checkpoint(folder)
