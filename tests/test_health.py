@@ -168,7 +168,6 @@ def test_an_alarm_names_its_knob(
 QUICK = (
     "callbacks.health.every_n_steps=2",
     "callbacks.online_eval=null",
-    "callbacks.pictures=null",
     "callbacks.progress=null",
 )
 STOP = "callbacks.health.on_collapse=stop"

@@ -20,13 +20,13 @@ from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, put
 from dino_lite.contracts import UserError
 from ranks import command
-from tiny import checkpoint, photos, tiny, tiny_command, train
+from tiny import WITH_PICTURES, checkpoint, photos, tiny, tiny_command, train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run with its baselines."""
-    return train(tmp_path_factory.mktemp("runs"), "baselines=true")
+    return train(tmp_path_factory.mktemp("runs"), "baselines=true", WITH_PICTURES)
 
 
 def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None:
@@ -192,7 +192,7 @@ def test_finished_run_says_so_and_trains_no_further(
 ) -> None:
     """The same command on a finished run changes nothing."""
     before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
-    run_pretrain(tiny(run.parent, "baselines=true"))
+    run_pretrain(tiny(run.parent, "baselines=true", WITH_PICTURES))
     assert "is finished" in capsys.readouterr().out
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 
