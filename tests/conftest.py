@@ -32,6 +32,7 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 # Checked shapes raise false errors inside a graph, and a minute of compiling is none of a test's:
 # torch.compile gives functions back as they are, save to the tests that ask (`ranks.apart`).
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that compiles
 # A background job, nohup and some runners hand SIGINT down as ignored; tests interrupt runs by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -322,6 +322,5 @@ def test_compiled_blocks_give_the_same_and_share_a_graph(changes: dict[str, Any]
 @pytest.mark.slow
 def test_the_code_that_is_generated_gives_the_same() -> None:
     """As runs compile: layer scale, registers and a gated MLP have every kind of operation."""
-    pytest.importorskip("torch._inductor.config")
     changes = {"image_size": 16, "mlp": "swiglu", "init_values": 0.5, "num_registers": 2}
     apart(same_compiled, changes, "inductor")

@@ -100,6 +100,7 @@ def test_one_channel_from_the_file_to_the_export(gray_run: Path) -> None:
     check_use(gray_run, 1)
 
 
+@pytest.mark.slow
 def test_five_channels_from_the_file_to_the_export(five_run: Path) -> None:
     """Each by its own mean and spread, which those of all the pixels are."""
     config = check_run(five_run, 5)
@@ -109,6 +110,7 @@ def test_five_channels_from_the_file_to_the_export(five_run: Path) -> None:
     check_use(five_run, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_an_archive_of_any_channels_trains(channels: int, tmp_path: Path) -> None:
     """By the path that is settled for so many: PIL for one, whole on the device for others."""
@@ -118,6 +120,7 @@ def test_an_archive_of_any_channels_trains(channels: int, tmp_path: Path) -> Non
     check_run(train(tmp_path, *own, WITH_PICTURES, data="npz"), channels)
 
 
+@pytest.mark.slow
 def test_a_backbone_of_rgb_is_the_start_of_one_of_five(five_run: Path, tmp_path: Path) -> None:
     """Its export is given as backbone.pretrained; at rate 0 the adapted weights are the result."""
     rgb = train(tmp_path, "trainer.max_steps=2", "name=rgb")

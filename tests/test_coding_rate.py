@@ -344,6 +344,7 @@ def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
     assert checkpoint(run)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_constant_features_are_an_alarm(tmp_path: Path) -> None:
     """Alignment alone makes the same of every image; with the rate no alarm is raised."""
     options = ["trainer.max_steps=60", "callbacks.pictures=null", "callbacks.online_eval=null"]

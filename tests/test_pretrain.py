@@ -97,7 +97,7 @@ def test_metrics_follow_the_run(run: Path) -> None:
     assert [row["knn"] for row in rows if row["knn"]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_run_is_bit_equal_to_one_that_was_not(
     tmp_path: Path, workers: int
 ) -> None:
@@ -122,6 +122,7 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_one_that_was_not(
     ).read_text().count("\n")
 
 
+@pytest.mark.slow
 def test_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     """The same request with other workers is the same run, to the last bit."""
     a = train(tmp_path / "a", "trainer.max_steps=3", "loader.num_workers=0")
@@ -145,6 +146,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     """1x1, 1x4 and, through the command line, 2x1 and 2x2 (processes x micro-batches) agree in
     float64 without drop path, whether the command starts the second process or a launcher does.
@@ -174,6 +176,7 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         assert_same(whole["state_dict"], other["state_dict"], name, tolerance=1e-9)
 
 
+@pytest.mark.slow
 def test_timed_run_ends_on_time_and_its_schedules_with_it(tmp_path: Path) -> None:
     """max_time ends the run; the momentum has arrived at 1 and the rate at its end."""
     folder = train(

@@ -400,6 +400,7 @@ def test_durations_are_said_in_words() -> None:
     assert said == ["3 s", "1 min", "1 min 23 s", "2 h 1 min"]
 
 
+@pytest.mark.slow
 def test_a_real_run_and_its_export_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
