@@ -42,6 +42,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(run_pretrain(put(config, "runs_dir", str(runs_dir)))["run"])
 
 
+@pytest.mark.slow
 def test_high_resolution_adaptation_goes_on_where_the_run_stood(first: Path) -> None:
     """Larger crops and a Gram teacher on larger ones still; nothing but the run has to be named."""
     config = second(first.parent, first, "name=second")

@@ -26,10 +26,11 @@ from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
 from dino_lite.planning.plan import plan
 from dino_lite.runs.identity import requested, run_name
+from ranks import command
 from test_conf import facts
 from test_dino import random_crops
 from test_health import warnings_of
-from test_pretrain import assert_same, command
+from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command
 
 ONE = Constant(1.0)
@@ -329,13 +330,14 @@ def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
     """Every weight has a gradient, so none waits for another; the run has its method's name."""
     groups = ["method=simdino", "loss=[simdino]", "method.head.num_prototypes=0"]
     options = [*groups, "trainer.devices=2", "callbacks.pictures=null", "trainer.max_steps=3"]
-    result = command("pretrain", *tiny_command(tmp_path, *options))
+    result = command("pretrain", *tiny_command(tmp_path, *options), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert run.name.startswith("simdino_shapes_vit_")
     assert checkpoint(run)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_constant_features_are_an_alarm(tmp_path: Path) -> None:
     """Alignment alone makes the same of every image; with the rate no alarm is raised."""
     options = ["trainer.max_steps=60", "callbacks.pictures=null", "callbacks.online_eval=null"]

@@ -38,6 +38,7 @@ def asked(runs: Path, *overrides: str) -> Config:
     return compose("compare", [f"runs_dir={runs}", "accelerator=cpu", *overrides])
 
 
+@pytest.mark.slow
 def test_checkpoints_and_baselines_stand_side_by_side(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,6 +236,7 @@ CONVNET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_run_trains_measures_and_draws(
     norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from dino_lite.runs.checkpoint import (
     find_checkpoint,
     open_backbone,
 )
+from ranks import command
 from test_importers import as_hugging_face_vit, dinov2, pretend_download, saved, small
 from tiny import train
 
@@ -151,8 +150,7 @@ def test_a_file_that_is_no_backbone_exits_with_a_sentence(kind: str, tmp_path: P
     file = saved({"conv1.weight": torch.zeros(3)}, tmp_path)
     if kind == "garbage":
         file.write_bytes(b"nothing")
-    line = [sys.executable, "-m", "dino_lite.commands.evaluate", f"checkpoint={file}", *DATA]
-    done = subprocess.run([*line, f"runs_dir={tmp_path}"], capture_output=True, text=True)
+    done = command("evaluate", f"checkpoint={file}", *DATA, f"runs_dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"dino-lite: checkpoint={file} ")
     assert done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
+from ranks import command
 from test_pretrain import assert_same, command
 from tiny import checkpoint, tiny_command
 
@@ -69,7 +70,7 @@ def test_two_processes_train_it_by_the_command_line(method: str, tmp_path: Path)
     """Every weight has a gradient at every step, and ranks stay together."""
     options = ["trainer.devices=2", "callbacks.pictures=null", "loss.koleo.across_ranks=true"]
     words = [f"method={method}", *WITH.get(method, []), "backbone.patch_size=4", *options]
-    result = command("pretrain", *tiny_command(tmp_path, *words, "trainer.max_steps=6"))
+    result = command("pretrain", *tiny_command(tmp_path, *words, "trainer.max_steps=6"), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert checkpoint(run)["global_step"] == 6

@@ -273,6 +273,7 @@ def test_turns_depend_on_nothing_but_the_key() -> None:
 # ------------------------------------------------------------------------------------------ sheets
 
 
+@pytest.mark.slow
 def test_a_sheet_is_drawn_of_every_preset(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

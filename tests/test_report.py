@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +29,7 @@ from dino_lite.report.worth import worth_section
 from dino_lite.runs.checkpoint import find_checkpoint
 from dino_lite.runs.folder import Run
 from dino_lite.runs.identity import absolute_paths, requested
+from ranks import command
 from test_importers import pretend_download, saved, small
 from tiny import photos, train
 
@@ -403,6 +402,7 @@ def test_durations_are_said_in_words() -> None:
     assert said == ["3 s", "1 min", "1 min 23 s", "2 h 1 min"]
 
 
+@pytest.mark.slow
 def test_a_real_run_and_its_export_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -478,9 +478,6 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
 def test_the_command_line_writes_the_page(tmp_path: Path, root: Path) -> None:
     """As a user calls it."""
     write_run(tmp_path / "a run")
-    line = [sys.executable, "-c", "from dino_lite.cli import main; main()", "report"]
-    done = subprocess.run(
-        [*line, f"checkpoint={tmp_path}/a run"], cwd=root, capture_output=True, text=True
-    )
+    done = command("report", f"checkpoint={tmp_path}/a run", cwd=root)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a run" / "report.html").is_file()

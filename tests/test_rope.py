@@ -476,6 +476,7 @@ def request(runs_dir: Path, *overrides: str) -> dict[str, Any]:
     return compose("pretrain", asked)
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_bit_equal_and_is_evaluated(tmp_path: Path) -> None:
     """DINO of it from end to end, interrupted and not; the export gives the same tokens."""
     options = ["trainer.max_steps=6", "backbone.drop_path=0.3", "trainer.micro_batch_size=5"]

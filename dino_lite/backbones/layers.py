@@ -102,7 +102,7 @@ def attention(
     scale: float,
 ) -> Float[Tensor, "n heads M d"]:
     """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
-    tracing = torch.jit.is_tracing()  # which compares a graph made without gradient
+    tracing: bool = torch.jit.is_tracing()  # type: ignore  # which compares a graph made without gradient
     slopes = torch.is_grad_enabled() and query.device.type == "cpu" and not tracing
     if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= PLAIN_TOKENS):
         return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value

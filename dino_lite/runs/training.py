@@ -96,8 +96,8 @@ def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], 
     failed = f"Out of memory in the first steps, with micro-batches of {old} images"
     if not may_shrink or old == 1:
         raise UserError(
-            f"{failed}: give a smaller {_KEY}, trainer.memory=low, a smaller loader.batch_size or a "
-            "smaller backbone."
+            f"{failed}: give a smaller {_KEY}, trainer.memory=low, or a smaller loader.batch_size "
+            "or backbone."
         )
     if mixes_images(config):
         raise UserError(
