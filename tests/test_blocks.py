@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dino_lite.backbones.blocks import (
-    Memory,
-    attention,
-    computed_part,
-    draw_drops,
-    run_blocks,
-    set_memory,
-)
+from dino_lite.backbones.blocks import computed_part, draw_drops, run_blocks, set_memory
 from dino_lite.backbones.layers import attention
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import timm_vit

@@ -13,7 +13,7 @@ from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from ranks import command
-from test_pretrain import assert_same, command
+from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command
 
 METHODS = sorted(path.stem for path in (config_dir() / "method").glob("*.yaml"))
