@@ -28,8 +28,7 @@ from dino_lite.contracts import UserError
 Config = dict[str, Any]
 # Keys whose values are always strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
 _VERBATIM = re.compile(
-    r"(.*\.root|checkpoints?|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack"
-    r"|pictures)"
+    r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
 )
 _PLAIN = re.compile(r"[\w./+-]*")
 # Flags of Hydra's that decide what is composed; --cfg, so that -c is not read as short for -cd.
@@ -133,11 +132,9 @@ def instantiate(config: Config, **extra: Any) -> Any:
     try:
         made = hydra.utils.instantiate(config, _convert_="all", **extra)
     except HydraException as error:
-        causes = _causes(error)
-        for cause in causes:
+        for cause in _causes(error):
             if isinstance(cause, UserError):
                 raise cause from None
-        cause = causes[-1]
         target = config.get("_target_", "a part of the configuration")
         if isinstance(cause, ImportError | AttributeError):
             raise UserError(
@@ -150,18 +147,8 @@ def instantiate(config: Config, **extra: Any) -> Any:
         try:
             inspect.signature(made.func).bind_partial(*made.args, **made.keywords)
         except TypeError as error:
-            target = config["_target_"]
-            raise UserError(f"{target} does not take these keys: {error}.") from error
+            raise UserError(f"{config['_target_']} does not take these keys: {error}.") from error
     return made
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in `node`, however deep."""
-    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for part in parts:
-        yield from targets(part)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

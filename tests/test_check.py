@@ -33,7 +33,7 @@ from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
 from dino_lite.planning.plan import gather_facts, plan
 from dino_lite.runs.build import build
-from dino_lite.runs.folder import Run
+from dino_lite.runs.run import Run
 from images import sentence
 from tiny import TINY, photos, tiny
 

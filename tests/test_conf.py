@@ -18,7 +18,7 @@ from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
 from dino_lite.planning.plan import plan
 from dino_lite.runs.build import build, build_module
-from dino_lite.runs.folder import Run
+from dino_lite.runs.run import Run
 from dino_lite.runs.subject import build_evaluations
 from test_dino import random_crops
 

@@ -12,7 +12,7 @@ from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.results import result
 from dino_lite.report.terminal import print_results
-from dino_lite.runs.folder import merge_json
+from dino_lite.runs.run import merge_json
 from ranks import command, on_ranks
 from tiny import photos, train
 

@@ -27,8 +27,8 @@ from dino_lite.report.story import read_story, reproduce, results_of
 from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
 from dino_lite.runs.checkpoint import find_checkpoint
-from dino_lite.runs.folder import Run
 from dino_lite.runs.identity import absolute_paths, requested
+from dino_lite.runs.run import Run
 from ranks import command
 from test_importers import pretend_download, saved, small
 from tiny import photos, train

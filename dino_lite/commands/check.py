@@ -47,8 +47,8 @@ from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import Plan, gather_facts, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
-from dino_lite.runs.folder import Run, write_json
 from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import Run, write_json
 
 _TIMED_BATCH = 16  # images that are loaded at once for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")

@@ -20,8 +20,8 @@ from dino_lite.eval.results import amount, interval
 from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_comparison
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
-from dino_lite.runs.folder import read_json, write_text
 from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import read_json, write_text
 from dino_lite.runs.subject import Subject, build_evaluations, open_subject, save_results
 
 

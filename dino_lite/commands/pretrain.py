@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dino_lite import config as cfg
-from dino_lite.config import Config, command, compose, get, instantiate, targets
+from dino_lite.config import Config, command, compose, get, instantiate
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.machine import Facts, environment, keep_freed_memory
@@ -22,11 +22,12 @@ from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.finish import finish
-from dino_lite.runs.folder import Run, write_json
 from dino_lite.runs.identity import absolute_paths, data_card, requested, run_name
 from dino_lite.runs.resume import resume_config
+from dino_lite.runs.run import Run, write_json
 from dino_lite.runs.trainer import quiet_lightning
 from dino_lite.runs.training import train
+from dino_lite.runs.trust import targets
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:

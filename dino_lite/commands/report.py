@@ -12,8 +12,8 @@ from dino_lite.planning.checks import check_values
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
-from dino_lite.runs.folder import write_text
 from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import write_text
 from dino_lite.runs.subject import open_subject
 
 

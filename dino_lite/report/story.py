@@ -16,9 +16,9 @@ from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
-from dino_lite.runs.folder import Run, read_json
 from dino_lite.runs.identity import absolute_paths, requested
 from dino_lite.runs.old_names import current
+from dino_lite.runs.run import Run, read_json
 
 T = TypeVar("T")
 

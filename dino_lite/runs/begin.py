@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from dino_lite.config import Config, load, targets
+from dino_lite.config import Config, load
 from dino_lite.contracts import UserError
 from dino_lite.formats.weights import fit_positions
 from dino_lite.methods.method import Method
-from dino_lite.runs.checkpoint import demand_trust, find_checkpoint, method_weights, read_checkpoint
-from dino_lite.runs.folder import Run
-from dino_lite.runs.method import fresh_method
+from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
+from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.old_names import current
+from dino_lite.runs.run import Run
+from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate
 
 # Of the backbone's settings, those that the weights of an earlier run do not fix.

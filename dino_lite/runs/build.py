@@ -18,7 +18,7 @@ from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.planning.checks import Loader, Optim, Trainer
 from dino_lite.runs.begin import build_method
-from dino_lite.runs.folder import Run
+from dino_lite.runs.run import Run
 
 
 def build(

@@ -9,17 +9,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.spec import Trust, is_trusted, untrusted
-from dino_lite.config import load, targets
+from dino_lite.backbones.spec import Trust
+from dino_lite.config import load
 from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
 from dino_lite.formats.tensors import read_about, weights_file
 from dino_lite.formats.weights import open_timm, open_weights
-from dino_lite.runs.folder import Run
-from dino_lite.runs.method import fresh_method
+from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.old_names import current
-from dino_lite.settings.validate import locate
+from dino_lite.runs.run import Run
+from dino_lite.runs.trust import demand_trust
 
 _TIMM = "timm:"
 
@@ -95,17 +95,6 @@ def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
     if checkpoint.kind == "export":
         return open_export(checkpoint.path, trust)
     return open_weights(checkpoint.path)
-
-
-def demand_trust(node: Any, trust: Trust, where: object) -> Any:
-    """`node` of the saved configuration `where`, if every class that it names is of dino_lite or of
-    a package that `trust` names; else UserError, and nothing of that code is imported.
-    """
-    for target in targets(node):
-        ours = target.startswith("dino_lite.") and locate(target).__module__
-        if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
-            raise untrusted(str(where), target)
-    return node
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

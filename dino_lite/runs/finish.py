@@ -11,7 +11,7 @@ from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.baselines import baseline_table, knn_against_baselines
 from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
-from dino_lite.runs.folder import Run
+from dino_lite.runs.run import Run
 
 _NUM_DRAWN = 2000  # training images among which neighbors are looked for
 

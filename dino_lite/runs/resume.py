@@ -7,9 +7,9 @@ from typing import Any
 from dino_lite.config import Config, get, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.planning.checks import mixes_images
-from dino_lite.runs.folder import Run, read_json
 from dino_lite.runs.identity import changed_from_defaults, is_speed
 from dino_lite.runs.old_names import current
+from dino_lite.runs.run import Run, read_json
 
 _MISSING = object()
 

@@ -17,8 +17,9 @@ from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
-from dino_lite.runs.checkpoint import Checkpoint, demand_trust, find_checkpoint, open_backbone
-from dino_lite.runs.folder import merge_json
+from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.run import merge_json
+from dino_lite.runs.trust import demand_trust
 
 
 class Subject(NamedTuple):

@@ -14,7 +14,7 @@ from dino_lite.config import Config
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
-from dino_lite.runs.folder import Run
+from dino_lite.runs.run import Run
 
 
 def build_trainer(
