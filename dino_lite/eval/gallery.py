@@ -44,7 +44,7 @@ def draw_all(
         path = Path(folder).expanduser() / f"{name}.png"
         try:
             picture(backbone, store, path)
-        except (UserError, OSError, ValueError) as error:
+        except Exception as error:  # a picture is never worth a run
             say(f"{path.name} was left out: {error}")
             continue
         drawn[name] = path
