@@ -73,7 +73,7 @@ class ConvNet(nn.Module):
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Whether micro-batches change the result: batch normalization looks at all their images."""
+        """Whether micro-batches change the result: with batch normalization they do."""
         return bool(settings["norm"] == "batch")
 
     def forward(

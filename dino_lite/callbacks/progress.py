@@ -22,7 +22,9 @@ class RunProgress(ProgressBar):
     every `refresh_seconds`; where output goes to a file, a line is written every `line_seconds`.
     """
 
-    def __init__(self, refresh_seconds: NonNegative = 0.5, line_seconds: NonNegative = 30.0) -> None:
+    def __init__(
+        self, refresh_seconds: NonNegative = 0.5, line_seconds: NonNegative = 30.0
+    ) -> None:
         super().__init__()
         self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
         self._enabled = True

@@ -20,7 +20,9 @@ SUFFIXES = (
 )
 
 
-def open_folder(root: Root | None = None, labels: str | None = "auto", channels: Size = 3) -> Splits:
+def open_folder(
+    root: Root | None = None, labels: str | None = "auto", channels: Size = 3
+) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     `root`: a folder; a pattern (`*`, `?`, `[]`, `**`) of folders or image files; or several of

@@ -92,7 +92,7 @@ class CodingRateLoss:
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
         """Whether micro-batches change the result: alignment alone is a sum over images."""
-        return settings["gamma"] != 0
+        return bool(settings["gamma"])
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target

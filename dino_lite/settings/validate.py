@@ -45,7 +45,7 @@ _PLAIN: dict[Any, tuple[type, str]] = {
 
 
 class Parameters(NamedTuple):
-    """What a function takes by keyword: annotations and defaults by name; `is_open`: also others."""
+    """Annotations and defaults of a function's keywords; `is_open`: it takes others as well."""
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
@@ -56,6 +56,7 @@ class _Refused(Exception):
     """A value that its annotation does not allow; the text completes "it must be ..."."""
 
 
+@functools.cache
 def locate(path: str) -> Any:
     """The class or function at a dotted path (`_target_`); UserError where there is none."""
     try:
@@ -150,7 +151,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _marks(hint: Any, kind: type[R]) -> list[R]:
-    """The metadata of an `Annotated` that is of this kind."""
+    """The metadata of this kind in an annotation."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [mark for each in get_args(hint) for mark in _marks(each, kind)]
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind)]
 
 
@@ -217,7 +220,9 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
         return validated(kind, value, f"{key}.", auto)
     if is_record and isinstance(value, kind):  # built already
         return kind(**validated(kind, value._asdict(), f"{key}."))
-    if is_class and issubclass(kind, os.PathLike) and isinstance(value, str):
+    if is_class and issubclass(kind, os.PathLike):
+        if not isinstance(value, str | os.PathLike):
+            raise _Refused("a path")
         return value
     is_list = is_class and issubclass(kind, Sequence)
     is_group = is_class and issubclass(kind, Mapping)
@@ -226,10 +231,11 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
         if fixed and args and len(args) != len(value):
             raise _Refused(f"a list of {len(args)}")
         hints = args if fixed and args else [args[0] if args else Any] * len(value)
-        read = [
-            (_setting if isinstance(each, dict) else _read)(hint, each, key, auto)
-            for hint, each in zip(hints, value, strict=True)
-        ]
+        try:
+            pairs = zip(hints, value, strict=True)
+            read = [(_setting if isinstance(v, dict) else _read)(h, v, key, auto) for h, v in pairs]
+        except _Refused as refused:
+            raise _Refused(f"a list, each {refused}") from None
         return tuple(read) if isinstance(value, tuple) else read
     if isinstance(value, dict) and (is_group or kind is Any):
         hint = args[1] if len(args) == 2 else Any
@@ -248,6 +254,6 @@ def _shown(value: Any) -> str:
     """As YAML has it."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
