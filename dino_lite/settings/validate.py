@@ -74,25 +74,24 @@ def parameters(target: Callable[..., Any]) -> Parameters:
     is_record = inspect.isclass(target) and (is_typeddict(target) or issubclass(target, tuple))
     annotated = target if is_record or not inspect.isclass(target) else target.__init__
     try:
-        hints = get_type_hints(annotated, include_extras=True)
+        annotations = get_type_hints(annotated, include_extras=True)
     except (AttributeError, NameError, TypeError):  # names that only type checkers import
-        hints = {}
+        annotations = {}
     if is_typeddict(target):
-        return Parameters(hints, {}, True)
+        return Parameters(annotations, {}, True)
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # written in C
         return Parameters({}, {}, True)
     known = Parameters({}, {}, False)
     for name, parameter in signature.parameters.items():
-        hint = hints.get(name, Any)
+        hint = annotations.get(name, Any)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takers = [taker for mark in _marks(hint, KeywordsOf) for taker in mark.takers]
             more = [parameters(taker) for taker in takers] or [Parameters({}, {}, True)]
             for each in reversed(more):
-                known = Parameters(
-                    each.hints | known.hints, each.defaults | known.defaults, each.is_open
-                )
+                hints, defaults = each.hints | known.hints, each.defaults | known.defaults
+                known = Parameters(hints, defaults, known.is_open or each.is_open)
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             known.hints[name] = hint
             if parameter.default is not inspect.Parameter.empty:
@@ -127,9 +126,9 @@ def validated(
             continue
         if name not in known.hints and not known.is_open:
             near = difflib.get_close_matches(name, known.hints, n=1)
-            hints = f"did you mean {prefix}{near[0]}?" if near else None
-            hints = hints or f"known are {', '.join(sorted(known.hints))}."
-            raise UserError(f"{key}: there is no such key; {hints}")
+            others = f"known are {', '.join(sorted(known.hints))}."
+            others = f"did you mean {prefix}{near[0]}?" if near else others
+            raise UserError(f"{key}: there is no such key; {others}")
         read[name] = _setting(values if hint == Value else hint, value, key, auto)
     return read
 
@@ -195,7 +194,7 @@ def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         raise _Refused(("one of " if len(args) > 1 else "") + ", ".join(map(_shown, args)))
-    if hint in _PLAIN:
+    if isinstance(hint, type) and hint in _PLAIN:
         return _read_plain(hint, value)
     return _read_compound(origin or hint, args, value, key, auto)
 
@@ -215,7 +214,7 @@ def _read_plain(kind: type, value: Any) -> Any:
 def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto: bool) -> Any:
     """A list, a group of keys or an object, each with what is in it."""
     is_class = isinstance(kind, type)
-    is_record = is_typeddict(kind) or (is_class and issubclass(kind, tuple) and kind is not tuple)
+    is_record = is_typeddict(kind) or (is_class and hasattr(kind, "_fields"))
     if is_record and isinstance(value, dict):
         return validated(kind, value, f"{key}.", auto)
     if is_record and isinstance(value, kind):  # built already
@@ -229,7 +228,7 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
     if isinstance(value, list | tuple) and (is_list or kind is Any):
         fixed = kind is tuple and ... not in args
         if fixed and args and len(args) != len(value):
-            raise _Refused(f"a list of {len(args)}")
+            raise _Refused(f"a list of {len(args)} values")
         hints = args if fixed and args else [args[0] if args else Any] * len(value)
         try:
             pairs = zip(hints, value, strict=True)
