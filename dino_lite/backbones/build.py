@@ -22,9 +22,7 @@ def vit(pretrained: str | None = None, **spec: Annotated[Any, KeywordsOf(ViT)]) 
     return backbone
 
 
-def rope(
-    pretrained: str | None = None, **spec: Annotated[Any, KeywordsOf(RoPEViT)]
-) -> RoPEViT:
+def rope(pretrained: str | None = None, **spec: Annotated[Any, KeywordsOf(RoPEViT)]) -> RoPEViT:
     """DINOv3's vision transformer, filled with the weights in `pretrained` where that is given."""
     backbone = RoPEViT(**spec)
     if pretrained:

@@ -52,7 +52,6 @@ class Linear:
         cosine: Literal["step", "epoch"] = "step",
         choose: Literal["held_out", "test"] = "held_out",
         seed: Count = 0,
-        name: str = "linear",  # under conf/eval, for its messages
     ) -> None:
         self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
         self.batch_size, self.num_steps, self.num_epochs = batch_size, num_steps, num_epochs
