@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dino_lite.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dino_lite.commands.evaluate import evaluate as evaluate
     from dino_lite.commands.export import export as export
     from dino_lite.commands.pretrain import pretrain as pretrain
     from dino_lite.formats.safetensors import load_backbone as load_backbone
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "pretrain": "dino_lite.commands.pretrain",

@@ -29,7 +29,7 @@ def main() -> None:
         print(USAGE, end="")
         return
     if command == "--version":
-        from dino_lite import __version__
+        from dino_lite.version import __version__
 
         print(f"dino-lite {__version__}")
         return

@@ -1,7 +1,8 @@
-"""Hydra's door: find conf/, compose and check a configuration, build objects from it."""
+"""The interface to Hydra: find conf/, compose a configuration, build objects from it."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import functools
@@ -9,6 +10,8 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,21 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lite.contracts import UserError
 
 Config = dict[str, Any]
-# Always strings, whatever they look like: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
+# Keys whose values are always strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
 _VERBATIM = re.compile(
-    r"(.*\.root|checkpoints?|name|runs_dir|features_dir|.*\.pretrained|.*\.labels|out|pack"
-    r"|pictures)"
+    r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
 )
 _PLAIN = re.compile(r"[\w./+-]*")
+# Flags of Hydra's that decide what is composed; --cfg, so that -c is not read as short for -cd.
+_FLAGS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_FLAGS.add_argument("--config-dir", "-cd")
+_FLAGS.add_argument("--config-name", "-cn")
+_FLAGS.add_argument("--cfg", "-c")
+_FLAGS.add_argument("--multirun", "-m", action="store_true")
 
 
 def config_dir() -> Path:
-    """The folder conf/: beside the package in a checkout or an editable install, inside it in a
-    wheel.
-    """
+    """The folder conf/: next to the package in a checkout, inside the package in a wheel."""
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "pretrain.yaml").is_file():
@@ -52,7 +58,7 @@ def quote(value: str) -> str:
 
 
 def quote_override(argument: str) -> str:
-    """`argument` with its value quoted where that is needed; what is quoted already stays."""
+    """`argument` with its value quoted where Hydra's grammar would refuse or change it."""
     match = re.fullmatch(r"([+~]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
     if match is None or argument.startswith("-"):
         return argument
@@ -68,7 +74,7 @@ def quote_override(argument: str) -> str:
 
 
 def unquote(override: str) -> str:
-    """`override` without the quotes that `quote_override` would put back."""
+    """Undo `quote_override`."""
     key, _, value = override.partition("=")
     if not value.startswith("'"):
         return override
@@ -77,7 +83,7 @@ def unquote(override: str) -> str:
 
 
 def parses(override: str) -> bool:
-    """True where Hydra's grammar takes `override`."""
+    """Whether `override` follows Hydra's grammar."""
     try:
         OverridesParser.create().parse_overrides([override])
     except HydraException:
@@ -86,8 +92,9 @@ def parses(override: str) -> bool:
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:
-    """The configuration `primary` (as "pretrain") with `overrides`, as plain dicts and lists, and
-    under "overrides" and "choices" how it was asked for; mistakes are UserErrors.
+    """The configuration `primary` ("pretrain") with `overrides` as plain dicts and lists.
+
+    Its keys "overrides" and "choices" are those of `asked`. Raises UserError for a mistake.
     """
     GlobalHydra.instance().clear()
     quoted = [quote_override(override) for override in overrides]
@@ -96,13 +103,16 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
             config = hydra.compose(primary, quoted, return_hydra_config=True)
             return to_plain(config) | asked(quoted, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, primary)) from None
+        raise UserError(_explain(error, primary, quoted)) from None
 
 
 def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """How a configuration was asked for: the overrides, and which of conf/method it is."""
+    """What the user chose: the overrides but `trust`, which is given anew with every command, and
+    the file of conf/method.
+    """
     chosen = {group: choices[group] for group in ("method",) if group in choices}
-    return {"overrides": list(overrides), "choices": chosen}
+    kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
+    return {"overrides": kept, "choices": chosen}
 
 
 def to_plain(config: DictConfig) -> Config:
@@ -114,20 +124,17 @@ def to_plain(config: DictConfig) -> Config:
 
 
 def instantiate(config: Config, **extra: Any) -> Any:
-    """Build what `_target_` names, whole tree. UserErrors pass; a target that is not there, or keys
-    it has not, are one.
+    """Build the object that `_target_` names, and those below it.
 
-    What goes wrong inside a constructor is its own error, with its own traceback. Keys of a partial
-    are looked at now, not where it is called.
+    Raises UserError if a constructor does, if a target cannot be imported, and if it does not take
+    the given keys (a partial's are checked here too). Other errors of a constructor pass unchanged.
     """
     try:
         made = hydra.utils.instantiate(config, _convert_="all", **extra)
     except HydraException as error:
-        causes = _causes(error)
-        for cause in causes:
+        for cause in _causes(error):
             if isinstance(cause, UserError):
                 raise cause from None
-        cause = causes[-1]
         target = config.get("_target_", "a part of the configuration")
         if isinstance(cause, ImportError | AttributeError):
             raise UserError(
@@ -140,13 +147,12 @@ def instantiate(config: Config, **extra: Any) -> Any:
         try:
             inspect.signature(made.func).bind_partial(*made.args, **made.keywords)
         except TypeError as error:
-            said = f"{config['_target_']} does not take these keys: {error}."
-            raise UserError(said) from error
+            raise UserError(f"{config['_target_']} does not take these keys: {error}.") from error
     return made
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and all that led to it, the first cause last."""
+    """The chain of an error, its first cause last."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -154,7 +160,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write `config` as YAML, whole or not at all."""
+    """Write `config` as YAML, atomically."""
     partial = path.with_suffix(".tmp")
     OmegaConf.save(OmegaConf.create(config), partial)
     partial.replace(path)
@@ -195,9 +201,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], None]]:
-    """Make `function(config)` a command line: Hydra's flags and overrides, one sentence and exit
-    code 2 for UserErrors.
-    """
+    """Decorator: `function(config)` becomes a command with Hydra's flags and overrides."""
 
     def wrap(function: Callable[[Config], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -208,67 +212,83 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 
         def main() -> None:
             with user_errors():
-                overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-                multirun = {"-m", "--multirun"} & set(sys.argv)
-                searched = {"--config-dir", "-cd", "--config-name", "-cn"} & set(sys.argv)
-                if not multirun and not searched:
-                    compose(primary, overrides)  # Hydra's own words for a mistake are a page long
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=primary)(
-                job
-            )()
+                flags = _FLAGS.parse_known_args()[0]
+                overrides = [a for a in sys.argv[1:] if re.match("~|[^-].*=", a, re.DOTALL)]
+                searched = any(a.startswith("hydra.searchpath=") for a in overrides)
+                if flags.config_dir and not searched:
+                    overrides.append(_search_in(flags.config_dir))
+                if not (flags.multirun or flags.config_name or (flags.config_dir and searched)):
+                    compose(primary, overrides)  # reports mistakes in one sentence, Hydra in a page
+            folder = str(config_dir())
+            hydra.main(version_base="1.3", config_path=folder, config_name=primary)(job)()
 
         return main
 
     return wrap
 
 
-class user_errors:
-    """Context that turns a UserError into its sentence on stderr and exit code 2.
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a UserError, a full disk or an unwritable folder as one line and exit with code 2.
 
-    So are a full disk, a folder that cannot be written, and Ctrl-C (exit code 130).
+    Ctrl-C exits with code 130.
     """
-
-    _OF_THE_MACHINE = frozenset(
-        {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
-    )
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            print(f"dino-lite: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        if isinstance(error, OSError) and error.errno in self._OF_THE_MACHINE:
-            print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
-            raise SystemExit(2) from error
-        if isinstance(error, KeyboardInterrupt):
-            print("dino-lite: interrupted.", file=sys.stderr)
-            raise SystemExit(130) from error
+    try:
+        yield
+    except UserError as error:
+        print(f"dino-lite: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if not full and not isinstance(error, PermissionError | NotADirectoryError):
+            raise
+        print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("dino-lite: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from error
 
 
-def _explain(error: Exception, primary: str) -> str:
-    """One sentence for what Hydra or OmegaConf found wrong with an override."""
+def _search_in(folder: str) -> str:
+    """The override that is equal to --config-dir."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--config-dir {folder}: there is no such folder.")
+    return f"hydra.searchpath=[{quote(f'file://{Path(folder).absolute()}')}]"
+
+
+def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
+    """One sentence for the mistake in `overrides` that Hydra or OmegaConf reports."""
     text = str(error)
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
         wanted = found[1] if found else str(error.missing_cfg_file)
         group, _, choice = wanted.rpartition("/")
-        options = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            options = loader.get_group_options(group, config_name=primary, overrides=overrides)
         return f"{group}={choice}: there is no such choice; {_nearest(choice, options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read as KEY=VALUE: put the value in quotes."
-    found = re.search(r"Could not override '([^']+)'", text)
-    if found:
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            known = [key for key, _ in leaves(to_plain(hydra.compose(primary)))]
-        parents = {key.rpartition(".")[0] for key in known} - {""}
-        return f"{found[1]}: there is no such key; {_nearest(found[1], [*known, *sorted(parents)])}"
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text):
+        return f"{found[1]}: there is no such key; {_nearest(found[1], _keys(primary, overrides))}"
     return " ".join(text.split())
 
 
+def _keys(primary: str, overrides: list[str]) -> list[str]:
+    """The dotted keys of values and nodes that `overrides` compose, less those that are refused."""
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            keys = [key for key, _ in leaves(to_plain(hydra.compose(primary, overrides)))]
+    except (HydraException, OmegaConfBaseException) as error:
+        refused = set(re.findall(r"'([^']+)'", str(error)))
+        rest = [each for each in overrides if each.partition("=")[0].lstrip("+~") not in refused]
+        return _keys(primary, rest if len(rest) < len(overrides) else [])
+    nodes = (accumulate(key.split("."), "{}.{}".format) for key in keys)
+    return list(dict.fromkeys(chain.from_iterable(nodes)))
+
+
 def _nearest(word: str, known: list[str]) -> str:
-    known = [key for key in known if key != word]  # which the choice that was made has not
+    """The end of a sentence: what `word` may have meant among `known`, or what there is."""
     last = word.rpartition(".")[2]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
         key for key in known if key.rpartition(".")[2] == last

@@ -7,13 +7,16 @@ prototypes, C channels, n rows of any kind.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
+Memory = Literal["high", "normal", "low"]  # how much is kept for the backward pass
 LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
 
 
@@ -46,32 +49,53 @@ class Schedule(Protocol):
     def __call__(self, at: Progress) -> float: ...
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A finite, ordered collection of images: all that is known of where they come from."""
+class Source(ABC):
+    """A finite, ordered collection of images. Subclasses implement `__len__`, `read`, `name` and
+    `digest`; all other members have defaults. Workers get a forked or pickled copy.
+    """
 
-    labels: Int[np.ndarray, "N"] | None  # -1: an image without one
-    classes: list[str]
+    labels: Int[np.ndarray, "N"] | None = None  # indices into `classes`; -1: unlabeled
+    classes: Sequence[str] = ()
+    channels: int = 3  # to which `data.decode.decode` converts the files from `encoded`
+    # Images groups[g] to groups[g+1] are stored, so best read, together (a shard, a row group).
+    groups: Int64[np.ndarray, "bounds"] | None = None
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, upright; C is the same for all images of a source.
 
-        With `min_pixels` it may come back smaller than it is, but with no fewer pixels than that.
-        Raises OSError or ValueError where it cannot be read.
+        With `min_pixels` it may be downscaled, to no fewer pixels than that. Raises OSError or
+        ValueError if it cannot be read.
         """
-        ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        """What messages and bad_files.csv call image `index`: a path, or the set's name and the
-        index.
-        """
-        ...
+        """Image `index` in messages and bad_files.csv: a path, or the set's name and the index."""
 
+    @abstractmethod
     def digest(self) -> str:
-        """16 hex digits over names or bytes in order: a resumed run must find the same list."""
-        ...
+        """16 hex digits over names or bytes in order; a run only resumes on the same digest."""
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Announce the next images to be read, for sources that can fetch them concurrently."""
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index`. The default reads it. Raises as `read` does."""
+        height, width = self.read(index).shape[:2]
+        return height, width
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """Content and suffix (".jpg") of a file that `data.decode.decode` reads, if there is one.
+        Raises as `read` does.
+        """
+        return None
+
+    def data_files(self) -> Iterable[str | bytes]:
+        """Files that hold the images: cached features are discarded when one of them changes."""
+        return ()
 
 
 class Splits(NamedTuple):
@@ -127,40 +151,76 @@ class Tokens(NamedTuple):
     grid: tuple[int, int]  # rows, columns: P = rows * columns
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """Images to tokens. `spec` rebuilds it without Hydra: {"name": ..., and the constructor's
-    keywords}, plain JSON.
+class Traits(NamedTuple):
+    """What automatic settings depend on, known from a backbone's settings before it is built."""
 
-    With `cls_only` a backbone may leave out what only patches need: they come back empty, P = 0.
+    convolutional: bool = False  # crops, patch size and rate of a ResNet
+    small: bool = False  # given by its sizes, for a CPU, and no published model
+    drop_path: bool = True  # has stochastic depth
+    mixes_images: bool = False  # in training, by batch normalization
+    names: tuple[str, str] | None = None  # what name=auto stands for: on a CPU, on other devices
+
+
+class Backbone(nn.Module):
+    """Images to tokens. Abstract.
+
+    `spec` holds the constructor's keywords, plain JSON, without those that only training needs:
+    `type(self)(**spec)` builds the same network with fresh weights.
     """
 
+    kind: ClassVar[str]  # names the class in files: module:Class, or a short name of ours
     spec: dict[str, Any]
     embed_dim: int
     patch_size: int
     in_chans: int
     num_blocks: int
+    takes_masks: bool = False  # whether `forward` takes a mask
+    __call__: Callable[..., Tokens]
 
-    def __call__(
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "kind" not in vars(cls):
+            cls.kind = f"{cls.__module__}:{cls.__qualname__}"
+
+    @classmethod
+    def traits(cls, **settings: Any) -> Traits:
+        """What automatic settings ask of a backbone of these settings, of which some may still be
+        "auto".
+        """
+        return Traits(small=settings.get("embed_dim") is not None)
+
+    def stored_spec(self) -> dict[str, Any]:
+        """`spec` with the class's kind: what files hold and `build_backbone` reads."""
+        return self.spec | {"kind": self.kind}
+
+    def forward(
         self,
         images: Float[Tensor, "n C H W"],
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
-    ) -> Tokens: ...
+    ) -> Tokens:
+        """Tokens after the last norm, a learned token in the place of patches in `mask`. With
+        `cls_only` what only patches need may be left out: they come back empty, P = 0.
+        """
+        raise NotImplementedError
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
         """Tokens after each of `blocks` (negative: from the end), each through the last norm."""
-        ...
+        raise NotImplementedError
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
         """Softmax attention of the last block."""
-        ...
+        raise NotImplementedError
 
     def depth_of(self, name: str) -> int:
-        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, depth+1 for the last
-        norm.
-        """
-        ...
+        """Layer of the parameter `name`: 0 for the stem, i+1 for block i, num_blocks+1 after."""
+        raise NotImplementedError
+
+    def set_memory(self, memory: Memory, compiled: bool) -> None:
+        """Set what is kept for the backward pass and what is compiled; no result depends on it."""
+
+    def disable_noise(self) -> None:
+        """Draw no random numbers in training mode; DropPath and Dropout are set by the caller."""
 
 
 class Prototypes(NamedTuple):
@@ -237,13 +297,15 @@ class Anchor(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What the student made beside what it is held against: the one thing a loss reads.
+    """The student's outputs and what they are compared with: the one argument of a loss.
 
-    Tokens of several crops of each image are crop-major: rows "G*n".
+    Both are whatever the losses that read this match understand: `Scores` or `Tokens`, against
+    `Targets` or an `Anchor`, or types of a method's own. Tokens of several crops of each image are
+    crop-major: rows "G*n".
     """
 
-    student: Scores | Tokens
-    target: Targets | Anchor
+    student: object
+    target: object
 
 
 @runtime_checkable
@@ -253,20 +315,32 @@ class Divisible(Protocol):
     def part(self, start: int, stop: int) -> Any: ...
 
 
-StepOutputs = dict[str, Match]  # a loss whose match is not there has its time still to come
+StepOutputs = dict[str, Match]  # a loss whose match is missing is not active yet
 StepTargets = dict[str, Divisible]
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """One term of the objective. `reads` names the Match it takes; a method says in `provides` what
-    it offers.
+class Loss:
+    """One term of the objective. Abstract.
+
+    `reads` names the Match it takes, one of the method's `provides`. With `cls_only` the loss needs
+    no patches of the `Tokens` it reads: the forward pass may skip them.
     """
+
+    cls_only: ClassVar[bool] = False
 
     reads: str
     weight: Schedule
 
-    def __call__(self, match: Match) -> Float[Tensor, ""]: ...
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Whether the result depends on which images share a micro-batch, given the constructor's
+        keywords.
+        """
+        return False
+
+    def __call__(self, match: Match) -> Float[Tensor, ""]:
+        """The mean over images, unweighted."""
+        raise NotImplementedError
 
 
 @runtime_checkable

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite import __version__
 from dino_lite.contracts import UserError
+from dino_lite.version import __version__
 
 
 class Facts(NamedTuple):

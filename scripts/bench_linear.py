@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dino_lite.eval.features import Pooled
-from dino_lite.eval.heads import MOMENTUM, Head, LinearHeads, join, make_grid
 from dino_lite.eval.linear import RATES
+from dino_lite.eval.probes import MOMENTUM, Head, LinearHeads, join, make_grid
 
 NUM_IMAGES = 16_384
 WARM_UP = 2  # rounds

@@ -2,7 +2,7 @@
 # gpu_suite.sh OUT [PART...]: all that needs a GPU, in parts of less than nine minutes each; no network.
 #   1 correctness: tests marked gpu            2 step: ViT-S/16, 64 and 128 images, beside the published one
 #   3 step: ViT-S/16, 256 images; ViT-B/16     4 data: how long runs wait for it, crops made on the GPU
-#   5 CIFAR-10: a short training, k-NN         6 scaling of the step; the cost model where scripts/measure_cost.py is
+#   5 CIFAR-10: a short training, k-NN         6 scaling of the step; estimates of runs
 # Each part prints its table and writes JSON into OUT; OUT/suite.json says how each ended. A part that fails does not
 # stop the others; the exit status is then 1, and 2 where there is no GPU.
 #   PYTHON   the interpreter (default: python3), with torch, torchvision, timm and pytorch-lightning
@@ -84,9 +84,7 @@ cifar() {
 
 scaling() {
     timeout 400 "$python" scripts/measure_scaling.py --rounds 3 --json "$out/scaling.json" --plots "$out" || return 1
-    if [ -f scripts/measure_cost.py ]; then
-        timeout 130 "$python" scripts/measure_cost.py --json "$out/cost.json"
-    fi
+    timeout 130 "$python" scripts/measure_estimate.py --seconds 20 --only dino_vit_64 dinov2_shapes --json "$out/estimate.json"
 }
 
 # Adds part $1, exit status $2 and seconds $3 to OUT/suite.json, which other calls may have begun.

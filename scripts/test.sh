@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the tests need (once), then holds lint, types and tests. Arguments go to pytest:
-#   scripts/test.sh -k knn
+# Installs what the tests need (once), then checks lint, types and tests. Arguments go to pytest:
+#   scripts/test.sh -k knn -x
+#   scripts/test.sh -m 'not slow'    # for daily work: under three minutes on two cores
+#   scripts/test.sh -n 0             # in one process (default: one for each core)
 # --browser, first, installs Debian's chromium where there is none, for the tests that open pages in it; without one they
 # are skipped and say so.
 # DINO_LITE_VENV names an environment other than .venv.
@@ -33,4 +35,9 @@ fi
 quietly "$python" -m ruff check .
 quietly "$python" -m ruff format --check .
 quietly "$python" -m mypy
-exec "$python" -m pytest -q "$@"
+# One process for each core, which takes over another's tests when its own are done.
+parallel=(-n auto --dist worksteal)
+case " $* " in *" -p no:xdist "* | *" -pno:xdist "*) parallel=() ;; esac
+unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles the package again
+export OMP_NUM_THREADS=1
+exec "$python" -m pytest -q --durations=10 ${parallel[@]+"${parallel[@]}"} "$@"

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import random
+import resource
+import signal
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+
+# Before the package: what is first imported from inside it is compiled anew, for the import hook
+# that checks shapes reads no bytecode but its own.
+import pytorch_lightning  # noqa: F401
+import timm  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# For the commands that tests start as well: no window opens, and users' mistakes are sentences.
+# For the processes that tests start as well: they import this checkout and have one thread, no
+# window opens, and users' mistakes are sentences.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.pop("HYDRA_FULL_ERROR", None)
 # Checked shapes raise false errors inside a graph, and a minute of compiling is none of a test's:
-# torch.compile gives functions back as they are, save to the tests that ask (`compiling`).
+# torch.compile gives functions back as they are, save to the tests that ask (`ranks.apart`).
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that compiles
+# A background job, nohup and some runners hand SIGINT down as ignored; tests interrupt runs by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time and no folder written; a first example pays for imports: no deadline.
 hypothesis.settings.register_profile("dino_lite", deadline=None, derandomize=True, database=None)
@@ -34,6 +50,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_sessionfinish() -> None:
+    """End the server that processes were forked from (tests/ranks.py): its seconds count too."""
+    multiprocessing.forkserver._forkserver._stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """CPU seconds of this process and of all that it waited for, beside pytest's wall seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    terminalreporter.write_line(f"{seconds:.0f} CPU seconds")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds_and_one_thread() -> None:
     """Each test draws the same numbers whatever ran before; tiny tensors like one thread best."""
@@ -41,12 +69,6 @@ def fixed_seeds_and_one_thread() -> None:
     np.random.seed(0)  # noqa: NPY002 - for libraries that draw from the global generator
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def compiling() -> dict[str, str]:
-    """The environment of a process that compiles, apart from this one."""
-    return {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
 
 
 @pytest.fixture(scope="session")

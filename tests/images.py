@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +22,31 @@ def fill(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4), GREEN).save(root / name)
     return root
+
+
+class Broken(Source):
+    """Another source, some of whose images raise `error` when they are read."""
+
+    def __init__(
+        self, source: Source, bad: Callable[[int], bool], error: Exception | None = None
+    ) -> None:
+        self.source, self.bad = source, bad
+        self.error = error or OSError("truncated")
+        self.labels, self.classes = source.labels, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
+        if self.bad(index):
+            raise self.error
+        return self.source.read(index, min_pixels)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def digest(self) -> str:
+        return self.source.digest()
 
 
 def names(source: Source | None) -> list[str]:

@@ -17,7 +17,7 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.data.decode import File
 from dino_lite.data.folder import open_folder
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.sources import open_local
+from dino_lite.data.remote import open_local
 from images import sentence
 
 # Multiprocessing's, from Python 3.12 on, where libraries have started threads before.

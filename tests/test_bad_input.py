@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,8 @@ import pytest
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
+from ranks import command
 from tiny import photos, tiny, train
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def listing(folder: Path) -> set[Path]:
@@ -83,18 +79,8 @@ def test_impossible_values(tmp_path: Path, override: str) -> None:
 
 def test_command_line_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
     """No traceback, no file, no partial run."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for arguments in (["data.root=nowhere"], ["trainer.max_epoch=3"]):
-        line = [
-            sys.executable,
-            "-c",
-            "from dino_lite.cli import main; main()",
-            "pretrain",
-            *arguments,
-        ]
-        result = subprocess.run(
-            line, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-        )
+        result = command("pretrain", *arguments, cwd=tmp_path)
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
         assert not listing(tmp_path)

@@ -14,8 +14,8 @@ from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.nn.batch_norm import BatchNorm, across_ranks
-from ranks import on_ranks
-from test_pretrain import assert_same, command
+from ranks import command, on_ranks
+from test_pretrain import assert_same
 from tiny import checkpoint
 
 SIZES = {"maps": (8, 5, 3, 2), "rows": (8, 5)}
@@ -131,7 +131,8 @@ def test_a_run_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     words += ["trainer.accelerator=cpu", "trainer.precision=64", "trainer.compile=false"]
     words += ["loader.batch_size=8", "trainer.max_steps=4", "~callbacks.online_eval"]
     one = run_pretrain(compose("pretrain", [*words, f"runs_dir={tmp_path / 'one'}"]))
-    result = command("pretrain", *words, "trainer.devices=2", f"runs_dir={tmp_path / 'two'}")
+    words += ["trainer.devices=2", f"runs_dir={tmp_path / 'two'}"]
+    result = command("pretrain", *words, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (folder,) = (path for path in (tmp_path / "two").iterdir() if path.is_dir())
     wanted, found = (checkpoint(run)["state_dict"] for run in (Path(one["run"]), folder))

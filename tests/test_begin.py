@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.checkpoints import begin_config, build_method, open_backbone
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
 from dino_lite.methods.dinov2 import DINOv2
+from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from tiny import TINY, checkpoint, tiny
 
 
@@ -41,13 +42,15 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(run_pretrain(put(config, "runs_dir", str(runs_dir)))["run"])
 
 
+@pytest.mark.slow
 def test_high_resolution_adaptation_goes_on_where_the_run_stood(first: Path) -> None:
     """Larger crops and a Gram teacher on larger ones still; nothing but the run has to be named."""
     config = second(first.parent, first, "name=second")
     results = run_pretrain(config)
     assert (results["finished"], results["steps"]) == (True, 8)
-    backbone, about = open_backbone(Path(results["run"]) / "checkpoints" / "last.ckpt")
-    assert about["image_size"] == 32
+    opened = open_backbone(find_checkpoint(results["run"], "runs"))
+    backbone = opened.backbone
+    assert opened.image_size == 32
     assert backbone.embed_dim == TINY["backbone.embed_dim"]
     lines = (Path(results["run"]) / "metrics.csv").read_text().splitlines()
     assert "gram" in lines[0].split(",")

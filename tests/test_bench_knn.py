@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from ranks import SERVER
 
 
 @pytest.fixture(autouse=True)
 def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts import each other by name."""
+    """Scripts import each other by name; the sides are forked, not started anew."""
     monkeypatch.syspath_prepend(root / "scripts")
+    import step_process
+
+    forking = SimpleNamespace(get_context=lambda method: SERVER)
+    monkeypatch.setattr(step_process, "multiprocessing", forking)
 
 
 @pytest.mark.parametrize("each_k", [False, True])

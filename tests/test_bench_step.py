@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,18 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
+from ranks import SERVER
 from test_dino import random_crops
 
 
 @pytest.fixture(autouse=True)
 def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts import each other by name."""
+    """Scripts import each other by name; the sides are forked, not started anew."""
     monkeypatch.syspath_prepend(root / "scripts")
+    import step_process
+
+    forking = SimpleNamespace(get_context=lambda method: SERVER)
+    monkeypatch.setattr(step_process, "multiprocessing", forking)
 
 
 def tiny_method(position_offset: float = 0.1) -> DINO:

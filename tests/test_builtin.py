@@ -284,7 +284,7 @@ def test_files(
         assert len(splits.train.classes) == names
         assert splits.name == name
     file = Path(splits.train.name(0))
-    assert pickle.loads(pickle.dumps(splits.train)).raw(0)[0] == file.read_bytes()
+    assert pickle.loads(pickle.dumps(splits.train)).encoded(0)[0] == file.read_bytes()
     file.unlink()
     with pytest.raises(OSError, match=file.name):
         splits.train.read(0)

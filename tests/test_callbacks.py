@@ -20,10 +20,10 @@ from torch import nn
 from dino_lite.backbones.vit import ViT
 from dino_lite.callbacks import online_eval, throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
+from dino_lite.callbacks.drawing import Pictures
 from dino_lite.callbacks.health import Health
-from dino_lite.callbacks.metrics import MetricsFile
+from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.callbacks.online_eval import OnlineEval
-from dino_lite.callbacks.pictures import Pictures
 from dino_lite.callbacks.progress import RunProgress, duration
 from dino_lite.callbacks.throughput import Throughput
 from dino_lite.contracts import Splits, UserError
@@ -33,8 +33,8 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import spread
+from dino_lite.eval.collapse import rankme
 from dino_lite.eval.features import extract
-from dino_lite.eval.health import rankme
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
 from dino_lite.losses.prototype import PrototypeLoss
@@ -45,6 +45,7 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
+from images import Broken
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -54,17 +55,15 @@ pytestmark = [
 NUM_STEPS, BATCH_SIZE = 6, 4
 
 
-class Unreadable(ArraySource):
-    """Stands for the test images: whoever reads them fails."""
-
-    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
-        raise AssertionError("the test images were read")
-
-
-def images(num: int, labeled: bool = True, kind: type[ArraySource] = ArraySource) -> ArraySource:
+def images(num: int, labeled: bool = True) -> ArraySource:
     pixels = torch.randint(256, (num, 16, 16, 3), dtype=torch.uint8)
     labels = np.arange(num) % 3 if labeled else None
-    return kind(pixels, labels, ["a", "b", "c"] if labeled else [], f"set{num}")
+    return ArraySource(pixels, labels, ["a", "b", "c"] if labeled else [], f"set{num}")
+
+
+def unreadable(source: ArraySource) -> Broken:
+    """Stands for the test images: whoever reads them fails."""
+    return Broken(source, lambda index: True, AssertionError("the test images were read"))
 
 
 class Training:
@@ -80,7 +79,7 @@ class Training:
         groups: Callable[[nn.Module], list[dict[str, Any]]] = param_groups,
     ) -> None:
         torch.manual_seed(0)
-        splits = Splits(images(30, labeled), images(5, labeled, Unreadable), "random")
+        splits = Splits(images(30, labeled), unreadable(images(5, labeled)), "random")
         steps = None if max_seconds else NUM_STEPS
         self.data = DataModule(
             splits, MultiCrop(16, 8, 2), Normalize(), BATCH_SIZE, num_steps=steps

@@ -25,10 +25,10 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.data.shapes import open_shapes
 from dino_lite.formats.safetensors import read_config
 from images import sentence
-from tiny import photos, pixel_features, tiny, train
+from tiny import WITH_PICTURES, photos, pixel_features, tiny, train
 
 NUM = 24
-FIVE = ("data.channels=5", "baselines=true", "loader.num_workers=1")
+FIVE = ("data.channels=5", "baselines=true", "loader.num_workers=1", WITH_PICTURES)
 
 
 def arrays(channels: int, side: int = 20) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -80,7 +80,9 @@ def check_use(run: Path, channels: int) -> None:
 @pytest.fixture(scope="module")
 def gray_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded set as luma."""
-    return train(tmp_path_factory.mktemp("runs"), "data.channels=1", "baselines=true")
+    return train(
+        tmp_path_factory.mktemp("runs"), "data.channels=1", "baselines=true", WITH_PICTURES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,7 @@ def test_one_channel_from_the_file_to_the_export(gray_run: Path) -> None:
     check_use(gray_run, 1)
 
 
+@pytest.mark.slow
 def test_five_channels_from_the_file_to_the_export(five_run: Path) -> None:
     """Each by its own mean and spread, which those of all the pixels are."""
     config = check_run(five_run, 5)
@@ -107,15 +110,17 @@ def test_five_channels_from_the_file_to_the_export(five_run: Path) -> None:
     check_use(five_run, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_an_archive_of_any_channels_trains(channels: int, tmp_path: Path) -> None:
     """By the path that is settled for so many: PIL for one, whole on the device for others."""
     pixels, labels = arrays(channels)
     np.savez(tmp_path / "a.npz", x_train=pixels, y_train=labels)
     own = (f"data.channels={channels}", f"data.root={tmp_path / 'a.npz'}")
-    check_run(train(tmp_path, *own, data="npz"), channels)
+    check_run(train(tmp_path, *own, WITH_PICTURES, data="npz"), channels)
 
 
+@pytest.mark.slow
 def test_a_backbone_of_rgb_is_the_start_of_one_of_five(five_run: Path, tmp_path: Path) -> None:
     """Its export is given as backbone.pretrained; at rate 0 the adapted weights are the result."""
     rgb = train(tmp_path, "trainer.max_steps=2", "name=rgb")

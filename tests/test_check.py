@@ -6,7 +6,6 @@ import csv
 import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+import ranks
 from dino_lite.commands import check as command
 from dino_lite.commands.check import run_check
-from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, compose, instantiate, put
 from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.data.auto import open_auto
@@ -29,11 +28,12 @@ from dino_lite.data.findings import (
     judge_pixels,
     judge_speed,
 )
-from dino_lite.data.tables import split_table
+from dino_lite.data.summary import split_table
 from dino_lite.methods import timing
 from dino_lite.methods.timing import Loading, Training, compare
-from dino_lite.plan import gather_facts, plan
-from dino_lite.runs import Run
+from dino_lite.planning.plan import gather_facts, plan
+from dino_lite.runs.build import build
+from dino_lite.runs.run import Run
 from images import sentence
 from tiny import TINY, photos, tiny
 
@@ -307,16 +307,9 @@ def test_exit_codes(
 
 
 def test_command_line_ends_with_1_and_no_traceback(tmp_path: Path) -> None:
-    """In a process of its own, started as `dino-lite check` starts it."""
+    """In a process of its own."""
     (tmp_path / "a.png").write_bytes(b"")
-    result = subprocess.run(
-        [sys.executable, "-m", "dino_lite.commands.check", f"data.root={tmp_path}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-        check=False,
-    )
+    result = ranks.command("check", f"data.root={tmp_path}", cwd=tmp_path)
     assert result.returncode == 1
     assert "error: 1 of 1 images of train cannot be read" in result.stdout
     assert result.stderr == ""

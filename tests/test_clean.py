@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.clean import CleanData, by_channel, clean
 from dino_lite.data.photometric import Normalize
 
@@ -25,7 +25,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-class Pictures:
+class Pictures(Source):
     """A source of 8 x 8 images, of which some cannot be read."""
 
     classes = ("a", "b")

@@ -99,6 +99,76 @@ def test_before_the_start_no_time_passes(watch: Watch) -> None:
     assert timed.at(0, CPU).fraction == 0.5
 
 
+def steps_of(clock: Clock, watch: Watch, *durations: float, first: int = 0) -> list[float | None]:
+    """What is left after each of so many steps of these seconds."""
+    left = []
+    for step, duration in enumerate(durations, first):
+        clock.at(step, CPU)
+        watch.now += duration
+        left.append(clock.seconds_left(step + 1))
+    return left
+
+
+def test_time_left_is_measured_after_a_warm_up(watch: Watch) -> None:
+    """Ten steps that may compile or come from the loader's stock do not count; ten are measured,
+    and then all that follow.
+    """
+    steps = Clock(100, None, 4)
+    steps.start()
+    left = steps_of(steps, watch, 60.0, *[0.1] * 9, *[1.0] * 10, 1.0, 3.0, 1.0)
+    assert left[:20] == [None] * 20
+    assert steps.warm_since == (10, pytest.approx(60.9))
+    assert left[20:] == pytest.approx([79.0, 78.0, 77 * 14 / 12])
+
+
+def test_quick_steps_are_measured_for_two_seconds_and_slow_ones_for_three_steps(
+    watch: Watch,
+) -> None:
+    """Neither too few to tell nor minutes of waiting; a resumed run measures anew."""
+    quick, slow = Clock(10_000, None, 4), Clock(100, None, 4)
+    quick.start()
+    left = steps_of(quick, watch, *[0.01] * 215, first=500)
+    assert left.index(None, 200) == 200
+    assert left[-1] == pytest.approx(0.01 * (10_000 - 715))
+    slow.start()
+    left = steps_of(slow, watch, *[8.0] * 8)
+    assert left[:6] == [None] * 6
+    assert left[6:] == pytest.approx([8 * 93, 8 * 92])
+
+
+def test_a_timed_run_has_its_budget_left(watch: Watch) -> None:
+    """Measured or not, and never less than nothing."""
+    timed = Clock(None, 60.0, 4)
+    timed.start()
+    timed.at(0, CPU)
+    assert timed.seconds_left(1) == 60.0
+    watch.now += 15
+    timed.at(1, CPU)
+    assert timed.seconds_left(2) == 45.0
+    watch.now += 50
+    timed.at(2, CPU)
+    assert timed.seconds_left(3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({"max_steps": 7}, (7, None, 0.56)),
+        ({"max_epochs": 10}, (125, None, 10.0)),
+        ({"max_epochs": 0.001}, (1, None, 0.08)),
+        ({"max_time": "90s"}, (None, 90.0, None)),
+    ],
+)
+def test_the_length_is_read_of_the_settings(
+    trainer: dict[str, object], expected: tuple[object, ...]
+) -> None:
+    """Steps, budget in seconds and epochs: 50 images in steps of 4."""
+    usual = {"max_steps": None, "max_epochs": None, "max_time": None}
+    run = Clock.of(usual | trainer, 50, 4)
+    assert (run.num_steps, run.max_seconds, run.num_epochs) == expected
+    assert run.steps_per_epoch == 12.5
+
+
 @pytest.mark.parametrize(("num_steps", "max_seconds"), [(None, None), (10, 60.0)])
 def test_a_run_has_exactly_one_measure(num_steps: int | None, max_seconds: float | None) -> None:
     """Neither none nor both."""

@@ -13,10 +13,10 @@ import pytest
 from dino_lite.commands import evaluate as evaluate_file
 from dino_lite.commands.compare import Row, as_markdown, run_compare
 from dino_lite.commands.export import run_export
-from dino_lite.commands.tables import print_comparison
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
 from dino_lite.eval.results import result
+from dino_lite.report.terminal import print_comparison
 from test_importers import pretend_download, saved, small
 from tiny import photos, tiny, train
 
@@ -38,6 +38,7 @@ def asked(runs: Path, *overrides: str) -> Config:
     return compose("compare", [f"runs_dir={runs}", "accelerator=cpu", *overrides])
 
 
+@pytest.mark.slow
 def test_checkpoints_and_baselines_stand_side_by_side(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from pathlib import Path
+from types import ModuleType
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from dino_lite.commands.evaluate import build_evaluations
-from dino_lite.commands.pretrain import build, build_module
-from dino_lite.config import compose, config_dir, get, leaves
-from dino_lite.contracts import Evaluation, UserError
+from dino_lite.config import compose, config_dir, get, leaves, load
+from dino_lite.contracts import Evaluation, Progress, UserError
 from dino_lite.machine import Facts
-from dino_lite.plan import plan
-from dino_lite.runs import Run
+from dino_lite.methods.module import PretrainModule
+from dino_lite.planning.plan import plan
+from dino_lite.runs.build import build, build_module
+from dino_lite.runs.run import Run
+from dino_lite.runs.subject import build_evaluations
+from test_dino import random_crops
 
-EVALUATIONS = sorted(path.stem for path in (config_dir() / "eval").glob("*.yaml"))
-EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+
+def choices(group: str) -> list[str]:
+    """The files of conf/GROUP."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+EVALUATIONS, EXPERIMENTS, LOSSES, METHODS = map(choices, ("eval", "experiment", "loss", "method"))
+PRIMARIES = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "base")
 GROUPS = sorted(
     f"{folder.name}={path.stem}"
     for folder in config_dir().iterdir()
-    if folder.is_dir() and folder.name not in ("experiment", "eval", "format")
+    if folder.is_dir() and folder.name not in ("experiment", "eval", "format", "loss")
     for path in folder.glob("*.yaml")
 )
 
@@ -47,17 +61,65 @@ def facts(**changes: object) -> Facts:
 
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_choice_of_every_group_composes_and_plans(choice: str) -> None:
-    """No configuration file is dead or broken, alone with the defaults; losses with the method that
-    is called as they are.
-    """
-    group, _, name = choice.partition("=")
-    beside = [f"method={name}"] if group == "loss" else []
-    planned = plan(compose("pretrain", [choice, *beside]), facts())
+    """No configuration file is dead or broken, alone with the defaults."""
+    planned = plan(compose("pretrain", [choice]), facts())
     assert not [
         key
         for key, value in leaves(planned.config)
         if value == "auto" and key not in ("name", "data.labels")
     ]
+
+
+SMALL = ["embed_dim=16", "depth=1", "num_heads=1", "patch_size=4", "drop_path=0.0"]
+SMALL = [f"backbone.{size}" for size in SMALL] + ["augment.global_size=16", "augment.local_size=8"]
+WITH = {
+    "dino": ["backbone=vit"],
+    "simdino": ["backbone=vit"],
+    "dinov3": ["method.gram.start_step=0"],
+}
+FILES = {loss: load(config_dir() / "loss" / f"{loss}.yaml") for loss in LOSSES}
+
+
+@functools.cache
+def small_module(method: str, *overrides: str) -> PretrainModule:
+    """A small network of that method, ready for a step."""
+    words = [f"method={method}", *WITH.get(method, []), *SMALL, *overrides]
+    words += ["trainer.max_steps=2", "trainer.max_time=null", "trainer.compile=false"]
+    known = facts(height=16, width=16)
+    return build_module(plan(compose("pretrain", words), known).config, known)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_go_with_every_method_that_provides_what_they_read(method: str) -> None:
+    """A step computes all of them beside the method's own."""
+    provided = small_module(method).method.provides
+    names = [loss for loss in LOSSES if FILES[loss][loss]["reads"] in provided]
+    step = small_module(method, f"+loss=[{','.join(names)}]").bare_step()
+    scalars = step(random_crops(), Progress(0, 2, 1))
+    assert all(scalars[name].isfinite() for name in names)
+
+
+def test_every_loss_goes_with_a_method() -> None:
+    """Each file of conf/loss holds one, under its own name, and some method provides its match."""
+    provided = {name for method in METHODS for name in small_module(method).method.provides}
+    for loss, file in FILES.items():
+        assert list(file) == [loss]
+        assert file[loss]["reads"] in provided
+
+
+def test_losses_are_a_list_as_evaluations_are() -> None:
+    """A list replaces the method's own, `+` adds to it, `~` takes one away, and keys of each are
+    overridden, beside an experiment too.
+    """
+    losses = functools.partial(lambda *words: compose("pretrain", list(words))["loss"])
+    assert list(losses("method=dinov2")) == ["dino", "ibot", "koleo"]
+    assert list(losses("method=dinov2", "loss=[dino,koleo]")) == ["dino", "koleo"]
+    assert list(losses("experiment=dinov2_shapes", "loss=[ibot,koleo]")) == ["ibot", "koleo"]
+    assert list(losses("method=dinov2", "+loss=[gram]")) == ["dino", "ibot", "koleo", "gram"]
+    assert list(losses("method=dinov2", "~loss.koleo")) == ["dino", "ibot"]
+    changed = losses("method=dinov2", "loss.koleo.weight.value=0.2")
+    assert changed["koleo"]["weight"]["value"] == 0.2
+    assert list(losses("loss=dino")) == ["dino"]
 
 
 def test_keys_that_a_method_does_not_take_are_a_sentence() -> None:
@@ -123,13 +185,19 @@ def test_every_experiment_states_command_machine_time_and_result(experiment: str
         assert word in head, word
 
 
-@pytest.mark.parametrize("primary", ["pretrain", "evaluate", "export", "compare", "report"])
+@pytest.mark.parametrize("primary", PRIMARIES)
 def test_hydra_writes_nothing_of_its_own(primary: str) -> None:
-    """No output folder, no log file, no change of folder."""
-    text = (config_dir() / f"{primary}.yaml").read_text()
-    assert "output_subdir: null" in text
-    assert "run: {dir: .}" in text
-    assert "chdir: false" in text
+    """No output folder, no log file, no change of folder; sweeps below runs_dir; unknown keys are
+    refused.
+    """
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = hydra.compose(primary, return_hydra_config=True)
+    assert OmegaConf.is_struct(config)
+    given = config.hydra
+    assert (given.run.dir, given.output_subdir, given.job.chdir) == (".", None, False)
+    assert given.sweep.dir == "runs/.sweep"
+    assert not {"handlers", "loggers"} & {*given.job_logging, *given.hydra_logging}
 
 
 def test_compat_changes_only_the_switches() -> None:
@@ -165,3 +233,29 @@ def test_configuration_of_a_plain_run_holds_the_papers_numbers() -> None:
         "loss.dino.student_temp": 0.1,
     }
     assert {key: get(config, key) for key in published} == published
+
+
+@pytest.fixture
+def counter(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/count_settings.py."""
+    monkeypatch.syspath_prepend(root / "scripts")
+    return importlib.import_module("count_settings")
+
+
+def test_a_setting_is_repeated_where_another_file_has_its_key_and_value(
+    counter: ModuleType, tmp_path: Path
+) -> None:
+    """Folders below count; defaults lists do not, but a key `defaults` deeper down does."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "a.yaml").write_text("x: {y: 1, z: [1, 2]}\nw: 3\n")
+    (tmp_path / "b.yaml").write_text("defaults: [base/a]\nx: {y: 1, z: [1, 3], defaults: 2}\n")
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    found = counter.count(tmp_path)
+    assert (found["num"], found["num_repeated"], found["share"]) == (6, 2, 1 / 3)
+    assert found["repeated"] == {"x.y=1": ["b.yaml", "base/a.yaml"]}
+
+
+def test_few_settings_of_the_experiments_are_repeated(counter: ModuleType) -> None:
+    """What several recipes share stands in conf/experiment/base."""
+    found = counter.count(config_dir() / "experiment")
+    assert 0 < found["share"] <= 0.2, found["repeated"]

@@ -13,6 +13,7 @@ from dino_lite.contracts import (
     Prototypes,
     Scores,
     Targets,
+    Traits,
     UserError,
 )
 from dino_lite.methods.method import Method
@@ -105,9 +106,27 @@ def test_scores_know_their_logits() -> None:
 
 
 def test_a_vision_transformer_is_a_backbone() -> None:
-    """The protocol can be asked at run time."""
+    """Also for isinstance; another module is none."""
     assert isinstance(ViT(image_size=8, patch_size=8, embed_dim=4, depth=1, num_heads=1), Backbone)
     assert not isinstance(torch.nn.Identity(), Backbone)
+
+
+def test_the_abstract_backbone_does_nothing() -> None:
+    """What a family must write raises; what it may leave out has a default."""
+    backbone, images = Backbone(), torch.zeros(1, 3, 8, 8)
+    for call in (
+        lambda: backbone(images),
+        lambda: backbone.intermediate(images, [-1]),
+        lambda: backbone.attention(images),
+        lambda: backbone.depth_of("stem.weight"),
+    ):
+        with pytest.raises(NotImplementedError):
+            call()
+    backbone.set_memory("low", True)
+    backbone.disable_noise()
+    assert not backbone.takes_masks
+    assert Backbone.traits(width=8) == Traits()
+    assert Backbone.traits(embed_dim="auto") == Traits(small=True)
 
 
 def test_the_abstract_method_does_nothing() -> None:

@@ -14,15 +14,15 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from dino_lite.backbones.build import build_backbone
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.nn.teachers import frozen_copy
-from dino_lite.runs import requested
+from dino_lite.runs.identity import requested
 from test_vit import randomize
 from tiny import photos, tiny, train
 
@@ -180,7 +180,7 @@ def test_a_teacher_drops_no_paths() -> None:
 def test_the_spec_rebuilds_it() -> None:
     """Plain JSON; weights of the one fit the other."""
     for backbone in (small(in_chans=1), ConvNet("resnet18", norm="group", patch_size=16).double()):
-        spec = json.loads(json.dumps(backbone.spec))
+        spec = json.loads(json.dumps(backbone.stored_spec()))
         again: Any = build_backbone(spec).double()
         assert isinstance(again, ConvNet)
         again.load_state_dict(backbone.state_dict())
@@ -236,6 +236,7 @@ CONVNET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_run_trains_measures_and_draws(
     norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

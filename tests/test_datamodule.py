@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dino_lite.contracts import Crops, Splits, UserError
+from dino_lite.contracts import Crops, Source, Splits, UserError
 from dino_lite.data import exact
 from dino_lite.data.crops import COLUMNS, MultiCrop, Photometric
 from dino_lite.data.datamodule import DataModule
@@ -28,7 +28,7 @@ from dino_lite.data.sources import ArraySource
 fork_is_fine = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
-class Pictures:
+class Pictures(Source):
     """A source of tiny images of differing sizes, of which some cannot be read."""
 
     classes = ("a", "b")

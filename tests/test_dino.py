@@ -126,10 +126,10 @@ def test_rows_are_crop_major() -> None:
     method, crops = tiny_dino().double(), random_crops(3, 2, dtype=torch.float64)
     assert crops.locals_ is not None
     with torch.no_grad():
-        z = method.student([crops.globals_, crops.locals_])
+        z, _ = method.student([crops.globals_, crops.locals_])
         for s, group in enumerate([*crops.globals_, *crops.locals_]):
             for image in range(3):
-                alone = method.student([group[None, image : image + 1]])
+                alone, _ = method.student([group[None, image : image + 1]])
                 torch.testing.assert_close(z[s, image], alone[0, 0])
 
 
@@ -259,4 +259,4 @@ def test_what_moves_is_told_by_name() -> None:
     values = {name: schedule(at) for name, schedule in method.schedules().items()}
     assert values == {"momentum": 1.0, "teacher_temp": 0.07}
     assert method.export_backbone() is method.ema.module.backbone
-    assert method.provides == ("embedding", "cls")
+    assert method.provides == ("embedding", "tokens", "cls")

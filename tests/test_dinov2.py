@@ -73,7 +73,7 @@ def losses(koleo: float = 0.1, across_ranks: bool = False) -> dict[str, Any]:
     return {
         "dino": PrototypeLoss("cls", Constant(1.0)),
         "ibot": PrototypeLoss("patch", Constant(1.0)),
-        "koleo": KoLeoLoss("koleo", Constant(koleo), across_ranks=across_ranks),
+        "koleo": KoLeoLoss("tokens", Constant(koleo), across_ranks=across_ranks),
         "gram": GramLoss("gram", Constant(2.0)),
     }
 
@@ -166,7 +166,7 @@ def test_tokens_for_koleo_are_the_students_before_the_head() -> None:
     """Rows are crop-major; the target brings the number of crops and the weights of images."""
     method, crops = tiny_dinov2().double(), images()
     targets = method.targets(crops, START)
-    tokens, wanted = method.compare(crops, targets)["koleo"]
+    tokens, wanted = method.compare(crops, targets)["tokens"]
     assert isinstance(tokens, Tokens)
     mask = targets["patch_embedding"].masks.mask  # type: ignore[attr-defined]
     alone = method.student.backbone(crops.globals_[1], mask=mask[1])
@@ -205,10 +205,10 @@ def test_one_head_may_serve_both() -> None:
 def test_without_masking_there_is_no_patch_objective() -> None:
     """No head for patches, and the last block makes class tokens alone."""
     method, crops = tiny_dinov2(masking=None, mask_token=False).double(), images()
-    assert method.provides == ("embedding", "cls", "koleo", "gram")
+    assert method.provides == ("embedding", "cls", "tokens", "gram")
     outputs = method.compare(crops, method.targets(crops, START))
-    assert outputs.keys() == {"embedding", "cls", "koleo"}
-    assert outputs["koleo"].student.patches.shape[1] == 0  # type: ignore[union-attr]
+    assert outputs.keys() == {"embedding", "cls", "tokens"}
+    assert outputs["tokens"].student.patches.shape[1] == 0  # type: ignore[union-attr]
     assert not [name for name, _ in method.named_parameters() if "patch_head" in name]
     with pytest.raises(UserError, match="reads 'patch'"):
         Step(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lite.data.duplicates import bits_apart, equal_groups, near_groups
+from dino_lite.data.hashing import bits_apart, equal_groups, near_groups
 
 BIT = [np.uint64(1 << i) for i in range(64)]
 

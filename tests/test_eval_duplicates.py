@@ -89,7 +89,7 @@ def images() -> np.ndarray:
 
 
 def pixels_of(store: FeatureStore) -> Backbone:
-    return cast(Backbone, raw_pixels(store.data, 8, 16))
+    return raw_pixels(store.data, 8, 16)
 
 
 def test_repeats_and_leaks_are_found_by_name(images: np.ndarray, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -
 
 def test_it_is_not_asked_of_baselines() -> None:
     """What the file lists are the pairs of the backbone asked for, not those of another."""
-    from dino_lite.commands.evaluate import beside, comparable
     from dino_lite.eval.knn import KNN
+    from dino_lite.eval.measure import beside, comparable
 
     asked = {"duplicates": Duplicates(threshold=0.2), "knn": KNN()}
     assert comparable(asked).keys() == {"knn"}
@@ -156,9 +156,9 @@ def test_it_is_not_asked_of_baselines() -> None:
 
 def test_the_file_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` in eval.duplicates.out is expanded; the configurations build what they name."""
-    from dino_lite.commands.evaluate import build_evaluations
     from dino_lite.config import compose
-    from dino_lite.runs import absolute_paths
+    from dino_lite.runs.identity import absolute_paths
+    from dino_lite.runs.subject import build_evaluations
 
     monkeypatch.setenv("HOME", "/somewhere")
     config = compose(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dino_lite.commands.evaluate import run_evaluate
-from dino_lite.commands.tables import print_results
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.results import result
+from dino_lite.report.terminal import print_results
+from dino_lite.runs.run import merge_json
+from ranks import command, on_ranks
 from tiny import photos, train
 
 
@@ -117,16 +116,11 @@ def test_nothing_to_measure_is_a_sentence(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_several_processes_measure_what_one_does(whole: Path, tmp_path: Path) -> None:
-    """torchrun starts them; one of them writes, and no image is counted twice."""
+    """Started as by torchrun; one of them writes, and no image is counted twice."""
     alone = evaluated(whole, "features_dir=null")["knn"]
     copy = tmp_path / "together"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line += ["-m", "dino_lite.commands.evaluate", f"checkpoint={whole}", "accelerator=cpu"]
-    line += [f"runs_dir={whole.parent}", f"features_dir={copy}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    words = [f"checkpoint={whole}", "accelerator=cpu", f"runs_dir={whole.parent}"]
+    done = command("evaluate", *words, f"features_dir={copy}", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written to") == 1
     together = json.loads((whole / "results.json").read_text())["last"]["knn"]
@@ -155,14 +149,13 @@ def test_another_size_has_a_name_of_its_own_and_baselines_stay(whole: Path) -> N
     assert kept["knn@24px"]["image_size"] == 24
 
 
+def add_results(rank: int, file: str) -> None:
+    """One of two processes that write one file."""
+    for i in range(100):
+        merge_json(Path(file), lambda before, key=f"{rank}_{i}": before | {key: True})
+
+
 def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
     """Two processes that add results lose none, and leave no half of a file."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom dino_lite.runs import merge_json\n"
-        "for i in range(100):\n"
-        "    merge_json(Path(sys.argv[1]), lambda before: before | {f'{sys.argv[2]}{i}': i})\n"
-    )
-    line = [sys.executable, "-c", code, str(tmp_path / "results.json")]
-    writers = [subprocess.Popen([*line, name]) for name in "ab"]
-    assert [writer.wait(120) for writer in writers] == [0, 0]
+    on_ranks(2, add_results, str(tmp_path / "results.json"))
     assert len(json.loads((tmp_path / "results.json").read_text())) == 200

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval.features import extract
+from images import Broken
 from tiny import pixel_features
 
 CPU = torch.device("cpu")
 
 
-class HalfBroken(ArraySource):
-    """Every third image cannot be read."""
-
-    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
-        if index % 3 == 0:
-            raise OSError("truncated")
-        return super().read(index)
+def half_broken(*args: Any) -> Broken:
+    """Images in memory of which every third cannot be read."""
+    return Broken(ArraySource(*args), lambda index: index % 3 == 0)
 
 
-def images(num: int, kind: type[ArraySource] = ArraySource, side: int = 16) -> ArraySource:
+def images(num: int, kind: Callable[..., Any] = ArraySource, side: int = 16) -> Any:
     pixels = torch.randint(256, (num, side, side, 3), dtype=torch.uint8)
     return kind(pixels, np.arange(num), [str(i) for i in range(num)], f"set{num}")
 
 
-def data_of(train: ArraySource, test: ArraySource | None = None, size: int = 16) -> CleanData:
+def data_of(train: Source, test: Source | None = None, size: int = 16) -> CleanData:
     return CleanData(Splits(train, test, "set"), size, Normalize(), batch_size=4)
 
 
@@ -78,7 +78,7 @@ def test_features_of_a_float64_network_are_float32() -> None:
 
 def test_unreadable_images_are_left_out_with_their_labels() -> None:
     """What could not be read takes no part, and rows stay beside their labels."""
-    data = data_of(images(9, HalfBroken))
+    data = data_of(images(9, half_broken))
     found = extract(vit(), data, data.splits.train, CPU)
     assert found.labels.tolist() == [1, 2, 4, 5, 7, 8]
     assert len(found.features) == 6
@@ -86,7 +86,7 @@ def test_unreadable_images_are_left_out_with_their_labels() -> None:
 
 def test_no_readable_image_is_a_sentence() -> None:
     """An evaluation of nothing is refused."""
-    data = data_of(images(1, HalfBroken))
+    data = data_of(images(1, half_broken))
     with pytest.raises(UserError, match="no image it could read"):
         extract(vit(), data, data.splits.train, CPU)
 

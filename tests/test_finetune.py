@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.finetune import Finetune, find_labeled, mix
 from pooled import shades, small_vit, store_of
-from test_features import HalfBroken, images
+from test_features import half_broken, images
 
 QUICK = {"num_epochs": 4, "batch_size": 12, "rate": 0.02}
 
@@ -91,7 +90,7 @@ def test_mixed_images_have_mixed_classes() -> None:
 def test_raw_pixels_are_a_linear_classifier() -> None:
     """A baseline without parameters is measured too."""
     store = store_of(shades(36), shades(12, seed=1))
-    found = Finetune(**QUICK)(cast(Backbone, raw_pixels(store.data)), store)
+    found = Finetune(**QUICK)(raw_pixels(store.data), store)
     assert found["num_test"] == 12
 
 
@@ -105,7 +104,7 @@ def test_without_test_labels_a_fifth_of_train_is_the_test() -> None:
 
 def test_images_that_cannot_be_read_are_left_out() -> None:
     """In train and in test, and noted."""
-    source = images(12, HalfBroken)
+    source = images(12, half_broken)
     source.labels = np.arange(12) % 2
     store = store_of(source, source)
     found = Finetune(num_epochs=1, batch_size=4)(small_vit(), store)

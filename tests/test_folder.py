@@ -14,7 +14,7 @@ from dino_lite.data import folder as folder_module
 from dino_lite.data.auto import open_auto
 from dino_lite.data.folder import open_folder
 from dino_lite.data.roots import absolute
-from dino_lite.runs import absolute_paths
+from dino_lite.runs.identity import absolute_paths
 from images import GREEN, classes, fill, names, sentence
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,26 @@ import torch
 from safetensors.torch import save_file
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
-from dino_lite.checkpoints import find_checkpoint, open_backbone, results_file, run_of
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import load_backbone, read_config
+from dino_lite.formats.weights import load_pretrained
+from dino_lite.runs.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    open_backbone,
+)
+from ranks import command
 from test_importers import as_hugging_face_vit, dinov2, pretend_download, saved, small
 from tiny import train
 
 DATA = ["data=shapes", "data.num_train=24", "data.num_test=12", "accelerator=cpu"]
+
+
+def find(path: Path) -> Checkpoint:
+    return find_checkpoint(str(path), "runs")
 
 
 def evaluate(checkpoint: object, runs_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -40,9 +47,9 @@ def test_a_file_is_evaluated_and_its_results_lie_beside_it(
     for file in files:
         measured = evaluate(file, tmp_path / "runs")
         assert measured["knn"]["image_size"] == 32
-        kept = json.loads(results_file(file).read_text())
+        kept = json.loads(find(file).results_file.read_text())
         assert kept["knn@shapes"]["value"] == measured["knn"]["value"]
-    assert {results_file(file).name for file in files} == {
+    assert {find(file).results_file.name for file in files} == {
         *("a.pth.results.json", "b.pth.results.json"),
     }
     said = capsys.readouterr().out
@@ -66,12 +73,13 @@ def test_a_hugging_face_folder_is_its_file(tmp_path: Path) -> None:
     about = {"architectures": ["ViTModel"], "num_attention_heads": 8, "layer_norm_eps": 1e-6}
     (folder / "config.json").write_text(json.dumps(about))
     found = find_checkpoint(str(folder), tmp_path)
-    assert found == folder / "model.safetensors"
-    backbone, known = open_backbone(found)
+    assert (found.kind, found.path) == ("file", folder / "model.safetensors")
+    opened = open_backbone(found)
+    backbone = opened.backbone
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(backbone(images).cls, source(images).cls)
-    assert (known["in_chans"], known["image_size"], known["data"]) == (3, 32, None)
-    assert json.loads(json.dumps(known["card"])) == known["card"]
+    assert (backbone.in_chans, opened.image_size, opened.data) == (3, 32, None)
+    assert json.loads(json.dumps(opened.card)) == opened.card
 
 
 def test_dinov2s_weights_are_exported_whole(tmp_path: Path) -> None:
@@ -85,10 +93,10 @@ def test_dinov2s_weights_are_exported_whole(tmp_path: Path) -> None:
     card = read_config(out)["card"]
     assert (card["weights"], card["layout"]) == ("dinov2.pth", "DINOv2 with registers")
     images = torch.randn(2, 3, 42, 28)
-    again, first = load_backbone(out), open_backbone(file)[0]
+    again, first = load_backbone(out), open_backbone(find(file)).backbone
     assert torch.equal(again(images).registers, first(images).registers)
-    assert find_checkpoint(str(out), tmp_path) == out
-    own, _ = open_backbone(find_checkpoint(str(out / "model.safetensors"), tmp_path))
+    assert (find(out).kind, find(out).path) == ("export", out)
+    own = open_backbone(find_checkpoint(str(out / "model.safetensors"), tmp_path)).backbone
     assert torch.equal(own(images).cls, first(images).cls)
 
 
@@ -112,8 +120,10 @@ def test_a_runs_checkpoint_outside_its_run_is_refused(tmp_path: Path) -> None:
     """Its sizes and switches stand in the run's config; inside, it is a run's as ever."""
     run = train(tmp_path / "runs", "trainer.max_steps=2")
     inside = run / "checkpoints" / "last.ckpt"
-    assert run_of(inside) is not None
-    assert results_file(inside) == run / "results.json"
+    found = find(inside)
+    assert found.run is not None
+    assert (found.kind, found.which) == ("run", "last")
+    assert found.results_file == run / "results.json"
     content = torch.load(inside, weights_only=True)["state_dict"]
     start = ViT(image_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
     load_pretrained(start, inside)  # of a run as of others, the teacher
@@ -130,8 +140,8 @@ def test_a_file_two_below_some_config_is_no_runs(tmp_path: Path) -> None:
     """Only a run's folder "checkpoints" holds checkpoints of a run."""
     (tmp_path / "config.yaml").write_text("a: 1\n")
     file = saved(small().state_dict(), tmp_path / "weights")
-    assert run_of(file) is None
-    assert isinstance(open_backbone(file)[0], ViT)
+    assert (find(file).kind, find(file).run, find(file).which) == ("file", None, None)
+    assert isinstance(open_backbone(find(file)).backbone, ViT)
 
 
 @pytest.mark.parametrize("kind", ["garbage", "resnet"])
@@ -140,8 +150,7 @@ def test_a_file_that_is_no_backbone_exits_with_a_sentence(kind: str, tmp_path: P
     file = saved({"conv1.weight": torch.zeros(3)}, tmp_path)
     if kind == "garbage":
         file.write_bytes(b"nothing")
-    line = [sys.executable, "-m", "dino_lite.commands.evaluate", f"checkpoint={file}", *DATA]
-    done = subprocess.run([*line, f"runs_dir={tmp_path}"], capture_output=True, text=True)
+    done = command("evaluate", f"checkpoint={file}", *DATA, f"runs_dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"dino-lite: checkpoint={file} ")
     assert done.stderr.count("\n") == 1

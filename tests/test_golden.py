@@ -23,13 +23,22 @@ check_golden = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(check_golden)
 
 
+SLOW = ("A10", "B14", "B14b")
+
+
 def cases(golden: Path) -> list[dict[str, Any]]:
     """All cases of a folder."""
     found: list[dict[str, Any]] = json.loads((golden / "cases.json").read_text())["cases"]
     return found
 
 
-@pytest.mark.parametrize("prefix", sorted(check_golden.ADAPTERS))
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        pytest.param(prefix, marks=[pytest.mark.slow] if prefix in SLOW else [])
+        for prefix in sorted(check_golden.ADAPTERS)
+    ],
+)
 def test_golden_case_holds(golden: Path, prefix: str) -> None:
     """What the official code computed is what ours computes, within the stated tolerance."""
     (case,) = [case for case in cases(golden) if case["id"].startswith(f"{prefix}_")]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dino_lite.eval import heads as module
-from dino_lite.eval.heads import LinearHeads, cosine, join, make_grid, train
+from dino_lite.eval import probes as module
 from dino_lite.eval.linear import RATES
+from dino_lite.eval.probes import LinearHeads, cosine, join, make_grid, train
 from pooled import draw_pooled, generator
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dino_lite.contracts import Prototypes, Scores, Targets, UserError
-from dino_lite.eval import health as module
-from dino_lite.eval.health import collapse, health, look, rankme, relative_std
+from dino_lite.eval import collapse as module
+from dino_lite.eval.collapse import collapse, health, look, rankme, relative_std
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods import dino
-from test_pretrain import command
+from ranks import command
 from tiny import checkpoint, tiny_command, train
 
 T, S, N, E, K = 2, 4, 6, 5, 7
@@ -168,7 +168,6 @@ def test_an_alarm_names_its_knob(
 QUICK = (
     "callbacks.health.every_n_steps=2",
     "callbacks.online_eval=null",
-    "callbacks.pictures=null",
     "callbacks.progress=null",
 )
 STOP = "callbacks.health.on_collapse=stop"
@@ -202,6 +201,7 @@ def test_a_planted_collapse_stops_the_run_with_its_sentence(tmp_path: Path, kind
     assert checkpoint(run)["global_step"] == warning["step"]
 
 
+@pytest.mark.slow
 def test_a_short_run_is_watched_by_default(tmp_path: Path) -> None:
     """A hundred steps have time for an alarm without any key."""
     options = [*QUICK[1:], *PLANTED["uniform_teacher"], "trainer.max_steps=100"]
@@ -211,7 +211,8 @@ def test_a_short_run_is_watched_by_default(tmp_path: Path) -> None:
 def test_all_processes_stop_together(tmp_path: Path) -> None:
     """What rank 0 sees ends the others too, between the same two steps."""
     options = [*QUICK[:1], STOP, *PLANTED["uniform_teacher"], "trainer.max_steps=60"]
-    result = command("pretrain", *tiny_command(tmp_path, *options, "trainer.devices=2"))
+    words = tiny_command(tmp_path, *options, "trainer.devices=2")
+    result = command("pretrain", *words, ranks=2)
     assert result.returncode == 2, result.stderr[-3000:]
     assert result.stderr.count("collapse: ") == 1
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -238,6 +239,7 @@ def test_an_aliased_teacher_is_known_before_the_first_step(
     assert not (stopped / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_warning_is_said_once_a_kind_and_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +264,7 @@ HEALTHY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HEALTHY.values(), ids=HEALTHY)
 def test_healthy_runs_raise_no_alarm(tmp_path: Path, options: list[str]) -> None:
     """Nor does their frozen, nearly uniform beginning."""
@@ -270,6 +273,7 @@ def test_healthy_runs_raise_no_alarm(tmp_path: Path, options: list[str]) -> None
     assert checkpoint(run)["global_step"] == 60
 
 
+@pytest.mark.slow
 def test_health_changes_no_weight_with_batch_norm_and_drop_path(tmp_path: Path) -> None:
     """Running statistics, drawn paths and micro-batches are as without it, to the last bit."""
     options = ["backbone.drop_path=0.3", "method.head.batch_norm=true", "seed=3"]
@@ -280,6 +284,7 @@ def test_health_changes_no_weight_with_batch_norm_and_drop_path(tmp_path: Path) 
         assert torch.equal(seen["state_dict"][name], value), name
 
 
+@pytest.mark.slow
 def test_looks_are_logged_when_they_are_due(tmp_path: Path) -> None:
     """Each third step, in the row of that step; a run in micro-batches sees the same images."""
     columns = []

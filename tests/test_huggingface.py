@@ -103,8 +103,8 @@ def check(splits: Splits) -> None:
         assert [source.read(i)[0, 0, 0] for i in range(len(source))] == list(
             range(first, first + len(source))
         )
-        assert source.raw(0) == (encoded(first), ".png")  # type: ignore[attr-defined]
-        assert source.size(0) == (4, 6)  # type: ignore[attr-defined]
+        assert source.encoded(0) == (encoded(first), ".png")  # type: ignore[attr-defined]
+        assert source.image_size(0) == (4, 6)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -226,10 +226,10 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     file = tmp_path / "plain.parquet"
     plain.to_parquet(file)
     source: Any = open_huggingface(file, streaming=True).train
-    assert source.raw(3) == (encoded(3, "JPEG"), ".jpg")
+    assert source.encoded(3) == (encoded(3, "JPEG"), ".jpg")
     assert (source.classes, source.labels.tolist()) == (["a", "b"], [1, 0, -1, 1, 0, 1])
     other: Any = open_huggingface(file, image="second", label="kind").train
-    assert other.raw(0)[0] == encoded(9)
+    assert other.encoded(0)[0] == encoded(9)
     assert (other.classes, other.labels.tolist()) == (["3", "7"], [0, 0, 1, 1, 1, -1])
     assert open_huggingface(file, label="none", streaming=True).train.labels is None
     assert "data.image=kind" in sentence(open_huggingface, file, image="kind")
@@ -325,5 +325,5 @@ def test_rows_are_packed_as_they_are(parquet: Path, tmp_path: Path) -> None:
     write_shards(splits, tmp_path / "packed")
     packed: Any = open_shards(tmp_path / "packed").train
     key = int(Path(packed.name(0)).stem)
-    assert packed.raw(0) == (encoded(key), ".png")
+    assert packed.encoded(0) == (encoded(key), ".png")
     assert packed.classes == ["cat", "dog"]

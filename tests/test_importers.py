@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dino_lite.backbones import weights as importer
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import Opened, load_pretrained, open_timm, open_weights
 from dino_lite.contracts import UserError
+from dino_lite.formats import weights as importer
+from dino_lite.formats.weights import Opened, load_pretrained, open_timm, open_weights
 from golden.adapters_vit import compare_tokens
 from golden.check import Bound, Check, below, compare
 from test_golden import cases, check_golden
@@ -75,8 +75,9 @@ def test_dinos_files_give_dinos_tokens_at_every_size(
     (case,) = [case for case in cases(golden) if case["id"].startswith("A06_")]
     tensors = load_file(golden / case["file"])
     path = saved(V1_FORMS[form](below(tensors, "w.")), tmp_path)
-    backbone, opened = open_weights(path, num_heads=case["hyper"]["vit"]["num_heads"])
-    assert opened.layout == "DINO"
+    opened = open_weights(path, num_heads=case["hyper"]["vit"]["num_heads"])
+    backbone = opened.backbone
+    assert opened.fit.layout == "DINO"
     assert opened.image_size == case["hyper"]["vit"]["img_size"]
     backbone.double()
     checks = []
@@ -91,14 +92,15 @@ def test_dinos_files_give_dinos_tokens_at_every_size(
 
 def test_a_training_checkpoint_is_told_apart(tmp_path: Path) -> None:
     """What was left unused is listed by kind: the student, the head, the center."""
-    backbone, opened = open_weights(saved(training_checkpoint(small().state_dict()), tmp_path))
-    assert opened.num_weights == len(backbone.state_dict())
+    opened = open_weights(saved(training_checkpoint(small().state_dict()), tmp_path))
+    backbone = opened.backbone
+    assert opened.fit.num_weights == len(backbone.state_dict())
     assert {name.split(".")[0] for name in opened.fit.unused} == {
         *("student", "teacher", "dino_loss"),
     }
     assert all(".backbone." not in name for name in opened.fit.unused if "teacher" in name)
     assert opened.fit.adapted == []
-    text = " | ".join(opened.sentences())
+    text = " | ".join(opened.notes)
     for words in ("DINO's layout: all 30 of the backbone", "num_heads=2", "left unused: student"):
         assert words in text
     assert "student.module (31), teacher.head, dino_loss" in text
@@ -190,12 +192,12 @@ def test_dinov2s_weights_give_dinov2s_tokens_in_every_form(
     for name, variant in case["data"]["variants"].items():
         weights = below(tensors, f"{variant['weights']}/w.")
         path = saved(V2_FORMS[form](weights, case["hyper"]), tmp_path)
-        backbone, _ = open_weights(
+        backbone = open_weights(
             path,
             num_heads=case["hyper"]["num_heads"],
             position_offset=variant["interpolate_offset"],
             position_antialias=variant["interpolate_antialias"],
-        )
+        ).backbone
         assert backbone.num_registers == variant["reg"]
         own, size = below(tensors, f"{name}/"), "x".join(map(str, variant["hw"]))
         x, mask = tensors[f"in.x_i8.{size}"].double() / 32, tensors[f"in.mask.{size}"]
@@ -233,10 +235,11 @@ def test_positions_are_resampled_as_their_owner_does(
     """
     source = dinov2(num_registers=registers)
     path = saved(V2_FORMS[form](source, {}), tmp_path)
-    backbone, opened = open_weights(path, **HEADS)
+    opened = open_weights(path, **HEADS)
+    backbone = opened.backbone
     assert (backbone.position_offset, backbone.position_antialias) == rule
-    assert opened.spec["position_offset"] == rule[0]
-    other, _ = open_weights(path, **HEADS, position_offset=0.3)
+    assert opened.backbone.spec["position_offset"] == rule[0]
+    other = open_weights(path, **HEADS, position_offset=0.3).backbone
     assert other.position_offset == 0.3
 
 
@@ -262,7 +265,7 @@ def test_a_sharded_training_state_is_read_by_its_wrapped_names(tmp_path: Path) -
         inner = name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module.")
         marked[f"student.backbone._fsdp_wrapped_module.{inner}"] = value + 1
         marked[f"teacher.backbone._fsdp_wrapped_module.{inner}"] = value
-    backbone, _ = open_weights(saved({"model": marked, "iteration": 3}, tmp_path), **HEADS)
+    backbone = open_weights(saved({"model": marked, "iteration": 3}, tmp_path), **HEADS).backbone
     assert torch.equal(backbone.cls_token, plain["cls_token"])
     assert torch.equal(backbone.blocks[1].mlp.fc1.weight, plain["blocks.1.mlp.w12.weight"])
 
@@ -293,8 +296,9 @@ def test_timms_files_give_timms_tokens(name: str, settings: dict[str, Any], tmp_
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})
     )
-    backbone, opened = open_weights(tmp_path)
-    assert opened.layout == "timm"
+    opened = open_weights(tmp_path)
+    backbone = opened.backbone
+    assert opened.fit.layout == "timm"
     assert set(opened.fit.unused) == {"head.weight", "head.bias"}
     assert (opened.image_size, opened.mean, opened.std) == (28, (0.5,) * 3, (0.25,) * 3)
     images = torch.randn(2, 3, 28, 28)
@@ -310,7 +314,8 @@ def test_a_timm_model_is_opened_by_name_with_its_own_normalization(
 ) -> None:
     """What is asked for by name is downloaded, and only that."""
     made = pretend_download(monkeypatch)
-    backbone, opened = open_timm("test_vit.r160_in1k")
+    opened = open_timm("test_vit.r160_in1k")
+    backbone = opened.backbone
     (model,) = made
     assert (opened.image_size, backbone.patch_size) == (160, 16)
     assert (opened.mean, opened.std) == ((0.5,) * 3, (0.5,) * 3)
@@ -416,10 +421,11 @@ def test_hugging_faces_vits_open_with_what_stands_beside_them(name: str, tmp_pat
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]})
     )
-    backbone, opened = open_weights(tmp_path)
+    opened = open_weights(tmp_path)
+    backbone = opened.backbone
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(backbone(images).patches, source(images).patches)
-    assert (opened.layout, opened.mean) == ("Hugging Face ViT", (0.1, 0.2, 0.3))
+    assert (opened.fit.layout, opened.mean) == ("Hugging Face ViT", (0.1, 0.2, 0.3))
     assert opened.fit.unused == ["pooler.dense.weight"]
     wanted = {f"blocks.{i}.attn.qkv.{which}" for i in (0, 1) for which in ("weight", "bias")}
     assert set(opened.fit.adapted) == wanted
@@ -429,7 +435,7 @@ def test_without_a_word_norms_are_those_of_the_layouts_owner(tmp_path: Path) -> 
     """1e-12 for Hugging Face's ViT, else timm's and the references' 1e-6."""
     plain, weights = small(), small().state_dict()
     for form, eps in ((as_hugging_face_vit(weights), 1e-12), (weights, 1e-6)):
-        backbone, _ = open_weights(saved(form, tmp_path))
+        backbone = open_weights(saved(form, tmp_path)).backbone
         assert backbone.norm.eps == backbone.blocks[0].norm1.eps == eps
     assert plain.norm.eps == 1e-6
 
@@ -451,15 +457,16 @@ def test_sizes_are_read_out_of_shapes(
 ) -> None:
     """Width, depth, heads, patches, channels, grid, ratio, gates, scales: the tokens are equal."""
     source = small(**settings)
-    backbone, opened = open_weights(saved(source.state_dict(), tmp_path))
+    opened = open_weights(saved(source.state_dict(), tmp_path))
+    backbone = opened.backbone
     images = torch.randn(2, source.in_chans, 32, 32)
     found, wanted = backbone(images), source(images)
     torch.testing.assert_close(found.cls, wanted.cls)
     torch.testing.assert_close(found.patches, wanted.patches)
-    assert (opened.layout, opened.image_size) == (layout, 32)
+    assert (opened.fit.layout, opened.image_size) == (layout, 32)
     assert len(opened.mean) == len(opened.std) == source.in_chans
     assert not backbone.training
-    twin = ViT(**json.loads(json.dumps(opened.spec)))
+    twin = ViT(**json.loads(json.dumps(opened.backbone.spec)))
     twin.load_state_dict(backbone.state_dict())
 
 
@@ -578,7 +585,7 @@ def test_what_cannot_be_opened_is_a_sentence(kind: str, tmp_path: Path) -> None:
 def test_a_strangers_config_changes_nothing(tmp_path: Path) -> None:
     """config.json in a folder of downloads belongs to another file."""
     path = saved(small().state_dict(), tmp_path)
-    before, _ = open_weights(path, num_heads=2)
+    before = open_weights(path, num_heads=2).backbone
     about = {
         "num_attention_heads": 4,
         "layer_norm_eps": 0.1,
@@ -586,7 +593,7 @@ def test_a_strangers_config_changes_nothing(tmp_path: Path) -> None:
         "mean": [0, 0, 0],
     }
     (tmp_path / "config.json").write_text(json.dumps(about))
-    after, _ = open_weights(path, num_heads=2)
+    after = open_weights(path, num_heads=2).backbone
     assert before.spec == after.spec
 
 
@@ -599,7 +606,8 @@ def test_heads_of_an_odd_width_are_said_beside_or_by_the_caller(
     path = saved(source.state_dict(), tmp_path)
     if told:
         with_config(path, **told)
-    backbone, opened = open_weights(path, **({} if told else {"num_heads": 3}))
+    opened = open_weights(path, **({} if told else {"num_heads": 3}))
+    backbone = opened.backbone
     assert isinstance(opened, Opened)
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(backbone(images).cls, source(images).cls)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lite.backbones.rope import RoPEViT
-from dino_lite.backbones.weights import load_pretrained, open_timm, open_weights
-from dino_lite.checkpoints import find_checkpoint, open_backbone
 from dino_lite.contracts import UserError
 from dino_lite.formats.safetensors import export_safetensors
+from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_importers import pretend_download, saved, with_config
 from test_rope import joined
 from test_vit import randomize
@@ -122,11 +122,12 @@ def test_every_form_gives_timms_tokens(form: str, name: str, tmp_path: Path) -> 
     model, (make, layout) = theirs(name), FORMS[form]
     path = saved(make(dict(model.state_dict())), tmp_path)
     told = {} if layout == "DINOv3" else {"num_heads": 3}
-    backbone, opened = open_weights(path, **told)
+    opened = open_weights(path, **told)
+    backbone = opened.backbone
     assert isinstance(backbone, RoPEViT)
-    assert (opened.layout, opened.image_size) == (layout, 128)
-    assert (opened.spec["num_heads"], opened.spec["num_registers"]) == (3, 4)
-    assert opened.spec["qkv_bias"] == name.endswith("qkvb")
+    assert (opened.fit.layout, opened.image_size) == (layout, 128)
+    assert (opened.backbone.spec["num_heads"], opened.backbone.spec["num_registers"]) == (3, 4)
+    assert opened.backbone.spec["qkv_bias"] == name.endswith("qkvb")
     assert (backbone.mask_token is None) == (form == "timm")
     for size in ((32, 32), (24, 40)):
         x = torch.randn(2, 3, *size)
@@ -147,8 +148,8 @@ def test_every_form_gives_timms_tokens(form: str, name: str, tmp_path: Path) -> 
 
 def test_what_was_found_is_said(tmp_path: Path) -> None:
     """The layout, the sizes, what a backbone does without."""
-    _, opened = open_weights(saved(as_hub(dict(theirs().state_dict())), tmp_path))
-    text = " | ".join(opened.sentences())
+    opened = open_weights(saved(as_hub(dict(theirs().state_dict())), tmp_path))
+    text = " | ".join(opened.notes)
     for words in (
         *("DINOv3's layout: all 37 of the backbone", "kind=rope", "num_heads=3", "qkv_bias=True"),
         *("left unused", "rope_embed", "local_cls_norm", "adapted: blocks.*.attn.qkv (4)"),
@@ -163,8 +164,13 @@ def test_hugging_faces_config_is_heard(tmp_path: Path) -> None:
     about = {"model_type": "dinov3_vit", "num_attention_heads": 6, "layer_norm_eps": 1e-3}
     about |= {"rope_theta": 50.0, "image_size": 224, "hidden_act": "silu", "hidden_size": 48}
     (tmp_path / "config.json").write_text(json.dumps(about))
-    backbone, opened = open_weights(tmp_path)
-    assert (opened.spec["num_heads"], backbone.norm.eps, opened.image_size) == (6, 1e-3, 224)
+    opened = open_weights(tmp_path)
+    backbone = opened.backbone
+    assert (opened.backbone.spec["num_heads"], backbone.norm.eps, opened.image_size) == (
+        6,
+        1e-3,
+        224,
+    )
     assert (backbone.positions.base, backbone.positions.width) == (50.0, 8)
     (tmp_path / "config.json").write_text(json.dumps(about | {"hidden_act": "gelu"}))
     with pytest.raises(UserError, match="with silu"):
@@ -208,7 +214,8 @@ def test_an_export_and_its_file_open_as_what_they_are(tmp_path: Path) -> None:
     export_safetensors(source, tmp_path / "out", **told, images=x)  # type: ignore[arg-type]
     file = find_checkpoint(str(tmp_path / "out" / "model.safetensors"), tmp_path)
     for path in (find_checkpoint(str(tmp_path / "out"), tmp_path), file):
-        backbone, about = open_backbone(path)
+        about = open_backbone(path)
+        backbone = about.backbone
         assert isinstance(backbone, RoPEViT)
         assert about["image_size"] == 32
         torch.testing.assert_close(backbone(x).patches, source.eval()(x).patches)
@@ -221,7 +228,8 @@ def test_an_export_and_its_file_open_as_what_they_are(tmp_path: Path) -> None:
 def test_a_timm_dinov3_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With timm's size and normalization, and the same tokens."""
     made = pretend_download(monkeypatch)
-    backbone, opened = open_timm(name)
+    opened = open_timm(name)
+    backbone = opened.backbone
     (model,) = made
     assert (opened.image_size, opened.mean[0], backbone.patch_size) == (256, 0.485, 16)
     x = torch.randn(1, 3, 32, 48)

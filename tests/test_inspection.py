@@ -193,8 +193,8 @@ def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Digest, header and pixels come from one read."""
     source = open_folder(photos(tmp_path, ["a.png", "b.png"])).train
     opened: list[int] = []
-    real = source.raw
-    monkeypatch.setattr(source, "raw", lambda index: opened.append(index) or real(index))
+    real = source.encoded
+    monkeypatch.setattr(source, "encoded", lambda index: opened.append(index) or real(index))
     monkeypatch.setattr(source, "read", lambda *_: pytest.fail("read twice"))
     inspect(source, np.arange(2))
     assert opened == [0, 1]

@@ -87,10 +87,10 @@ def test_crops_are_searched_apart_and_add_up() -> None:
     """Two crops of an image are no neighbors; weights are the images', in every crop."""
     x, weight = torch.randn(6, 4, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     x[3:] = x[:3] + 1e-3
-    loss = KoLeoLoss("koleo", Constant(0.1))
+    loss = KoLeoLoss("tokens", Constant(0.1))
     wanted = oracle.koleo(x[:3], weight) + oracle.koleo(x[3:], weight)
     torch.testing.assert_close(loss(match(x, weight, 2)), wanted)
-    assert loss.reads == "koleo"
+    assert loss.reads == "tokens"
     assert loss.weight(Progress(0, 1, 1)) == 0.1
 
 
@@ -98,8 +98,8 @@ def test_scores_are_no_tokens() -> None:
     """A match of the wrong kind is a programmer's mistake and says which loss met it."""
     target = match(torch.zeros(2, 3), mean(2), 1).target
     scores = Scores(torch.zeros(1, 2, 3), Prototypes(torch.eye(3)))
-    with pytest.raises(TypeError, match="koleo"):
-        KoLeoLoss("koleo", Constant(0.1))(Match(scores, target))
+    with pytest.raises(TypeError, match="tokens"):
+        KoLeoLoss("tokens", Constant(0.1))(Match(scores, target))
 
 
 # ------------------------------------------------------------------------------------ two processes
@@ -125,7 +125,7 @@ def step(own: slice, weight: float, across_ranks: bool) -> tuple[Tensor, Tensor]
     features = network(images()[:, own].flatten(0, 1))
     num_images = len(range(*own.indices(8)))
     weights = torch.full((num_images,), weight, dtype=torch.float64)
-    value = KoLeoLoss("koleo", Constant(0.1), across_ranks)(match(features, weights, CROPS))
+    value = KoLeoLoss("tokens", Constant(0.1), across_ranks)(match(features, weights, CROPS))
     value.backward()
     return value.detach(), network.weight.grad
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import cast
 
 import pytest
 import torch
 
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
 from dino_lite.eval.linear import Linear
@@ -133,7 +132,7 @@ def test_a_backbone_is_measured_on_test_or_on_a_part_of_train() -> None:
 def test_raw_pixels_are_measured_too() -> None:
     """A baseline has one block."""
     store = store_of(shades(36), shades(12, seed=1))
-    found = Linear(**QUICK)(cast(Backbone, raw_pixels(store.data)), store)
+    found = Linear(**QUICK)(raw_pixels(store.data), store)
     assert len(found["heads"]) == 4
     assert found["value"] == 100.0
 

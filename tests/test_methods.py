@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dino_lite.checkpoints import open_backbone
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError
-from test_pretrain import assert_same, command
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
+from ranks import command
+from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command
 
 METHODS = sorted(path.stem for path in (config_dir() / "method").glob("*.yaml"))
@@ -60,7 +61,7 @@ def test_a_run_is_bit_equal_to_one_that_was_interrupted(method: str, tmp_path: P
         rows = list(csv.DictReader(file))
     assert TERMS[method] <= set(rows[0])
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
-    backbone, _ = open_backbone(whole / "checkpoints" / "last.ckpt")
+    backbone = open_backbone(find_checkpoint(str(whole), "runs")).backbone
     assert backbone.patch_size == 4
 
 
@@ -69,7 +70,7 @@ def test_two_processes_train_it_by_the_command_line(method: str, tmp_path: Path)
     """Every weight has a gradient at every step, and ranks stay together."""
     options = ["trainer.devices=2", "callbacks.pictures=null", "loss.koleo.across_ranks=true"]
     words = [f"method={method}", *WITH.get(method, []), "backbone.patch_size=4", *options]
-    result = command("pretrain", *tiny_command(tmp_path, *words, "trainer.max_steps=6"))
+    result = command("pretrain", *tiny_command(tmp_path, *words, "trainer.max_steps=6"), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert checkpoint(run)["global_step"] == 6

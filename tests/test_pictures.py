@@ -17,6 +17,7 @@ from dino_lite.data.sources import ArraySource
 from dino_lite.eval.curves import curves_picture, read_curve, running_mean
 from dino_lite.eval.heat import heat, overlay
 from dino_lite.eval.pictures import attention_picture, crops_picture, neighbors_picture
+from images import Broken
 from tiny import pixel_features
 
 
@@ -88,22 +89,18 @@ def test_heat_is_bright_where_values_are_large() -> None:
     assert np.ptp(laid[0, 7].astype(int)) > np.ptp(laid[7, 0].astype(int))  # color over gray
 
 
-class Broken(ArraySource):
-    """Its first image cannot be read."""
-
-    def read(self, index: int, min_pixels: int | None = None) -> np.ndarray:
-        if index == 0:
-            raise OSError("truncated")
-        return super().read(index)
-
-
-def stripes(num: int, labeled: bool = True, kind: type[ArraySource] = ArraySource) -> ArraySource:
+def stripes(num: int, labeled: bool = True) -> ArraySource:
     """Image i is gray but for one column, by which it can be found again."""
     pixels = torch.full((num, 32, 32, 3), 100, dtype=torch.uint8)
     for i in range(num):
         pixels[i, :, i % 32] = torch.tensor([10 * i, 255 - 10 * i, 0], dtype=torch.uint8)
     labels = np.arange(num) % 2 if labeled else None
-    return kind(pixels, labels, ["even", "odd"] if labeled else [], f"stripes{num}")
+    return ArraySource(pixels, labels, ["even", "odd"] if labeled else [], f"stripes{num}")
+
+
+def first_broken(source: ArraySource) -> Broken:
+    """The first image of `source` cannot be read."""
+    return Broken(source, lambda index: index == 0)
 
 
 def blue_and_orange(path: Path) -> tuple[bool, bool]:
@@ -124,7 +121,7 @@ def test_frames_tell_same_class_from_another(tmp_path: Path) -> None:
 
 def test_unreadable_images_do_not_shift_the_neighbors(tmp_path: Path) -> None:
     """Row 0 of the features is image 1 where image 0 is broken: its own color is on the sheet."""
-    splits = Splits(stripes(3, False, Broken), None, "x")
+    splits = Splits(first_broken(stripes(3, False)), None, "x")
     data = CleanData(splits, 32, Normalize(), batch_size=8)
     neighbors_picture(pixel_features(data)[0], data, tmp_path / "n.png", num_queries=1)
     assert {0x0AF500, 0x14EB00} <= colors_of(tmp_path / "n.png")

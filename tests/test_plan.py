@@ -9,10 +9,10 @@ import shlex
 import pytest
 import yaml
 
-from dino_lite.checks import seconds
 from dino_lite.config import Config, compose, config_dir, get, instantiate, leaves, load, put
 from dino_lite.contracts import Progress, UserError
-from dino_lite.plan import plan
+from dino_lite.methods.clock import seconds
+from dino_lite.planning.plan import plan
 from test_conf import facts
 
 
@@ -114,7 +114,7 @@ def test_on_a_cpu_the_backbone_is_a_convnet_unless_something_is_asked_of_it() ->
     """A ViT where any of its keys is given, where patches are masked, on a GPU, for the embedded
     set; the choice is told, and each of its keys can be given in turn.
     """
-    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.build.vit"
+    convnet, vit = "dino_lite.backbones.convnet.ConvNet", "dino_lite.backbones.vit.ViT"
     told = plan(defaults(), facts())
     assert told.config["backbone"]["_target_"] == convnet
     assert "backbone=convnet" in told.table()
@@ -199,6 +199,80 @@ def test_channels_decide_the_first_convolution_and_the_normalization() -> None:
         assert config["normalize"]["std"] == list(std)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "size", "expected"),
+    [
+        ("backbone=vit", 32, "32"),  # 64 wide on the embedded set, 17 tokens
+        ("backbone=vit backbone.embed_dim=128", 32, "bf16"),
+        ("backbone=vit", 64, "bf16"),
+        ("backbone=vit_tiny", 32, "bf16"),
+        ("backbone=convnet", 32, "bf16"),
+    ],
+)
+def test_bfloat16_on_a_cpu_only_where_it_pays(overrides: str, size: int, expected: str) -> None:
+    """Not for narrow networks on few tokens; on a GPU and without the instructions always alike."""
+    config = compose("pretrain", overrides.split())
+    source = {"source": "shapes", "height": size, "width": size}
+
+    def precision(**changes: object) -> str:
+        return str(get(plan(config, facts(**source, **changes)).config, "trainer.precision"))
+
+    assert precision(bf16=True) == expected
+    assert precision(bf16=True, accelerator="cuda") == "bf16"
+    assert precision(bf16=False) == "32"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "expected"),
+    [
+        ("trainer.max_steps=5000", {}, True),
+        ("trainer.max_steps=4999", {}, False),
+        ("trainer.max_epochs=100", {}, True),  # of 78 steps each
+        ("trainer.max_epochs=10", {}, False),
+        ("trainer.max_time=1h", {}, True),
+        ("trainer.max_time=59m", {}, False),
+        ("trainer.max_steps=5000", {"compiler": False}, False),
+        ("trainer.max_steps=5000 trainer.precision=32", {}, False),
+        ("trainer.max_steps=5000 trainer.precision=32", {"accelerator": "cuda"}, True),
+        ("trainer.max_steps=5000 backbone=convnet", {}, False),
+    ],
+)
+def test_a_run_is_compiled_where_it_is_long_enough(
+    overrides: str, changes: dict[str, object], expected: bool
+) -> None:
+    """By steps or by the clock; a CPU in bfloat16 only; only transformers have what is compiled."""
+    config = compose("pretrain", ["backbone=vit", "loader.batch_size=64", *overrides.split()])
+    known = facts(**({"compiler": True, "bf16": True} | changes))
+    assert get(plan(config, known).config, "trainer.compile") is expected
+
+
+LARGE = ("augment.global_size=224", "augment.local_size=96", "augment.num_local=8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "expected"),
+    [
+        (["backbone=vit"], {"source": "shapes", "height": 32, "width": 32}, 0),
+        (["backbone=vit"], {}, 0),
+        (["backbone=vit", "loader.batch_size=128"], {}, 64),
+        (["backbone=vit", "loader.batch_size=128", "trainer.devices=2"], {}, 0),
+        (["backbone=vit_tiny", *LARGE], {}, 5),
+        (["backbone=vit_tiny", *LARGE], {"bf16": True}, 7),
+        (["backbone=vit_tiny", *LARGE], {"accelerator": "cuda"}, 0),
+        (["backbone=resnet50", *LARGE], {}, 0),
+        (["backbone=vit_tiny", *LARGE, "method=dinov2"], {}, 0),  # KoLeo
+    ],
+)
+def test_a_cpu_takes_a_large_batch_in_parts(
+    overrides: list[str], changes: dict[str, object], expected: int
+) -> None:
+    """By what the backward pass would keep; whole where images are looked at together, in
+    convolutional networks and on a GPU.
+    """
+    config = plan(compose("pretrain", overrides), facts(**changes)).config
+    assert get(config, "trainer.micro_batch_size") == expected
+
+
 def test_batch_size_divides_by_the_processes() -> None:
     """loader.batch_size counts images over all processes."""
     assert planned("trainer.devices=3")["loader"]["batch_size"] % 3 == 0
@@ -231,6 +305,7 @@ REFUSED = {
     "method.head.num_layers=0": "a whole number",
     "trainer.max_epochs=5 trainer.max_steps=5": "exactly one",
     "trainer.max_epochs=0": "a number above 0, or null",
+    "trainer.max_epochs=null trainer.max_time=null": "The run has no length",
     "loader.batch_size=abc": "a whole number",
     "data.channels=n": "a whole number",
     "data.channels=0": "a whole number",
@@ -303,9 +378,11 @@ def test_times_are_read(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["loss=[]"], "choose loss="),
+        (["method=simdino", "~loss.simdino"], "choose loss="),
         (["method=dinov2", "~loss.ibot"], "no loss reads masked patches"),
-        (["method=dinov2", "loss=simdinov2"], "no loss reads its prototypes"),
-        (["method=dino", "loss=simdino"], "no loss reads its prototypes"),
+        (["method=dinov2", "loss=[simdino,patch]"], "no loss reads its prototypes"),
+        (["method=dino", "loss=[simdino]"], "no loss reads its prototypes"),
         (["method=dinov2", "method.patch_head.batch_norm=true"], "one alone has no variance"),
         (
             ["method=dinov2", "method.patch_head=null", "method.head.batch_norm=true"],

@@ -13,7 +13,7 @@ from PIL import Image
 from dino_lite.config import compose, config_dir, instantiate, leaves
 from dino_lite.data import exact
 from dino_lite.data.crops import COLUMNS, Drawn, MultiCrop, Photometric
-from dino_lite.plan import plan
+from dino_lite.planning.plan import plan
 from test_conf import facts
 
 PRESETS = ("aerial", "dinov2", "document", "grayscale", "medical")
@@ -273,6 +273,7 @@ def test_turns_depend_on_nothing_but_the_key() -> None:
 # ------------------------------------------------------------------------------------------ sheets
 
 
+@pytest.mark.slow
 def test_a_sheet_is_drawn_of_every_preset(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

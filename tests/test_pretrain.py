@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, put
 from dino_lite.contracts import UserError
-from tiny import checkpoint, photos, tiny, tiny_command, train
-
-ROOT = Path(__file__).resolve().parents[1]
+from ranks import command
+from tiny import WITH_PICTURES, checkpoint, photos, tiny, tiny_command, train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run with its baselines."""
-    return train(tmp_path_factory.mktemp("runs"), "baselines=true")
+    return train(tmp_path_factory.mktemp("runs"), "baselines=true", WITH_PICTURES)
 
 
 def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None:
@@ -98,7 +97,7 @@ def test_metrics_follow_the_run(run: Path) -> None:
     assert [row["knn"] for row in rows if row["knn"]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_run_is_bit_equal_to_one_that_was_not(
     tmp_path: Path, workers: int
 ) -> None:
@@ -123,6 +122,7 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_one_that_was_not(
     ).read_text().count("\n")
 
 
+@pytest.mark.slow
 def test_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     """The same request with other workers is the same run, to the last bit."""
     a = train(tmp_path / "a", "trainer.max_steps=3", "loader.num_workers=0")
@@ -140,21 +140,16 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     assert not torch.equal(checkpoint(a)["state_dict"][key], checkpoint(b)["state_dict"][key])
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`dino-lite ARGUMENTS` in a process of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dino-lite ARGUMENTS` in an interpreter of its own, which starts the other ranks itself."""
     line = [sys.executable, "-c", "from dino_lite.cli import main; main()", *arguments]
-    return subprocess.run(
-        line, capture_output=True, text=True, env=environment, cwd=cwd, check=False
-    )
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     """1x1, 1x4 and, through the command line, 2x1 and 2x2 (processes x micro-batches) agree in
-    float64 without drop path.
+    float64 without drop path, whether the command starts the second process or a launcher does.
     """
     options = [
         "trainer.precision=64",
@@ -171,7 +166,8 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         arguments = tiny_command(
             tmp_path / name, *options, "trainer.devices=2", f"trainer.micro_batch_size={micro}"
         )
-        result = command("pretrain", *arguments)
+        launched = start if name == "2x1" else partial(command, ranks=2)
+        result = launched("pretrain", *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         (folder,) = (path for path in (tmp_path / name).iterdir() if path.is_dir())
         others[name] = checkpoint(folder)
@@ -180,6 +176,7 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         assert_same(whole["state_dict"], other["state_dict"], name, tolerance=1e-9)
 
 
+@pytest.mark.slow
 def test_timed_run_ends_on_time_and_its_schedules_with_it(tmp_path: Path) -> None:
     """max_time ends the run; the momentum has arrived at 1 and the rate at its end."""
     folder = train(
@@ -198,7 +195,7 @@ def test_finished_run_says_so_and_trains_no_further(
 ) -> None:
     """The same command on a finished run changes nothing."""
     before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
-    run_pretrain(tiny(run.parent, "baselines=true"))
+    run_pretrain(tiny(run.parent, "baselines=true", WITH_PICTURES))
     assert "is finished" in capsys.readouterr().out
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
 

@@ -11,7 +11,7 @@ import torch
 from dino_lite.data import random_crops as module
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from pooled import shades
-from test_features import HalfBroken, images
+from test_features import half_broken, images
 
 
 def test_a_crop_depends_on_seed_epoch_and_image_alone() -> None:
@@ -56,7 +56,7 @@ def test_epochs_are_shuffled_and_workers_change_nothing() -> None:
 
 def test_images_that_cannot_be_read_are_told() -> None:
     """A batch of them alone is empty."""
-    crops = RandomCrops(images(6, HalfBroken), 8, (0.5, 1.0), seed=0)
+    crops = RandomCrops(images(6, half_broken), 8, (0.5, 1.0), seed=0)
     batch = crops.__getitems__([(0, 0), (0, 1)])
     assert batch.index.tolist() == [1]
     assert batch.bad == [(0, "truncated")]

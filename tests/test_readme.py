@@ -56,7 +56,7 @@ def test_demo_runs_shortened_and_prints_its_table(tmp_path: Path) -> None:
         pytest.skip("DINO_LITE_VENV names no environment: scripts/test.sh does")
     environment = os.environ | {"DINO_LITE_RUNS": str(tmp_path)}
     result = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "demo.sh"), "10s"],
+        ["bash", str(ROOT / "scripts" / "demo.sh"), "3s"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -64,7 +64,7 @@ def test_demo_runs_shortened_and_prints_its_table(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    run = tmp_path / "demo_10s"
+    run = tmp_path / "demo_3s"
     results = json.loads((run / "results.json").read_text())
     assert {"knn_raw_pixels", "knn_untrained", "knn_trained", "train_seconds"} <= results.keys()
     assert f"{results['knn_trained']:.1f} %" in result.stdout

@@ -23,7 +23,6 @@ from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.files import open_files
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.sources import prefetch
 from images import classes, sentence
 from servers import Served, http_files, png
 
@@ -150,9 +149,9 @@ def test_a_short_outage_costs_one_failure_not_the_run(served: Served) -> None:
 def test_the_images_of_a_part_are_asked_for_together(served: Served) -> None:
     """Once each, before the first is read; what cannot be had says so when it is read."""
     source = open_auto(f"{served.url}/all.csv").train
-    prefetch(source, [0, 3, 11])
+    source.prefetch([0, 3, 11])
     assert [served.asked[name] for name in ("0.png", "3.png", "gone.png")] == [1, 1, 1]
-    assert (source.read(3)[0, 0, 0], source.size(0)) == (3, (4, 6))
+    assert (source.read(3)[0, 0, 0], source.image_size(0)) == (3, (4, 6))
     with pytest.raises(OSError, match="gone"):
         source.read(11)
     assert served.asked["3.png"] == 1

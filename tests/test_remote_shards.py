@@ -173,7 +173,7 @@ def test_parquet_on_s3_is_read_where_it_lies(
     """By row group, only the column of images; without a local copy."""
     datasets = pytest.importorskip("datasets")
     local = open_shards(packed).train
-    cells = [{"bytes": local.raw(i)[0], "path": None} for i in range(6)]  # type: ignore[attr-defined]
+    cells = [{"bytes": local.encoded(i)[0], "path": None} for i in range(6)]  # type: ignore[attr-defined]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict({"image": cells, "label": list(range(6))}, features)
     table.to_parquet(tmp_path / "a.parquet", batch_size=2)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_lite.checkpoints import find_checkpoint, results_file
 from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
 from dino_lite.config import compose, put, quote_override, save, unquote
@@ -26,10 +23,13 @@ from dino_lite.eval.gallery import PICTURES
 from dino_lite.report.charts import line_chart, number
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page
-from dino_lite.report.pictures import data_uri, find_pictures
 from dino_lite.report.story import read_story, reproduce, results_of
+from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
-from dino_lite.runs import Run, absolute_paths, requested
+from dino_lite.runs.checkpoint import find_checkpoint
+from dino_lite.runs.identity import absolute_paths, requested
+from dino_lite.runs.run import Run
+from ranks import command
 from test_importers import pretend_download, saved, small
 from tiny import photos, train
 
@@ -230,12 +230,13 @@ def test_alarms_are_sentences_with_their_step(tmp_path: Path) -> None:
 def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
     """Nothing was measured, and what to do is said."""
     environment = {"data": {"name": "photos", "num_images": 7, "num_classes": 0, "classes": []}}
-    results = {"finished": True, "steps": 5, "train_seconds": 4000}
+    results = {"finished": True, "steps": 5, "train_seconds": 4000, "estimate": {"memory": 2**31}}
     changes = {"environment.json": environment, "results.json": results}
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "photos: 7 images, no labels" in text
     assert "Nothing was measured yet: dino-lite evaluate" in text
     assert "1 h 6 min" in text
+    assert "2,048 MiB" in text
 
 
 def test_every_column_with_numbers_is_drawn_once(tmp_path: Path) -> None:
@@ -401,6 +402,7 @@ def test_durations_are_said_in_words() -> None:
     assert said == ["3 s", "1 min", "1 min 23 s", "2 h 1 min"]
 
 
+@pytest.mark.slow
 def test_a_real_run_and_its_export_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -452,7 +454,7 @@ def test_foreign_weights_have_a_page_each_with_their_results(
     files = [saved(small().state_dict(), tmp_path, name) for name in ("a.pth", "b.pth")]
     pages = []
     for place, checkpoint in enumerate([*files, "timm:test_vit"]):
-        results = results_file(find_checkpoint(str(checkpoint), tmp_path))
+        results = find_checkpoint(str(checkpoint), tmp_path).results_file
         results.write_text(json.dumps({"knn@shapes": result(31.0 + place)}))
         asked = compose("report", [f"checkpoint='{checkpoint}'", f"runs_dir={tmp_path}"])
         pages.append(run_report(asked))
@@ -476,9 +478,6 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
 def test_the_command_line_writes_the_page(tmp_path: Path, root: Path) -> None:
     """As a user calls it."""
     write_run(tmp_path / "a run")
-    line = [sys.executable, "-c", "from dino_lite.cli import main; main()", "report"]
-    done = subprocess.run(
-        [*line, f"checkpoint={tmp_path}/a run"], cwd=root, capture_output=True, text=True
-    )
+    done = command("report", f"checkpoint={tmp_path}/a run", cwd=root)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a run" / "report.html").is_file()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
-from dino_lite.contracts import Backbone, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.robustness import CORRUPTIONS, Robustness, blur, color, crop, noise
 from dino_lite.eval.store import FeatureStore
+from dino_lite.runs.subject import build_evaluations
 from test_features import images, vit
 
 NUMBERS = np.arange(4)
@@ -83,7 +83,7 @@ def test_the_table_holds_every_corruption(name: str, with_test: bool) -> None:
     """Means and drops agree; clean accuracy is k-NN's; with one split a part is held out; the same
     again.
     """
-    backbone = cast(Backbone, RawPixels(Normalize(), 8) if name == "raw pixels" else vit())
+    backbone = RawPixels(Normalize(), 8) if name == "raw pixels" else vit()
     train, test = images(30), images(12) if with_test else None
     evaluation = Robustness(k=3, max_images=8)
     found = evaluation(backbone, store(train, test))
@@ -99,7 +99,7 @@ def test_the_table_holds_every_corruption(name: str, with_test: bool) -> None:
 
 def test_the_k_that_was_used_is_told() -> None:
     """A bank smaller than k is used whole."""
-    backbone = cast(Backbone, RawPixels(Normalize(), 8))
+    backbone = RawPixels(Normalize(), 8)
     found = Robustness(k=20)(backbone, store(images(9), images(6)))
     assert found["settings"]["k"] == 9
     assert "k=9," in found["protocol"]

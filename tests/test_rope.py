@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from dino_lite.backbones.blocks import Memory, prepare
-from dino_lite.backbones.build import build_backbone
-from dino_lite.backbones.dinov3 import rename
+from dino_lite.backbones.layers import prepare
 from dino_lite.backbones.rope import RoPEViT, RotaryPositions
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
-from dino_lite.contracts import Backbone, Tokens, UserError
+from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.eval.features import frozen
 from dino_lite.eval.pictures import attention_picture
+from dino_lite.formats.dinov3 import rename
 from dino_lite.formats.safetensors import load_backbone
 from dino_lite.nn.teachers import frozen_copy
-from dino_lite.plan import plan
+from dino_lite.planning.plan import plan
 from test_conf import facts
 from test_pretrain import assert_same
 from test_vit import images, randomize
@@ -403,7 +403,7 @@ def test_the_spec_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
     """From plain JSON, by its kind: the same tokens; what training alone knows is not in it."""
     backbone = small(**settings, drop_path=0.2, **MOVES)
     assert isinstance(backbone, Backbone)
-    spec = json.loads(json.dumps(backbone.spec))
+    spec = json.loads(json.dumps(backbone.stored_spec()))
     assert spec["kind"] == "rope"
     assert not {"drop_path", *MOVES} & spec.keys()
     twin: Any = build_backbone(spec).double().eval()
@@ -476,6 +476,7 @@ def request(runs_dir: Path, *overrides: str) -> dict[str, Any]:
     return compose("pretrain", asked)
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_bit_equal_and_is_evaluated(tmp_path: Path) -> None:
     """DINO of it from end to end, interrupted and not; the export gives the same tokens."""
     options = ["trainer.max_steps=6", "backbone.drop_path=0.3", "trainer.micro_batch_size=5"]

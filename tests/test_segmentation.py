@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dino_lite.commands.evaluate import build_evaluations
 from dino_lite.config import compose
-from dino_lite.contracts import Backbone, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.masks import fitted, open_masks
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.pixel_labels import fitted, open_masks
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.segmentation import Segmentation, confusion, iou, iou_interval
 from dino_lite.eval.segmenter import (
@@ -28,6 +27,7 @@ from dino_lite.eval.segmenter import (
     train_heads,
 )
 from dino_lite.eval.store import FeatureStore
+from dino_lite.runs.subject import build_evaluations
 from test_features import images, vit
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_what_is_wrong_with_the_masks_is_a_sentence(scenes: Path, how: str, told
     """It names the file and what to do."""
     broken(scenes, how)
     with pytest.raises(UserError, match=told):
-        segmentation(scenes)(cast(Backbone, RawPixels(Normalize(), 8)), store())
+        segmentation(scenes)(RawPixels(Normalize(), 8), store())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_pixels_logits_are_those_of_upsampled_maps(
 def test_pixels_are_drawn_alike_from_each_image(scenes: Path) -> None:
     """As many of each, only ones that have a class, their own class, and the same each time."""
     train, _ = open_masks(scenes, [NOTHING])
-    pixels = cast(Backbone, RawPixels(Normalize(), 8))
+    pixels = RawPixels(Normalize(), 8)
     first, again = (
         draw_pixels(pixels, train, [PALE, DARK], Normalize(), 300, seed=1) for _ in range(2)
     )
@@ -258,20 +258,20 @@ def test_a_head_tells_dark_from_pale(scenes: Path, name: str) -> None:
     """
     backbone = RawPixels(Normalize(), 8) if name == "raw pixels" else vit()
     evaluation = segmentation(scenes, classes=["", "", "", "ground"])
-    found = evaluation(cast(Backbone, backbone), store())
+    found = evaluation(backbone, store())
     assert found["value"] > 55  # ground everywhere: 40
     assert found["value"] == pytest.approx(np.mean([row["IoU %"] for row in found["table"]]))
     assert [row["class"] for row in found["table"]] == ["ground", str(DARK)]
     assert sum(row["pixels %"] for row in found["table"]) == pytest.approx(100)
     assert found["interval"][0] <= found["value"] <= found["interval"][1]
     assert (found["num_train"], found["num_test"]) == (6, 3)
-    assert evaluation(cast(Backbone, backbone), store()) == found
+    assert evaluation(backbone, store()) == found
 
 
 def test_it_draws_what_it_predicts(scenes: Path, tmp_path: Path) -> None:
     """A row for each of its three test images, 384 pixels wide and in proportion high."""
     path = tmp_path / "segmentation.png"
-    segmentation(scenes).draw(cast(Backbone, RawPixels(Normalize(), 8)), store(), path)
+    segmentation(scenes).draw(RawPixels(Normalize(), 8), store(), path)
     with Image.open(path) as image:
         assert image.height > 144 + 3 * 384 * 24 // 40
         assert image.width > 3 * 384
@@ -282,7 +282,7 @@ def test_it_draws_from_the_head_it_trained(
 ) -> None:
     """That of the backbone it draws, another measured since or not."""
     evaluation = segmentation(scenes)
-    own, other = (cast(Backbone, RawPixels(Normalize(), 8)) for _ in range(2))
+    own, other = (RawPixels(Normalize(), 8) for _ in range(2))
     for backbone in (own, other):
         evaluation(backbone, store())
     monkeypatch.setattr(evaluation, "fit", None)
@@ -302,7 +302,7 @@ def test_one_split_is_taken_apart(scenes: Path) -> None:
 
 def test_the_test_images_choose_no_rate(scenes: Path) -> None:
     """Other masks of test leave head and rate as they are."""
-    evaluation, backbone = segmentation(scenes), cast(Backbone, RawPixels(Normalize(), 8))
+    evaluation, backbone = segmentation(scenes), RawPixels(Normalize(), 8)
     before = evaluation.fit(backbone, Normalize(), evaluation.open())
     for path in (scenes / "masks" / "val").iterdir():
         with Image.open(path) as image:

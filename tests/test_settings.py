@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 
-from dino_lite import checks
-from dino_lite.checks import Settings, check_values, mixes_images
 from dino_lite.config import Config, compose, config_dir, get, load, put
 from dino_lite.contracts import Match, Schedule, UserError
 from dino_lite.optim.schedules import Constant, Cosine
-from dino_lite.plan import plan
+from dino_lite.planning import checks
+from dino_lite.planning.checks import Settings, check_values, mixes_images
+from dino_lite.planning.plan import plan
 from dino_lite.settings.kinds import (
     Count,
     Fraction,

@@ -68,7 +68,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def contents(source: Any) -> dict[bytes, str | None]:
     """The class of each image by its bytes."""
     labels = classes(source) or [None] * len(source)
-    return {source.raw(i)[0]: labels[i] for i in range(len(source))}
+    return {source.encoded(i)[0]: labels[i] for i in range(len(source))}
 
 
 def test_a_folder_comes_back_from_its_shards(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_pixels_sizes_names_and_groups(tmp_path: Path) -> None:
     for i in range(len(source)):
         key = Path(source.name(i)).stem
         assert np.array_equal(source.read(i), folder.train.read(int(key)))
-        assert source.size(i) == (4, 6)
-        assert source.raw(i)[1] == ".png"
+        assert source.image_size(i) == (4, 6)
+        assert source.encoded(i)[1] == ".png"
     assert source.groups[0] == 0
     assert source.groups[-1] == 10
     assert len(source.groups) - 1 == len({Path(source.name(i)).parent for i in range(10)})
@@ -120,13 +120,15 @@ def test_shards_of_the_webdataset_library_are_read(tmp_path: Path) -> None:
             about = {"label": "cat" if i % 2 else "dog", "width": 6}
             sink.write({"__key__": f"k{i:03}", "json": about, "webp": encoded(i, "WEBP")})
     source = open_shards(tmp_path / "cls").train
-    assert [source.raw(i) for i in range(10)] == [(encoded(i, "JPEG"), ".jpg") for i in range(10)]
+    assert [source.encoded(i) for i in range(10)] == [
+        (encoded(i, "JPEG"), ".jpg") for i in range(10)
+    ]
     assert classes(source) == [str(i % 3) for i in range(10)]
     assert source.groups.tolist() == [0, 4, 8, 10]
     assert source.name(5) == f"{tmp_path}/cls/train-000001.tar/dir/k005.jpg"
     named = open_shards(tmp_path / "json" / "all.tar").train
     assert classes(named) == ["dog", "cat"] * 5
-    assert named.raw(9) == (encoded(9, "WEBP"), ".webp")
+    assert named.encoded(9) == (encoded(9, "WEBP"), ".webp")
 
 
 @pytest.mark.filterwarnings(
@@ -144,7 +146,7 @@ def test_the_webdataset_library_reads_ours(tmp_path: Path) -> None:
     gc.collect()  # it leaves its files open
     assert folder.train.labels is not None
     assert found == {
-        f"{i:09d}": (folder.train.raw(i)[0], int(folder.train.labels[i])) for i in range(10)
+        f"{i:09d}": (folder.train.encoded(i)[0], int(folder.train.labels[i])) for i in range(10)
     }
 
 

@@ -220,7 +220,7 @@ def test_a_loss_that_reads_what_is_not_made_is_refused() -> None:
     optimizer = torch.optim.SGD(param_groups(method.student), lr=1.0)
     rates = {"learning_rate": Constant(1.0), "weight_decay": Constant(0.0)}
     with pytest.raises(
-        UserError, match=r"loss\.ibot reads 'patch', but DINO provides embedding, cls\."
+        UserError, match=r"loss\.ibot reads 'patch', but DINO provides embedding, tokens, cls\."
     ):
         Step(method, {"ibot": PrototypeLoss("patch", Constant(1.0))}, optimizer, **rates)
 

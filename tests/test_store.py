@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from dino_lite.backbones.vit import ViT
@@ -25,7 +22,8 @@ from dino_lite.eval import store as store_file
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Pooled
 from dino_lite.eval.store import FeatureStore, content_key
-from test_features import HalfBroken, images, vit
+from ranks import on_ranks
+from test_features import half_broken, images, vit
 from tiny import photos
 
 
@@ -86,7 +84,7 @@ def test_each_split_is_extracted_once(tmp_path: Path, count: list[int]) -> None:
 
 def test_unreadable_images_are_remembered(tmp_path: Path, count: list[int]) -> None:
     """What was left out is told again where features come from the disk."""
-    source = images(7, HalfBroken)
+    source = images(7, half_broken)
     for _ in range(2):
         data = data_of(source)
         found = FeatureStore(data, tmp_path).pooled(vit_of(0), source)
@@ -173,63 +171,47 @@ def test_labels_are_asked_for_in_words() -> None:
 def test_nothing_readable_is_a_sentence() -> None:
     """Where to look."""
     with pytest.raises(UserError, match="no image it could read"):
-        FeatureStore(data_of(images(1, HalfBroken))).pooled(vit(), images(1, HalfBroken))
+        FeatureStore(data_of(images(1, half_broken))).pooled(vit(), images(1, half_broken))
 
 
-def _rank(rank: int, world: int, folder: str, kind: str) -> None:
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, init_method=f"file://{folder}/group"
-    )
+def _rank(rank: int, kind: str) -> Any:
     torch.manual_seed(0)
     broken = kind == "broken"
-    source = images(1 if kind == "one" else 7, HalfBroken if broken else ArraySource)
+    source = images(1 if kind == "one" else 7, half_broken if broken else ArraySource)
     data = data_of(source)
     found = FeatureStore(data).pooled(vit_of(0), source, num_blocks=2)
-    torch.save((tuple(found), sorted(data.bad)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return tuple(found), sorted(data.bad)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "broken", "one"])
-def test_ranks_share_the_work_and_all_get_all(tmp_path: Path, kind: str) -> None:
+def test_ranks_share_the_work_and_all_get_all(kind: str) -> None:
     """Two and one process have the same rows in the same order; none is counted twice, also where
     a rank has none."""
     torch.manual_seed(0)
-    source = images(1 if kind == "one" else 7, HalfBroken if kind == "broken" else ArraySource)
+    source = images(1 if kind == "one" else 7, half_broken if kind == "broken" else ArraySource)
     if kind == "one":
         source.labels = np.array([0])
     data = data_of(source)
     alone = FeatureStore(data).pooled(vit_of(0), source, num_blocks=2)
-    mp.spawn(_rank, (2, str(tmp_path), kind), nprocs=2)
-    for rank in range(2):
-        found, bad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found, bad in on_ranks(2, _rank, kind):
         assert bad == sorted(data.bad)
         for part, wanted in zip(found, alone, strict=True):
             torch.testing.assert_close(part, wanted)
 
 
-def _first_alone(rank: int, world: int, folder: str) -> None:
+def _first_alone(rank: int) -> list[int]:
     """Rank 0 extracts by itself, what nobody else is asked for."""
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, init_method=f"file://{folder}/group"
-    )
-    if rank == 0:
-        torch.manual_seed(0)
-        source = images(7)
-        with alone():
-            found = FeatureStore(data_of(source)).pooled(vit_of(0), source)
-        torch.save(found.index, f"{folder}/index.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if rank > 0:
+        return []
+    torch.manual_seed(0)
+    source = images(7)
+    with alone():
+        return FeatureStore(data_of(source)).pooled(vit_of(0), source).index.tolist()
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_rank_that_is_alone_waits_for_nobody() -> None:
     """It extracts every image, as rank 0 does when a run of several has ended."""
-    mp.spawn(_first_alone, (2, str(tmp_path)), nprocs=2)
-    index = torch.load(tmp_path / "index.pt", weights_only=True)
-    assert index.tolist() == list(range(7))
+    assert on_ranks(2, _first_alone) == [list(range(7)), []]
 
 
 def test_fewer_blocks_than_are_kept_cost_nothing(tmp_path: Path, count: list[int]) -> None:

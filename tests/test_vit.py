@@ -17,10 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import oracle
-from dino_lite.backbones.build import build_backbone, vit
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import load_pretrained
 from dino_lite.contracts import UserError
+from dino_lite.formats.weights import load_pretrained
 
 SMALL = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -305,7 +305,8 @@ def test_intermediate_tokens_come_in_the_order_asked_for() -> None:
     assert torch.equal(last.cls, forward.cls)
     assert torch.equal(last.patches, forward.patches)
     tokens, grid = backbone.embed(images_)
-    for found, block in ((first, backbone.blocks[0]), (middle, backbone.blocks[1])):
+    model = timm_twin(backbone)
+    for found, block in ((first, model.blocks[0]), (middle, model.blocks[1])):
         tokens = block(tokens)
         normed = backbone.norm(tokens)
         torch.testing.assert_close(found.cls, normed[:, 0])
@@ -390,8 +391,8 @@ def test_dropped_paths_may_be_uniform() -> None:
 )
 def test_the_spec_is_json_and_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
     """Through JSON and back the same weights fit and give the same tokens; no path is dropped."""
-    backbone = vit(**settings).eval()
-    spec = json.loads(json.dumps(backbone.spec))
+    backbone = ViT(**settings).eval()
+    spec = json.loads(json.dumps(backbone.stored_spec()))
     assert not [key for key in spec if key.startswith("drop_path")]
     twin = build_backbone(spec)
     twin.load_state_dict(backbone.state_dict())

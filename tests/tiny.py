@@ -42,6 +42,8 @@ TINY = {
     "optim.freeze_last_layer": "2 steps",
     "baselines": False,
 }
+# Drawing crops and curves takes as long as the steps do: `tiny` leaves it out unless asked.
+WITH_PICTURES = "callbacks.pictures={_target_: dino_lite.callbacks.drawing.Pictures}"
 
 
 @functools.cache
@@ -57,6 +59,8 @@ def tiny(
     for key, value in TINY.items():
         if data == "shapes" or not key.startswith("data."):
             config = put(config, key, value)
+    if primary == "pretrain":
+        config = put(config, "callbacks.pictures", None)
     for override in overrides:
         key, _, value = override.partition("=")
         config = put(config, key, yaml.safe_load(value))

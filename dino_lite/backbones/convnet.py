@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import timm
@@ -15,14 +15,14 @@ from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropRate
-from dino_lite.contracts import Tokens, UserError
+from dino_lite.contracts import Backbone, Tokens, Traits, UserError
 from dino_lite.settings.kinds import Count, Size
 from dino_lite.settings.validate import checked
 
 _GROUP = 16  # channels that are normalized together
 
 
-class ConvNet(nn.Module):
+class ConvNet(Backbone):
     """Stem → stages → last norm. Patch tokens are the cells of the last map, the class token is
     their mean. With `fields` it is a pyramid instead (Lin et al. 2017): the means of fields x
     fields parts of the last map, of twice as many a side of the stage before, and so on, side by
@@ -34,6 +34,8 @@ class ConvNet(nn.Module):
     micro-batches change what is learned, or "group" (Wu & He 2018), image by image; a ConvNeXt has
     its own, "layer". Blocks, to `intermediate`, are stages.
     """
+
+    kind = "convnet"
 
     @checked
     def __init__(
@@ -49,7 +51,6 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {
-            "kind": "convnet",
             "name": name,
             "patch_size": patch_size,
             "in_chans": in_chans,
@@ -71,10 +72,15 @@ class ConvNet(nn.Module):
         self.num_blocks = len(self.stages)
         self.to(memory_format=torch.channels_last)  # quicker
 
-    @staticmethod
-    def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Whether micro-batches change the result: with batch normalization they do."""
-        return bool(settings["norm"] == "batch")
+    @classmethod
+    def traits(cls, name: str = "resnet", norm: str = "batch", **settings: Any) -> Traits:
+        """Small where it is given by widths; only a ConvNeXt has stochastic depth by default."""
+        return Traits(
+            convolutional=True,
+            small=name == "resnet",
+            drop_path=not name.startswith("resnet"),
+            mixes_images=norm == "batch",
+        )
 
     def forward(
         self,
@@ -179,7 +185,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
     kernel = max(3, 2 * stride - 1)
     conv = nn.Conv2d(spec["in_chans"], widths[0], kernel, stride, kernel // 2, bias=False)
     stem = nn.Sequential(conv, norm(widths[0]), nn.ReLU(inplace=True))
-    probs = torch.linspace(0, drop_path, sum(depths)).tolist()
+    probs = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
     stages: list[nn.Module] = []
     before = widths[0]
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):

@@ -16,10 +16,10 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_lite.backbones.blocks import DropPathBy, DropRate, Rotation
-from dino_lite.backbones.layouts import mlp_of
-from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
-from dino_lite.contracts import UserError
+from dino_lite.backbones.blocks import DropPathBy, DropRate
+from dino_lite.backbones.layers import Rotation
+from dino_lite.backbones.transformer import Transformer, is_plain, mlp_of, timm_vit
+from dino_lite.contracts import Traits, UserError
 from dino_lite.settings.kinds import KeywordsOf, Must, NonNegative, Positive, Size
 from dino_lite.settings.validate import checked
 
@@ -45,6 +45,8 @@ class RoPEViT(Transformer):
     bias. Any image size that the patch divides is taken. Stochastic depth is ViT's. The student's
     coordinates are moved in training as RotaryPositions says.
     """
+
+    kind = "rope"
 
     @checked
     def __init__(
@@ -74,7 +76,7 @@ class RoPEViT(Transformer):
                 f"backbone.name={name} with {', '.join(sorted(given))} is no DINOv3 ViT: leave out "
                 "what changes more than its sizes."
             )
-        spec = {"kind": "rope", "name": name, **sizes, **given}
+        spec = {"name": name, **sizes, **given}
         uniform = drop_path if drop_path_uniform else None
         super().__init__(model, spec, mask_token, drop_path_by, uniform)
         for token in (self.cls_token, self.register_tokens):  # timm's have a deviation of 1e-6
@@ -85,6 +87,15 @@ class RoPEViT(Transformer):
                 block.attn.qkv = _UnbiasedKeys(block.attn.qkv)
         width = self.embed_dim // self.blocks[0].attn.num_heads
         self.positions = RotaryPositions(width, base, rope_shift, rope_jitter, rope_rescale)
+
+    @classmethod
+    def traits(cls, name: str = "rope", **settings: Any) -> Traits:
+        """Small where it is given by sizes."""
+        return Traits(small=name == "rope", names=("rope", "vit_small_patch16_dinov3"))
+
+    def disable_noise(self) -> None:
+        """Move no coordinates."""
+        self.positions.moves = False
 
     def embed(
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None

@@ -11,21 +11,24 @@ from jaxtyping import Bool, Float
 from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp, Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dino_lite.backbones.blocks import DropPathBy, Memory, Rotation, prepare, run_blocks
-from dino_lite.contracts import Tokens, UserError
+from dino_lite.backbones.blocks import Block, DropPathBy, run_blocks
+from dino_lite.backbones.layers import Rotation
+from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Positive, Size
 from dino_lite.settings.validate import checked
 
 
-class Transformer(nn.Module):
-    """Patches, class token and registers through blocks and a last norm. Abstract: how positions
-    get in is `embed`'s and `rotation`'s.
+class Transformer(Backbone):
+    """Patches, class token and registers through blocks and a last norm. Abstract: subclasses say
+    how positions are added (`embed`, `rotation`).
 
-    `model` gives its parts. A `mask_token` stands for masked patches; it starts at zero. Stochastic
-    depth is the model's, or that of `drop_path_uniform` in every block.
+    The layers are those of the timm model `model`. `mask_token`: whether there is a learned token
+    in the place of masked patches; it starts at zero. Stochastic depth is the model's, or that of
+    `drop_path_uniform` in every block.
     """
 
     def __init__(
@@ -40,20 +43,27 @@ class Transformer(nn.Module):
         self.spec = spec | {"num_registers": model.num_reg_tokens, "mask_token": mask_token}
         self.embed_dim = model.embed_dim
         self.patch_size, self.in_chans = spec["patch_size"], spec["in_chans"]
-        self.patch_embed, self.blocks, self.norm = model.patch_embed, model.blocks, model.norm
-        self.patch_embed.strict_img_size = False
+        self.patch_embed = model.patch_embed
+        self.patch_embed.strict_img_size, self.patch_embed.flatten = False, True
+        self.blocks: Any = nn.Sequential(*(Block(block) for block in model.blocks))
+        self.norm = model.norm
         self.num_blocks = len(self.blocks)
         self.cls_token: nn.Parameter = model.cls_token
         self.register_tokens: nn.Parameter | None = model.reg_token
         self.num_registers: int = model.num_reg_tokens
         nothing = torch.zeros(1, self.embed_dim)
         self.mask_token: nn.Parameter | None = nn.Parameter(nothing) if mask_token else None
+        self.takes_masks = mask_token
         self.drop_path_by: DropPathBy = drop_path_by
         if drop_path_uniform is not None:
             for block in self.blocks:
                 block.drop_path1 = block.drop_path2 = DropPath(drop_path_uniform)
-        self.memory: Memory = "normal"  # see run_blocks; it and `compiled` change no result
+        self.memory: Memory = "normal"  # see run_blocks
         self.compiled = False
+
+    def set_memory(self, memory: Memory, compiled: bool) -> None:
+        """Set what blocks keep for the backward pass, and whether they are compiled."""
+        self.memory, self.compiled = memory, compiled
 
     def forward(
         self,
@@ -92,7 +102,7 @@ class Transformer(nn.Module):
                 "choose a crop size that is a multiple of backbone.patch_size."
             )
         grid = (height // self.patch_size, width // self.patch_size)
-        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        patches = self.patch_embed(images)
         if mask is not None:
             if self.mask_token is None:
                 raise NotImplementedError("this backbone has no mask token: set mask_token=true")
@@ -120,12 +130,8 @@ class Transformer(nn.Module):
         tokens, grid = self.embed(images)
         rotation = self.rotation(grid)
         tokens = self._run(tokens, rotation, self.blocks[:-1])
-        last: Any = self.blocks[-1]
-        qkv = last.attn.qkv(last.norm1(tokens)).unflatten(-1, (3, last.attn.num_heads, -1))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # n heads N D/heads
-        query, key = prepare(last.attn, query, key, rotation)
-        weights: Tensor = (query @ key.transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
-        return weights
+        last: Block = self.blocks[-1]
+        return last.attn.weights(last.norm1(tokens), rotation)
 
     def depth_of(self, name: str) -> int:
         """Layer of the parameter `name`: 0 stem, i+1 block i, depth+1 the last norm."""
@@ -219,10 +225,10 @@ def is_plain(model: Any) -> bool:
 
 
 def _is_plain_block(block: Any) -> bool:
-    """True where backbones/blocks.py does what the block's own forward does."""
+    """True where `blocks.Block` does what the block's own forward does."""
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     return (
-        type(block) is Block
+        type(block) is TimmBlock
         and type(attn) is Attention
         and (type(mlp) is Mlp or (type(mlp) is GluMlp and not mlp.gate_last))
         and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
@@ -231,3 +237,13 @@ def _is_plain_block(block: Any) -> bool:
         and isinstance(mlp.fc1, nn.Linear)
         and not any(part.p for part in block.modules() if isinstance(part, nn.Dropout))
     )
+
+
+def mlp_of(width: int, hidden: int, gated: bool) -> dict[str, Any]:
+    """Kind and ratio of an MLP of `hidden` numbers between its two layers."""
+    if gated:
+        hidden = -(-hidden * 3 // 2)  # two thirds of it, in whole eights, are left
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # as timm counts
+        ratio = (hidden + 0.5) / width
+    return {"mlp": "swiglu" if gated else "gelu", "mlp_ratio": ratio}

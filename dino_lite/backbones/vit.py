@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropPathBy, DropRate
 from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Traits, UserError
 from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Size
 from dino_lite.settings.validate import checked
 
@@ -34,6 +34,8 @@ class ViT(Transformer):
     without positions (Darcet et al. 2023; None: as many as the named model has), an `mlp` of two
     thirds the width with a gate ("swiglu"), and a `mask_token`, which stands for masked patches.
     """
+
+    kind = "vit"
 
     @checked
     def __init__(
@@ -82,6 +84,11 @@ class ViT(Transformer):
         super().__init__(model, spec, mask_token, drop_path_by, uniform)
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.pos_embed = _with_class_position(model.pos_embed, self.cls_token, model.no_embed_class)
+
+    @classmethod
+    def traits(cls, name: str = "vit", **settings: Any) -> Traits:
+        """Small where it is given by sizes."""
+        return Traits(small=name == "vit", names=("vit", "vit_small_patch16_224"))
 
     def embed(
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None = None

@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Crops, Scores, StepOutputs, Targets, UserError
 from dino_lite.distributed import broadcast_value
-from dino_lite.eval.health import Alarm, Look, collapse, health, look
+from dino_lite.eval.collapse import Alarm, Look, collapse, health, look
 from dino_lite.settings.kinds import Size
 from dino_lite.settings.validate import checked
 

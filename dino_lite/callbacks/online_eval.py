@@ -15,8 +15,8 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
+from dino_lite.eval.collapse import rankme, relative_std
 from dino_lite.eval.features import Features, device_of, extract
-from dino_lite.eval.health import rankme, relative_std
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
 from dino_lite.settings.kinds import Positive, Share, Size, whole

@@ -1,4 +1,4 @@
-"""One line that says how the run goes: a bar in a terminal, now and then a plain line elsewhere."""
+"""The state of the run in one line: a bar in a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bar: Any = None
         self._shown = 0.0  # when something was shown last
-        self._began = (0.0, 0.0)  # time and fraction at which this process began to train
+        self._began = 0.0  # when this process began to train
 
     def enable(self) -> None:
         """Show it."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Keep silent: Lightning asks this of ranks other than 0."""
+        """Print nothing: Lightning calls this on ranks other than 0."""
         self._enabled = False
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw an empty bar."""
-        self._began = (time.monotonic(), run_fraction(trainer, pl_module))
+        self._began = time.monotonic()
         self._shown = 0.0 if self._is_terminal() else time.monotonic()
         if self._enabled and self._is_terminal():
             self._bar = tqdm(
@@ -63,9 +63,9 @@ class RunProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show where the run stands, now and then: reading the loss waits for the device."""
+        """Show the state now and then, not each step: reading the loss waits for the device."""
         pause = self.line_seconds if self._bar is None else self.refresh_seconds
-        is_last = run_fraction(trainer, pl_module) >= 1  # told by on_train_end
+        is_last = run_fraction(trainer, pl_module) >= 1  # on_train_end shows it
         if self._enabled and not is_last and time.monotonic() - self._shown >= pause:
             self._show(trainer, pl_module)
 
@@ -83,7 +83,7 @@ class RunProgress(ProgressBar):
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fraction = run_fraction(trainer, pl_module)
-        text = self._describe(trainer, fraction)
+        text = self._describe(trainer, pl_module, fraction)
         self._shown = time.monotonic()
         if self._bar is not None:
             self._bar.n = fraction
@@ -92,7 +92,7 @@ class RunProgress(ProgressBar):
             sys.stdout.write(f"{100 * fraction:3.0f} %  {text}\n")
             sys.stdout.flush()
 
-    def _describe(self, trainer: pl.Trainer, fraction: float) -> str:
+    def _describe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, fraction: float) -> str:
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [
             (f"step {trainer.global_step:,}", True),
@@ -103,18 +103,17 @@ class RunProgress(ProgressBar):
                 "images_per_second" in values,
             ),
             (f"{100 * values.get('data_wait', 0.0):.0f} % waiting for data", "data_wait" in values),
-            (self._time_left(fraction), True),
+            (self._time_left(trainer, pl_module, fraction), True),
         ]
         return " · ".join(text for text, known in parts if known)
 
-    def _time_left(self, fraction: float) -> str:
-        began, done_before = self._began
-        seconds = time.monotonic() - began
+    def _time_left(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, fraction: float
+    ) -> str:
         if fraction >= 1:
-            return f"{duration(seconds)} in all"
-        if fraction <= done_before:
-            return "time left unknown"
-        return f"{duration(seconds * (1 - fraction) / (fraction - done_before))} left"
+            return f"{duration(time.monotonic() - self._began)} in all"
+        left = cast(Any, pl_module).clock.seconds_left(trainer.global_step)
+        return "measuring" if left is None else f"{duration(left)} left"
 
     def _is_terminal(self) -> bool:
         return sys.stderr.isatty()
@@ -126,7 +125,7 @@ class RunProgress(ProgressBar):
 
 
 def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """Part of the run that is behind, in [0, 1]: of its steps, or of its time if that is fixed."""
+    """Part of the run that is done, in [0, 1]: of its steps, or of its time if that is fixed."""
     clock = cast(Any, pl_module).clock
     if clock.max_seconds is None:
         return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))
@@ -135,7 +134,7 @@ def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 0:42, 12:05, 3:07:00."""
+    """Seconds as text: 0:42, 12:05, 3:07:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -43,7 +43,7 @@ class Throughput(pl.Callback):
         if trainer.global_step % log_every:
             return
         seconds = max(time.monotonic() - self._started, 1e-9)
-        waited = min(1.0, (_waited(trainer) - self._waited) / seconds)
+        waited = min(1.0, (seconds_waited(trainer) - self._waited) / seconds)
         values = {"images_per_second": self._images / seconds, "data_wait": waited}
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         for logger in trainer.loggers:  # log_dict would repeat them in every row that follows
@@ -51,9 +51,9 @@ class Throughput(pl.Callback):
         self._restart(trainer)
 
     def _restart(self, trainer: pl.Trainer) -> None:
-        self._images, self._started, self._waited = 0, time.monotonic(), _waited(trainer)
+        self._images, self._started, self._waited = 0, time.monotonic(), seconds_waited(trainer)
 
 
-def _waited(trainer: pl.Trainer) -> float:
+def seconds_waited(trainer: pl.Trainer) -> float:
     """Seconds this rank has waited for data so far."""
     return float(getattr(cast(Any, trainer).datamodule, "data_wait_seconds", 0.0))

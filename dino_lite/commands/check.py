@@ -16,9 +16,6 @@ import torch
 from jaxtyping import Int
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lite.checkpoints import begin_config
-from dino_lite.checks import check_values
-from dino_lite.commands.pretrain import build
 from dino_lite.config import Config, command, compose, get, instantiate, put
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.findings import (
@@ -41,13 +38,17 @@ from dino_lite.data.statistics import (
     why_no_labels,
 )
 from dino_lite.data.subset import spread
-from dino_lite.data.tables import class_table, duplicate_table, speed_table, split_table
-from dino_lite.estimate import estimate
+from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
+from dino_lite.methods.clock import Clock
 from dino_lite.methods.timing import compare, time_loading, time_training
-from dino_lite.plan import Plan, gather_facts, plan
-from dino_lite.runs import Run, absolute_paths, write_json
+from dino_lite.planning.checks import check_values
+from dino_lite.planning.plan import Plan, gather_facts, plan
+from dino_lite.runs.begin import begin_config
+from dino_lite.runs.build import build
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import Run, write_json
 
 _TIMED_BATCH = 16  # images that are loaded at once for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")
@@ -171,14 +172,10 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(trainer["num_threads"])
-        told = estimate(config, facts)
         device = torch.device(facts.accelerator)
         training = time_training(datamodule, module, loaded, batch_size, device)
     finally:
         torch.set_num_threads(threads)
-    num_epochs = trainer["max_epochs"]
-    if trainer["max_steps"]:
-        num_epochs = trainer["max_steps"] * loader["batch_size"] / facts.num_images
     speed = compare(
         loaded,
         training,
@@ -187,9 +184,9 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
         num_workers=loader["num_workers"] * num_devices,
         num_cores=facts.num_cores * trainer["num_nodes"],
         num_images=facts.num_images,
-        num_epochs=num_epochs,
+        num_epochs=Clock.of(trainer, facts.num_images, loader["batch_size"]).num_epochs,
     )
-    return speed | {"device": facts.device_name, "estimate": told and told._asdict()}
+    return speed | {"device": facts.device_name}
 
 
 def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:

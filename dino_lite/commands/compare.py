@@ -10,25 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_lite.checkpoints import find_checkpoint, run_of
-from dino_lite.checks import check_values
-from dino_lite.commands.evaluate import (
-    Subject,
-    baselines_of,
-    beside,
-    build_evaluations,
-    comparable,
-    keep,
-    measure,
-    open_subject,
-)
-from dino_lite.commands.tables import print_comparison
 from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.data.roots import several
 from dino_lite.distributed import rank
+from dino_lite.eval.baselines import baselines_of
+from dino_lite.eval.measure import beside, comparable, measure
 from dino_lite.eval.results import amount, interval
-from dino_lite.runs import absolute_paths, read_json, write_text
+from dino_lite.planning.checks import check_values
+from dino_lite.report.terminal import print_comparison
+from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import read_json, write_text
+from dino_lite.runs.subject import Subject, build_evaluations, open_subject, save_results
 
 
 class Row(NamedTuple):
@@ -74,28 +68,30 @@ def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subj
     if not parts:
         raise UserError("checkpoints= is missing: name those to compare, 'checkpoints=[A,B]'.")
     found = {find_checkpoint(str(part), config["runs_dir"]): str(part) for part in parts}
-    short = {path: _short_name(path, part) for path, part in found.items()}
+    short = {checkpoint: _short_name(checkpoint, part) for checkpoint, part in found.items()}
     often = Counter(short.values())
     subjects: dict[str, Subject] = {}
     data = None
-    for path, name in short.items():
-        subject = open_subject(config | {"checkpoint": found[path]}, evaluations, data)
-        subjects[name if often[name] == 1 else str(path)] = subject
+    for checkpoint, name in short.items():
+        subject = open_subject(config | {"checkpoint": found[checkpoint]}, evaluations, data)
+        if subject.notes:
+            print("\n".join(subject.notes), flush=True)
+        subjects[name if often[name] == 1 else str(checkpoint)] = subject
         data = subject.data
     return subjects
 
 
-def _short_name(checkpoint: Path, asked: str) -> str:
+def _short_name(checkpoint: Checkpoint, asked: str) -> str:
     """A run's name (and which of its checkpoints, but for the last), or what was asked for."""
-    run = run_of(checkpoint)
-    if run is None:
+    if checkpoint.run is None:
         return asked
-    return run.folder.name + ("" if checkpoint.stem == "last" else f" ({checkpoint.stem})")
+    name, which = checkpoint.run.folder.name, checkpoint.which
+    return name if which == "last" else f"{name} ({which})"
 
 
 def elsewhere(subject: Subject) -> str | None:
     """What a run was trained on, where that is not what it is measured on."""
-    run = run_of(subject.checkpoint)
+    run = subject.checkpoint.run
     if run is None or not run.environment_file.is_file():
         return None
     data = read_json(run.environment_file)["data"]
@@ -113,7 +109,8 @@ def measure_all(
     for name, subject in subjects.items():
         size, others = subject.store.data.size, {}
         results = measure(subject.backbone, subject.store, evaluations)
-        for baseline in baselines_of(subject, int(config["seed"])) if config["baselines"] else []:
+        seed, data = int(config["seed"]), subject.store.data
+        for baseline in baselines_of(subject.backbone, data, seed) if config["baselines"] else []:
             key = (baseline.title, baseline.key)
             if key not in known:
                 found = measure(baseline.build(), subject.store, comparable(evaluations))
@@ -122,7 +119,8 @@ def measure_all(
         results = beside(results, others) if others else results
         rows.append(Row(name, str(subject.checkpoint), size, results))
         if rank() == 0:
-            keep(results, subject)
+            save_results(results, subject)
+            print(f"written to {subject.checkpoint.results_file}")
     often = Counter(title for title, _ in known)
     alone = [
         row if often[title] > 1 else row._replace(name=title) for (title, _), row in known.items()

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from dino_lite.checkpoints import asked_data, find_checkpoint, open_backbone, open_data, run_of
-from dino_lite.checks import check_values
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
-from dino_lite.runs import absolute_paths
+from dino_lite.planning.checks import check_values
+from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.subject import asked_data, open_data
 
 _NUM_IMAGES = 8  # of the check
 
@@ -29,26 +30,23 @@ def run_export(config: Config) -> dict[str, Any]:
     """Write every format asked for, and print how far its tokens are from the teacher's."""
     config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
-    run = run_of(checkpoint)
-    if run is None and not config["out"]:
-        raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
-    backbone, about = open_backbone(checkpoint)
-    for line in about.get("told", []):
-        print(line)
-    splits = open_data(asked_data(config, checkpoint, about), about)
-    normalize = Normalize(about["mean"], about["std"])
-    data = CleanData(splits, about["image_size"], normalize, batch_size=_NUM_IMAGES)
+    folder = _folder(config, checkpoint)
+    opened = open_backbone(checkpoint, config["trust"])
+    for note in opened.notes:
+        print(note)
+    splits = open_data(asked_data(config, checkpoint, opened), opened)
+    normalize = Normalize(opened.mean, opened.std)
+    data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # one at least is readable
     written: dict[str, Any] = {}
     for name, node in config["format"].items():
-        folder = Path(config["out"]).expanduser() if config["out"] else run.folder / "export"  # type: ignore[union-attr]
         written[name] = instantiate(node)(
-            backbone,
+            opened.backbone,
             folder / name if len(config["format"]) > 1 or not config["out"] else folder,
-            normalize_mean=about["mean"],
-            normalize_std=about["std"],
-            image_size=about["image_size"],
-            card=about["card"] | {"checkpoint": checkpoint.name},
+            normalize_mean=opened.mean,
+            normalize_std=opened.std,
+            image_size=opened.image_size,
+            card=opened.card | {"checkpoint": checkpoint.title},
             images=images,
         )
         print(
@@ -57,6 +55,15 @@ def run_export(config: Config) -> dict[str, Any]:
             f"{written[name]['largest_difference']:.1e})"
         )
     return written
+
+
+def _folder(config: Config, checkpoint: Checkpoint) -> Path:
+    """Where exports are written: `out`, else the run's own folder."""
+    if config["out"]:
+        return Path(config["out"]).expanduser()
+    if checkpoint.run is None:
+        raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
+    return checkpoint.run.folder / "export"
 
 
 @command("export")

@@ -1,23 +1,24 @@
-"""`dino-lite report`: a run, or a backbone without one, told on one HTML page."""
+"""`dino-lite report`: a run, or a backbone without one, on one HTML page."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
 
-from dino_lite.checkpoints import find_checkpoint, results_file, run_of
-from dino_lite.checks import check_values
-from dino_lite.commands.evaluate import draw_pictures, open_subject
 from dino_lite.config import Config, command, compose, quote_override
 from dino_lite.contracts import UserError
-from dino_lite.eval.gallery import PICTURES
+from dino_lite.eval.gallery import PICTURES, draw_all
+from dino_lite.planning.checks import check_values
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story
-from dino_lite.runs import absolute_paths, write_text
+from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
+from dino_lite.runs.identity import absolute_paths
+from dino_lite.runs.run import write_text
+from dino_lite.runs.subject import open_subject
 
 
 def report(*overrides: str) -> Path:
-    """Write the page as `dino-lite report OVERRIDES` does; returns where it lies."""
+    """Write the page as `dino-lite report OVERRIDES` does; returns its path."""
     return run_report(compose("report", overrides))
 
 
@@ -29,38 +30,39 @@ def run_report(config: Config) -> Path:
     missing = []
     if config["draw"]:
         try:
-            _draw_missing(checkpoint, config["runs_dir"])
+            _draw_missing(checkpoint, config)
         except UserError as error:
             missing.append(f"Pictures of it could not be drawn: {error}")
-    story = read_story(checkpoint)
+    story = read_story(checkpoint, config["trust"])
     story = story._replace(missing=[*story.missing, *missing])
     write_text(path, page(story, datetime.now()))
     print(f"written to {path}")
     return path
 
 
-def _page_file(checkpoint: Path) -> Path:
-    """Beside results.json, and called as that is: report.html, NAME.report.html."""
-    beside = results_file(checkpoint)
+def _page_file(checkpoint: Checkpoint) -> Path:
+    """Beside results.json and named after it: report.html, NAME.report.html."""
+    beside = checkpoint.results_file
     return beside.with_name(f"{beside.name.removesuffix('results.json')}report.html")
 
 
-def _draw_missing(checkpoint: Path, runs_dir: str) -> None:
-    """Pictures that are not in the run's folder, or older than the checkpoint, on its own data."""
-    run = run_of(checkpoint)
-    if run is None:
+def _draw_missing(checkpoint: Checkpoint, asked: Config) -> None:
+    """Draw the pictures that a run lacks, or that are older than its checkpoint, on its data."""
+    if checkpoint.run is None or checkpoint.path is None:
         return
-    made = checkpoint.stat().st_mtime
-    files = {name: run.folder / f"{name}.png" for name in PICTURES}
+    folder, saved = checkpoint.run.folder, checkpoint.path.stat().st_mtime
+    files = {name: folder / f"{name}.png" for name in PICTURES}
     missing = {
         name: picture
         for name, picture in PICTURES.items()
-        if not files[name].is_file() or files[name].stat().st_mtime < made
+        if not files[name].is_file() or files[name].stat().st_mtime < saved
     }
     if missing:
-        asked = [f"checkpoint={checkpoint}", f"runs_dir={runs_dir}"]
-        config = compose("evaluate", [quote_override(each) for each in asked])
-        draw_pictures(open_subject(config, {}), missing, run.folder)
+        words = [f"checkpoint={checkpoint}", f"runs_dir={asked['runs_dir']}"]
+        config = compose("evaluate", [quote_override(each) for each in words])
+        subject = open_subject(config | {"trust": asked["trust"]}, {})
+        drawn = draw_all(subject.backbone, subject.store, folder, missing, print)
+        print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 
 
 @command("report")

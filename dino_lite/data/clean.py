@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.sources import prefetch, reason
+from dino_lite.data.sources import reason
 
 
 def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
@@ -68,7 +68,7 @@ class CleanImages(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images, labels, read, bad = [], [], [], []
-        prefetch(self.source, indices)
+        self.source.prefetch(indices)
         for index in indices:
             try:
                 images.append(clean(self.source.read(index), self.size))

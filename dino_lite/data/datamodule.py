@@ -128,7 +128,7 @@ class DataModule(pl.LightningDataModule):
             num_ranks=1 if trainer is None else trainer.world_size,
             seed=self.seed,
             num_steps=self.num_steps,
-            groups=getattr(self.splits.train, "groups", None),
+            groups=self.splits.train.groups,
         )
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         loader = DataLoader(

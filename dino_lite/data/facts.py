@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
-from dino_lite.data.sources import prefetch, reason
+from dino_lite.data.sources import reason
 
 NUM_LOOKED_AT = 64
 _MIN_PIXELS = 256 * 256  # for the mean color: large files may be decoded smaller
@@ -38,10 +38,10 @@ def read_facts(splits: Splits) -> DataFacts:
     """
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
-    prefetch(source, spread)
+    source.prefetch(spread)
     seen, sizes = [], []
     for index in spread:  # both at once: a row group of a table is then read but once
-        image, size = _read(source, index), _header_size(source, index)
+        image, size = _read(source, index), _size(source, index)
         if not isinstance(image, str):
             seen.append(_look(image))
         if size is not None:
@@ -80,11 +80,9 @@ def _look(image: UInt8[np.ndarray, "H W C"]) -> _Look:
 
 
 def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
-    """An image, smaller than it is only where its size is known all the same; or why it cannot be
-    read.
-    """
+    """An image, perhaps downscaled; or why it cannot be read."""
     try:
-        return source.read(index, _MIN_PIXELS if hasattr(source, "size") else None)
+        return source.read(index, _MIN_PIXELS)
     except (OSError, ValueError) as error:
         return f"{source.name(index)}: {reason(error)}"
 
@@ -103,13 +101,9 @@ def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
     )
 
 
-def _header_size(source: Source, index: int) -> tuple[int, int] | None:
-    """Height and width of an image, undecoded, from a source that offers `size`."""
-    size = getattr(source, "size", None)
-    if size is None:
-        return None
+def _size(source: Source, index: int) -> tuple[int, int] | None:
+    """Height and width of an image; None if it cannot be read."""
     try:
-        height, width = size(index)
+        return source.image_size(index)
     except (OSError, ValueError):
         return None
-    return height, width

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from dino_lite.data.tables import feeders
+from dino_lite.data.summary import feeders
 
 _MANY = 0.01  # of the images: from here on it is worth a warning
 _NEARLY_ALL = 0.95

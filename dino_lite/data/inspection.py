@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
 from dino_lite.data.decode import ORIENTATION, decode
-from dino_lite.data.sources import prefetch, reason
+from dino_lite.data.sources import reason
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
 BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
@@ -116,7 +116,7 @@ class InspectedImages(Dataset[Inspected]):
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> Inspected:
-        prefetch(self.source, indices)
+        self.source.prefetch(indices)
         rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
         for row, index in zip(rows, indices, strict=True):
             try:
@@ -131,16 +131,17 @@ class InspectedImages(Dataset[Inspected]):
 def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"]:
     """The pixels of an image, perhaps fewer than it has; what its file tells goes into `row`.
 
-    A source that has files offers `raw`, so that each is read once; of others pixels are all.
+    A file is opened once. Images without a file have neither format nor mode.
     """
-    if not hasattr(source, "raw"):
+    stored = source.encoded(index)
+    if stored is None:
         pixels = source.read(index)
         row["height"], row["width"] = pixels.shape[:2]
         row["digest"] = _digest(repr(pixels.shape).encode() + pixels.tobytes())
         return pixels
-    content, suffix = source.raw(index)
+    content, suffix = stored
     row["num_bytes"], row["digest"] = len(content), _digest(content)
-    pixels = decode(io.BytesIO(content), getattr(source, "channels", 3), MIN_PIXELS)
+    pixels = decode(io.BytesIO(content), source.channels, MIN_PIXELS)
     header = read_header(content)
     # Only a JPEG comes back reduced; the size of others is that of their pixels.
     size = header.size if header.format == "JPEG" else pixels.shape[:2]

@@ -17,7 +17,7 @@ from PIL import Image
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
-from dino_lite.data.sources import prefetch, reason
+from dino_lite.data.sources import reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
@@ -43,14 +43,13 @@ def write_shards(
 ) -> list[Path]:
     """Pack a data set into `folder`/train-000000.tar …, test-000000.tar …, and give their paths.
 
-    Files are packed as they are where the source has them (`raw(index)` gives bytes and suffix),
-    else as PNG. Their order is shuffled once, always in the same way; a key is the image's index in
-    its split. Labels go into key.cls, the names of classes into classes.json, where images lie into
-    index.npz. A file that cannot be read is left out and listed in left_out.csv. A shard has at
-    most `max_bytes`, unless one image alone is larger, and 10,000 images. `progress` is told 1
-    after each image.
+    Files are packed as they are if the source has them (`Source.encoded`), else as PNG. They are
+    shuffled once, with a fixed seed; a key is the image's index in its split. Labels go into
+    key.cls, class names into classes.json, byte offsets into index.npz. An unreadable file is left
+    out and listed in left_out.csv. A shard has at most 10,000 images and `max_bytes`, unless a
+    single image is larger. `progress` is called with 1 after each image.
 
-    The folder must not be there, or be empty; it appears when all is written. Raises UserError.
+    The folder must not exist, or be empty; it appears once everything is written. Raises UserError.
     """
     folder = check_target(folder)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -130,7 +129,7 @@ def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> I
     order = permutation(0, 0, len(source)).tolist()
     for place, index in enumerate(order):
         if place % _NUM_FETCHED == 0:
-            prefetch(source, order[place : place + _NUM_FETCHED])
+            source.prefetch(order[place : place + _NUM_FETCHED])
         try:
             content, suffix = _file(source, index)
         except (OSError, ValueError) as error:
@@ -148,10 +147,9 @@ def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> I
 
 
 def _file(source: Source, index: int) -> tuple[bytes, str]:
-    """An image as a file: its own, or else a PNG, or an array where PNG has no such channels."""
-    raw = getattr(source, "raw", None)
-    if raw is not None:
-        content, suffix = raw(index)
+    """An image as a file: its own, else a PNG, else an array if PNG has no such channels."""
+    if (stored := source.encoded(index)) is not None:
+        content, suffix = stored
         return content, suffix.lower()
     pixels = source.read(index)
     file = io.BytesIO()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop, plain_globals
-from dino_lite.data.sources import ArraySource, prefetch, reason
+from dino_lite.data.sources import ArraySource, reason
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ class CropData(Dataset[Part]):
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Part:
         known = len(self.bad)
-        prefetch(self.source, [index for _, index in pairs])
+        self.source.prefetch([index for _, index in pairs])
         images, read = [], []
         for _, index in pairs:
             found = self._read(index)

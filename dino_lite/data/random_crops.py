@@ -12,7 +12,7 @@ from dino_lite.contracts import Source
 from dino_lite.data.clean import Batch, as_read
 from dino_lite.data.crops import MultiCrop, Photometric
 from dino_lite.data.resample import resized_crop
-from dino_lite.data.sources import prefetch, reason
+from dino_lite.data.sources import reason
 
 _MIRRORED = Photometric(jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0)
 Key = tuple[int, int]  # epoch, number of the image
@@ -36,7 +36,7 @@ class RandomCrops(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         size, pixels, labels, read, bad = self.crops.global_size, [], [], [], []
-        prefetch(self.source, [index for _, index in keys])
+        self.source.prefetch([index for _, index in keys])
         for epoch, index in keys:
             try:
                 image = self.source.read(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from typing import Any
 
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
-from dino_lite.data.sources import open_local
 
 WAITS = (1.0, 20.0)  # seconds before a second and a third try
 NUM_CONNECTIONS = 16  # of a process at once
@@ -23,6 +23,13 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "
 _DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
 _SECRET = re.compile(r"secret|token|passw|credential|authorization|account_key|sas", re.IGNORECASE)
 _NO_SECRETS = ("anon", "cloud", "google_default")  # what gcsfs takes for a token, too
+
+
+def open_local(path: bytes) -> File:
+    """A local file. Raises OSError, also for a pipe or device, which would block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("is no regular file")
+    return open(path, "rb")
 
 
 class Remote:

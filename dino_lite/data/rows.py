@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
 
+from dino_lite.contracts import Source
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.row_groups import Cell
 from dino_lite.data.sources import digest
@@ -64,7 +65,8 @@ class Rows:
         return values
 
 
-class RowSource:
+@final
+class RowSource(Source):
     """Images in a column of a table. `groups` are the table's, where it reads several at once."""
 
     def __init__(
@@ -85,13 +87,13 @@ class RowSource:
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        return decode(io.BytesIO(self.raw(index)[0]), self.channels, min_pixels)
+        return decode(io.BytesIO(self.encoded(index)[0]), self.channels, min_pixels)
 
-    def size(self, index: int) -> tuple[int, int]:
+    def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
-        return upright_size(io.BytesIO(self.raw(index)[0]))
+        return upright_size(io.BytesIO(self.encoded(index)[0]))
 
-    def raw(self, index: int) -> tuple[bytes, str]:
+    def encoded(self, index: int) -> tuple[bytes, str]:
         """The file in the row, or that it names, and its suffix. Raises OSError or ValueError."""
         content, path = self.table.cell(self.image, index)
         if content is None:
@@ -105,7 +107,7 @@ class RowSource:
         """The set's title and the row: `cats/train[17]`."""
         return f"{self.title}[{index}]"
 
-    def files(self) -> list[str]:
+    def data_files(self) -> list[str]:
         """The paths or URLs of the files that hold the rows."""
         return list(self.table.files)
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.byte_ranges import (
     Range,
     expand_braces,
@@ -75,7 +75,8 @@ def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
     )
 
 
-class ShardSource:
+@final
+class ShardSource(Source):
     """Images in the shards of one split, in the shards' order. `groups` are the shards' bounds.
 
     What is known of a million images is shared with workers, who get no object for each.
@@ -89,7 +90,8 @@ class ShardSource:
         classes: list[str],
         channels: int = 3,
     ) -> None:
-        self.base, self.shards, self.groups = base, index.shards, index.bounds
+        self.base, self.shards, self._bounds = base, index.shards, index.bounds
+        self.groups = index.bounds
         self.labels = None if labels is None else share(labels)
         self.classes, self.channels = classes, channels
         names = PathList()
@@ -108,14 +110,14 @@ class ShardSource:
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        return decode(io.BytesIO(self.raw(index)[0]), self.channels, min_pixels)
+        return decode(io.BytesIO(self.encoded(index)[0]), self.channels, min_pixels)
 
-    def size(self, index: int) -> tuple[int, int]:
+    def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
-        return upright_size(io.BytesIO(self.raw(index)[0]))
+        return upright_size(io.BytesIO(self.encoded(index)[0]))
 
-    def raw(self, index: int) -> tuple[bytes, str]:
-        """The file's bytes as they were packed, and its suffix. Raises OSError."""
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """Content and suffix of the packed file. Raises OSError."""
         suffix = "." + self._member(index).rpartition(".")[2]
         found = self._fetched.get(index)
         if isinstance(found, OSError):
@@ -132,7 +134,7 @@ class ShardSource:
         """Path of the shard, and the name within it."""
         return f"{self._place(index)}/{self._member(index)}"
 
-    def files(self) -> list[str]:
+    def data_files(self) -> list[str]:
         """The shards' paths or URLs."""
         return [f"{self.base}/{shard}" for shard in self.shards]
 
@@ -140,7 +142,7 @@ class ShardSource:
         """16 hex digits over names and sizes, by shard; the folder itself may move."""
         if self._digest is None:  # seconds, where there are millions
             shards = "\0".join(self.shards).encode("utf-8", "surrogateescape")
-            arrays = (self.groups.tobytes(), self._sizes.tobytes())
+            arrays = (self._bounds.tobytes(), self._sizes.tobytes())
             self._digest = digest(chain([shards, *arrays], self._names))
         return self._digest
 
@@ -148,7 +150,7 @@ class ShardSource:
         return self._names[index].decode("utf-8", "surrogateescape")
 
     def _place(self, index: int) -> str:
-        return f"{self.base}/{self.shards[np.searchsorted(self.groups, index, 'right') - 1]}"
+        return f"{self.base}/{self.shards[np.searchsorted(self._bounds, index, 'right') - 1]}"
 
     def _range(self, index: int) -> Range:
         return Range(self._place(index), int(self._offsets[index]), int(self._sizes[index]))

@@ -7,11 +7,10 @@ from __future__ import annotations
 import io
 import os
 import posixpath
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -20,16 +19,8 @@ from torch import Tensor
 from dino_lite.contracts import Source, UserError
 from dino_lite.data.decode import File, decode, upright_size
 from dino_lite.data.paths import Paths
+from dino_lite.data.remote import Remote
 from dino_lite.data.shared import share
-
-Opener = Callable[[bytes], File]  # of a path or URL; raises OSError or ValueError
-
-
-def open_local(path: bytes) -> File:
-    """A file of this machine. Raises OSError; what is no file (a pipe) would be waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is no regular file")
-    return open(path, "rb")
 
 
 def expand(root: object) -> Path:
@@ -59,13 +50,8 @@ def reason(error: Exception) -> str:
     return told.rstrip(". ")
 
 
-def prefetch(source: Source, indices: Sequence[int]) -> None:
-    """Tell a source which images are read next: over a network they are waited for together."""
-    if hasattr(source, "prefetch"):
-        source.prefetch(indices)
-
-
-class PathSource:
+@final
+class PathSource(Source):
     """Image files by path or URL.
 
     `folder` is what relative paths are relative to. Paths and labels are shared with workers, who
@@ -79,9 +65,9 @@ class PathSource:
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
         channels: int = 3,
-        opener: Opener = open_local,
+        opener: Remote | None = None,
     ) -> None:
-        self.folder, self.paths, self.opener = folder, paths, opener
+        self.folder, self.paths, self.opener = folder, paths, opener or Remote()
         self.labels = None if labels is None else share(labels)
         self.classes = classes
         self.channels = channels
@@ -107,21 +93,25 @@ class PathSource:
     def prefetch(self, indices: Sequence[int]) -> None:
         """Fetch those behind URLs at once, for `read` to find; forget those before them."""
         urls = {i: path for i in indices if b"://" in (path := self.path(i))}
-        fetch_all = getattr(self.opener, "fetch_all", None)
-        if urls and fetch_all is not None:
-            self._fetched = dict(zip(urls, fetch_all([*urls.values()]), strict=True))
+        if urls:
+            fetched = self.opener.fetch_all([*urls.values()])
+            self._fetched = dict(zip(urls, fetched, strict=True))
 
-    def raw(self, index: int) -> tuple[bytes, str]:
-        """The file of image `index` as it is, and its suffix with the dot. Raises OSError."""
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """Content and suffix of the file. Raises OSError."""
         path = self.path(index)
         with self._open(index) as file:
             name = path.partition(b"?")[0] if b"://" in path else path
             return file.read(), text(posixpath.splitext(name)[1])
 
-    def size(self, index: int) -> tuple[int, int]:
+    def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
         with self._open(index) as file:
             return upright_size(file)
+
+    def data_files(self) -> Iterator[bytes]:
+        """The paths or URLs of all images."""
+        return (self.path(index) for index in range(len(self)))
 
     def name(self, index: int) -> str:
         """The whole path of image `index`."""
@@ -140,7 +130,8 @@ class PathSource:
         return self.opener(self.path(index)) if found is None else io.BytesIO(found)
 
 
-class ArraySource:
+@final
+class ArraySource(Source):
     """Images in memory, all of one size.
 
     `images` is a tensor because torch shares tensors with its workers, and copies arrays.
@@ -150,7 +141,7 @@ class ArraySource:
         self,
         images: UInt8[Tensor, "N H W C"],
         labels: Int[np.ndarray, "N"] | None,
-        classes: list[str],
+        classes: Sequence[str],
         title: str,
     ) -> None:
         self.images = images
@@ -166,7 +157,7 @@ class ArraySource:
         pixels: np.ndarray = self.images[index].numpy()
         return pixels
 
-    def size(self, index: int) -> tuple[int, int]:
+    def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`."""
         return self.images.shape[1], self.images.shape[2]
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, Shaped
 
 from dino_lite.contracts import Source
-from dino_lite.data.duplicates import NEAR, equal_groups, near_groups
+from dino_lite.data.hashing import NEAR, equal_groups, near_groups
 from dino_lite.data.inspection import Inspected
+from dino_lite.data.sources import PathSource
 
 SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, from … on
 ASPECTS = (0, 0.25, 0.5, 0.75, 1.34, 2, 4)  # width / height, from … on; 3:4 and 4:3 are ordinary
@@ -71,7 +72,7 @@ def why_no_labels(source: Source, how: str | None) -> str:
     """The reason for which `data.labels=auto` went without, as far as the paths tell it."""
     if how in (None, "none"):
         return "data.labels=none asks for it"
-    if not hasattr(source, "path"):
+    if not isinstance(source, PathSource):
         return "the data brings none"
     names = [source.name(index) for index in range(len(source))]
     shared = os.path.commonpath([min(names), max(names)])  # of these two, so of all

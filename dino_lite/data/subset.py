@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import final
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from dino_lite.contracts import Source
-from dino_lite.data.sources import prefetch
+from dino_lite.data.sources import digest
 
 
-class Subset:
+@final
+class Subset(Source):
     """Some images of a source, as a source."""
 
     def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
         self.source, self.rows = source, rows
         self.labels = None if source.labels is None else source.labels[rows]
-        self.classes = source.classes
+        self.classes, self.channels = source.classes, source.channels
+        self.groups = None
+        if source.groups is not None:  # runs of images that lie in one group
+            group = np.searchsorted(source.groups, rows, "right")
+            starts = np.flatnonzero(np.diff(group, prepend=-1))
+            self.groups = np.append(starts, len(rows)).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -27,16 +34,28 @@ class Subset:
         return self.source.read(int(self.rows[index]), min_pixels)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Tell the source which images of the part are read next."""
-        prefetch(self.source, self.rows[list(indices)].tolist())
+        """Announce them to the whole source."""
+        self.source.prefetch(self.rows[list(indices)].tolist())
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of image `index` of the part."""
+        return self.source.image_size(int(self.rows[index]))
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """The file of image `index` of the part."""
+        return self.source.encoded(int(self.rows[index]))
+
+    def data_files(self) -> Iterable[str | bytes]:
+        """The whole source's."""
+        return self.source.data_files()
 
     def name(self, index: int) -> str:
         """What the whole source calls it."""
         return self.source.name(int(self.rows[index]))
 
     def digest(self) -> str:
-        """The whole source's."""
-        return self.source.digest()
+        """16 hex digits over the whole source's digest and the rows."""
+        return digest([self.source.digest().encode(), self.rows.tobytes()])
 
 
 def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:

@@ -4,14 +4,15 @@ training.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_lite.backbones.build import build_backbone
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
@@ -20,7 +21,15 @@ from dino_lite.eval.knn import KNN
 from dino_lite.eval.store import FeatureStore
 
 
-class RawPixels(nn.Module):
+class Baseline(NamedTuple):
+    """What a backbone is compared with; baselines of equal `key` have equal results."""
+
+    title: str
+    key: str
+    build: Callable[[], Backbone]
+
+
+class RawPixels(Backbone):
     """The backbone that learned nothing: an image's class token is the image itself at size x size
     pixels less the mean image, a patch token the patch's pixels.
 
@@ -73,16 +82,16 @@ class RawPixels(nn.Module):
 def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixels:
     """Raw pixels, centered on the mean image of train."""
     pixels = RawPixels(data.normalize, patch_size, size)
-    everything = extract(cast(Backbone, pixels), data, data.splits.train, torch.device("cpu"))
+    everything = extract(pixels, data, data.splits.train, torch.device("cpu"))
     pixels.mean.copy_(everything.features.mean(dim=0))
     return pixels
 
 
-def untrained(backbone: Backbone, seed: int = 0) -> nn.Module:
+def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network with fresh weights drawn from `seed`, where the backbone lives."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = build_backbone(backbone.spec)
+        fresh = type(backbone)(**backbone.spec)
     return fresh.to(device_of(backbone))
 
 
@@ -93,8 +102,37 @@ def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> 
     knn, store = KNN(ks=[20]), FeatureStore(data)
     after = knn(trained, store)
     return {
-        "knn_raw_pixels": round(knn(cast(Backbone, raw_pixels(data)), store)["top1"], 2),
-        "knn_untrained": round(knn(cast(Backbone, untrained(trained, seed)), store)["top1"], 2),
+        "knn_raw_pixels": round(knn(raw_pixels(data), store)["top1"], 2),
+        "knn_untrained": round(knn(untrained(trained, seed), store)["top1"], 2),
         "knn_trained": round(after["top1"], 2),
         "knn_protocol": f"k={after['top1_k']}, {after['protocol']}",
     }
+
+
+def baseline_table(results: dict[str, Any]) -> str:
+    """What `knn_against_baselines` returned, as lines of text."""
+    rows = [
+        ("raw pixels", "knn_raw_pixels"),
+        ("untrained network", "knn_untrained"),
+        ("trained (teacher)", "knn_trained"),
+    ]
+    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
+    return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
+
+
+def baselines_of(backbone: Backbone, data: CleanData, seed: int) -> list[Baseline]:
+    """Raw pixels, and the same network with fresh weights drawn from `seed`."""
+    scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]
+    device = device_of(backbone)
+    return [
+        Baseline(
+            "raw pixels",
+            json.dumps([data.size, backbone.patch_size, backbone.in_chans]),
+            lambda: raw_pixels(data, backbone.patch_size).to(device),
+        ),
+        Baseline(
+            "untrained",
+            json.dumps([backbone.stored_spec(), data.size, scale]),
+            lambda: untrained(backbone, seed),
+        ),
+    ]

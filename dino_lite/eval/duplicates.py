@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.duplicates import linked_groups
+from dino_lite.data.hashing import linked_groups
 from dino_lite.data.sources import reason
 from dino_lite.data.statistics import count_duplicates
 from dino_lite.distributed import rank

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.contracts import Backbone, Source, UserError
@@ -112,7 +112,7 @@ def extract_pooled(
 @contextmanager
 def frozen(backbone: Backbone) -> Iterator[None]:
     """The backbone in eval mode, nothing recorded; each module gets its own mode back."""
-    modes = [(module, module.training) for module in cast(nn.Module, backbone).modules()]
+    modes = [(module, module.training) for module in backbone.modules()]
     try:
         for module, _ in modes:
             module.training = False
@@ -134,9 +134,8 @@ def device_of(backbone: Backbone) -> torch.device:
 
 
 def _first_tensor(backbone: Backbone) -> Tensor:
-    network = cast(nn.Module, backbone)
-    found = next(network.parameters(), None)
-    return next(network.buffers()) if found is None else found
+    found = next(backbone.parameters(), None)
+    return next(backbone.buffers()) if found is None else found
 
 
 _NOTHING = "The evaluation found no image it could read; check data.root."

@@ -92,10 +92,10 @@ class Finetune:
 
     def _train(
         self, backbone: Backbone, store: FeatureStore, labeled: Labeled
-    ) -> tuple[Any, nn.Linear]:
+    ) -> tuple[Backbone, nn.Linear]:
         """The copy and its head after the last epoch."""
         device, data = device_of(backbone), store.data
-        network: Any = copy.deepcopy(cast(nn.Module, backbone))
+        network = copy.deepcopy(backbone)
         network.float().requires_grad_().eval()  # eval: no drop path
         width = network.embed_dim
         head = nn.Linear(width, len(labeled.classes), device="meta").to_empty(device=device)
@@ -184,7 +184,7 @@ def _cut(part: float, length: int, generator: np.random.Generator) -> tuple[int,
 
 
 def _test(
-    network: Any, head: nn.Module, store: FeatureStore, labeled: Labeled
+    network: Backbone, head: nn.Module, store: FeatureStore, labeled: Labeled
 ) -> tuple[Bool[Tensor, "n"], Int[Tensor, "n"]]:
     """Which readable test images are classified rightly, and their labels; on the host."""
     hits, labels = [], []

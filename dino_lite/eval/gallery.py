@@ -13,6 +13,7 @@ from torch import Tensor
 from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
+from dino_lite.distributed import alone, rank
 from dino_lite.eval.features import Features, device_of, dtype_of
 from dino_lite.eval.knn import knn_predict
 from dino_lite.eval.pictures import attention_picture, neighbors_picture
@@ -43,11 +44,30 @@ def draw_all(
         path = Path(folder).expanduser() / f"{name}.png"
         try:
             picture(backbone, store, path)
-        except (UserError, OSError, ValueError) as error:
+        except Exception as error:  # a picture is never worth a run
             say(f"{path.name} was left out: {error}")
             continue
         drawn[name] = path
     return drawn
+
+
+def draw_on_all_ranks(
+    backbone: Backbone,
+    store: FeatureStore,
+    folder: Path,
+    pictures: Mapping[str, Picture],
+    say: Callable[[str], object],
+) -> dict[str, Path]:
+    """`draw_all` on rank 0, once every rank has extracted its part of the features; the other
+    ranks return nothing.
+    """
+    for source in store.data.splits[:2]:
+        if source is not None:
+            store.pooled(backbone, source)
+    if rank() > 0:
+        return {}
+    with alone():
+        return draw_all(backbone, store, folder, pictures, say)
 
 
 def draw_attention(backbone: Backbone, store: FeatureStore, path: Path) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone
 from dino_lite.eval.features import Pooled, device_of
-from dino_lite.eval.heads import Head, LinearHeads, make_grid, train
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
+from dino_lite.eval.probes import Head, LinearHeads, make_grid, train
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Count, Must, PositiveNumbers, Size, Sizes

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.masks import MaskedImages, open_masks
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.pixel_labels import MaskedImages, open_masks
 from dino_lite.data.sources import expand
 from dino_lite.data.subset import spread
 from dino_lite.eval.features import check_finite, device_of, frozen

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from dino_lite.contracts import Backbone
-from dino_lite.data.masks import MaskedImages, fitted
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.pixel_labels import MaskedImages, fitted
 from dino_lite.eval.features import device_of, dtype_of, frozen
 
 

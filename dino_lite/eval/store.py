@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
@@ -141,44 +140,28 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
     """32 hex digits over everything that features depend on, but for the number of blocks."""
     total = blake2b(digest_size=16)
     about: list[Any] = [
-        *(_FORMAT, backbone.spec, str(dtype_of(backbone)), data.size),
+        *(_FORMAT, backbone.stored_spec(), str(dtype_of(backbone)), data.size),
         *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
         *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
     ]
     total.update(json.dumps(about).encode())
     total.update(b"" if source.labels is None else source.labels.tobytes())
-    for part in (_rows(source), _stamps(source)):
-        total.update(part)
-    for name, value in cast(nn.Module, backbone).state_dict().items():
+    total.update(_stamps(source))
+    for name, value in backbone.state_dict().items():
         total.update(name.encode() + _bytes(value))
     return total.hexdigest()
 
 
-def _rows(source: Source) -> bytes:
-    """Which images of a larger source these are."""
-    return source.rows.tobytes() if isinstance(source, Subset) else b""
-
-
 def _stamps(source: Source) -> bytes:
-    """Sizes and times of local files: digests of paths know nothing of what lies in them."""
+    """Sizes and modification times of local files: a digest of paths does not cover content."""
     total = blake2b(digest_size=16)
-    for path in _files(source):
+    for path in source.data_files():
         try:
             seen = os.stat(path)
             total.update(f"{seen.st_size} {seen.st_mtime_ns}".encode())
         except (OSError, ValueError):
             total.update(b"-")  # behind a URL, or gone
     return total.digest()
-
-
-def _files(source: Source) -> Iterable[str | bytes]:
-    """The files that a source reads, as far as it has any."""
-    if isinstance(source, Subset):
-        return _files(source.source)
-    if hasattr(source, "files"):
-        return list(source.files())
-    path = getattr(source, "path", None)
-    return () if path is None else (path(i) for i in range(len(source)))
 
 
 def _bytes(tensor: Tensor) -> bytes:

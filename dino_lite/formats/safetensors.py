@@ -8,17 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import dino_lite
-from dino_lite.backbones.build import build_backbone
+from dino_lite.backbones.spec import Trust, build_backbone
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.opened import Opened
+from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "dino_lite backbone"
@@ -43,16 +44,15 @@ def export_safetensors(
     files are not this backbone.
     """
     directory = Path(directory).expanduser()
-    network = cast(nn.Module, backbone)
     # safetensors refuses tensors that share storage or are not contiguous
     weights = {
         name: tensor.detach().cpu().clone().contiguous()
-        for name, tensor in network.state_dict().items()
+        for name, tensor in backbone.state_dict().items()
     }
     config = {
         "format": _FORMAT,
-        "version": dino_lite.__version__,
-        "spec": backbone.spec,
+        "version": __version__,
+        "spec": backbone.stored_spec(),
         "embed_dim": backbone.embed_dim,
         "patch_size": backbone.patch_size,
         "in_chans": backbone.in_chans,
@@ -70,7 +70,8 @@ def export_safetensors(
         _write(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write the export to {directory}: {error}.") from error
-    difference = largest_difference(network, load_backbone(directory), images)
+    again = load_backbone(directory, trust=[type(backbone).__module__])
+    difference = largest_difference(backbone, again, images)
     if not difference <= _LARGEST_DIFFERENCE:
         raise RuntimeError(
             f"the backbone loaded from {directory} differs by {difference:.2e} from that in memory"
@@ -82,8 +83,21 @@ def export_safetensors(
     }
 
 
-def load_backbone(directory: str | Path) -> nn.Module:
-    """The backbone that `export_safetensors` wrote, in eval mode, on the CPU, precise as saved."""
+def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
+    """The backbone that `export_safetensors` wrote, and what config.json says about it."""
+    about = read_config(directory)
+    mean, std = tuple(about["mean"]), tuple(about["std"])
+    backbone, card = load_backbone(directory, trust), about.get("card") or {}
+    return Opened(backbone, about["image_size"], mean, std, card)
+
+
+def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
+    """The backbone that `export_safetensors` wrote, in eval mode, on the CPU, precise as saved.
+
+    Where its class is of another package than dino_lite, that package is imported only if `trust`
+    names it: importing runs its code. Raises UserError where that or anything else is wrong with
+    the folder.
+    """
     directory = Path(directory).expanduser()
     config = read_config(directory)
     path = directory / WEIGHTS
@@ -91,7 +105,7 @@ def load_backbone(directory: str | Path) -> nn.Module:
         raise UserError(f"{directory} has no {WEIGHTS}: export the backbone again.")
     try:
         weights = load_file(path)
-        backbone = build_backbone(config["spec"])
+        backbone = build_backbone(config["spec"], trust)
         floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
         if floats:
             backbone.to(floats[0])
@@ -135,7 +149,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def largest_difference(
-    first: nn.Module, second: nn.Module, images: Float[Tensor, "n C H W"]
+    first: Backbone, second: Backbone, images: Float[Tensor, "n C H W"]
 ) -> float:
     """Largest absolute difference of any token between two backbones given the same images."""
     device = next(first.parameters()).device
@@ -145,7 +159,7 @@ def largest_difference(
 
 
 def _tokens(
-    backbone: nn.Module, images: Float[Tensor, "n C H W"], device: torch.device
+    backbone: Backbone, images: Float[Tensor, "n C H W"], device: torch.device
 ) -> list[Tensor]:
     backbone = copy.deepcopy(backbone).eval().to(device)  # the given one keeps its mode and place
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Match, Schedule, Scores, Targets
+from dino_lite.contracts import Loss, Match, Schedule, Scores, Targets
 from dino_lite.settings.kinds import NonNegative, Positive, whole
 from dino_lite.settings.validate import checked
 
@@ -60,7 +60,7 @@ def rate_scale(num: int, width: int, eps: float) -> float:
     return eps * math.sqrt(num / (width * min(num, width)))
 
 
-class CodingRateLoss:
+class CodingRateLoss(Loss):
     """Adapter: alignment of the Match called `reads`, less `gamma` times the scaled coding rate of
     the student's crops that are the teacher's too.
 
@@ -92,7 +92,7 @@ class CodingRateLoss:
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
         """Whether micro-batches change the result: alignment alone is a sum over images."""
-        return bool(settings["gamma"])
+        return bool(settings["gamma"] != 0)
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target

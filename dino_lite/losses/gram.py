@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dino_lite.contracts import Anchor, Match, Schedule, Tokens
+from dino_lite.contracts import Anchor, Loss, Match, Schedule, Tokens
 
 MATRIX_BYTES = 64 * 2**20  # of the patches' matrices held at once
 
@@ -54,7 +54,7 @@ def regrid(
     return cells.flatten(2).mT
 
 
-class GramLoss:
+class GramLoss(Loss):
     """Adapter: `gram_distance` of every global crop, the mean over crops, by the images' weights.
 
     Of the reference's forms this is the one its recipes use: the matrix of one image (`img_level`),

@@ -4,12 +4,15 @@ arXiv 2304.07193, section 4; Sablayrolles et al. 2018, arXiv 1806.03198).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Match, Schedule, Targets, Tokens
+from dino_lite.contracts import Loss, Match, Schedule, Targets, Tokens
 from dino_lite.distributed import all_gather_rows
 
 _EPS = 1e-8  # DINOv2's
@@ -38,14 +41,19 @@ def koleo(
         return loss
 
 
-class KoLeoLoss:
+class KoLeoLoss(Loss):
     """Adapter: `koleo` of the class features of each global crop by itself, summed over crops.
 
     Neighbors are looked for among the images of a micro-batch, so its size changes the result; with
     `across_ranks`, among those that all ranks have at the moment.
     """
 
-    mixes_images = True
+    cls_only = True
+
+    @staticmethod
+    def mixes_images(settings: Mapping[str, Any]) -> bool:
+        """Neighbors are searched among the images of a micro-batch."""
+        return True
 
     def __init__(self, reads: str, weight: Schedule, across_ranks: bool = False) -> None:
         self.reads, self.weight, self.across_ranks = reads, weight, across_ranks

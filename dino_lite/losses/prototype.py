@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dino_lite.contracts import (
     LOGITS_BYTES,
+    Loss,
     Match,
     Prototypes,
     Schedule,
@@ -173,7 +174,7 @@ def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]
     return pairs / pairs.sum()
 
 
-class PrototypeLoss:
+class PrototypeLoss(Loss):
     """Adapter: cross-entropy of the Match called `reads`, student sharpened by `student_temp`."""
 
     @checked

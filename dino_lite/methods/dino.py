@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dino_lite.contracts import (
+    Backbone,
     Crops,
     Match,
     Progress,
@@ -18,6 +19,7 @@ from dino_lite.contracts import (
     StepOutputs,
     StepTargets,
     Targets,
+    Tokens,
 )
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods.method import Method
@@ -30,30 +32,38 @@ from dino_lite.settings.kinds import Fraction, Positive, Values
 class Student(nn.Module):
     """Backbone and head: crops to bottleneck vectors. The teacher is another of the same make."""
 
-    def __init__(self, backbone: Any, head: DINOHead) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
-        """Class features through the head: one backbone call a crop size, one head call in all."""
-        cls = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups]
-        z: Tensor = self.head(torch.cat(cls))  # S*n E
-        return z.reshape(-1, groups[0].shape[1], z.shape[-1])
+    def forward(
+        self, groups: list[Float[Tensor, "_ n C _ _"]], patches: bool = False
+    ) -> tuple[Float[Tensor, "S n E"], Tokens]:
+        """Class features through the head, one backbone call per crop size; and the tokens of the
+        first group, rows "G*n", which have patches only on request.
+        """
+        tokens: Tokens = self.backbone(groups[0].flatten(0, 1), cls_only=not patches)
+        others = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups[1:]]
+        z: Tensor = self.head(torch.cat([tokens.cls, *others]))  # S*n E
+        return z.reshape(-1, groups[0].shape[1], z.shape[-1]), tokens
 
 
 class DINO(Method):
     """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all of them.
 
-    `head` makes a projection head from the backbone's width. Provides the match "embedding" and,
-    where the head has prototypes, the same again as "cls".
+    `head` makes a projection head from the backbone's width. Provides the matches "embedding",
+    "tokens" (of the student's global crops) and, where the head has prototypes, the embedding again
+    as "cls".
     """
+
+    inherits = ("head", "center_momentum")
 
     student: Student
     step: Tensor
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         head: Callable[[int], DINOHead],
         momentum: Annotated[Schedule, Values(Fraction)],
         teacher_temp: Annotated[Schedule, Values(Positive)],
@@ -63,7 +73,7 @@ class DINO(Method):
         self.student = Student(backbone, head(backbone.embed_dim))
         self.teachers = nn.ModuleDict({"ema": EMATeacher(self.student, momentum)})
         self.num_prototypes = self.student.head.num_prototypes
-        self.provides = ("embedding", "cls") if self.num_prototypes else ("embedding",)
+        self.provides = ("embedding", "tokens", *(("cls",) if self.num_prototypes else ()))
         self.centering = EMACentering(self.num_prototypes, center_momentum)
         self.teacher_temp = teacher_temp
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -78,7 +88,7 @@ class DINO(Method):
         """The teacher's centered, sharpened distributions over the batch's global crops; without
         prototypes its vectors alone.
         """
-        z = self.ema.module([crops.globals_])  # T n E
+        z, _ = self.ema.module([crops.globals_])  # T n E
         targets = centered(
             z,
             self.ema.module.head,
@@ -92,9 +102,10 @@ class DINO(Method):
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""
         groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
-        scores = Scores(z=self.student(groups), prototypes=self.student.head.prototypes())
-        match = Match(student=scores, target=cast(Targets, targets["embedding"]))
-        return dict.fromkeys(self.provides, match)
+        z, tokens = self.student(groups, patches=self.needs_patches)
+        target = targets["embedding"]
+        match = Match(Scores(z, self.student.head.prototypes()), target)
+        return dict.fromkeys(self.provides, match) | {"tokens": Match(tokens, target)}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Teacher and center follow, and the step is counted."""
@@ -107,9 +118,10 @@ class DINO(Method):
         temp = {"teacher_temp": self.teacher_temp} if self.num_prototypes else {}
         return {"momentum": self.ema.momentum} | temp
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
-        return self.ema.module.backbone
+        backbone: Backbone = self.ema.module.backbone
+        return backbone
 
 
 def centered(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dino_lite.contracts import (
     Anchor,
+    Backbone,
     Crops,
     Match,
     Progress,
@@ -40,7 +41,7 @@ from dino_lite.settings.kinds import Fraction, Positive, Values
 class Student(nn.Module):
     """Backbone and heads, of class tokens and of patches; without the latter one serves both."""
 
-    def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
         self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
@@ -68,17 +69,20 @@ class DINOv2(Method):
     `head` and `patch_head` make projection heads from the backbone's width (None: one serves both),
     `centering` a centering from a number of prototypes, one for class tokens and one for patches.
     Without `masking` there is no patch objective. `gram` makes the teacher that patches are
-    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "koleo"
-    (tokens of the student's global crops), with masks "patch_embedding", with a Gram teacher
+    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "tokens"
+    (of the student's global crops), with masks "patch_embedding", with a Gram teacher
     "gram"; where heads have prototypes, embeddings again as "cls" and "patch".
     """
+
+    inherits = ("head", "patch_head", "centering", "masking")
+    not_inherited = ("step", "teachers.gram.")
 
     student: Student
     step: Tensor
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         head: Callable[[int], DINOHead],
         momentum: Annotated[Schedule, Values(Fraction)],
         teacher_temp: Annotated[Schedule, Values(Positive)],
@@ -88,7 +92,7 @@ class DINOv2(Method):
         gram: Callable[[nn.Module], SnapshotTeacher] | None = None,
     ) -> None:
         super().__init__()
-        if masking is not None and getattr(backbone, "mask_token", None) is None:
+        if masking is not None and not backbone.takes_masks:
             raise UserError(
                 "method.masking: this backbone has no mask token; set backbone.mask_token=true (a "
                 "vision transformer), or method.masking=null and ~loss.ibot."
@@ -109,7 +113,7 @@ class DINOv2(Method):
         offered = {
             "embedding": True,
             "cls": self.student.head.num_prototypes > 0,
-            "koleo": True,
+            "tokens": True,
             "patch_embedding": masking is not None,
             "patch": masking is not None and self.student.of_patches.num_prototypes > 0,
             "gram": gram is not None,
@@ -179,7 +183,7 @@ class DINOv2(Method):
         """
         student, masked = self.student, cast("Masked | None", targets.get("patch_embedding"))
         mask = None if masked is None else masked.masks.mask.flatten(0, 1)  # G*n P
-        whole = masked is not None or "gram" in targets
+        whole = masked is not None or "gram" in targets or self.needs_patches
         tokens: Tokens = student.backbone(
             crops.globals_.flatten(0, 1), mask=mask, cls_only=not whole
         )
@@ -191,7 +195,7 @@ class DINOv2(Method):
         of_cls = cast(Targets, targets["embedding"])
         outputs = {
             "embedding": Match(Scores(z, student.head.prototypes()), of_cls),
-            "koleo": Match(tokens, of_cls),
+            "tokens": Match(tokens, of_cls),
         }
         if masked is not None:
             z = student.of_patches(masked.masks.select(tokens.patches))[None]  # 1 M E
@@ -215,8 +219,19 @@ class DINOv2(Method):
         self.step += 1
         self._num_steps = None if self._num_steps is None else self._num_steps + 1
 
-    def begin(self) -> None:
-        """The Gram teacher is the teacher that the run begins with."""
+    @classmethod
+    def requires_weights(cls, settings: Mapping[str, Any]) -> str | None:
+        """Gram anchoring from the first step needs a network that has learned something."""
+        if (settings.get("gram") or {}).get("start_step") != 0:
+            return None
+        return (
+            "method.gram.start_step=0 without checkpoint=: patches would be anchored to a network "
+            "that has learned nothing"
+        )
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """As every method; the Gram teacher is the teacher that the run begins with."""
+        super().begin(weights)
         if self.gram is not None:
             self.gram.module.load_state_dict(self.ema.module.backbone.state_dict())
 
@@ -225,9 +240,10 @@ class DINOv2(Method):
         temp = {"teacher_temp": self.teacher_temp} if "cls" in self.provides else {}
         return {"momentum": self.ema.momentum} | temp
 
-    def export_backbone(self) -> Any:
+    def export_backbone(self) -> Backbone:
         """The teacher's backbone."""
-        return self.ema.module.backbone
+        backbone: Backbone = self.ema.module.backbone
+        return backbone
 
 
 def _forget(method: nn.Module, keys: Any) -> None:

@@ -86,6 +86,11 @@ class PretrainModule(pl.LightningModule):
         if self.clock.done(at):
             self.trainer.should_stop = True
 
+    def inactive_losses(self) -> list[str]:
+        """Names of the losses that no step has computed yet, as Gram anchoring before its start."""
+        losses = {} if self._step is None else self._step.losses
+        return [name for name in losses if name not in self.trainer.callback_metrics]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Training time so far travels with the weights."""
         checkpoint["train_seconds"] = self.clock.seconds

@@ -87,7 +87,9 @@ def time_training(
             timed += 1
             spent = seconds(size)
             spent = spent if spent > longest else min(spent, seconds(size))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if not before[0]:
                 raise UserError(
                     f"{size} images do not fit the memory of {device}: choose a smaller backbone."
@@ -153,8 +155,15 @@ def _extrapolate(before: tuple[int, float], last: tuple[int, float], size: int) 
     return last[1] + (size - last[0]) * min(mean, max(mean / 2, slope))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python raised it for want of memory, on any device."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in words)
+
+
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -86,7 +86,7 @@ class DINOHead(nn.Module):
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Whether micro-batches change the result: with batch normalization they do."""
+        """Batch normalization looks at all the images of a micro-batch."""
         return bool(settings["batch_norm"])
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:

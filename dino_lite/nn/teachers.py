@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dino_lite.contracts import Progress, Schedule
+from dino_lite.contracts import Backbone, Progress, Schedule
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy with storage of its own that takes no gradient, drops no paths and moves no
-    coordinates; otherwise in the mode it was in.
+    """A copy with storage of its own that takes no gradient and draws no random numbers; otherwise
+    in the mode it was in.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
@@ -25,8 +25,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
             part.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif hasattr(part, "moves"):  # RoPE's coordinates, in training
-            part.moves = False  # type: ignore[assignment]
+        elif isinstance(part, Backbone):
+            part.disable_noise()
     return twin
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dino_lite import __version__
 from dino_lite.report.charts import curve_sections, number
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
-from dino_lite.report.pictures import find_pictures, picture_figures
 from dino_lite.report.story import Story, results_of
+from dino_lite.report.thumbnails import find_pictures, picture_figures
 from dino_lite.report.worth import value_of, worth_section
+from dino_lite.version import __version__
 
 _LISTED = 20  # unreadable files
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -147,6 +147,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
     length = next((f"{v}{u}" for k, u in lengths.items() if (v := at(f"trainer.{k}"))), "")
     rate = at("optim.learning_rate.base")
     last = story.curves.get("images_per_second")
+    memory = (story.results.get("estimate") or {}).get("memory")
     return [
         ("Data", _data(story, long=True)),
         ("Root", _text(at("data.root"))),
@@ -168,6 +169,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
         ("Device", " · ".join(_text(machine[k]) for k in ("device", "platform") if k in machine)),
         ("Cores", _text(machine.get("cores"))),
         ("Speed", f"{number(float(last[-1, 1]))} images a second" if last is not None else ""),
+        ("Peak memory", f"{memory / 2**20:,.0f} MiB in the first steps" if memory else ""),
         ("dino_lite", " at commit ".join(filter(None, [story.environment.get("dino_lite"), git]))),
         ("Python", _text(story.environment.get("python"))),
         ("Packages", ", ".join(f"{name} {version}" for name, version in versions.items())),

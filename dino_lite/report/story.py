@@ -11,11 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dino_lite.checkpoints import open_backbone, results_file, run_of
+from dino_lite.backbones.spec import Trust
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
-from dino_lite.runs import Run, absolute_paths, read_json, requested
+from dino_lite.runs.checkpoint import Checkpoint, open_backbone
+from dino_lite.runs.identity import absolute_paths, requested
+from dino_lite.runs.old_names import current
+from dino_lite.runs.run import Run, read_json
 
 T = TypeVar("T")
 
@@ -52,10 +55,10 @@ class Result(NamedTuple):
     found: dict[str, Any]
 
 
-def read_story(checkpoint: Path) -> Story:
-    """Whatever there is to tell; a file that cannot be read is told of, and no more."""
-    run = run_of(checkpoint)
-    return _of_backbone(checkpoint) if run is None else _of_run(run)
+def read_story(checkpoint: Checkpoint, trust: Trust = ()) -> Story:
+    """All that is known about a checkpoint; files that cannot be read are listed in `missing`."""
+    run = checkpoint.run
+    return _of_backbone(checkpoint, trust) if run is None else _of_run(run)
 
 
 def _of_run(run: Run) -> Story:
@@ -68,7 +71,7 @@ def _of_run(run: Run) -> Story:
             missing.append(str(error))
             return otherwise
 
-    config = load(run.config_file)
+    config = current(load(run.config_file))
     nothing: dict[str, Any] = {}
     environment = tried(lambda: read_json(run.environment_file), nothing)
     return Story(
@@ -87,15 +90,15 @@ def _of_run(run: Run) -> Story:
     )
 
 
-def _of_backbone(checkpoint: Path) -> Story:
-    backbone, about = open_backbone(checkpoint)
-    card = about.get("card") or {}
+def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
+    opened = open_backbone(checkpoint, trust)
+    backbone, card = opened.backbone, opened.card
     config = card.get("config") or {}
-    path = results_file(checkpoint)
+    path = checkpoint.results_file
     results = read_json(path) if path.is_file() else {}
     return Story(
-        title=str(card.get("run") or checkpoint.name),
-        folder=checkpoint if checkpoint.is_dir() else None,
+        title=str(card.get("run") or checkpoint.title),
+        folder=checkpoint.path if checkpoint.kind == "export" else None,
         is_run=False,
         config=config,
         config_text=json.dumps(card, indent=2) if card else "",
@@ -104,9 +107,10 @@ def _of_backbone(checkpoint: Path) -> Story:
         curves={},
         bad_files=[],
         about={
-            **{"path": str(checkpoint), "spec": backbone.spec},
+            **{"path": str(checkpoint), "spec": backbone.stored_spec()},
             **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
-            **{key: about.get(key) for key in ("in_chans", "image_size", "mean", "std")},
+            **{"in_chans": backbone.in_chans, "image_size": opened.image_size},
+            **{"mean": opened.mean, "std": opened.std},
             **{key: card.get(key) for key in ("steps", "checkpoint")},
         },
         command=reproduce(config, None),

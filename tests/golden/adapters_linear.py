@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.eval.features import Pooled
-from dino_lite.eval.heads import Head, LinearHeads, cosine, make_grid
 from dino_lite.eval.linear import RATES
+from dino_lite.eval.probes import Head, LinearHeads, cosine, make_grid
 from golden.check import Check, below, bound, compare
 
 Case = dict[str, Any]

@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.blocks import draw_drops, run_block, run_blocks
+from dino_lite.backbones.blocks import draw_drops, run_blocks
 from dino_lite.backbones.vit import ViT
-from dino_lite.backbones.weights import open_weights
 from dino_lite.contracts import Tokens
+from dino_lite.formats.weights import open_weights
 from golden.check import Bound, Check, below, bound, compare
 
 Case = dict[str, Any]
@@ -32,13 +32,13 @@ def open_variant(case: Case, weights: Tensors, variant: Case) -> ViT:
     """The backbone that our importer makes of the reference's state dict."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, Path(folder, "dinov2.pth"))
-        backbone, _ = open_weights(
+        backbone = open_weights(
             Path(folder, "dinov2.pth"),
             num_heads=case["hyper"]["num_heads"],
             norm_eps=case["hyper"]["layer_norm_eps"],
             position_offset=variant["interpolate_offset"],
             position_antialias=variant["interpolate_antialias"],
-        )
+        ).backbone
     return backbone
 
 
@@ -137,7 +137,7 @@ def b15b(case: Case, tensors: Tensors, folder: Path) -> Iterator[Check]:
         for name, factors in (("part", False), ("factors", True)):
             with mock.patch("torch.randperm", side_effect=orders):
                 drops = draw_drops(block, x, "batch", factors)
-            found = run_block(block, x, drops, None, lambda act, x, layer: layer(act(x)))
+            found = block(x, drops=drops)
             yield compare(f"{precision}.{name}", found, tensors[f"out{suffix}.train"], limit)
         for memory in ("high", "normal", "low"):
             with mock.patch("torch.randperm", side_effect=orders):

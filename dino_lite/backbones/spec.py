@@ -1,0 +1,130 @@
+"""A backbone from its spec, and the proof that its spec rebuilds it."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import Backbone, UserError
+
+Trust = Sequence[str] | None  # packages whose code may be imported because a file names it
+_FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (ViT, RoPEViT, ConvNet)}
+_SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
+
+
+def build_backbone(spec: dict[str, Any], trust: Trust = ()) -> Backbone:
+    """The backbone that `spec` (a Backbone's `stored_spec`, plain JSON) describes, with fresh
+    weights. A class of another package is imported only if `trust` names that package.
+    """
+    keywords = dict(spec)
+    kind = keywords.pop("kind", ViT.kind)
+    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    return (family or _import(str(kind), trust))(**keywords)
+
+
+def is_trusted(name: str, trust: Trust) -> bool:
+    """Whether `trust` names the package of the dotted `name`, or a parent of it."""
+    packages = [trust] if isinstance(trust, str) else trust or ()
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def untrusted(what: str, name: str) -> UserError:
+    """The refusal to import the dotted `name`, which `what` names."""
+    package = name.partition(".")[0]
+    return UserError(
+        f"{what} names {name}, which is code of the package {package}: if you trust that package, "
+        f"allow its import with trust='[{package}]'."
+    )
+
+
+def _import(kind: str, trust: Trust) -> type[Backbone]:
+    """The class that `kind`, "module:Class", names."""
+    module, colon, name = kind.partition(":")
+    if not colon:
+        known = ", ".join(_FAMILIES)
+        raise UserError(f"kind={kind} of a backbone is unknown: known are {known}, module:Class.")
+    if not is_trusted(module, trust):
+        raise untrusted("the backbone", f"{module}.{name}")
+    try:
+        found = pkgutil.resolve_name(kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the backbone's class {kind} cannot be imported ({error}): install its package, or "
+            "put it on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise UserError(f"{kind} is no subclass of dino_lite.contracts.Backbone.")
+    return found
+
+
+def check_spec(backbone: Any) -> Backbone:
+    """`backbone`, if the class and spec that files keep of it build the same network again; else
+    UserError with the class and the first difference.
+
+    The second network has no storage where its class can be built on the meta device. No random
+    number of the caller is drawn.
+    """
+    family = type(backbone)
+    named = f"{family.__module__}.{family.__qualname__}"
+    if not isinstance(backbone, Backbone):
+        raise UserError(f"{named} is no backbone: derive it from dino_lite.contracts.Backbone.")
+    for name in ("spec", *_SIZES):
+        if not hasattr(backbone, name):
+            raise UserError(f"{named} has no attribute {name}: every Backbone sets it.")
+    if family.kind not in _FAMILIES and _found(family.kind) is not family:
+        raise UserError(
+            f"{named} cannot be imported by this name, so that no export could be loaded: define "
+            "the class at the top level of a module."
+        )
+    try:
+        twin = _rebuild(family, json.loads(json.dumps(backbone.spec)))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{named} cannot be built from its own spec ({reason}): spec holds the constructor's "
+            "keywords, as plain JSON."
+        ) from error
+    different = _first_difference(backbone, twin)
+    if different is not None:
+        raise UserError(
+            f"{named}(**spec) builds another network, {different}: put every keyword that changes "
+            "the network into spec."
+        )
+    return backbone
+
+
+def _found(kind: str) -> Any:
+    """What "module:Class" names; None where nothing is there."""
+    try:
+        return pkgutil.resolve_name(kind)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _rebuild(family: type[Backbone], spec: dict[str, Any]) -> Backbone:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return family(**spec)
+        except Exception:  # reads values of tensors, which are not there: built with storage
+            return family(**spec)
+
+
+def _first_difference(backbone: Backbone, twin: Backbone) -> str | None:
+    """What differs first between names and shapes of two networks, and their sizes."""
+    own, other = ({n: tuple(v.shape) for n, v in b.state_dict().items()} for b in (backbone, twin))
+    for name in [*own, *other]:
+        if own.get(name) != other.get(name):
+            shapes = [str(shapes.get(name, "missing")) for shapes in (other, own)]
+            return f"in which {name} is {shapes[0]} and not {shapes[1]}"
+    for name in _SIZES:
+        if getattr(backbone, name) != getattr(twin, name):
+            return f"whose {name} is {getattr(twin, name)} and not {getattr(backbone, name)}"
+    return None

@@ -1,0 +1,48 @@
+"""Evaluations of one backbone on one data set, and of what it is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dino_lite.contracts import Backbone
+from dino_lite.eval.store import FeatureStore
+
+
+def measure(
+    backbone: Backbone, store: FeatureStore, evaluations: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Each evaluation's result, with data, pixels, unreadable images and seconds."""
+    results = {}
+    for name, evaluation in evaluations.items():
+        started, data = time.monotonic(), store.data
+        found = evaluation(backbone, store)
+        about = {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
+        found = about | found  # one that brings its own images says so
+        results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
+    return results
+
+
+def comparable(evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose number says something beside that of a baseline."""
+    return {
+        name: each for name, each in evaluations.items() if getattr(each, "has_baselines", True)
+    }
+
+
+def beside(
+    results: Mapping[str, dict[str, Any]], baselines: Mapping[str, Mapping[str, dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """`results` with those of each baseline under "baselines", as far as they are compared."""
+    return {
+        name: found
+        | {
+            "baselines": {
+                title: {key: others[name][key] for key in ("value", "interval")}
+                for title, others in baselines.items()
+                if name in others
+            }
+        }
+        for name, found in results.items()
+    }

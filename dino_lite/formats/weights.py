@@ -1,0 +1,195 @@
+"""Backbone weights from a file: whose they are is seen from their names, and all must fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from dino_lite.backbones.rope import is_dinov3
+from dino_lite.backbones.spec import build_backbone
+from dino_lite.backbones.transformer import Transformer
+from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
+from dino_lite.formats.opened import Fit, Opened
+from dino_lite.formats.tensors import read_about, read_tensors, weights_file
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
+    """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
+
+    A position embedding of another grid is resampled by the backbone's own rule; a first
+    convolution of RGB is adapted to other channels as timm does it. Anything else that does not fit
+    is refused: half-loaded weights are the worst kind.
+    """
+    asked = f"backbone.pretrained={path}"
+    if not isinstance(backbone, Transformer):
+        raise UserError(
+            f"{asked}: only a ViT or RoPEViT can start from a file of weights, not a "
+            f"{type(backbone).__name__}; leave it out."
+        )
+    return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
+
+
+def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
+    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
+
+    Its architecture is read from shapes and from config.json beside the file; `overrides` (a
+    spec's keywords) say what neither tells. `key` is what the user set to `path`, for messages.
+    """
+    asked, file = f"{key}={path}", weights_file(path)
+    tensors, about = read_tensors(path, key), read_about(file)
+    found = _find(tensors, about, asked)
+    if found.prefix.startswith("state_dict.method."):  # ours: sizes and switches are the run's
+        raise UserError(
+            f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
+        )
+    own = about.get("spec")  # of an export
+    spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
+    return _open(spec, found, about, asked, weights_file(path).name)
+
+
+def open_timm(name: str) -> Opened:
+    """The timm model `name` with its published weights, downloaded unless the cache has them."""
+    asked = f"checkpoint=timm:{name}"
+    try:
+        told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model: Any = timm.create_model(name, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{asked}: timm has no such model: {error}.") from error
+    stem: Any = getattr(model, "patch_embed", None)
+    if not hasattr(stem, "patch_size"):
+        raise UserError(f"{asked} is no vision transformer, and others cannot be opened.")
+    about = told.to_dict()
+    own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
+    spec = {"name": name, "patch_size": stem.patch_size[0], **own}
+    _empty(spec)  # refuses what is not ours before anything is downloaded
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # of the network, the hub, its cache, or for want of weights
+        raise UserError(
+            f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
+            "this model no published weights?"
+        ) from error
+    found = _find(dict(model.state_dict()), {"architecture": name}, asked)
+    return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
+
+
+def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
+    found = find_backbone(tensors, about)
+    if found is None:
+        shown = f"{len(tensors)} tensors, the first {next(iter(tensors))}" if tensors else "none"
+        raise UserError(f"{asked} holds no backbone: {LOOKED_FOR}, and found {shown}.")
+    return found
+
+
+def _empty(spec: dict[str, Any]) -> Transformer:
+    """The backbone of a spec without values; no random number is drawn."""
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return cast(Transformer, build_backbone(spec))
+
+
+def _open(
+    spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str, name: str
+) -> Opened:
+    backbone = _empty(spec).to_empty(device="cpu").eval()
+    fit = _fill(backbone, found, asked)
+    mean, std = _normalization(about, backbone.in_chans)
+    return Opened(
+        backbone=backbone,
+        image_size=_image_size(backbone, about),
+        mean=mean,
+        std=std,
+        card={"weights": name, "layout": fit.layout},
+        fit=fit,
+    )
+
+
+def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
+    """Pixels a side that the weights were made for: the size of their positions where they have
+    some, else what is told, else DINOv3's 16 patches.
+    """
+    told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
+    size = int(backbone.spec.get("image_size") or told)
+    return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
+
+
+def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
+    """Load what was found, adapted to channels and grid; all of it and nothing else, or nothing."""
+    own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.unused)
+    if "mask_token" not in own and weights.pop("mask_token", None) is not None:
+        unused.append("mask_token")
+    for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
+        if not weights[name].any():  # of most DINOv3 models: they are there, and zero
+            del weights[name]
+            unused.append(name)
+    if "pos_embed" in weights and isinstance(backbone, ViT):
+        weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
+    if STEM in weights:
+        weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
+    missing = sorted(own.keys() - weights.keys())
+    extra = sorted(weights.keys() - own.keys())
+    wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    if missing or extra or wrong:
+        n = (missing or extra or wrong)[0]
+        shapes = (
+            f" ({tuple(weights[n].shape)} in the file, {tuple(own[n].shape)} here)"
+            if wrong == [n]
+            else ""
+        )
+        raise UserError(
+            f"{asked} does not fit the backbone: {len(missing)} weights "
+            f"missing, {len(extra)} "
+            f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
+            "backbone it was made for."
+        )
+    backbone.load_state_dict(weights)
+    changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
+    return Fit(found.layout.name, len(own), unused, changed)
+
+
+def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
+    """The first convolution for `in_chans` channels: of RGB's weights the sum, for a gray image is
+    one repeated, or RGB's in turn, scaled so that as much comes out.
+    """
+    found = learned.shape[1] if learned.ndim == 4 else in_chans
+    if found == in_chans:
+        return learned
+    if found != 3:
+        raise UserError(
+            f"{asked} takes images of {found} channels, the backbone "
+            f"{in_chans}: only weights for 3 can be adapted, so set data.channels={found}."
+        )
+    adapted: Tensor = adapt_input_conv(in_chans, learned)
+    return adapted
+
+
+def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
+    """Resample a [1, 1+cells, D] position embedding of a square grid to the backbone's grid."""
+    cells = round((learned.shape[1] - 1) ** 0.5)
+    if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:
+        return learned
+    square = learned[:, 1:].float().reshape(1, cells, cells, -1)
+    sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
+    return torch.cat([learned[:, :1], sampled], dim=1)
+
+
+def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ...]]:
+    """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
+    about = about | (about.get("pretrained_cfg") or {})
+    found = []
+    for names, usual in ((("mean", "image_mean"), _MEAN), (("std", "image_std"), _STD)):
+        told = next((about[name] for name in names if name in about), usual)
+        values = tuple(float(value) for value in told)
+        found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
+    return found

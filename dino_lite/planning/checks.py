@@ -1,0 +1,289 @@
+"""Refuses, before a run is paid for, a configuration that would fail or mislead later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+
+from dino_lite.config import Config, get, leaves
+from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule, Traits, UserError
+from dino_lite.machine import Facts
+from dino_lite.methods.clock import seconds
+from dino_lite.optim.param_groups import ClipBy, FreezeBy
+from dino_lite.optim.schedules import RateRule, Span, parse_span
+from dino_lite.settings.kinds import (
+    Count,
+    Fraction,
+    Must,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Values,
+)
+from dino_lite.settings.validate import locate, settings_of, validated
+
+# What the words of `preset` mean: so many images.
+PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
+
+
+Preset = Annotated[
+    int | str,
+    Must(
+        f"one of {', '.join(PRESETS)}, or a number of images",
+        lambda size: size in PRESETS or (isinstance(size, int) and size > 0),
+    ),
+]
+Precision = Annotated[
+    int | str,
+    Must("32, bf16 or 64 (fp16 overflows in DINO)", lambda kind: str(kind) in ("32", "bf16", "64")),
+]
+Duration = Annotated[
+    float | str, Must('a positive time as "90s", "30m" or "2h"', lambda time: seconds(time) > 0)
+]
+
+
+class Trainer(NamedTuple):
+    """The group `trainer`: where and how long a run trains, and at what speed."""
+
+    accelerator: Literal["cpu", "cuda", "mps"]
+    devices: Size
+    num_nodes: Size
+    max_epochs: Positive | None
+    max_steps: Size | None
+    max_time: Duration | None
+    precision: Precision
+    num_threads: Size
+    micro_batch_size: Count
+    memory: Memory
+    compile: bool
+
+
+class Loader(NamedTuple):
+    """The group `loader`: how images are read."""
+
+    batch_size: Size
+    num_workers: Count
+    draft: bool
+    max_bad_fraction: Fraction
+
+
+class Optim(NamedTuple):
+    """The group `optim`: the optimizer, its schedules and parameter groups, and clipping."""
+
+    optimizer: Any
+    rate: NonNegative
+    rate_rule: RateRule
+    learning_rate: Annotated[Schedule, Values(NonNegative)]
+    weight_decay: Annotated[Schedule, Values(NonNegative)]
+    decay_tokens: bool
+    layer_decay: Share
+    patch_embed_scale: NonNegative
+    clip: NonNegative
+    clip_by: ClipBy
+    freeze_last_layer: Span
+    freeze_by: FreezeBy
+    max_skipped: Size
+
+
+class Start(TypedDict, total=False):
+    """Keys of the group `backbone` beside those of the class that it names."""
+
+    pretrained: str | None
+
+
+class Settings(TypedDict, total=False):
+    """Keys of the commands; groups that are not here name their constructor in `_target_`."""
+
+    trainer: Trainer
+    loader: Loader
+    optim: Optim
+    loss: dict[str, Loss]
+    eval: dict[str, Evaluation] | None
+    callbacks: dict[str, Any] | None
+    name: str
+    runs_dir: str
+    checkpoint: str | None
+    trust: list[str] | str | None
+    preset: Preset
+    seed: Count
+    baselines: bool
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    features_dir: str | None
+    image_size: Size | Literal["auto"]
+    batch_size: Size
+    num_workers: Count
+    max_images: Size | None
+    draw: bool
+    out: str | None
+    pack: str | None
+    pictures: str | None
+
+
+def check_values(config: Config, auto: bool = True) -> Config:
+    """`config`, each value checked against the annotation of the constructor that takes it; whole
+    numbers written as 1e3 become ints.
+
+    With `auto`, "auto" may stand for any value: a plan is to follow. Raises UserError naming the
+    first key that does not exist, or whose value is of the wrong kind or outside its range.
+    """
+    network = dict(config.get("backbone") or {})
+    start = {key: network.pop(key) for key in ("pretrained",) if key in network}  # no constructor's
+    read = validated(Settings, config | ({"backbone": network} if network else {}), auto=auto)
+    if start:
+        read["backbone"] |= validated(Start, start, "backbone.")
+    return read
+
+
+def mixes_images(config: Config) -> bool:
+    """Whether results depend on which images share a micro-batch: a loss or a head says so in its
+    `mixes_images` (a truth value, or a function of its settings), the backbone in its traits.
+    """
+    for node in _nodes([config["loss"], config["method"]]):
+        says = getattr(locate(node["_target_"]), "mixes_images", False)
+        if says(settings_of(node)) if callable(says) else says:
+            return True
+    return traits_of(config).mixes_images
+
+
+def _nodes(value: Any) -> Iterator[Config]:
+    """What names a `_target_`, anywhere in `value`."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _nodes(each)
+
+
+def traits_of(config: Config) -> Traits:
+    """What the backbone's class says of its settings."""
+    settings = dict(config["backbone"])
+    family = locate(target := settings.pop("_target_"))
+    if not (isinstance(family, type) and issubclass(family, Backbone)):
+        raise UserError(
+            f"backbone._target_={target} must name a class derived from "
+            "dino_lite.contracts.Backbone."
+        )
+    return family.traits(**settings)
+
+
+def _check_uses(config: Config) -> None:
+    """Every weight is read by a loss: else several processes would wait for its gradient."""
+    if not config["loss"]:
+        raise UserError("loss=[]: there is nothing to learn from; choose loss=[dino] or another.")
+    method, reads = config["method"], {loss["reads"] for loss in config["loss"].values()}
+    masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
+    if masks and not of_patches:
+        raise UserError(
+            "method.masking: no loss reads masked patches; add one, or set method.masking=null."
+        )
+    heads = {"head": ("cls", True), "patch_head": ("patch", masks)}
+    for name, (match, used) in heads.items():
+        head = method.get(name)
+        if used and head and head.get("num_prototypes") and match not in reads:
+            if name == "head" and method.get("patch_head", 0) is None and "patch" in reads:
+                continue  # its prototypes are the patches'
+            raise UserError(
+                f"method.{name}: no loss reads its prototypes; set "
+                f"method.{name}.num_prototypes=0, or choose loss=[dino] or another that does."
+            )
+    serves = "head" if method.get("patch_head", 0) is None and masks else "patch_head"
+    if (method.get(serves) or {}).get("batch_norm"):
+        raise UserError(
+            f"method.{serves}.batch_norm=true: masked patches differ in number, and one alone has "
+            "no variance; leave it out."
+        )
+    if config["backbone"].get("mask_token") and not masks:
+        raise UserError(
+            "backbone.mask_token=true: method.masking masks nothing; leave it out, or choose "
+            "method=dinov2."
+        )
+
+
+def check(config: Config, facts: Facts) -> None:
+    """A planned configuration as a whole: refuse numbers that do not go together."""
+    patch, large, small = (
+        get(config, key)
+        for key in ("backbone.patch_size", "augment.global_size", "augment.local_size")
+    )
+    sizes = {"augment.global_size": large}
+    if get(config, "augment.num_local"):
+        sizes["augment.local_size"] = small
+    if gram := config["augment"].get("gram_size"):
+        sizes["augment.gram_size"] = gram
+    for key, size in sizes.items():
+        if patch > size:
+            raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")
+        if size % patch:
+            raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
+    _check_channels(config, facts)
+    _check_uses(config)
+    if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
+        raise UserError(
+            f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
+        )
+    ranks = int(get(config, "trainer.devices")) * int(get(config, "trainer.num_nodes"))
+    batch_size = get(config, "loader.batch_size")
+    if batch_size % ranks:
+        raise UserError(
+            f"loader.batch_size={batch_size}: it counts images over all {ranks} processes and must "
+            "divide by them."
+        )
+    devices = get(config, "trainer.devices")
+    if facts.accelerator == "cuda" and devices > facts.num_devices:
+        raise UserError(f"trainer.devices={devices}: this machine has {facts.num_devices}.")
+    if get(config, "trainer.compile") and not facts.compiler:
+        raise UserError(
+            "trainer.compile=true: torch.compile finds no C++ compiler (g++, or what CXX names; on "
+            "a GPU Triton as well); leave it out."
+        )
+    _check_length(config, facts.num_images / batch_size)
+
+
+def _check_channels(config: Config, facts: Facts) -> None:
+    """The backbone and the normalization take the images as they are."""
+    in_chans = get(config, "backbone.in_chans")
+    if in_chans != facts.channels:
+        raise UserError(
+            f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; leave it "
+            f"out, or set data.channels={in_chans}."
+        )
+    for key in ("normalize.mean", "normalize.std"):
+        if len(values := get(config, key)) != facts.channels:
+            raise UserError(
+                f"{key}={values}: a list of {facts.channels} numbers is needed, one for each "
+                "channel, or auto."
+            )
+
+
+def _check_length(config: Config, steps_per_epoch: float) -> None:
+    """Exactly one measure of the run's length, and every warm-up within it."""
+    measures = ("max_epochs", "max_steps", "max_time")
+    given = {key: config["trainer"][key] for key in measures if config["trainer"][key] is not None}
+    if len(given) != 1:
+        named = " and ".join(f"trainer.{key}={value}" for key, value in given.items())
+        raise UserError(
+            f"{named or 'The run has no length'}: give exactly one of trainer.max_epochs, "
+            "trainer.max_steps and trainer.max_time."
+        )
+    ((measure, length),) = given.items()
+    for key, span in leaves(config):
+        if key.rpartition(".")[2] not in ("warmup", "freeze_last_layer", "start_step", "every"):
+            continue
+        if not isinstance(span, str):
+            continue
+        if measure == "max_time":
+            raise UserError(
+                f"{key}={span}: a run measured by trainer.max_time knows fractions only, as 0.1."
+            )
+        per = {
+            "epoch": steps_per_epoch,
+            "step": 1.0,
+            "max_epochs": steps_per_epoch,
+            "max_steps": 1.0,
+        }
+        count, unit = parse_span(span)
+        if count * per[unit] > length * per[measure] * (1 + 1e-9):
+            raise UserError(
+                f"{key}={span} is longer than the run (trainer.{measure}={length}): shorten it."
+            )

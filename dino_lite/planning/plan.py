@@ -1,0 +1,85 @@
+"""Settles every key that says "auto" from the facts of the data and the machine, and refuses what
+cannot work.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from dino_lite.config import Config, get, leaves, put
+from dino_lite.contracts import Splits, UserError
+from dino_lite.data.facts import read_facts
+from dino_lite.machine import Facts, has_compiler, has_fast_bf16, num_cores, pick_accelerator
+from dino_lite.planning.checks import check, check_values
+from dino_lite.planning.presets import SIZE, Rule, choose_backbone
+from dino_lite.planning.rules import RULES
+
+
+class Decision(NamedTuple):
+    """One key that was settled, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+class Plan(NamedTuple):
+    """A configuration without "auto", and how it came about."""
+
+    config: Config
+    decisions: list[Decision]
+
+    def table(self) -> str:
+        """The decisions as lines of text."""
+        width = max((len(f"{d.key}={d.value}") for d in self.decisions), default=0)
+        return "\n".join(f"  {f'{d.key}={d.value}':{width}}  {d.reason}" for d in self.decisions)
+
+
+def gather_facts(config: Config, splits: Splits) -> Facts:
+    """Look at the data and at this machine."""
+    wanted = pick_accelerator(get(config, "trainer.accelerator"), "trainer.accelerator")
+    return Facts(
+        source=splits.name,
+        **read_facts(splits)._asdict(),
+        accelerator=wanted,
+        device_name=torch.cuda.get_device_name() if wanted == "cuda" else wanted,
+        num_devices=torch.cuda.device_count() if wanted == "cuda" else 1,
+        num_cores=num_cores(),
+        bf16=has_fast_bf16(wanted),
+        compiler=has_compiler(wanted),
+    )
+
+
+def plan(config: Config, facts: Facts) -> Plan:
+    """Pure: the same configuration and facts give the same plan. Rules are tried in order and may
+    read earlier ones.
+    """
+    config = check_values(config)
+    decisions: list[Decision] = []
+    config = _settle(config, facts, SIZE, decisions)
+    if (choice := choose_backbone(config, facts)) is not None:
+        config = put(config, "backbone", choice.node)
+        decisions.append(Decision("backbone", choice.name, choice.reason))
+    config = _settle(config, facts, RULES, decisions)
+    left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
+    if left:
+        raise UserError(f"{left[0]}=auto: nothing settles this key; give it a value.")
+    check(config, facts)
+    return Plan(config, decisions)
+
+
+def _settle(
+    config: Config, facts: Facts, rules: dict[str, Rule], decisions: list[Decision]
+) -> Config:
+    """`config` with what `rules` make of its "auto"s, which are noted."""
+    for key, rule in rules.items():
+        if dict(leaves(config)).get(key) == "auto":  # another choice may not have the key
+            value, reason = rule(config, facts)
+            config = put(config, key, value)
+            decisions.append(Decision(key, value, reason))
+    return config
+
+
+_OWN_AUTO = {"name", "data.labels"}

@@ -1,0 +1,255 @@
+"""A rule for every key that may say "auto": what it becomes, and why, from the facts of data and
+machine.
+
+A rule reads the configuration as the rules before it have left it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dino_lite.config import Config, get, instantiate
+from dino_lite.contracts import UserError
+from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from dino_lite.machine import Facts
+from dino_lite.methods.clock import Clock
+from dino_lite.optim.schedules import scale_rate
+from dino_lite.planning import presets
+from dino_lite.planning.checks import mixes_images, traits_of
+
+_SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
+_PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}
+
+
+def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
+    side = min(facts.height, facts.width)
+    sizes = _SIDES["cpu" if facts.accelerator == "cpu" else "gpu"]
+    size = next(size for limit, size in sizes if side <= limit)
+    return size, f"images are about {facts.width}x{facts.height} and train on {facts.accelerator}"
+
+
+def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
+    scale = get(config, "augment.global_size") / 224
+    return [round(0.1 * scale, 4), round(2.0 * scale, 4)], "0.1 to 2 at 224 pixels, in proportion"
+
+
+def _where(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.channels not in (1, 3):
+        return "device", f"PIL has no images of {facts.channels} channels"
+    if facts.accelerator == "cpu" and facts.num_cores > 1:
+        return "worker", "beside the step on a core of its own, and exact"
+    return "device", "in batches there, many times faster than image by image"
+
+
+def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    size = get(config, "augment.global_size")
+    if traits_of(config).convolutional:
+        return max(1, size // 8), "8 cells a side of a global crop"
+    if facts.source == "shapes":
+        return 8, "a pattern's period; 16 patches are quick"
+    patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
+    patch = patch if size % patch == 0 else math.gcd(size, 16)
+    return patch, f"{(size // patch) ** 2} patches a global crop"
+
+
+def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
+    size, patch = get(config, "augment.global_size"), get(config, "backbone.patch_size")
+    traits = traits_of(config)
+    if traits.convolutional and traits.small:
+        return max(patch, size // 2 // patch * patch), "half the global crop"
+    return max(
+        patch, round(size * 96 / 224 / patch) * patch
+    ), "3/7 of the global crop, as in the paper"
+
+
+def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
+    if facts.channels == 3:
+        return list(usual), "ImageNet's, which weights of others expect"
+    return list(measured), "measured on some of the images"
+
+
+def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
+    width = get(config, "backbone.embed_dim")
+    return (None, "the model's own") if width is None else (max(1, width // 32), "32 wide each")
+
+
+def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
+    return (256, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "the paper's")
+
+
+def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
+    return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
+
+
+def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
+    if config["method"].get("masking"):
+        return True, "the method masks patches"
+    return False, "the method masks nothing"
+
+
+def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
+    if facts.accelerator == "cpu":
+        size, why = 64, "many steps count more than large ones on a CPU"
+    else:
+        size, why = min(1024, 256 * devices), "256 a device, 1024 at most"
+    return max(devices, size // devices * devices), why
+
+
+def _num_workers(config: Config, facts: Facts) -> tuple[int, str]:
+    devices = get(config, "trainer.devices")
+    if facts.accelerator == "cpu":
+        spare = 1 if facts.num_cores > 1 else 0
+        return max(
+            spare, facts.num_cores // (4 * devices)
+        ), f"{facts.num_cores} cores, most of them for the model"
+    return max(1, facts.num_cores // devices - 1), f"{facts.num_cores} cores"
+
+
+def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
+    # Two threads that share two cores with a loader took up to seven times as long a step as one.
+    # No function of the workers: other sums round differently, and resume is exact to the bit.
+    own = facts.num_cores // get(config, "trainer.devices")
+    return max(1, own - 1), f"{facts.num_cores} cores, one left to the loader"
+
+
+def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
+    rate, size, rule = (
+        get(config, k) for k in ("optim.rate", "loader.batch_size", "optim.rate_rule")
+    )
+    return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images a step, {rule}"
+
+
+def _constant(schedule: str) -> Any:
+    """A rule: the schedule's end is its base."""
+    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: it stays there")
+
+
+def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
+    return 0.1, "a tenth of the run, the paper's 10 of 100 epochs"
+
+
+def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
+    return 0.01, "a hundredth of the run, the paper's 1 of 100 epochs"
+
+
+def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
+    """Width, depth and tokens of a global crop of one of our transformers, None for all else. A
+    named model is built without storage for its numbers.
+    """
+    backbone = config["backbone"]
+    if not str(backbone["_target_"]).startswith("dino_lite.") or traits_of(config).convolutional:
+        return None
+    width, depth = backbone.get("embed_dim"), backbone.get("depth")
+    if width is None or depth is None:
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                built = instantiate({k: v for k, v in backbone.items() if k != "pretrained"})
+        except UserError:
+            return None  # building it for the run raises the same
+        width, depth = built.embed_dim, built.num_blocks
+    return width, depth, _num_tokens(config, "augment.global_size")
+
+
+def _num_tokens(config: Config, size: str) -> int:
+    """Patches of a crop and its class token."""
+    return int((get(config, size) // get(config, "backbone.patch_size")) ** 2) + 1
+
+
+# Values of a global crop between two blocks (tokens x width) below which products are too small for
+# bfloat16 to pay on a CPU (docs/performance.md).
+_SMALL_CROP = 2000
+
+
+def _precision(config: Config, facts: Facts) -> tuple[str, str]:
+    if not facts.bf16:
+        return "32", f"no native bfloat16 on {facts.device_name}"
+    width = config["backbone"].get("embed_dim") if "patch_size" in config["backbone"] else None
+    values = 0 if width is None else width * _num_tokens(config, "augment.global_size")
+    if facts.accelerator == "cpu" and 0 < values < _SMALL_CROP:
+        return "32", "so small a network gains little from bfloat16 on a CPU"
+    return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
+
+
+_KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a batch in parts
+_KEPT_BYTES = {"bf16": 30, "32": 48, "64": 96}  # of a value between two blocks, by a block
+
+
+def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
+    sizes = None if facts.accelerator != "cpu" or mixes_images(config) else _vit_sizes(config)
+    if sizes is None:
+        return 0, "the whole batch"
+    width, depth, tokens = sizes
+    local_tokens = get(config, "augment.num_local") * _num_tokens(config, "augment.local_size")
+    ranks = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
+    num_images = get(config, "loader.batch_size") // ranks
+    value = _KEPT_BYTES.get(str(get(config, "trainer.precision")), 48)
+    num_parts = math.ceil(num_images * (2 * tokens + local_tokens) * depth * width * value / _KEPT)
+    if num_parts <= 1:
+        return 0, "the whole batch"
+    images = math.ceil(num_images / num_parts)
+    return images, f"{math.ceil(num_images / images)} parts, for less memory"
+
+
+# Compiling takes one to three minutes and saves a tenth of each step (docs/performance.md).
+_COMPILED_STEPS, _COMPILED_SECONDS = 5000, 3600
+
+
+def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
+    if not facts.compiler:
+        return False, "no compiler was found"
+    if traits_of(config).convolutional:
+        return False, "only a transformer's blocks are compiled"
+    if facts.accelerator == "cpu" and get(config, "trainer.precision") != "bf16":
+        return False, "two percent in float32, for a minute of compiling"
+    run = Clock.of(config["trainer"], facts.num_images, get(config, "loader.batch_size"))
+    if (run.max_seconds or 0) < _COMPILED_SECONDS and (run.num_steps or 0) < _COMPILED_STEPS:
+        return False, "the run is too short to gain back the time of compiling"
+    return True, "blocks as one graph each"
+
+
+def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
+    few = facts.num_images <= 100_000
+    return few, "minutes at most" if few else "hours for so many images: dino-lite evaluate does it"
+
+
+RULES: dict[str, Any] = {
+    "normalize.mean": lambda c, f: _by_channel(f, IMAGENET_MEAN, f.mean),
+    "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
+    "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
+    "baselines": _baselines,
+    "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
+    "augment.global_size": _global_size,
+    "backbone.patch_size": _patch_size,
+    "augment.local_size": _local_size,
+    **presets.RULES,
+    "augment.where": _where,
+    "backbone.num_heads": _num_heads,
+    **{f"augment.{kind}.blur_radius": _blur_radius for kind in ("global_1", "global_2", "local")},
+    "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
+    "method.head.hidden_dim": _hidden_dim,
+    "method.head.bottleneck_dim": _bottleneck_dim,
+    **{
+        f"method.patch_head.{size}": lambda c, f, size=size: (
+            get(c, f"method.head.{size}"),
+            "as the head of class tokens",
+        )
+        for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
+    },
+    "backbone.mask_token": _mask_token,
+    "method.momentum.end": _constant("method.momentum"),
+    "loader.batch_size": _batch_size,
+    "loader.num_workers": _num_workers,
+    "trainer.num_threads": _num_threads,
+    "trainer.precision": _precision,
+    "trainer.compile": _compile,
+    "trainer.micro_batch_size": _micro_batch_size,
+    "optim.learning_rate.base": _learning_rate,
+    "optim.learning_rate.warmup": _warmup,
+    "optim.learning_rate.end": _constant("optim.learning_rate"),
+    "optim.weight_decay.end": _constant("optim.weight_decay"),
+    "optim.freeze_last_layer": _freeze,
+}

@@ -1,0 +1,73 @@
+"""The parts of a run from its planned configuration; nothing is written."""
+
+from __future__ import annotations
+
+import functools
+
+import pytorch_lightning as pl
+import torch
+
+from dino_lite.backbones.blocks import set_memory
+from dino_lite.config import Config, instantiate
+from dino_lite.contracts import Splits
+from dino_lite.data.datamodule import DataModule
+from dino_lite.machine import Facts
+from dino_lite.methods.clock import Clock
+from dino_lite.methods.module import PretrainModule
+from dino_lite.methods.step import Step
+from dino_lite.optim.param_groups import param_groups
+from dino_lite.planning.checks import Loader, Optim, Trainer
+from dino_lite.runs.begin import build_method
+from dino_lite.runs.run import Run
+
+
+def build(
+    config: Config, facts: Facts, splits: Splits, run: Run
+) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
+    """Data, method with its step, and callbacks."""
+    loader, module = Loader(**config["loader"]), build_module(config, facts)
+    datamodule = DataModule(
+        splits,
+        instantiate(config["augment"]),
+        instantiate(config["normalize"]),
+        **loader._asdict(),
+        seed=config["seed"],
+        num_steps=module.clock.num_steps,
+        bad_files=run.folder / "bad_files.csv",
+    )
+    double = str(config["trainer"]["precision"]) == "64"
+    datamodule.dtype = torch.float64 if double else torch.float32
+    callbacks = [instantiate(node) for node in (config["callbacks"] or {}).values() if node]
+    return datamodule, module, callbacks
+
+
+def build_module(config: Config, facts: Facts) -> PretrainModule:
+    """Method and step, with the clock that measures the run."""
+    trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
+    step = functools.partial(
+        Step,
+        losses=instantiate(config["loss"]),
+        learning_rate=instantiate(config["optim"]["learning_rate"]),
+        weight_decay=instantiate(config["optim"]["weight_decay"]),
+        clip=optim.clip,
+        clip_by=optim.clip_by,
+        freeze_last_layer=optim.freeze_last_layer,
+        max_skipped=optim.max_skipped,
+        micro_batch_size=trainer.micro_batch_size,
+        autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
+        seed=config["seed"],
+    )
+    groups = functools.partial(
+        param_groups,
+        decay_tokens=optim.decay_tokens,
+        layer_decay=optim.layer_decay,
+        patch_embed_scale=optim.patch_embed_scale,
+        freeze_by=optim.freeze_by,
+    )
+    method = build_method(config)
+    set_memory(method, trainer.memory, trainer.compile)
+    clock = Clock.of(config["trainer"], facts.num_images, config["loader"]["batch_size"])
+    optimizer = instantiate(config["optim"]["optimizer"])
+    module = PretrainModule(method, step, optimizer, clock, groups)
+    module.bare_step()  # refuses what does not fit, now
+    return module

@@ -1,0 +1,162 @@
+"""A checkpoint: the word a user gives is read once, and the backbone it names is opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dino_lite.backbones.spec import Trust
+from dino_lite.config import load
+from dino_lite.contracts import UserError
+from dino_lite.formats.opened import Opened
+from dino_lite.formats.safetensors import open_export
+from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.weights import open_timm, open_weights
+from dino_lite.runs.fresh import fresh_method
+from dino_lite.runs.old_names import current
+from dino_lite.runs.run import Run
+from dino_lite.runs.trust import demand_trust
+
+_TIMM = "timm:"
+
+
+class Checkpoint(NamedTuple):
+    """What `checkpoint=` names.
+
+    A "run" has a file below runs/NAME/checkpoints, an "export" is the folder that `dino-lite
+    export` wrote, a "file" holds weights of any program (in a folder of Hugging Face's, the file
+    inside), "timm" is a model of timm by name, without a path.
+    """
+
+    kind: Literal["run", "export", "file", "timm"]
+    name: str  # for messages: the path, or timm:NAME
+    path: Path | None
+    run: Run | None
+    results_file: Path  # results.json of the run or export, else NAME.results.json
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def title(self) -> str:
+        """The name of the file or folder, or timm:NAME."""
+        return self.name if self.path is None else self.path.name
+
+    @property
+    def which(self) -> str | None:
+        """ "last" or "best" where this is a run's, else None."""
+        return None if self.run is None or self.path is None else self.path.stem
+
+
+def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
+    """The checkpoint that a user's word names: a run (its last.ckpt), a .ckpt file, an export, a
+    file or folder of foreign weights, "timm:NAME", or "latest".
+
+    Results of a timm model are kept in `runs_dir`. Raises UserError where there is nothing.
+    """
+    if not checkpoint:
+        raise UserError(
+            "checkpoint= is missing: name a run's folder, a .ckpt file, an exported folder, "
+            "a file of weights, timm:NAME, or latest."
+        )
+    if checkpoint.startswith(_TIMM):
+        results = Path(runs_dir) / f"{checkpoint.replace(':', '_')}.results.json"
+        return Checkpoint("timm", checkpoint, None, None, results)
+    if checkpoint == "latest":
+        return _of_path(_latest(Path(runs_dir)))
+    path = Path(os.path.expandvars(checkpoint)).expanduser()
+    for candidate in (path, Path(runs_dir) / checkpoint):
+        inside = weights_file(candidate)
+        if candidate.is_dir() and inside.is_file() and not _is_foreign(inside):
+            results = candidate / "results.json"
+            return Checkpoint("export", str(candidate), candidate, None, results)
+        if inside.is_file():
+            return _of_path(inside)
+        if (last := Run(candidate).last).is_file():
+            return _of_path(last)
+    raise UserError(
+        f"checkpoint={checkpoint}: this is no run, no file of weights and no exported folder."
+    )
+
+
+def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
+    """The backbone of a checkpoint (a run's is the teacher's) and what is known about it.
+
+    Code of packages other than dino_lite is imported only from those that `trust` names.
+    """
+    if checkpoint.path is None:
+        return open_timm(checkpoint.name.removeprefix(_TIMM))
+    if checkpoint.run is not None:
+        return _open_run(checkpoint.path, checkpoint.run, trust)
+    if checkpoint.kind == "export":
+        return open_export(checkpoint.path, trust)
+    return open_weights(checkpoint.path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors and plain values; never unpickles anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(content["state_dict"], dict)
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged or no checkpoint of dino_lite ({type(error).__name__}): "
+            "use best.ckpt beside it, or delete it to start the run anew."
+        ) from error
+    return dict(content)
+
+
+def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the method in what `read_checkpoint` returned."""
+    return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
+
+
+def _latest(runs_dir: Path) -> Path:
+    runs = sorted(runs_dir.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UserError(
+            f"checkpoint=latest: there is no finished or running run in {runs_dir}; run "
+            "dino-lite pretrain."
+        )
+    return runs[-1]
+
+
+def _of_path(file: Path) -> Checkpoint:
+    """The checkpoint in a file: a run's where it lies in the run's folder of checkpoints."""
+    run = Run(file.parent.parent)
+    if file.parent == run.checkpoints and run.config_file.is_file():
+        return Checkpoint("run", str(file), file, run, run.results_file)
+    results = file.with_name(f"{file.name.replace(':', '_')}.results.json")
+    return Checkpoint("file", str(file), file, None, results)
+
+
+def _is_foreign(inside: Path) -> bool:
+    """Whether the folder that a file of weights lies in is timm's or Hugging Face's."""
+    about = read_about(inside)
+    return inside.suffix == ".bin" or any(
+        key in about for key in ("architecture", "architectures", "model_type")
+    )
+
+
+def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
+    config = current(load(run.config_file))
+    demand_trust([config["backbone"], config["method"]], trust, run.config_file)
+    method, content = fresh_method(config), read_checkpoint(file)
+    try:
+        method.load_state_dict(method_weights(content))
+    except RuntimeError as error:
+        raise UserError(
+            f"{file} does not fit {run.config_file}: keep checkpoints in their own run."
+        ) from error
+    return Opened(
+        backbone=method.export_backbone().float().eval(),
+        image_size=config["augment"]["global_size"],
+        mean=tuple(config["normalize"]["mean"]),
+        std=tuple(config["normalize"]["std"]),
+        card={"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
+        data=config["data"],
+    )

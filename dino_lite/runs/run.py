@@ -1,0 +1,106 @@
+"""A run's folder: where its files lie, its lock, and JSON files that are written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two processes may then train one run
+    fcntl = None  # type: ignore[assignment]
+
+from dino_lite.contracts import UserError
+
+
+class Run:
+    """Paths of one run's folder, and the few files that are read and written whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_file = folder / "config.yaml"
+        self.environment_file = folder / "environment.json"
+        self.results_file = folder / "results.json"
+        self.checkpoints = folder / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the run for this process; however it ends, the lock ends with it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder} is being trained by another process: wait for it, or choose "
+                    "another name=."
+                ) from error
+            yield
+
+    def results(self) -> dict[str, Any]:
+        """results.json, empty where there is none yet."""
+        return read_json(self.results_file) if self.results_file.is_file() else {}
+
+    def is_trained(self) -> bool:
+        """Whether training has ended; a finished run has its pictures and baselines as well."""
+        results = self.results()
+        return bool(results.get("trained") or results.get("finished"))
+
+    def add_results(self, results: dict[str, Any]) -> None:
+        """Merge `results` into results.json."""
+        merge_json(self.results_file, lambda before: before | results)
+
+    def add_warnings(self, warnings: list[dict[str, Any]]) -> None:
+        """Keep the latest of each kind under "warnings" in results.json."""
+
+        def merged(before: dict[str, Any]) -> dict[str, Any]:
+            by_kind = {w["kind"]: w for w in [*before.get("warnings", []), *warnings]}
+            return before | {"warnings": list(by_kind.values())}
+
+        if warnings:
+            merge_json(self.results_file, merged)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all; what no file can hold becomes a question mark."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it as well
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace what a file holds (nothing, where it is not there) by what `change` makes of it; of
+    several processes each waits for the others.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(path, change(read_json(path) if path.is_file() else {}))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return dict(content)

@@ -1,0 +1,125 @@
+"""A checkpoint opened together with the data it is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dino_lite.config import Config, instantiate
+from dino_lite.contracts import Backbone, Splits, UserError
+from dino_lite.data.clean import CleanData
+from dino_lite.data.facts import first_readable
+from dino_lite.data.photometric import Normalize
+from dino_lite.distributed import rank, start_group
+from dino_lite.eval.store import FeatureStore
+from dino_lite.formats.opened import Opened
+from dino_lite.machine import pick_accelerator
+from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.run import merge_json
+from dino_lite.runs.trust import demand_trust
+
+
+class Subject(NamedTuple):
+    """What is measured: a checkpoint's backbone and its features on a data set.
+
+    `data` is the configuration of that data set. `suffix` is appended to the names of results on
+    other data or at another size than the run's ("@name", "@64px"; else "").
+    """
+
+    checkpoint: Checkpoint
+    backbone: Backbone
+    store: FeatureStore
+    data: Config
+    suffix: str
+    notes: tuple[str, ...]  # how foreign weights matched
+
+
+def open_subject(
+    config: Config, evaluations: Mapping[str, Any], data: Config | None = None
+) -> Subject:
+    """The backbone that `checkpoint` names on its device, with `data`; none given: the data that
+    the configuration asks for, or the run's own.
+    """
+    accelerator = pick_accelerator(config["accelerator"], "accelerator")
+    start_group(accelerator)
+    checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
+    opened = open_backbone(checkpoint, config["trust"])
+    backbone = opened.backbone
+    if data is None:
+        data = asked_data(config, checkpoint, opened)
+    elif "channels" in data:
+        data = data | {"channels": backbone.in_chans}
+    splits = open_data(data, opened)
+    size = opened.image_size if config["image_size"] == "auto" else config["image_size"]
+    if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
+        raise UserError(
+            f"image_size={size}: a multiple of the backbone's patch size "
+            f"{backbone.patch_size} is needed."
+        )
+    normalize = Normalize(opened.mean, opened.std)
+    images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
+    backbone.to(torch.device(accelerator))
+    folder = None if config["features_dir"] is None else Path(config["features_dir"])
+    num_blocks = max((int(getattr(e, "num_blocks", 1)) for e in evaluations.values()), default=1)
+    suffix = "" if data == opened.data else f"@{splits.name}"
+    suffix += "" if size == opened.image_size else f"@{size}px"
+    store = FeatureStore(images, folder, num_blocks)
+    return Subject(checkpoint, backbone, store, data, suffix, opened.notes if rank() == 0 else ())
+
+
+def build_evaluations(config: Config) -> dict[str, Any]:
+    """The evaluations that `eval` names, by name."""
+    evaluations = {n: instantiate(node) for n, node in (config.get("eval") or {}).items()}
+    if not evaluations:
+        raise UserError("eval= names no evaluation: choose eval=knn.")
+    return evaluations
+
+
+def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config:
+    """The data configuration that the user asked for, else the run's own."""
+    asked: Config = config["data"]
+    if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
+        if opened.data is None:
+            raise UserError(
+                f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
+            )
+        return dict(demand_trust(opened.data, config["trust"], checkpoint))
+    if asked.get("channels") == 3:  # the default
+        return asked | {"channels": opened.backbone.in_chans}
+    return asked
+
+
+def open_data(asked: Config, opened: Opened) -> Splits:
+    """The data, which must have as many channels as the backbone takes."""
+    splits: Splits = instantiate(asked)
+    found, in_chans = first_readable(splits.train).shape[2], opened.backbone.in_chans
+    if found != in_chans:
+        raise UserError(
+            f"{splits.name} has images of {found} channels, but the backbone takes "
+            f"{in_chans}: leave data.channels out, or choose other data."
+        )
+    return splits
+
+
+def save_results(results: Mapping[str, Any], subject: Subject) -> None:
+    """Merge `results` into the checkpoint's results.json; a run's under "last" or "best"."""
+    checkpoint, own = subject.checkpoint, subject.store.data.splits.name
+    named = {
+        name + (subject.suffix if result["data"] == own else f"@{result['data']}"): result
+        for name, result in results.items()
+    }
+
+    def merged(before: dict[str, Any]) -> dict[str, Any]:
+        existing = before if checkpoint.which is None else before.get(checkpoint.which, {})
+        for name, result in named.items():  # baselines measured before are kept
+            old = existing.get(name, {})
+            if "baselines" in old and old["protocol"] == result["protocol"]:
+                result.setdefault("baselines", old["baselines"])
+        if checkpoint.which is None:
+            return before | named
+        return before | {checkpoint.which: existing | named}
+
+    merge_json(checkpoint.results_file, merged)

@@ -1,0 +1,72 @@
+"""A run's name depends on what was asked for, and on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dino_lite.config import Config, compose, put
+from dino_lite.runs import identity
+from dino_lite.runs.identity import changed_from_defaults, requested, run_name
+from test_plan import facts
+
+
+def changed(*overrides: str) -> Config:
+    return changed_from_defaults(requested(compose("pretrain", list(overrides))))
+
+
+def name_of(config: Config) -> str:
+    chosen = put(config, "backbone.name", "vit")
+    return run_name(chosen, requested(config), facts(source="shapes"))
+
+
+def test_a_bare_run_differs_in_nothing() -> None:
+    """Nor does one that repeats a default, or turns a knob that changes no weight."""
+    assert changed() == changed("seed=0", "loader.num_workers=7", "trainer.memory=low") == {}
+    assert changed("name=x", "runs_dir=elsewhere", "callbacks.online_eval=null") == {}
+
+
+def test_what_was_asked_for_is_what_differs() -> None:
+    """Values, nodes of another class, keys that were added, nodes that were removed."""
+    assert changed("optim.clip=1.5") == {"optim.clip": 1.5}
+    other = changed("backbone=convnet")
+    assert other["backbone._target_"].endswith(".ConvNet")
+    assert "backbone.embed_dim" not in other  # that class has no such key
+    assert changed("~loss.dino", "+loss.mine.weight=2") == {
+        "loss.dino": "(absent)",
+        "loss.mine.weight": 2,
+    }
+
+
+def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command finds its run after an update that adds a key with a default."""
+    for words in ([], ["optim.clip=1.5"], ["backbone=convnet"], ["~loss.dino"]):
+        config = compose("pretrain", words)
+        before = name_of(config)
+        grown = put(config, "optim.invented", 3)
+        if "loss" in config and "dino" in config["loss"]:
+            grown = put(grown, "loss.dino.invented", 3)
+        if words != ["backbone=convnet"]:
+            grown = put(grown, "backbone.invented", 3)
+        bare = requested(compose("pretrain", []))
+        bare |= dict.fromkeys(("optim.invented", "loss.dino.invented", "backbone.invented"), 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(identity, "defaults", lambda bare=bare: bare)
+            assert name_of(grown) == before
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "optim.clip=1.5", "~loss.dino", "backbone=convnet", "method=dinov2"]
+)
+def test_what_changes_the_weights_changes_the_name(override: str) -> None:
+    """Each request has a hash of its own."""
+    other = compose("pretrain", [override])
+    assert name_of(other).rpartition("_")[2] != name_of(compose("pretrain", [])).rpartition("_")[2]
+
+
+def test_the_order_of_overrides_and_the_machine_do_not_matter(tmp_path: Path) -> None:
+    """Nor does the folder that runs lie in."""
+    one = compose("pretrain", ["seed=1", "optim.clip=1.5"])
+    two = compose("pretrain", ["optim.clip=1.5", "seed=1", f"runs_dir={tmp_path}"])
+    assert name_of(one) == name_of(two)
