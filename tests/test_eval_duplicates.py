@@ -133,7 +133,7 @@ def test_images_that_differ_are_no_pair(images: np.ndarray) -> None:
 
 def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -> None:
     """A threshold that is no cosine, a file that cannot be written."""
-    with pytest.raises(UserError, match=r"eval\.duplicates\.threshold=1\.5"):
+    with pytest.raises(UserError, match=r"Duplicates\.threshold=1\.5"):
         Duplicates(threshold=1.5)
     store = store_of(images, None)
     with pytest.raises(UserError, match=r"eval\.duplicates\.out=.* cannot be written"):

@@ -7,7 +7,7 @@ here waits for the device, and `change` compiles to a single graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from dino_lite.contracts import Crops, UserError
 from dino_lite.data.crops import COLUMNS, JITTER, ORDERS
 from dino_lite.data.resample import to_levels
+from dino_lite.settings.kinds import Numbers, PositiveNumbers
+from dino_lite.settings.validate import checked
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -235,14 +237,13 @@ class Normalize(nn.Module):
     `mean` and `std` are float64 on the host and no buffers: checkpoints do not repeat them.
     """
 
-    def __init__(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-    ) -> None:
+    @checked
+    def __init__(self, mean: Numbers = IMAGENET_MEAN, std: PositiveNumbers = IMAGENET_STD) -> None:
         super().__init__()
-        if len(mean) != len(std) or min(std) <= 0:
+        if len(mean) != len(std):
             raise UserError(
                 f"The normalization has mean {list(mean)} and std {list(std)}, but needs one of "
-                "each per channel, and every std above 0."
+                "each per channel."
             )
         self.mean = torch.tensor(mean, dtype=torch.float64)
         self.std = torch.tensor(std, dtype=torch.float64)

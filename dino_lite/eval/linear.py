@@ -22,7 +22,7 @@ from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.probes import Head, LinearHeads, make_grid, train
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
-from dino_lite.settings.kinds import Count, Must, Rates, Size, Sizes
+from dino_lite.settings.kinds import Count, Must, PositiveNumbers, Size, Sizes
 from dino_lite.settings.validate import checked
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -45,14 +45,13 @@ class Linear:
         self,
         blocks: Sizes = (1, 4),
         patches: Annotated[Sequence[bool], Must("[true], [false] or both", bool)] = (False, True),
-        rates: Rates = RATES,
+        rates: PositiveNumbers = RATES,
         batch_size: Size | Literal["auto"] = "auto",
         num_steps: Size | Literal["auto"] = "auto",
         num_epochs: Size | None = None,
         cosine: Literal["step", "epoch"] = "step",
         choose: Literal["held_out", "test"] = "held_out",
         seed: Count = 0,
-        name: str = "linear",  # under conf/eval, for its messages
     ) -> None:
         self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
         self.batch_size, self.num_steps, self.num_epochs = batch_size, num_steps, num_epochs

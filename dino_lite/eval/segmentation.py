@@ -23,7 +23,7 @@ from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import resampled, result
 from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
 from dino_lite.eval.store import FeatureStore
-from dino_lite.settings.kinds import Count, NonNegative, Rates, Size
+from dino_lite.settings.kinds import Count, NonNegative, PositiveNumbers, Size
 from dino_lite.settings.validate import checked
 
 _HELD_OUT = 5  # every fifth image
@@ -55,7 +55,7 @@ class Segmentation:
         classes: Sequence[str] | None = None,
         shorter: Size | None = None,
         num_pixels: Size = 200_000,
-        rates: Rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        rates: PositiveNumbers = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         num_steps: Size = 2000,
         batch_size: Size = 2048,
         weight_decay: NonNegative = 1e-3,

@@ -249,11 +249,7 @@ def _check_channels(config: Config, facts: Facts) -> None:
             f"out, or set data.channels={in_chans}."
         )
     for key in ("normalize.mean", "normalize.std"):
-        values = get(config, key)
-        numbers = isinstance(values, list) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in values
-        )
-        if not numbers or len(values) != facts.channels:
+        if len(values := get(config, key)) != facts.channels:
             raise UserError(
                 f"{key}={values}: a list of {facts.channels} numbers is needed, one for each "
                 "channel, or auto."

@@ -68,5 +68,7 @@ Shares = Annotated[
         lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
     ),
 ]
+# Lists that are not empty.
+Numbers = Annotated[Sequence[float], Must("a list of numbers, not empty", bool)]
+PositiveNumbers = Annotated[Sequence[Positive], Must("a list of numbers above 0, not empty", bool)]
 Sizes = Annotated[Sequence[Size], Must("a list of whole numbers of at least 1, not empty", bool)]
-Rates = Annotated[Sequence[Positive], Must("a list of numbers above 0, not empty", bool)]

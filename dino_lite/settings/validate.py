@@ -45,7 +45,7 @@ _PLAIN: dict[Any, tuple[type, str]] = {
 
 
 class Parameters(NamedTuple):
-    """The keywords of a function: annotations and defaults by name; `is_open`: others too."""
+    """Annotations and defaults of a function's keywords; `is_open`: it takes others as well."""
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
@@ -56,6 +56,7 @@ class _Refused(Exception):
     """A value that its annotation does not allow; the text completes "it must be ..."."""
 
 
+@functools.cache
 def locate(path: str) -> Any:
     """The class or function at a dotted path (`_target_`); UserError where there is none."""
     try:
@@ -73,25 +74,24 @@ def parameters(target: Callable[..., Any]) -> Parameters:
     is_record = inspect.isclass(target) and (is_typeddict(target) or issubclass(target, tuple))
     annotated = target if is_record or not inspect.isclass(target) else target.__init__
     try:
-        hints = get_type_hints(annotated, include_extras=True)
+        annotations = get_type_hints(annotated, include_extras=True)
     except (AttributeError, NameError, TypeError):  # names that only type checkers import
-        hints = {}
+        annotations = {}
     if is_typeddict(target):
-        return Parameters(hints, {}, True)
+        return Parameters(annotations, {}, True)
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # written in C
         return Parameters({}, {}, True)
     known = Parameters({}, {}, False)
     for name, parameter in signature.parameters.items():
-        hint = hints.get(name, Any)
+        hint = annotations.get(name, Any)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takers = [taker for mark in _marks(hint, KeywordsOf) for taker in mark.takers]
             more = [parameters(taker) for taker in takers] or [Parameters({}, {}, True)]
             for each in reversed(more):
-                known = Parameters(
-                    each.hints | known.hints, each.defaults | known.defaults, each.is_open
-                )
+                hints, defaults = each.hints | known.hints, each.defaults | known.defaults
+                known = Parameters(hints, defaults, known.is_open or each.is_open)
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             known.hints[name] = hint
             if parameter.default is not inspect.Parameter.empty:
@@ -126,9 +126,9 @@ def validated(
             continue
         if name not in known.hints and not known.is_open:
             near = difflib.get_close_matches(name, known.hints, n=1)
-            hints = f"did you mean {prefix}{near[0]}?" if near else None
-            hints = hints or f"known are {', '.join(sorted(known.hints))}."
-            raise UserError(f"{key}: there is no such key; {hints}")
+            others = f"known are {', '.join(sorted(known.hints))}."
+            others = f"did you mean {prefix}{near[0]}?" if near else others
+            raise UserError(f"{key}: there is no such key; {others}")
         read[name] = _setting(values if hint == Value else hint, value, key, auto)
     return read
 
@@ -150,7 +150,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _marks(hint: Any, kind: type[R]) -> list[R]:
-    """The metadata of an `Annotated` that is of this kind."""
+    """The metadata of this kind in an annotation."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [mark for each in get_args(hint) for mark in _marks(each, kind)]
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind)]
 
 
@@ -192,7 +194,7 @@ def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         raise _Refused(("one of " if len(args) > 1 else "") + ", ".join(map(_shown, args)))
-    if hint in _PLAIN:
+    if isinstance(hint, type) and hint in _PLAIN:
         return _read_plain(hint, value)
     return _read_compound(origin or hint, args, value, key, auto)
 
@@ -212,24 +214,27 @@ def _read_plain(kind: type, value: Any) -> Any:
 def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto: bool) -> Any:
     """A list, a group of keys or an object, each with what is in it."""
     is_class = isinstance(kind, type)
-    is_record = is_typeddict(kind) or (is_class and issubclass(kind, tuple) and kind is not tuple)
+    is_record = is_typeddict(kind) or (is_class and hasattr(kind, "_fields"))
     if is_record and isinstance(value, dict):
         return validated(kind, value, f"{key}.", auto)
     if is_record and isinstance(value, kind):  # built already
         return kind(**validated(kind, value._asdict(), f"{key}."))
-    if is_class and issubclass(kind, os.PathLike) and isinstance(value, str):
+    if is_class and issubclass(kind, os.PathLike):
+        if not isinstance(value, str | os.PathLike):
+            raise _Refused("a path")
         return value
     is_list = is_class and issubclass(kind, Sequence)
     is_group = is_class and issubclass(kind, Mapping)
     if isinstance(value, list | tuple) and (is_list or kind is Any):
         fixed = kind is tuple and ... not in args
         if fixed and args and len(args) != len(value):
-            raise _Refused(f"a list of {len(args)}")
+            raise _Refused(f"a list of {len(args)} values")
         hints = args if fixed and args else [args[0] if args else Any] * len(value)
-        read = [
-            (_setting if isinstance(each, dict) else _read)(hint, each, key, auto)
-            for hint, each in zip(hints, value, strict=True)
-        ]
+        try:
+            pairs = zip(hints, value, strict=True)
+            read = [(_setting if isinstance(v, dict) else _read)(h, v, key, auto) for h, v in pairs]
+        except _Refused as refused:
+            raise _Refused(f"a list, each {refused}") from None
         return tuple(read) if isinstance(value, tuple) else read
     if isinstance(value, dict) and (is_group or kind is Any):
         hint = args[1] if len(args) == 2 else Any
@@ -248,6 +253,6 @@ def _shown(value: Any) -> str:
     """As YAML has it."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
