@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from dino_lite.backbones.build import Trust, check_spec, is_trusted, untrusted
 from dino_lite.backbones.files import read_about, weights_file
+from dino_lite.backbones.vit import ViT
 from dino_lite.backbones.weights import (
     Opened,
     fit_positions,
@@ -97,7 +98,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def demand_trust(node: Any, trust: Trust, where: Path) -> Any:
+def demand_trust(node: Any, trust: Trust, where: str | Path) -> Any:
     """`node` of a saved configuration, if all it names is code of dino_lite or of packages that
     `trust` names; else UserError, and nothing of that code is imported.
     """
@@ -274,8 +275,9 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     weights, own = _weights_of_method(read_checkpoint(file)), method.state_dict()
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
-        if last == "pos_embed" and name in own:
-            weights[name] = fit_positions(value, cast(Any, method.get_submodule(part)))
+        network = method.get_submodule(part) if last == "pos_embed" and name in own else None
+        if isinstance(network, ViT):
+            weights[name] = fit_positions(value, network)
     weights = {n: value for n, value in weights.items() if not n.startswith(_NOT_BEGUN_WITH)}
     own = {n: value for n, value in own.items() if not n.startswith(_NOT_BEGUN_WITH)}
     wrong = [n for n in own if n not in weights or own[n].shape != weights[n].shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -130,7 +130,13 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return cast(Transformer, build_backbone(spec))
+        backbone = build_backbone(spec)
+    if not isinstance(backbone, Transformer):
+        raise UserError(
+            f"a {type(backbone).__name__} cannot be opened by its file of weights alone: name the "
+            "exported folder."
+        )
+    return backbone
 
 
 def _open(

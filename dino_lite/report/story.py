@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dino_lite.backbones.build import Trust
-from dino_lite.checkpoints import open_backbone, results_file, run_of
+from dino_lite.checkpoints import demand_trust, open_backbone, results_file, run_of
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
@@ -56,10 +56,10 @@ class Result(NamedTuple):
 def read_story(checkpoint: Path, trust: Trust = ()) -> Story:
     """Whatever there is to tell; a file that cannot be read is told of, and no more."""
     run = run_of(checkpoint)
-    return _of_backbone(checkpoint, trust) if run is None else _of_run(run)
+    return _of_backbone(checkpoint, trust) if run is None else _of_run(run, trust)
 
 
-def _of_run(run: Run) -> Story:
+def _of_run(run: Run, trust: Trust) -> Story:
     missing: list[str] = []
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
@@ -83,7 +83,7 @@ def _of_run(run: Run) -> Story:
         curves=tried(lambda: read_curves(run.folder / "metrics.csv"), {}),
         bad_files=_bad_files(run.folder / "bad_files.csv"),
         about={},
-        command=reproduce(config, environment.get("request")),
+        command=reproduce(config, environment.get("request"), trust),
         missing=missing,
     )
 
@@ -115,11 +115,12 @@ def _of_backbone(checkpoint: Path, trust: Trust) -> Story:
     )
 
 
-def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
+def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = ()) -> str | None:
     """The command line that asks for the same again, from any folder; None where it was not kept.
 
     With `request`, what was asked for by dotted key, it is composed anew and compared with that:
-    None also where it would ask for something else by now.
+    None also where it would ask for something else by now, or for code of a package that `trust`
+    does not name.
     """
     words = []
     for override in config.get("overrides") or ():
@@ -133,7 +134,9 @@ def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
         words.append(spoken)
     if request is not None:
         try:
-            again = requested(absolute_paths(compose("pretrain", words)))
+            composed = compose("pretrain", words)
+            demand_trust([composed["backbone"], composed["loss"]], trust, "overrides")
+            again = requested(absolute_paths(composed))
         except UserError:
             return None
         if differences(dict(request), again):
