@@ -103,7 +103,7 @@ def demand_trust(node: Any, trust: Trust, where: str | Path) -> Any:
     `trust` names; else UserError, and nothing of that code is imported.
     """
     for target in targets(node):
-        ours = target.startswith("dino_lite.") and locate(target).__module__
+        ours = target.startswith("dino_lite.") and getattr(locate(target), "__module__", None)
         if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
             raise untrusted(str(where), target)
     return node
