@@ -5,6 +5,7 @@ somebody else made are opened too (backbones/weights.py).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def demand_trust(node: Any, trust: Trust, where: str | Path) -> Any:
-    """`node` of a saved configuration, if all it names is code of dino_lite or of packages that
-    `trust` names; else UserError, and nothing of that code is imported.
+def demand_trust(names: Iterable[str], trust: Trust, where: str | Path) -> None:
+    """Refuse targets of a saved configuration that are code neither of dino_lite nor of packages
+    that `trust` names. None of that code is imported.
     """
-    for target in targets(node):
+    for target in names:
         ours = target.startswith("dino_lite.") and getattr(locate(target), "__module__", None)
         if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
             raise untrusted(str(where), target)
-    return node
 
 
 def open_backbone(checkpoint: Path, trust: Trust = ()) -> tuple[Backbone, Config]:
@@ -126,7 +126,7 @@ def open_backbone(checkpoint: Path, trust: Trust = ()) -> tuple[Backbone, Config
         timms = name.startswith(_TIMM)
         return _about(name, *(open_timm(name[len(_TIMM) :]) if timms else open_weights(checkpoint)))
     config = load(run.config_file)
-    demand_trust([config["backbone"], config["method"]], trust, run.config_file)
+    demand_trust(targets([config["backbone"], config["method"]]), trust, run.config_file)
     content = read_checkpoint(checkpoint)
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
     method = build_method(config | {"backbone": network, "checkpoint": None})
@@ -169,7 +169,8 @@ def asked_data(config: Config, checkpoint: Path, about: Config) -> Config:
             raise UserError(
                 f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
-        return dict(demand_trust(about["data"], config.get("trust"), checkpoint))
+        demand_trust(targets(about["data"]), config.get("trust"), checkpoint)
+        return dict(about["data"])
     if asked.get("channels") == 3:  # what stands there where nobody asked
         return asked | {"channels": about["in_chans"]}
     return asked
@@ -215,8 +216,6 @@ def begin_config(config: Config) -> Config:
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = load(run.config_file)
-    if [*targets(before["backbone"])] != [*targets(config["backbone"])]:  # which the user named
-        demand_trust(before["backbone"], trust, run.config_file)
     if before["method"]["_target_"] != config["method"]["_target_"]:
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
@@ -225,7 +224,8 @@ def begin_config(config: Config) -> Config:
     new, old = config["backbone"], before["backbone"]
     own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     method = {key: before["method"][key] for key in _HEADS if key in before["method"]}
-    demand_trust(method, trust, run.config_file)
+    theirs = {*targets([old, method])} - {*targets(config)}  # the latter the user named
+    demand_trust(theirs, trust, run.config_file)
     return config | {
         "backbone": old | own,
         "method": config["method"] | method,

@@ -101,9 +101,7 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
 
 
 def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """How a configuration was asked for: the overrides but `trust`, which is given anew with every
-    command, and which of conf/method it is.
-    """
+    """How a configuration was asked for: overrides but `trust`, and which of conf/method it is."""
     chosen = {group: choices[group] for group in ("method",) if group in choices}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
     return {"overrides": kept, "choices": chosen}
@@ -161,10 +159,10 @@ def locate(target: str) -> Any:
 
 def targets(node: Any) -> Iterator[str]:
     """Every `_target_` in `node`, however deep."""
-    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for part in parts:
+    if isinstance(node, dict):
+        yield from [str(node["_target_"])] if "_target_" in node else []
+        node = list(node.values())
+    for part in node if isinstance(node, list) else ():
         yield from targets(part)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dino_lite.backbones.build import Trust
 from dino_lite.checkpoints import demand_trust, open_backbone, results_file, run_of
-from dino_lite.config import Config, compose, differences, get, load, unquote
+from dino_lite.config import Config, compose, differences, get, load, targets, unquote
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import read_curves
 from dino_lite.runs import Run, absolute_paths, read_json, requested
@@ -135,7 +135,7 @@ def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = 
     if request is not None:
         try:
             composed = compose("pretrain", words)
-            demand_trust([composed["backbone"], composed["loss"]], trust, "overrides")
+            demand_trust(targets([composed["backbone"], composed["loss"]]), trust, "overrides")
             again = requested(absolute_paths(composed))
         except UserError:
             return None
