@@ -107,9 +107,7 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
 
 
 def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """What the user chose: the overrides but `trust`, which is given anew with every command, and
-    the file of conf/method.
-    """
+    """What was asked for: the overrides but `trust`, and the file of conf/method."""
     chosen = {group: choices[group] for group in ("method",) if group in choices}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
     return {"overrides": kept, "choices": chosen}

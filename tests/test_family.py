@@ -169,6 +169,18 @@ def test_a_run_is_measured_where_its_package_is_trusted(run: Path) -> None:
     assert found["baselines"].keys() == {"raw pixels", "untrained"}
 
 
+def test_a_report_imports_nothing_that_overrides_name(run: Path, tmp_path: Path) -> None:
+    """They came with the run as its configuration did."""
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    os.link(run / "checkpoints" / "last.ckpt", copy / "checkpoints" / "last.ckpt")
+    words = ["backbone._target_=stripes.nets.Stripes"]
+    save(load(run / "config.yaml") | {"overrides": words}, copy / "config.yaml")
+    os.link(run / "environment.json", copy / "environment.json")
+    run_report(asked("report", copy, "[]"))
+    assert not imported()
+
+
 def test_a_runs_own_word_about_trust_is_not_heard(run: Path, tmp_path: Path) -> None:
     """A configuration that came with a checkpoint cannot trust itself."""
     copy = tmp_path / "run"

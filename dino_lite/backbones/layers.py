@@ -102,8 +102,8 @@ def attention(
     scale: float,
 ) -> Float[Tensor, "n heads M d"]:
     """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore  # which compares a graph made without gradient
-    slopes = torch.is_grad_enabled() and query.device.type == "cpu" and not tracing
+    jit: Any = torch.jit  # whose traces are checked without gradient: both take the same kernel
+    slopes = torch.is_grad_enabled() and query.device.type == "cpu" and not jit.is_tracing()
     if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= PLAIN_TOKENS):
         return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, scale=scale)

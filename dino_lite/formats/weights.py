@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -96,7 +96,13 @@ def _empty(spec: dict[str, Any]) -> Transformer:
     """The backbone of a spec without values; no random number is drawn."""
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return cast(Transformer, build_backbone(spec))
+        backbone = build_backbone(spec)
+    if not isinstance(backbone, Transformer):
+        raise UserError(
+            f"a {type(backbone).__name__} cannot be opened by its file of weights alone: name the "
+            "exported folder."
+        )
+    return backbone
 
 
 def _open(

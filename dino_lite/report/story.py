@@ -19,6 +19,7 @@ from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths, requested
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
+from dino_lite.runs.trust import demand_trust, targets
 
 T = TypeVar("T")
 
@@ -58,10 +59,10 @@ class Result(NamedTuple):
 def read_story(checkpoint: Checkpoint, trust: Trust = ()) -> Story:
     """All that is known about a checkpoint; files that cannot be read are listed in `missing`."""
     run = checkpoint.run
-    return _of_backbone(checkpoint, trust) if run is None else _of_run(run)
+    return _of_backbone(checkpoint, trust) if run is None else _of_run(run, trust)
 
 
-def _of_run(run: Run) -> Story:
+def _of_run(run: Run, trust: Trust) -> Story:
     missing: list[str] = []
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
@@ -85,7 +86,7 @@ def _of_run(run: Run) -> Story:
         curves=tried(lambda: read_curves(run.folder / "metrics.csv"), {}),
         bad_files=_bad_files(run.folder / "bad_files.csv"),
         about={},
-        command=reproduce(config, environment.get("request")),
+        command=reproduce(config, environment.get("request"), trust),
         missing=missing,
     )
 
@@ -118,11 +119,12 @@ def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
     )
 
 
-def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
+def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = ()) -> str | None:
     """The command line that asks for the same again, from any folder; None where it was not kept.
 
     With `request`, what was asked for by dotted key, it is composed anew and compared with that:
-    None also where it would ask for something else by now.
+    None also where it would ask for something else by now, or for code of a package that `trust`
+    does not name.
     """
     words = []
     for override in config.get("overrides") or ():
@@ -136,7 +138,9 @@ def reproduce(config: Config, request: Mapping[str, Any] | None) -> str | None:
         words.append(spoken)
     if request is not None:
         try:
-            again = requested(absolute_paths(compose("pretrain", words)))
+            composed = compose("pretrain", words)
+            demand_trust(targets([composed["backbone"], composed["loss"]]), trust, "overrides")
+            again = requested(absolute_paths(composed))
         except UserError:
             return None
         if differences(dict(request), again):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
+from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, load
 from dino_lite.contracts import UserError
 from dino_lite.formats.weights import fit_positions
@@ -34,8 +34,6 @@ def begin_config(config: Config) -> Config:
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
-    if [*targets(before["backbone"])] != [*targets(config["backbone"])]:  # which the user named
-        demand_trust(before["backbone"], trust, run.config_file)
     if locate(before["method"]["_target_"]) is not method:
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
@@ -44,7 +42,8 @@ def begin_config(config: Config) -> Config:
     new, old = config["backbone"], before["backbone"]
     own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     inherited = {k: before["method"][k] for k in method.inherits if k in before["method"]}
-    demand_trust(inherited, trust, run.config_file)
+    theirs = {*targets([old, inherited])} - {*targets(config)}  # the latter are the user's own
+    demand_trust(theirs, trust, run.config_file)
     return config | {"backbone": old | own, "method": config["method"] | inherited}
 
 
@@ -78,8 +77,9 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
-        if last == "pos_embed" and name in own:
-            weights[name] = fit_positions(value, cast(Any, method.get_submodule(part)))
+        network = method.get_submodule(part) if last == "pos_embed" and name in own else None
+        if isinstance(network, ViT):
+            weights[name] = fit_positions(value, network)
     try:
         method.begin(weights)
     except UserError as error:

@@ -19,7 +19,7 @@ from dino_lite.formats.weights import open_timm, open_weights
 from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
-from dino_lite.runs.trust import demand_trust
+from dino_lite.runs.trust import demand_trust, targets
 
 _TIMM = "timm:"
 
@@ -144,7 +144,7 @@ def _is_foreign(inside: Path) -> bool:
 
 def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
     config = current(load(run.config_file))
-    demand_trust([config["backbone"], config["method"]], trust, run.config_file)
+    demand_trust(targets([config["backbone"], config["method"]]), trust, run.config_file)
     method, content = fresh_method(config), read_checkpoint(file)
     try:
         method.load_state_dict(method_weights(content))

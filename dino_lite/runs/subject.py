@@ -19,7 +19,7 @@ from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
-from dino_lite.runs.trust import demand_trust
+from dino_lite.runs.trust import demand_trust, targets
 
 
 class Subject(NamedTuple):
@@ -86,7 +86,8 @@ def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config
             raise UserError(
                 f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
             )
-        return dict(demand_trust(opened.data, config["trust"], checkpoint))
+        demand_trust(targets(opened.data), config["trust"], checkpoint)
+        return dict(opened.data)
     if asked.get("channels") == 3:  # the default
         return asked | {"channels": opened.backbone.in_chans}
     return asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dino_lite.backbones.spec import Trust, is_trusted, untrusted
@@ -11,19 +11,18 @@ from dino_lite.settings.validate import locate
 
 def targets(node: Any) -> Iterator[str]:
     """Every `_target_` in `node`, however deep."""
-    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for part in parts:
+    if isinstance(node, dict):
+        yield from [str(node["_target_"])] if "_target_" in node else []
+        node = list(node.values())
+    for part in node if isinstance(node, list) else ():
         yield from targets(part)
 
 
-def demand_trust(node: Any, trust: Trust, where: object) -> Any:
-    """`node` of the saved configuration `where`, if every class that it names is of dino_lite or of
-    a package that `trust` names; else UserError, and nothing of that code is imported.
+def demand_trust(names: Iterable[str], trust: Trust, where: object) -> None:
+    """Refuse targets of the saved configuration `where` that are code neither of dino_lite nor of
+    packages that `trust` names. None of that code is imported.
     """
-    for target in targets(node):
-        ours = target.startswith("dino_lite.") and locate(target).__module__
+    for target in names:
+        ours = target.startswith("dino_lite.") and getattr(locate(target), "__module__", None)
         if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
             raise untrusted(str(where), target)
-    return node
