@@ -15,7 +15,7 @@ from dino_lite.distributed import broadcast_value
 # A timed run is divided into this many ticks, so that schedules need no second form.
 _TICKS = 1_000_000.0
 # The first steps compile, create the optimizer's state, and use up what the loader has prefetched.
-_WARM_UP = (3, 10, 5.0)  # steps at least; more until so many steps or seconds have passed
+_WARM_UP = (3, 10, 5.0)  # steps at least, at most, and seconds that are enough after the first
 _MEASURED = (10, 2.0)  # steps and seconds that a measurement takes at least
 _LONG = (3, 20.0)  # of slow steps, fewer are enough
 
@@ -42,7 +42,8 @@ class Clock:
         self.seconds = 0.0
         self.seconds_per_step: float | None = None
         self.warm_since: tuple[int, float] | None = None  # step and seconds after the warm-up
-        self._first: tuple[int, float] | None = None  # of this process
+        self._first: int | None = None  # step of this process
+        self._second = 0.0  # when the step after it began
         self._started: float | None = None
 
     @classmethod
@@ -96,11 +97,12 @@ class Clock:
     def _measure(self, step: int, now: float) -> None:
         """Note that `step` begins."""
         if self._first is None:
-            self._first = (step, now)
-        steps, spent = step - self._first[0], now - self._first[1]
+            self._first = step
+        steps = step - self._first
         if self.warm_since is None:
-            least, most, long = _WARM_UP
-            if steps >= most or (steps >= least and spent >= long):
+            self._second = now if steps == 1 else self._second
+            least, most, enough = _WARM_UP
+            if steps >= most or (steps >= least and now - self._second >= enough):
                 self.warm_since = (step, now)
             return
         steps, spent = step - self.warm_since[0], now - self.warm_since[1]
