@@ -3,11 +3,13 @@
 #
 # Quiet and quick where that is done already; an environment that is half-made or broken is made anew.
 #   DINO_LITE_VENV   its folder (default: .venv in the repository)
+#   DINO_LITE_CONSTRAINTS   a file of pip's with versions (default: constraints.txt in the repository)
 #   PYTHON           the interpreter to make it with (default: the first of python3.11 … python3 that fits)
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${DINO_LITE_VENV:-$root/.venv}"
+constraints="${DINO_LITE_CONSTRAINTS:-$root/constraints.txt}"
 extra="${1:-}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 if [ -d "$venv" ]; then venv="$(cd "$venv" && pwd)"; fi # one spelling, as the stamp holds it
@@ -42,7 +44,7 @@ works() {
 
 # Everything that an installation depends on, on one line.
 wanted() {
-    echo "$1 $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $("$venv/bin/python" -V) $venv $root"
+    echo "$1 $(cat "$root/pyproject.toml" "$constraints" | cksum) $("$venv/bin/python" -V) $venv $root"
 }
 
 if works; then
@@ -65,7 +67,7 @@ fi
 echo "Installing dino_lite into $venv (the first time: minutes and gigabytes) ..." >&2
 rm -f "$stamp"
 "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" 1>&2 ||
+    --constraint "$constraints" --editable "$root${extra:+[$extra]}" 1>&2 ||
     fail "pip could not install dino_lite into $venv; its message stands above."
 wanted "$extra" >"$stamp"
 rm -f "$making"

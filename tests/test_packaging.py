@@ -111,13 +111,15 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
 
 
 def test_constraints_hold_every_dependency_within_its_bounds() -> None:
-    """Each direct dependency, of tests too, has one exact version that its lower bound allows."""
+    """Each direct dependency, of tests too, has one exact version that its bounds allow."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     exact = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
-        name, bound = re.sub(r"\[.*\]", "", requirement.lower()).split(">=")
-        assert version(exact[name]) >= version(bound), requirement
+        bound, *excluded = re.sub(r"\[.*\]", "", requirement.lower()).split(",!=")
+        name, lowest = bound.split(">=")
+        assert version(exact[name]) >= version(lowest), requirement
+        assert exact[name] not in excluded, requirement
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -138,7 +140,8 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a checkout (é)"
         (self.root / "scripts").mkdir(parents=True)
-        for name in ("pyproject.toml", "constraints.txt", "scripts/install.sh"):
+        scripts = ("scripts/install.sh", "scripts/test_versions.sh")
+        for name in ("pyproject.toml", "constraints.txt", *scripts):
             shutil.copy(ROOT / name, self.root / name)
         self.log = folder / "log"
         self.python = folder / "python"
@@ -149,16 +152,25 @@ class Checkout:
             "-V) echo Python 3.11.0 ;;\n"
             f'"-m venv"*) echo venv >> "{self.log}"\n'
             '    mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;\n'
+            f'"-m pip freeze") echo torch==9.9 ;;\n'
             f'"-m pip"*) echo "pip ${{@: -1}}" >> "{self.log}"; exit ${{FAKE_PIP:-0}} ;;\n'
+            f'"-m pytest"*) echo "$*" >> "{self.log}"\n'
+            f'    cat "$DINO_LITE_CONSTRAINTS" >> "{self.log}"; exit ${{FAKE_PYTEST:-0}} ;;\n'
             "esac\n"
         )
         self.python.chmod(0o755)
 
     def install(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run install.sh from another folder."""
-        kept = {name: value for name, value in os.environ.items() if name != "DINO_LITE_VENV"}
+        return self.run("install.sh", *arguments, **environment)
+
+    def run(
+        self, script: str, *arguments: str, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one of the scripts from another folder."""
+        kept = {name: value for name, value in os.environ.items() if "DINO_LITE" not in name}
         return subprocess.run(
-            ["bash", str(self.root / "scripts" / "install.sh"), *arguments],
+            ["bash", str(self.root / "scripts" / script), *arguments],
             cwd=self.root.parent,
             env={**kept, "PYTHON": str(self.python), **environment},
             capture_output=True,
@@ -242,6 +254,33 @@ def test_install_without_a_fitting_python_says_so_in_one_sentence(checkout: Chec
     assert len(refused.stderr.splitlines()) == 1
     assert "no Python 3.11, 3.12 or 3.13" in refused.stderr
     assert not (checkout.root / ".venv").exists()
+
+
+def test_versions_are_tried_in_environments_that_are_removed(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    """First with every lower bound of pyproject.toml, then with no constraint; both are tried where
+    one fails, and arguments go to pytest.
+    """
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    ended = checkout.run("test_versions.sh", "-k", "vit", TMPDIR=str(folder), FAKE_PYTEST="1")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines() == ["oldest: torch==9.9", "newest: torch==9.9"]
+    lines = checkout.did()
+    assert lines[:3] == ["venv", "pip ROOT[test]", "-m pytest -q -k vit"]
+    assert lines[-3:] == ["venv", "pip ROOT[test]", "-m pytest -q -k vit"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["test"]
+    exact = {re.sub(r"\[.*\]|,.*", "", line).replace(">=", "==") for line in asked}
+    assert set(lines[3:-3]) == exact
+    assert list(folder.iterdir()) == []
+
+
+def test_versions_of_one_kind_are_tried_by_its_word(checkout: Checkout) -> None:
+    """`newest` alone makes one environment."""
+    assert checkout.run("test_versions.sh", "newest").returncode == 0
+    assert checkout.did() == ["venv", "pip ROOT[test]", "-m pytest -q"]
 
 
 def test_dockerfile_takes_its_choices_as_arguments_and_runs_without_root() -> None:

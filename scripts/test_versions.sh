@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# test_versions.sh [oldest|newest] [ARGS]: runs the tests with the oldest versions of the dependencies that pyproject.toml
+# allows, and with the newest there are; without a word, with both, one after the other.
+#
+# Each environment (6 GB) is made in a temporary folder, below TMPDIR, and removed afterwards. ARGS go to pytest:
+#   scripts/test_versions.sh newest -k "step or vit"
+# PYTHON names the interpreter as for install.sh; the oldest versions have wheels for 3.11.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+kinds=(oldest newest)
+case "${1:-}" in oldest | newest) kinds=("$1"); shift ;; esac
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+export DINO_LITE_VENV="$folder/venv" DINO_LITE_CONSTRAINTS="$folder/constraints.txt"
+export PIP_CONSTRAINT="$DINO_LITE_CONSTRAINTS" # in place of one that pip's own configuration may name
+
+failed=0
+for kind in "${kinds[@]}"; do
+    : >"$DINO_LITE_CONSTRAINTS"
+    if [ "$kind" = oldest ]; then # every lower bound, as the one version
+        sed -nE 's/^ *"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' "$root/pyproject.toml" | sort -u >"$DINO_LITE_CONSTRAINTS"
+    fi
+    python="$("$root/scripts/install.sh" test)"
+    echo "$kind:" $("$python" -m pip freeze | grep -E '^(numpy|pytorch-lightning|timm|torch|torchvision)==')
+    (cd "$root" && "$python" -m pytest -q "$@") || { echo "test_versions.sh: failed with the $kind versions" >&2; failed=1; }
+    rm -rf "$DINO_LITE_VENV"
+done
+exit "$failed"
