@@ -52,6 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish() -> None:
     """End the server that processes were forked from (tests/ranks.py): its seconds count too."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, multiprocessing.context.ForkServerProcess):
+            process.kill()  # else the server would wait for it
     multiprocessing.forkserver._forkserver._stop()
 
 
