@@ -36,7 +36,7 @@ quietly "$python" -m ruff check .
 quietly "$python" -m ruff format --check .
 quietly "$python" -m mypy
 # One process for each core, which takes over another's tests when its own are done.
-parallel=(-n auto --dist worksteal)
+parallel=(-n auto --maxprocesses 8 --dist worksteal)
 case " $* " in *" -p no:xdist "* | *" -pno:xdist "*) parallel=() ;; esac
 unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles the package again
 export OMP_NUM_THREADS=1

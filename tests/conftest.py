@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing.forkserver
 import os
 import random
@@ -12,11 +13,6 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-
-# Before the package: what is first imported from inside it is compiled anew, for the import hook
-# that checks shapes reads no bytecode but its own.
-import pytorch_lightning  # noqa: F401
-import timm  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +31,10 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that compiles
 # A background job, nohup and some runners hand SIGINT down as ignored; tests interrupt runs by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Before the package: what is first imported from inside it is compiled anew, for the import hook
+# that checks shapes reads no bytecode but its own.
+for name in ("pytorch_lightning", "timm"):
+    importlib.import_module(name)
 
 # The same examples every time and no folder written; a first example pays for imports: no deadline.
 hypothesis.settings.register_profile("dino_lite", deadline=None, derandomize=True, database=None)
@@ -52,6 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish() -> None:
     """End the server that processes were forked from (tests/ranks.py): its seconds count too."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, multiprocessing.context.ForkServerProcess):
+            process.kill()  # else the server would wait for it
     multiprocessing.forkserver._forkserver._stop()
 
 
