@@ -37,7 +37,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert pixels.shape == (6, 4, 3)
     assert pixels[0, 3].tolist() == [255, 0, 0]
     assert pixels[0, 0].tolist() == [0, 255, 0]
-    assert open_folder(tmp_path).train.size(0) == (6, 4)
+    assert open_folder(tmp_path).train.image_size(0) == (6, 4)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
