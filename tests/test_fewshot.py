@@ -90,7 +90,7 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
         (Features(torch.ones(5, 2), torch.zeros(5).long()), None, "2 classes"),
         (draw(9, 2, 3, 0), Features(torch.ones(5, 2), -torch.ones(5).long()), "no labeled test"),
         (Features(torch.full((4, 2), float("nan")), torch.tensor([0, 1, 0, 1])), None, "diverged"),
-        (draw(9, 2, 3, 0), None, "none is left"),
+        (draw(9, 2, 3, 0), None, "no query is left"),
     ],
     ids=["one class", "no test labels", "not finite", "all drawn"],
 )
