@@ -107,7 +107,7 @@ def test_altered_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cifar(tmp_path, monkeypatch, "CIFAR10")
     file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     file.write_bytes(file.read_bytes() + b"\0")
-    assert "CIFAR10 is not whole" in sentence(open_builtin, "cifar10", tmp_path)
+    assert "CIFAR10 is incomplete" in sentence(open_builtin, "cifar10", tmp_path)
 
 
 def test_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = open_builtin("svhn", tmp_path)
     assert np.array_equal(splits.train.read(2), pixels[..., 2])
     assert classes(splits.train) == ["1", "0", "9", "1"]
-    assert "is not whole" in sentence(open_builtin, "svhn", tmp_path / "nowhere")
+    assert "is incomplete" in sentence(open_builtin, "svhn", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -343,7 +343,7 @@ def test_half_unpacked_sets_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The folder alone is not the set."""
     for name in ("pets", "food101", "dtd", "aircraft", "gtsrb", "imagenette", "mnist", "eurosat"):
         (tmp_path / SETS[name].folder).mkdir()
-        assert "is not whole" in sentence(open_builtin, name, tmp_path)
+        assert "is incomplete" in sentence(open_builtin, name, tmp_path)
 
 
 def test_without_scipy_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

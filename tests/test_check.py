@@ -103,7 +103,7 @@ def test_folder_without_labels_with_bad_files_and_copies(
     (data / "bad.jpg").write_bytes(b"no image")
     report = look(tmp_path, f"data.root={data}")
     assert report["ok"]
-    assert report["labels"] == "all images lie in one folder"
+    assert report["labels"] == "all images are in one folder"
     assert report["splits"]["train"]["classes"] is None
     assert "warning: 1 of 22 images of train cannot be read" in told(report)
     assert "warning: 1 images (5%) repeat another" in told(report)
@@ -215,7 +215,7 @@ def test_a_sample_of_a_huge_set(tmp_path: Path) -> None:
     report = look(tmp_path, f"data.root={data}", "max_images=10")
     assert report["splits"]["train"]["num_images"] == 30
     assert report["splits"]["train"]["num_looked_at"] == 10
-    assert "hint: Of the 30 images of train, 10 were looked at" in told(report)
+    assert "hint: Of the 30 images of train, 10 were inspected" in told(report)
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "true", "many"])

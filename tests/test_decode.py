@@ -37,7 +37,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert pixels.shape == (6, 4, 3)
     assert pixels[0, 3].tolist() == [255, 0, 0]
     assert pixels[0, 0].tolist() == [0, 255, 0]
-    assert open_folder(tmp_path).train.size(0) == (6, 4)
+    assert open_folder(tmp_path).train.image_size(0) == (6, 4)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
@@ -240,7 +240,7 @@ def test_arrays_of_other_layouts_and_kinds_are_refused() -> None:
     assert "an array is H W C, but this is (5, 6, 7)" in reason(npy(PLANES), 5)
     assert "an array is H W C, but this is (3, 6, 7)" in reason(npy(PLANES[:3]), 3)
     for shape in ((4,), (2, 3, 4, 5), (0, 4, 3), ()):
-        assert "no image H W C" in reason(npy(np.zeros(shape, np.uint8)))
+        assert "not that of an image, H W C" in reason(npy(np.zeros(shape, np.uint8)))
     for kind in (np.float32, np.int64, np.int8, bool, np.complex64, "U3", [("a", np.uint8)]):
         assert "store uint8 or uint16" in reason(npy(np.zeros((4, 5, 3), kind)))
         if kind in (np.float32, np.int8):

@@ -45,7 +45,7 @@ def test_mean_and_deviation_are_those_of_the_tries() -> None:
         assert row["± std"] == pytest.approx(statistics.stdev(tries))
     assert result["value"] == pytest.approx(result["table"][1]["top-1 %"])
     assert result["interval"][0] < result["value"] < result["interval"][1]
-    assert "interval is of the images asked, not of the draws" in result["protocol"]
+    assert "interval is over queries, ± std over draws" in result["protocol"]
     assert result["settings"] == {"n": 5, "tries": 3, "k": 10}
     assert (result["num_train"], result["num_test"]) == (20, 50)
 
@@ -90,7 +90,7 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
         (Features(torch.ones(5, 2), torch.zeros(5).long()), None, "2 classes"),
         (draw(9, 2, 3, 0), Features(torch.ones(5, 2), -torch.ones(5).long()), "no labeled test"),
         (Features(torch.full((4, 2), float("nan")), torch.tensor([0, 1, 0, 1])), None, "diverged"),
-        (draw(9, 2, 3, 0), None, "none is left"),
+        (draw(9, 2, 3, 0), None, "no query is left"),
     ],
     ids=["one class", "no test labels", "not finite", "all drawn"],
 )

@@ -53,7 +53,7 @@ def test_a_text_file(tmp_path: Path) -> None:
     assert (names(splits.train), splits.test, splits.name) == (["b", "a b.png"], None, "mine")
     assert splits.train.labels is None
     assert all(tuple(splits.train.read(i)[0, 0]) == GREEN for i in range(2))
-    assert splits.train.size(0) == (4, 6)  # type: ignore[attr-defined]
+    assert splits.train.image_size(0) == (4, 6)  # type: ignore[attr-defined]
     assert read_facts(splits)[:5] == (2, 0, 0, 4, 6)
 
 
@@ -162,7 +162,7 @@ def test_the_configuration_of_a_list(tmp_path: Path) -> None:
         ("l.csv", "path,label\na.png,1\n,2\n", "Row 3 of"),
         ("l.csv", "a.png,1\nb.png,\nc.png,2\n", "no label for 1 of 3 images"),
         ("l.csv", "a.png,1,train\nb.png,1,val\nc.png,,val\n", "no label for 1 of 2 images"),
-        ("l.txt", "nosuch://a/b.png\n", "nosuch:// is no protocol"),
+        ("l.txt", "nosuch://a/b.png\n", "nosuch:// is not a protocol"),
         ("l.parquet", "path", "cannot be read as a list"),
     ],
 )
@@ -180,7 +180,7 @@ def test_other_mistakes(tmp_path: Path, memory: Any) -> None:
     assert "does not exist" in sentence(open_auto, tmp_path / "gone.csv")
     assert "does not exist" in sentence(open_files, tmp_path / "gone.csv")
     assert "is a folder" in sentence(open_files, tmp_path / "d.csv")
-    assert "is no list" in sentence(open_files, tmp_path / "a.xlsx")
+    assert "is not a list" in sentence(open_files, tmp_path / "a.xlsx")
     assert "data.labels=folder" in sentence(open_auto, listed, labels="folder")
     assert "FileNotFoundError" in sentence(open_auto, "memory://gone.csv")
     assert "cannot be listed" in sentence(open_auto, "s3://bucket/folder")

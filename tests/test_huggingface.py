@@ -255,7 +255,7 @@ def test_a_set_of_the_hub_is_not_asked_for(hub: list[Any], tmp_path: Path) -> No
     told = sentence(open_huggingface, "nobody/nothing")
     assert "data.download=true" in told
     assert "data.download=true" in sentence(open_huggingface, "nobody/nothing", streaming=True)
-    assert "no file or folder" in sentence(open_huggingface, tmp_path / "gone" / "a.parquet")
+    assert "neither a file or folder" in sentence(open_huggingface, tmp_path / "gone" / "a.parquet")
     assert hub == []
 
 

@@ -263,8 +263,8 @@ def test_classes_are_counted() -> None:
     ("files", "how", "words"),
     [
         (["a/1.png", "a/2.png", "b/1.png", "b/2.png"], "none", "data.labels=none"),
-        (["1.png", "b/1.png"], "auto", "1 images lie in no folder"),
-        (["a/1.png", "a/2.png"], "auto", "all images lie in one folder"),
+        (["1.png", "b/1.png"], "auto", "1 images are not in a class folder"),
+        (["a/1.png", "a/2.png"], "auto", "all images are in one folder"),
         (["a/1.png", "a/2.png", "b/1.png"], "auto", "folder b holds one image"),
     ],
 )

@@ -32,7 +32,7 @@ def test_classes_that_lie_apart_are_told_apart() -> None:
     assert found["num_train"] == 60
     assert "best of 8 linear heads" in found["protocol"]
     assert (
-        "judged on 6 images held out of train (a tenth of each class, at least one)"
+        "selected on 6 images held out of train (a tenth of each class, at least one)"
         in found["protocol"]
     )
     assert "not augmented" in found["protocol"]
@@ -60,7 +60,7 @@ def test_what_is_chosen_is_trained_anew_on_all_of_train() -> None:
     found, all_of_it = (Linear(choose=how, **QUICK).score(task) for how in ("held_out", "test"))
     assert [h["test %"] for h in found["heads"]] == [h["test %"] for h in all_of_it["heads"]]
     assert found["reference_choice"]["value"] == all_of_it["value"]
-    assert "then trained anew on all of train" in found["protocol"]
+    assert "then retrained on all of train" in found["protocol"]
 
 
 def test_classes_of_one_image_are_told() -> None:
@@ -89,7 +89,7 @@ def test_dinos_protocol_reports_the_best_epoch_on_test_and_says_so() -> None:
     assert found["value"] >= found["heads"][0]["test %"]
     assert 1 <= found["reference_choice"]["epoch"] <= 5
     assert (
-        "one linear head on frozen features, the best of its epochs, as judged on the test images"
+        "one linear head on frozen features, the best of its epochs selected on the test images"
         in (found["protocol"])
     )
 

@@ -142,7 +142,7 @@ def test_a_short_outage_costs_one_failure_not_the_run(served: Served) -> None:
     assert opener.fetch(f"{served.url}/3.png") == png((3, 3, 3))
     for _ in range(remote.MAX_IN_A_ROW):
         opener.fetch_all(down)
-    with pytest.raises(OSError, match=r"not asked for, after 5 failures.*the last: .*503"):
+    with pytest.raises(OSError, match=r"not requested, after 5 failures.*the last: .*503"):
         opener.fetch(f"{served.url}/3.png")
 
 

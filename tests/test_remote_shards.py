@@ -216,4 +216,4 @@ def test_unknown_protocols() -> None:
     """One sentence."""
     assert "several places" in sentence(open_shards, "s3://{a,b}/0.tar")
     assert "several places" in sentence(open_shards, "{s3://a,s3://b}/0.tar")
-    assert "nosuch:// is no protocol" in sentence(open_shards, "nosuch://bucket/a.tar")
+    assert "nosuch:// is not a protocol" in sentence(open_shards, "nosuch://bucket/a.tar")

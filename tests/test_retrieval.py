@@ -67,7 +67,7 @@ def test_map_and_recall_are_means_over_queries_that_have_something_to_find() -> 
     assert result["value"] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 2) / 2)
     assert result["recall"] == {"1": 50.0, "2": 100.0}
     assert result["num_test"] == 2
-    assert "1 with nothing to find are left out" in result["protocol"]
+    assert "1 without an image to find are left out" in result["protocol"]
     assert result["interval"] is not None
 
 

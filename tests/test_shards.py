@@ -278,11 +278,11 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "a.tar", {f"{i}.png": encoded(i) for i in range(9)}).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:5000])
     told = sentence(open_shards, tmp_path / "cut.tar")
-    assert "cut.tar is no whole tar file" in told
+    assert "cut.tar is not a complete tar file" in told
     assert "after 4 images" in told
     for torn in (whole[:4196], whole[:4096] + b"x" * 512 + whole[4608:]):
         (tmp_path / "torn.tar").write_bytes(torn)
-        assert "(torn header, after 4 images)" in sentence(open_shards, tmp_path / "torn.tar")
+        assert "(damaged header, after 4 images)" in sentence(open_shards, tmp_path / "torn.tar")
     (tmp_path / "endless.tar").write_bytes(whole.rstrip(b"\0").ljust(9 * 1024, b"\0"))
     assert len(open_shards(tmp_path / "endless.tar").train) == 9  # as tar itself takes it
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
@@ -290,7 +290,7 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     assert "gunzip" in sentence(open_shards, tmp_path / "zipped.tar")
     assert "gunzip" in sentence(open_shards, tmp_path / "a.tar.gz")
     (tmp_path / "text.tar").write_bytes(b"no tar file" * 1000)
-    assert "is no whole tar file" in sentence(open_shards, tmp_path / "text.tar")
+    assert "is not a complete tar file" in sentence(open_shards, tmp_path / "text.tar")
     write_tar(tmp_path / "notes.tar", {"a.txt": b"text"})
     assert "has no image" in sentence(open_shards, tmp_path / "notes.tar")
     (tmp_path / "empty").mkdir()

@@ -138,7 +138,7 @@ def test_the_abstract_members_are_enough(outside: Any, tmp_path: Path) -> None:
     found = inspect(splits.train, np.arange(24), hashing=False)
     assert sorted(set(found.rows["height"].tolist())) == [20, 21, 22]
     assert set(found.rows["format"].tolist()) == {b""}
-    assert why_no_labels(splits.train, "auto") == "the data brings none"
+    assert why_no_labels(splits.train, "auto") == "the data has none"
     copy = pickle.loads(pickle.dumps(splits.train))
     assert np.array_equal(copy.read(3), splits.train.read(3))
     with pytest.raises(TypeError, match="digest"):

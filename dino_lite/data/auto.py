@@ -1,4 +1,4 @@
-"""A data set by what `data.root` is."""
+"""Opens a data set according to what `data.root` points to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from dino_lite.settings.kinds import Size
 
 
 def open_auto(root: Root | None = None, labels: str | None = "auto", channels: Size = 3) -> Splits:
-    """Without `root` the embedded shapes; else what it is.
+    """Open the data set at `root`; without `root`, the embedded shapes.
 
-    A list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or Arrow with
-    images, an .npz file, CIFAR-10; or a folder, several of them, or a pattern. `labels` is for
-    folders and lists; others bring their own, which `none` takes away.
+    `root` is a list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or
+    Arrow files with images, an .npz file, CIFAR-10, or one or several folders or a pattern.
+    `labels` applies to folders and lists; other formats use their own labels, which `none`
+    discards.
     """
     if root is None:
         return _with_own_labels(open_shapes(channels=channels), labels)
@@ -56,7 +57,7 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: S
 
 
 def _with_own_labels(splits: Splits, labels: str | None) -> Splits:
-    """What brings its labels keeps them, or loses them."""
+    """Keep or discard the labels of a format that has its own."""
     if labels in (None, "none"):
         for source in (splits.train, splits.test):
             if source is not None:
@@ -70,7 +71,7 @@ def _with_own_labels(splits: Splits, labels: str | None) -> Splits:
 
 
 def _kind(root: str, path: Path) -> str:
-    """What reads a file or folder, as its names tell: shards, huggingface or "" (neither)."""
+    """The reader of a file or folder, judged by names: shards, huggingface or "" (neither)."""
     if root.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return "shards"
     if path.suffix.lower() in (".parquet", ".arrow"):
@@ -78,7 +79,7 @@ def _kind(root: str, path: Path) -> str:
     if not path.is_dir():
         return ""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return "huggingface"  # as `datasets` saves a set
+        return "huggingface"  # written by `Dataset.save_to_disk`
     found = dict(_first_of_each_suffix(path))
     if any(suffix.encode() in SUFFIXES for suffix in found):
         return ""
@@ -89,9 +90,9 @@ def _kind(root: str, path: Path) -> str:
 
 
 def _first_of_each_suffix(path: Path) -> Iterator[tuple[str, Path]]:
-    """A file of each suffix in the folder and the folders in it; no further than to an image."""
+    """A file of each suffix in the folder and its subfolders; stops at the first image."""
     folders = [path]
-    for folder in folders:  # which grows while it is gone through
+    for folder in folders:  # grows during the loop
         try:
             for file in folder.iterdir():
                 suffix = file.suffix.lower()
@@ -103,5 +104,5 @@ def _first_of_each_suffix(path: Path) -> Iterator[tuple[str, Path]]:
                     yield suffix, file
                     if suffix.encode() in SUFFIXES:
                         return
-        except OSError:  # the one who opens it will say why
+        except OSError:  # reported when it is opened
             continue

@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows by name, read from its own files."""
+"""Torchvision's named data sets, read from torchvision's own files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CIFAR10_FOLDER = "cifar-10-batches-py"
 
 
 class Known(NamedTuple):
-    """What torchvision.datasets calls a set, the folder it keeps below `root`, and the arguments
-    that give its parts: those of a split are joined.
+    """Name of the class in torchvision.datasets, its folder below `root`, and the constructor
+    arguments of each split; several per split are concatenated.
     """
 
     kind: str
@@ -39,8 +39,8 @@ def _split(*names: str, **others: Any) -> tuple[dict[str, Any], ...]:
 
 _TRAIN, _TEST = ({"train": True},), ({"train": False},)
 _WHOLE: tuple[dict[str, Any], ...] = ({},)
-# Where test labels are few or secret, val is the test split; where both have labels, val is trained
-# on too, as the sets' own protocols do.
+# If test labels are few or withheld, val is the test split; if both are labeled, val is added to
+# the training split, as in the sets' own protocols.
 SETS = {
     "aircraft": Known("FGVCAircraft", "fgvc-aircraft-2013b", _split("trainval"), _split("test")),
     "caltech101": Known("Caltech101", "caltech101", _WHOLE, ()),
@@ -76,12 +76,12 @@ def open_builtin(
 ) -> Splits:
     """The set `name` of SETS from torchvision's files below `root`, or from its own folder there.
 
-    Small images are held in memory; files are read when they are asked for. Labels are the set's
-    own, -1 where it has none (STL-10's 100,000 unlabeled images, which are trained on).
-    `channels`: what every image is made to have, see `decode`.
+    Small images are held in memory; image files are read on demand. Labels are the set's own, -1
+    for unlabeled images (STL-10's 100,000, which are part of train). `channels`: every image is
+    converted to that many, see `decode`.
     """
     if name is None or name not in SETS:
-        what = "data.name is not set" if name is None else f"data.name={name} is no set known here"
+        what = "data.name is not set" if name is None else f"data.name={name} is not a known set"
         raise UserError(f"{what}: choose one of {', '.join(SETS)}.")
     known = SETS[name]
     base = expand(root)
@@ -90,7 +90,7 @@ def open_builtin(
     if known.folder and base.name == known.folder:
         base = base.parent
     if not download and not (base / known.folder).is_dir():
-        raise UserError(_missing(name, base, "the folder is not there"))
+        raise UserError(_missing(name, base, "the folder does not exist"))
     train, *test = (
         _source(
             name, base, part, [_load(name, base, args, download) for args in arguments], channels
@@ -102,17 +102,17 @@ def open_builtin(
 
 
 def _missing(name: str, base: Path, why: object) -> str:
-    """What to say where a set cannot be opened."""
+    """The message for a set that cannot be opened."""
     folder = base / SETS[name].folder
     return (
-        f"{SETS[name].kind} is not whole in {folder}: unpack its files as torchvision does, or set "
-        f"data.download=true ({' '.join(str(why).split()).rstrip('.')})."
+        f"{SETS[name].kind} is incomplete in {folder}: unpack its files as torchvision does, or "
+        f"set data.download=true ({' '.join(str(why).split()).rstrip('.')})."
     )
 
 
 def _load(name: str, base: Path, arguments: dict[str, Any], download: bool) -> Any:
-    """torchvision's object; it compares checksums before it unpickles."""
-    from torchvision import datasets  # here, because importing it takes seconds
+    """The torchvision object; torchvision verifies checksums before unpickling."""
+    from torchvision import datasets  # slow to import
 
     try:
         return getattr(datasets, SETS[name].kind)(str(base), **arguments, download=download)
@@ -121,14 +121,16 @@ def _load(name: str, base: Path, arguments: dict[str, Any], download: bool) -> A
             f"{SETS[name].kind} needs {error.name}: pip install 'dino-lite[builtin]'."
         ) from error
     except (RuntimeError, OSError, ValueError, LookupError, EOFError, AssertionError) as error:
-        # missing, altered or half unpacked files; no network
+        # missing, changed or partly unpacked files; no network
         raise UserError(_missing(name, base, error)) from error
 
 
 def _source(name: str, base: Path, part: str, loaded: list[Any], channels: int) -> Source:
-    """One split of all that was loaded for it."""
+    """The source of one split, from its torchvision objects."""
     found = getattr(loaded[0], "classes", getattr(loaded[0], "categories", []))
-    classes = [name if isinstance(name, str) else name[0] for name in found]  # or its synonyms
+    classes = [
+        name if isinstance(name, str) else name[0] for name in found
+    ]  # or a tuple of synonyms
     if hasattr(loaded[0], "data"):
         (one,) = loaded
         targets = one.targets if hasattr(one, "targets") else one.labels
@@ -149,8 +151,8 @@ def _numbered(labels: Int[np.ndarray, "N"]) -> list[str]:
 
 
 def _files(loaded: Any) -> Iterable[tuple[str | Path, int]]:
-    """Path and label of each image, as torchvision's object has listed them."""
-    if hasattr(loaded, "index"):  # Caltech101 keeps numbers
+    """Path and label of each image, as listed by the torchvision object."""
+    if hasattr(loaded, "index"):  # Caltech101 stores image numbers
         folder = Path(loaded.root, "101_ObjectCategories")
         return [
             (folder / loaded.categories[label] / f"image_{number:04d}.jpg", label)
@@ -171,7 +173,7 @@ def _channels_last(pixels: UInt8[Tensor, "N ..."]) -> UInt8[Tensor, "N H W C"]:
 
 
 def _to_channels(pixels: UInt8[Tensor, "N H W C"], channels: int) -> UInt8[Tensor, "N H W D"]:
-    """Made to have that many channels, as `decode` does it."""
+    """Convert the number of channels as `decode` does."""
     if pixels.shape[3] == channels:
         return pixels
     try:
@@ -183,7 +185,7 @@ def _to_channels(pixels: UInt8[Tensor, "N H W C"], channels: int) -> UInt8[Tenso
 def _open_imagenet(base: Path, download: bool, channels: int) -> Splits:
     """ImageNet's class folders (n01440764 …) in `root/train` and `root/val`.
 
-    torchvision's class would need the devkit beside them, which few have kept.
+    torchvision's class also requires the devkit, which is often missing.
     """
     advice = "torchvision.datasets.ImageNet(root, split) makes the folders of the archives"
     if download:
@@ -192,7 +194,8 @@ def _open_imagenet(base: Path, download: bool, channels: int) -> Splits:
         )
     if not (base / "train").is_dir() or not (base / "val").is_dir():
         raise UserError(
-            f"{base} is no ImageNet, as it has no folders train and val: check data.root; {advice}."
+            f"{base} is not ImageNet, as it has no folders train and val: check data.root; "
+            f"{advice}."
         )
     splits = open_folder(base, "folder", channels)
     if splits.test is None or splits.test.labels is None:

@@ -1,4 +1,4 @@
-"""Parts of files, on this machine or behind a URL that fsspec knows (s3://, gs://, https:// …)."""
+"""Byte ranges of local files or URLs that fsspec supports (s3://, gs://, https:// …)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dino_lite.contracts import UserError
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_url
 
-_NUM_TRIES = 3  # networks fail now and then, and an image that failed once counts as bad
+_NUM_TRIES = 3  # an image whose only attempt failed would count as bad
 _WAIT_SECONDS = 0.2
 _STAMPS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime")  # by file system
-_FINAL = (FileNotFoundError, PermissionError)  # another try would bring the same
+_FINAL = (FileNotFoundError, PermissionError)  # not retried
 
 
 class Range(NamedTuple):
-    """`size` bytes from `start` on, of the file `place`: a path or a URL."""
+    """`size` bytes from offset `start` of the file `place`, a path or a URL."""
 
     place: str
     start: int
@@ -30,8 +30,8 @@ class Range(NamedTuple):
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
-    Nobody keeps it: fsspec gives the same one again, but another after a fork, where connections
-    and threads of the parent are of no use.
+    Do not store it: fsspec caches file systems itself and makes a new one after a fork, where the
+    parent's connections and threads are unusable.
     """
     from fsspec.core import url_to_fs
 
@@ -41,7 +41,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_range(wanted: Range) -> bytes:
-    """The bytes of one range. Raises OSError where they cannot be had, or are fewer."""
+    """The bytes of one range. Raises OSError if they cannot be read or are too few."""
     found = read_ranges([wanted])[0]
     if isinstance(found, OSError):
         raise found
@@ -49,11 +49,11 @@ def read_range(wanted: Range) -> bytes:
 
 
 def read_ranges(wanted: Sequence[Range]) -> list[bytes | OSError]:
-    """The bytes of each range, or why they cannot be had. Those behind URLs come all at once."""
+    """The bytes of each range, or the error that prevented it. URLs are fetched concurrently."""
     remote = [i for i, item in enumerate(wanted) if is_url(item.place)]
     if not remote:
         return [_read_local(item) for item in wanted]
-    found = [OSError("not asked for") if is_url(w.place) else _read_local(w) for w in wanted]
+    found = [OSError("not requested") if is_url(w.place) else _read_local(w) for w in wanted]
     for attempt in range(_NUM_TRIES):
         time.sleep(attempt * _WAIT_SECONDS)
         for i, answer in zip(remote, _read_remote([wanted[i] for i in remote]), strict=True):
@@ -81,7 +81,7 @@ def _read_remote(wanted: Sequence[Range]) -> list[bytes | OSError]:
         answers = opened[0][0].cat_ranges(
             [path for _, path in opened], starts, ends, on_error="return"
         )
-    except Exception as error:  # whatever the protocol's package raises
+    except Exception as error:  # any exception of the protocol's package
         answers = [error] * len(wanted)
     return [
         _whole(answer, item)
@@ -94,7 +94,7 @@ def _read_remote(wanted: Sequence[Range]) -> list[bytes | OSError]:
 
 
 def _whole(data: bytes, wanted: Range) -> bytes | OSError:
-    """Fewer bytes: the file was cut; more: a web server without ranges gave all of it."""
+    """Fewer bytes: the file was truncated; more: the web server ignored the range."""
     if len(data) == wanted.size:
         return data
     return OSError(
@@ -103,9 +103,9 @@ def _whole(data: bytes, wanted: Range) -> bytes | OSError:
 
 
 def versions(places: Sequence[str]) -> list[tuple[int, str]]:
-    """Size in bytes of each file, and what changes when it is written anew ("": not known).
+    """Size in bytes of each file, and a stamp that changes when it is rewritten ("": unknown).
 
-    Raises UserError where a file is not there.
+    Raises UserError if a file does not exist.
     """
     if not any(map(is_url, places)):
         return [_local_version(place) for place in places]
@@ -131,12 +131,12 @@ def _local_version(place: str) -> tuple[int, str]:
 
 
 def _listed(fs: Any, folder: str) -> dict[str, Any]:
-    """What one listing tells of all files of a folder: a thousand questions less. Web servers list
-    no sizes.
+    """Entries of a folder by path, from a single request instead of one per file. Empty for web
+    servers, whose listings have no sizes.
     """
     try:
         entries = fs.ls(folder, detail=True)
-    except Exception:  # listing may be forbidden where reading is not
+    except Exception:  # reading may be allowed without listing
         return {}
     return {entry["name"]: entry for entry in entries if entry.get("size")}
 
@@ -145,7 +145,7 @@ def _info(fs: Any, path: str, place: str) -> Any:
     try:
         info = fs.info(path)
         if info.get("size") is None:
-            raise OSError("the server does not tell its size")
+            raise OSError("the server does not report its size")
     except Exception as error:
         raise UserError(
             f"{place} cannot be read ({type(error).__name__}: {error}): check data.root and your "
@@ -155,9 +155,10 @@ def _info(fs: Any, path: str, place: str) -> Any:
 
 
 def names_below(root: str, suffix: str) -> list[str]:
-    """Files below the folder `root` that end in `suffix`, relative to it, sorted; none hidden.
+    """Files below the folder `root` that end in `suffix`, relative to it, sorted, without hidden
+    ones.
 
-    Raises UserError where it cannot be listed.
+    Raises UserError if it cannot be listed.
     """
     return sorted(name for name in _files_below(root) if name.lower().endswith(suffix))
 
@@ -184,7 +185,7 @@ def _files_below(root: str) -> Iterator[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names that a pattern stands for: `{000..146}` counts, `{a,b}` lists, both may nest."""
+    """All names a pattern stands for: `{000..146}` counts, `{a,b}` lists, both may be nested."""
     if "{" not in pattern:
         return [pattern]
     start, depth = pattern.index("{"), 0

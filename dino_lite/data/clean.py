@@ -1,4 +1,4 @@
-"""Images as evaluations see them: no randomness, one view, every image once and in order."""
+"""Images for evaluation: deterministic, one view per image, every image once and in order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dino_lite.data.sources import reason
 
 
 def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
-    """The center of an image: shorter side to round(size·256/224), bicubic, then cropped.
+    """Center crop: shorter side to round(size·256/224), bicubic, then cropped to size x size.
 
-    At 224 px this is the published protocol (Caron et al. 2021, appendix). An image that is
-    size x size already is taken as it is.
+    At 224 px this is the published protocol (Caron et al. 2021, appendix). An image that already is
+    size x size is returned unchanged.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
     shorter, target = min(width, height), round(size * 256 / 224)
-    # The longer side is cut, not rounded, as torchvision's Resize does.
+    # The longer side is rounded down, as in torchvision's Resize.
     width, height = target * width // shorter, target * height // shorter
     left, top = round((width - size) / 2), round((height - size) / 2)
     return by_channel(
@@ -41,7 +41,7 @@ def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "si
 def by_channel(
     image: UInt8[np.ndarray, "H W C"], change: Callable[[Image.Image], Image.Image]
 ) -> UInt8[np.ndarray, "h w C"]:
-    """`change` of PIL, which treats channels alike, of an image of any number of them."""
+    """Apply a per-channel PIL operation to an image with any number of channels."""
     if image.shape[2] == 3:
         return np.asarray(change(Image.fromarray(image)))
     parts = [change(Image.fromarray(image[..., i])) for i in range(image.shape[2])]
@@ -49,7 +49,9 @@ def by_channel(
 
 
 class Batch(NamedTuple):
-    """What a worker delivers: the readable of the images asked for, and why the others are not."""
+    """A worker's result: the readable images of those requested, and index and reason of the
+    others.
+    """
 
     images: UInt8[Tensor, "b C H W"]
     labels: Int[Tensor, "b"]
@@ -58,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class CleanImages(Dataset[Batch]):
-    """Reads and cleans a list of images at a time. Labels are -1 where the source has none."""
+    """Reads a list of images at a time and applies `clean`. Labels are -1 for unlabeled sources."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
@@ -84,9 +86,9 @@ class CleanImages(Dataset[Batch]):
 
 
 class CleanData:
-    """The data set as an evaluation reads it.
+    """A data set as evaluations read it.
 
-    An image that cannot be read is left out of the evaluation and noted in `bad` (name: reason).
+    Unreadable images are skipped and recorded in `bad` (name: reason).
     """
 
     def __init__(
@@ -111,14 +113,14 @@ class CleanData:
     def indexed(
         self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"], Int[Tensor, "b"]]]:
-        """As `batches`, and the number of each image in the source, on the host."""
+        """As `batches`, and the index of each image in the source, on the host."""
         pin = device.type == "cuda"
         for images, labels, index, _ in self.read(source, pin):
             images = images.to(device, non_blocking=pin)
             yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
 
     def read(self, source: Source, pin: bool = False) -> Iterator[Batch]:
-        """Images as bytes on the host, in order; a batch of which none can be read is left out."""
+        """uint8 images on the host, in order; batches without a readable image are skipped."""
         loader = DataLoader(
             CleanImages(source, self.size),
             batch_size=self.batch_size,
@@ -133,5 +135,5 @@ class CleanData:
 
 
 def as_read(batch: Any) -> Any:
-    """Keep the DataLoader from stacking what `__getitems__` has put together."""
+    """Collate function: `__getitems__` already returns a batch."""
     return batch

@@ -1,8 +1,9 @@
-"""Multi-crop as DINO published it: what every crop shall be, decided without looking at the image.
+"""Multi-crop: the boxes and photometric parameters of all crops, drawn without looking at the
+image.
 
-`MultiCrop.draw` makes boxes and parameters of all crops from the counter hash. Their pixels are
-made by `data.exact` (PIL, in the worker) or by `data.resample` and `data.photometric` (batched, on
-the device). Source: Caron et al. 2021, section 3.2, after SwAV's multi-crop and BYOL's photometry.
+`MultiCrop.draw` computes them from the counter hash. Pixels are made by `data.exact` (PIL, in the
+worker) or by `data.resample` and `data.photometric` (batched, on the device). Source: Caron et al.
+2021, section 3.2, after SwAV's multi-crop and BYOL's photometry.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from dino_lite import draws
 from dino_lite.settings.kinds import Count, Fraction, Must, Shares, Size, rising, within
 from dino_lite.settings.validate import checked
 
-# The parameters of a crop, in this order wherever they are stored, each with the value that says
-# "not applied".
+# The parameters of a crop in the order they are stored, each with its neutral value.
 COLUMNS = {
     "flip": 0.0,  # 0 or 1, as gray and solarize
     "brightness": 1.0,  # factors
     "contrast": 1.0,
     "saturation": 1.0,
-    "hue": 0.0,  # in turns of the color circle
+    "hue": 0.0,  # fraction of the color circle
     "order": 0.0,  # which of ORDERS
     "gray": 0.0,
     "blur": 0.0,  # radius in pixels of the crop
@@ -33,17 +33,17 @@ COLUMNS = {
     "vertical": 0.0,  # 0 or 1: upside down
     "turns": 0.0,  # quarter turns, counter-clockwise: 0 to 3
 }
-LAID = ("flip", "vertical", "turns")  # how a crop lies; the others change its colors or sharpness
+LAID = ("flip", "vertical", "turns")  # geometry; the others change color or sharpness
 JITTER = ("brightness", "contrast", "saturation", "hue")
 NO_JITTER = tuple(COLUMNS[name] for name in JITTER)
 ORDERS = tuple(permutations(range(4)))  # the 24 sequences of JITTER
 
-NUM_TRIES = 10  # boxes tried before the centered fallback
-NUM_DRAWS = 2 * NUM_TRIES + 13  # uniforms of a crop: crop s owns draws s*NUM_DRAWS and on
+NUM_TRIES = 10  # attempts before the centered fallback
+NUM_DRAWS = 2 * NUM_TRIES + 13  # uniforms per crop: crop s uses draws s*NUM_DRAWS onward
 
 
 class Photometric(NamedTuple):
-    """How often one kind of crop is changed, and how strongly (half-widths of factors)."""
+    """Probabilities and strengths (half-widths of factors) of one kind of crop."""
 
     flip_prob: Fraction = 0.5
     jitter_prob: Fraction = 0.8
@@ -56,18 +56,18 @@ class Photometric(NamedTuple):
     blur_radius: Annotated[Sequence[float], rising(0, 1000)] = (0.1, 2.0)  # pixels
     solarize_prob: Fraction = 0.0
     vertical_prob: Fraction = 0.0
-    quarter_turns: bool = False  # all four directions alike
+    quarter_turns: bool = False  # uniform over the four rotations
 
 
 class Drawn(NamedTuple):
-    """What the S crops of n images shall be: top, left, height, width in pixels, and COLUMNS."""
+    """Parameters of the S crops of n images: top, left, height, width in pixels, and COLUMNS."""
 
     boxes: Int64[np.ndarray, "S n 4"]
     params: Float32[np.ndarray, "S n 11"]
 
 
 def plain_globals(drawn: Drawn) -> Drawn:
-    """The two global crops once more, lying as they do, with colors and sharpness as they are."""
+    """The two global crops with the same geometry, without changes of color or sharpness."""
     params = drawn.params[:2]
     kept = np.isin(list(COLUMNS), LAID)
     neutral = np.array(list(COLUMNS.values()), np.float32)
@@ -88,15 +88,14 @@ OddSize = Annotated[int, Must("an odd number of at least 1", lambda size: size >
 class MultiCrop:
     """Two global crops and `num_local` local ones of each image, all keyed by (seed, epoch, index).
 
-    Sizes in pixels, scales as fractions of the image's area, `ratio` is width over height. `where`
-    they are changed: in the "worker", by PIL's arithmetic to the last bit, or cut out there and
-    changed on the "device", many times faster and equal but for roundings.
+    Sizes in pixels, scales as fractions of the image's area, `ratio` is width over height. `where`:
+    "worker" applies all changes with PIL, bit-exact; "device" cuts out boxes in the worker and does
+    the rest on the device, many times faster and equal up to rounding. `blur_kernel` None: PIL's
+    Gaussian blur of any radius; else a true Gaussian, truncated to that many pixels (DINOv2: 9).
+    With `gram_size` the global crops are also made at that size, with their geometry only, for the
+    Gram teacher (DINOv3, Siméoni et al. 2025, section 4.3).
 
-    `blur_kernel` None: PIL's Gaussian blur of any radius; else a true one, cut off at so many
-    pixels (DINOv2: 9). With `gram_size` the boxes of the global crops are made once more at that
-    size, nothing changed but how they lie: what a Gram teacher sees (DINOv3, Siméoni et al. 2025,
-    section 4.3).
-    Errors: UserError for values outside their range.
+    Raises UserError for values outside their range.
     """
 
     @checked
@@ -127,20 +126,20 @@ class MultiCrop:
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """Number and size of the global crops, and of the local ones where there are any."""
+        """Number and size of the global crops, then of the local ones if there are any."""
         groups = [(2, self.global_size), (self.num_local, self.local_size)]
         return groups if self.num_local else groups[:1]
 
     @property
     def sizes(self) -> list[int]:
-        """Pixels of each of the S crops."""
+        """Side in pixels of each of the S crops."""
         return [size for num, size in self.groups for _ in range(num)]
 
     @property
     def min_pixels(self) -> int:
-        """Pixels an image needs so that no box, the smallest of either kind, has to be enlarged.
+        """Pixels an image needs so that even the smallest box of either kind is not upsampled.
 
-        A box may be narrower than it is high; what is missing then is at most its aspect ratio.
+        A box may be narrower than it is high; its width is then short by at most the aspect ratio.
         """
         aspect = max(self.ratio[1], 1 / self.ratio[0])
         sizes = np.array(self.sizes)
@@ -155,14 +154,16 @@ class MultiCrop:
         heights: Int[np.ndarray, "n"],
         widths: Int[np.ndarray, "n"],
     ) -> Drawn:
-        """All crops of n images of these sizes, each in its epoch."""
+        """All crops of n images of the given sizes, each in its epoch."""
         num_crops = len(self.kinds)
         u = draws.uniforms(self.seed, epochs, indices, num_crops * NUM_DRAWS)  # n S*U
         u = u.reshape(-1, num_crops, NUM_DRAWS).transpose(2, 1, 0)  # U S n
         split = 2 * NUM_TRIES + 2
         boxes = self._boxes(u[:split].astype(np.float64), heights, widths)
         v = None
-        if self.turns:  # of a stream of their own: crops that are never turned stay as they were
+        if (
+            self.turns
+        ):  # a separate stream, so that crops without flips and turns do not depend on it
             v = draws.uniforms(self.seed, epochs, indices, num_crops * 2, draws.TURNS)
             v = v.reshape(-1, num_crops, 2).transpose(2, 1, 0)  # 2 S n
         return Drawn(boxes, self._params(u[split:], v))
@@ -170,7 +171,7 @@ class MultiCrop:
     def _boxes(
         self, u: np.ndarray, heights: Int[np.ndarray, "n"], widths: Int[np.ndarray, "n"]
     ) -> Int64[np.ndarray, "S n 4"]:
-        """The first of the tried boxes that fits, else a centered one of clamped aspect."""
+        """The first attempt that fits, else a centered box of clamped aspect ratio."""
         low, high = self.scales[:, :1], self.scales[:, 1:]  # S 1
         log_ratio = np.log(self.ratio)
         area = (low + (high - low) * u[:NUM_TRIES]) * (heights * widths)  # tries S n
@@ -192,7 +193,7 @@ class MultiCrop:
     def _params(
         self, u: Float32[np.ndarray, "11 S n"], v: Float32[np.ndarray, "2 S n"] | None
     ) -> Float32[np.ndarray, "S n 11"]:
-        """Uniforms to COLUMNS; without `v` nothing is upside down or turned."""
+        """Uniforms to COLUMNS; without `v` no crop is flipped vertically or rotated."""
 
         def each(field: str) -> Float32[np.ndarray, "S 1"]:
             return np.array([[getattr(kind, field)] for kind in self.kinds], np.float32)

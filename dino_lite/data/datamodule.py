@@ -1,4 +1,4 @@
-"""Training data for Lightning: from a source and the step the run is at to crops on the device."""
+"""Lightning's data module: from a source and the current step to crops on the device."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dino_lite.data.sources import ArraySource
 from dino_lite.settings.kinds import Count, Fraction, Size
 from dino_lite.settings.validate import checked
 
-# Pixels. Cutting crops out of larger images by matrices costs more than it saves.
+# Pixels. For larger images, resampling by matrices costs more than it saves.
 MAX_WHOLE_SIDE = 64
 
 
 class StepLoader:
-    """Yields the parts of one step at a time, from the step the run is at to the last one.
+    """Yields the parts of one step at a time, from the current step of the run to the last.
 
-    `len` counts all steps of the run, also those behind: Lightning holds it against the batches it
-    has counted, of which a resumed run has some already.
+    `len` counts all steps of the run, including those done: Lightning compares it with the batches
+    it has counted, which a resumed run continues.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class StepLoader:
         start: Callable[[], int],
     ) -> None:
         self.loader, self.sampler, self.bad_files, self.start = loader, sampler, bad_files, start
-        self.data_wait_seconds = 0.0  # the run stood still for data: with 0 workers, all the work
+        self.data_wait_seconds = (
+            0.0  # time the run waited for data; with 0 workers, all loading time
+        )
 
     def __len__(self) -> int:
         if self.sampler.num_steps is None:
@@ -60,30 +62,30 @@ class StepLoader:
                 yield batch
                 started = time.perf_counter()
         finally:
-            del parts  # the only reference: its workers end here, also when the run fails
+            del parts  # the only reference: workers stop here, also on an error
 
     def _checked(self, part: Part) -> Crops:
         self.bad_files.add(part.bad)
         assert part.crops is not None, "a worker gives up on more bad images than add() accepts"
         return part.crops
 
-    # Lightning resumes within an epoch only with a loader that has a state. This one's is the step.
+    # Lightning resumes within an epoch only if the loader is stateful; here, the step is the state.
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Empty: the step is the only state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do: `start` knows."""
+        """Does nothing: `start` gives the step."""
 
 
 class DataModule(pl.LightningDataModule):
-    """Feeds a run: order and crops are functions of seed and step, whatever reads them.
+    """Training data of a run: order and crops are functions of seed and step only.
 
-    `batch_size` is images per step over all ranks. `dtype` of the crops on the device: set it to
-    the precision of the run. `num_steps` None: endless (runs that end by the clock). `draft`: large
-    JPEGs are decoded at the scale that the smallest crop needs. Small images in memory whose crops
-    are changed on the device lie there as one tensor, and their crops are cut out there too.
+    `batch_size` is images per step over all ranks. `dtype` of the crops on the device should be the
+    run's precision. `num_steps` None: endless (runs limited by time). `draft`: large JPEGs are
+    decoded at the scale the smallest crop needs. If crops are made on the device and all images are
+    small and in memory, they are kept on the device as one tensor and cropped there.
     """
 
     @checked
@@ -115,11 +117,11 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def data_wait_seconds(self) -> float:
-        """How long the run has stood still for data."""
+        """Seconds the run has waited for data."""
         return 0.0 if self._loader is None else self._loader.data_wait_seconds
 
     def train_dataloader(self) -> StepLoader:
-        """Steps of this rank from the trainer's current one on; from 0 without a trainer."""
+        """Steps of this rank from the trainer's current step; from 0 without a trainer."""
         trainer = self.trainer
         sampler = PositionSampler(
             n=len(self.splits.train),
@@ -138,12 +140,12 @@ class DataModule(pl.LightningDataModule):
             collate_fn=_as_cropped,
             pin_memory=on_cuda,
         )
-        # A run is one pass over this: its workers live as long as it without being persistent.
+        # A run is one pass over this loader, so workers need not be persistent.
         self._loader = StepLoader(loader, sampler, self.bad_files, self._current_step)
         return self._loader
 
     def _parts(self) -> Dataset[Part]:
-        """What the workers do."""
+        """The data set that the workers read."""
         source, multi_crop = self.splits.train, self.multi_crop
         if self._whole is not None and isinstance(source, ArraySource):
             return DrawData(source, multi_crop)
@@ -154,14 +156,14 @@ class DataModule(pl.LightningDataModule):
         return CropData(source, multi_crop, make, self.bad_files.allowed, min_pixels)
 
     def on_after_batch_transfer(self, batch: list[Crops], dataloader_idx: int) -> Crops:
-        """All parts as one batch, normalized, on the device; there as many at once as there are, on
-        the CPU one by one: they then stay in its cache.
+        """Concatenate, finish and normalize the parts: all at once on a device, one by one on the
+        CPU, where each then stays in cache.
         """
         parts = batch if batch[0].index.is_cpu else [join(batch)]
         return join([self._finish(part) for part in parts])
 
     def _finish(self, crops: Crops) -> Crops:
-        """What is left to do with the pixels after the worker."""
+        """Apply what the worker did not."""
         cut = self.multi_crop
         if self._whole is not None:
             self._whole = self._whole.to(crops.index.device)
@@ -175,5 +177,5 @@ class DataModule(pl.LightningDataModule):
 
 
 def _as_cropped(part: Any) -> Any:
-    """Keep the DataLoader from stacking what `__getitems__` has put together."""
+    """Collate function: `__getitems__` already returns a batch."""
     return part

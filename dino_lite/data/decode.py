@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an upright array with 8 bits a channel."""
+"""Decodes image files into upright uint8 arrays."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
-File = IO[bytes] | IOBase  # open for reading, and able to seek
-MAX_PIXELS = 178_956_970  # 13,377²: Pillow's own limit, which its crops have too; 0.5 GB of RGB
-ORIENTATION = 0x0112  # EXIF tag, 1 to 8; values above 4 mean that the image lies on its side
+File = IO[bytes] | IOBase  # readable and seekable
+MAX_PIXELS = 178_956_970  # 13,377²: Pillow's limit, also for its crops; 0.5 GB of RGB
+ORIENTATION = 0x0112  # EXIF tag, 1 to 8; above 4 height and width are swapped
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Not all that Pillow knows: it hands EPS to another program. TGA is last, for anything may be one.
+# Not all of Pillow's: EPS would start another program. TGA comes last since it has no signature.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 _WIDTH, _HEIGHT, _BITS, _SAMPLES, _PLANAR = 256, 257, 258, 277, 284  # tags of TIFF
 
@@ -26,16 +26,16 @@ _WIDTH, _HEIGHT, _BITS, _SAMPLES, _PLANAR = 256, 257, 258, 277, 284  # tags of T
 def decode(
     file: File, channels: int = 3, min_pixels: int | None = None
 ) -> UInt8[np.ndarray, "H W C"]:
-    """The first frame, turned as EXIF says, with `channels` channels.
+    """The first frame, oriented as EXIF says, with `channels` channels.
 
-    1 is luma and 3 is RGB, of whatever the file holds, without its transparency; another number
-    must be the file's own: an .npy array "H W C", a TIFF of so many samples or pages, LA for 2,
-    RGBA or CMYK for 4. 16 bits are scaled to 8. A JPEG may come back at 1/2, 1/4 or 1/8 of its
-    sides, while at least `min_pixels` are left: its decoder then skips most of the work.
+    1 is luma and 3 is RGB, converted from any file, without transparency; another number must be
+    the file's own: an .npy array "H W C", a TIFF of so many samples or pages, LA for 2, RGBA or
+    CMYK for 4. 16 bits are scaled to 8. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides if at
+    least `min_pixels` remain, which skips most of the work.
 
-    Raises OSError or ValueError, with a reason, where that cannot be had: damaged or cut short, no
-    image at all, more than MAX_PIXELS (of three numbers each, in an array), numbers of unknown
-    range, other channels.
+    Raises OSError or ValueError, with a reason, for damaged or truncated files, unknown formats,
+    more than MAX_PIXELS (three values each, in an array), values of unknown range, and other
+    numbers of channels.
     """
     with _reasons():
         start = _start(file)
@@ -52,7 +52,7 @@ def decode(
 
 
 def upright_size(file: File) -> tuple[int, int]:
-    """Height and width as `decode` gives them, from the header alone. Raises as `decode` does."""
+    """Height and width of `decode`'s result, from the header alone. Raises as `decode` does."""
     with _reasons():
         if _start(file) == _NUMPY:
             height, width = _npy_header(file)[0][:2]
@@ -62,21 +62,21 @@ def upright_size(file: File) -> tuple[int, int]:
             with _tiff_series(file) as (series, orientation):
                 height, width = (series.shape[series.axes.index(axis)] for axis in "YX")
         else:
-            tags: Any = getattr(image, "tag_v2", {})  # of TIFF, where some versions turn `size`
+            tags: Any = getattr(image, "tag_v2", {})  # some versions swap `size` of a TIFF
             height, width = tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width)
             orientation = _orientation(image)
         return (width, height) if orientation > 4 else (height, width)
 
 
 def to_channels(pixels: UInt8[np.ndarray, "*S"], channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """A plane as one channel or three equal ones, RGB as luma; else the number must be right.
+    """Gray to one channel or three equal ones, RGB to luma; otherwise the number must match.
 
-    Raises ValueError where it is not.
+    Raises ValueError if it does not.
     """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or 0 in pixels.shape:
-        raise ValueError(f"holds numbers of shape {pixels.shape}, which is no image H W C")
+        raise ValueError(f"has shape {pixels.shape}, not that of an image, H W C")
     if pixels.shape[2] == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=2)
     if pixels.shape[2] == 3 and channels == 1:
@@ -92,10 +92,10 @@ def to_channels(pixels: UInt8[np.ndarray, "*S"], channels: int) -> UInt8[np.ndar
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Make OSError or ValueError of whatever is raised, and let pass what is only warned of."""
+    """Turn any exception into OSError or ValueError with a reason; suppress warnings."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF and large sizes: read all the same
+            warnings.simplefilter("ignore")  # about damaged EXIF and large sizes
             yield
     except UnidentifiedImageError as error:
         raise OSError("no image of a known format") from error
@@ -106,12 +106,12 @@ def _reasons() -> Iterator[None]:
     except MemoryError as error:
         raise ValueError("needs more memory than there is") from error
     except Exception as error:
-        # Damaged bytes show as SyntaxError, struct.error, zlib.error, KeyError …, by file format.
+        # Damaged files raise SyntaxError, struct.error, zlib.error, KeyError … by format.
         raise OSError(f"damaged image ({type(error).__name__}: {error})") from error
 
 
 def _start(file: File) -> bytes:
-    """The bytes that tell the formats apart."""
+    """The leading bytes, which identify the format."""
     file.seek(0)
     start = file.read(len(_NUMPY))
     file.seek(0)
@@ -130,16 +130,16 @@ def _check_pixels(num_pixels: int) -> None:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of _FORMATS that this Pillow has."""
+    """Those of _FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _open(file: File) -> Image.Image | None:
-    """An image of which the header is read; None for a TIFF that is for tifffile to read.
+    """The image, header read; None for a TIFF that tifffile must read.
 
-    Pillow does not know more than four samples, or takes the first for all of the image, and reads
-    planes of 16 bits as noise.
+    Pillow reads at most four samples, may take the first for the whole image, and misreads 16-bit
+    planes.
     """
     try:
         image = Image.open(cast("IO[bytes]", file), formats=_formats())
@@ -153,10 +153,10 @@ def _open(file: File) -> Image.Image | None:
 
 
 def _reduce(image: Image.Image, min_pixels: int) -> None:
-    """Have a JPEG decoded at the smallest scale that leaves `min_pixels`; others stay as they are.
+    """Set a JPEG's decoder to the smallest scale that leaves `min_pixels`.
 
-    A scale is 1/2, 1/4 or 1/8: it leaves out coefficients of the 8x8 blocks (Pillow's `draft`).
-    What is longer than twice its shorter side counts as that long: crops are about square.
+    Scales are 1/2, 1/4 and 1/8, which skip coefficients of the 8x8 blocks (Pillow's `draft`). A
+    longer side counts as at most twice the shorter one, since crops are roughly square.
     """
     shorter, longer = sorted(image.size)
     pixels = shorter * min(longer, 2 * shorter)
@@ -166,9 +166,9 @@ def _reduce(image: Image.Image, min_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 (upright) where there is none. Damaged EXIF costs the turn, not the image."""
+    """EXIF orientation, 1 (upright) without one or if EXIF is damaged."""
     try:
-        # A PNG's own `getexif` would decode the image for what may stand behind it.
+        # A PNG's `getexif` would decode the pixels to look for EXIF after them.
         value = Image.Image.getexif(image).get(ORIENTATION)
     except Exception:
         return 1
@@ -176,7 +176,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned(pixels: UInt8[np.ndarray, "..."], orientation: int) -> UInt8[np.ndarray, "..."]:
-    """Rows and columns as EXIF's `orientation` has them."""
+    """Rows and columns rearranged by the EXIF `orientation`."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -187,7 +187,7 @@ def _turned(pixels: UInt8[np.ndarray, "..."], orientation: int) -> UInt8[np.ndar
 
 
 def _to_array(image: Image.Image, channels: int) -> UInt8[np.ndarray, "H W *C"]:
-    """Luma or RGB where one of them is asked for; else the bands as they are."""
+    """Convert to luma or RGB if requested; else keep the bands."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if deep:  # or 12 bits, in a TIFF
         bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
@@ -204,14 +204,14 @@ def _to_array(image: Image.Image, channels: int) -> UInt8[np.ndarray, "H W *C"]:
 
 
 def _as(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)  # which would copy it
+    return image if image.mode == mode else image.convert(mode)  # avoids a copy
 
 
 # ----------------------------------------------------------------- arrays, by NumPy and tifffile
 
 
 def _to_8_bits(pixels: Shaped[np.ndarray, "*S"], bits: int = 16) -> UInt8[np.ndarray, "*S"]:
-    """Bytes as they are, longer unsigned numbers scaled and rounded; Pillow would clip at 255."""
+    """uint8 as is; wider unsigned values are scaled and rounded, since Pillow would clip at 255."""
     if pixels.dtype == np.uint8:
         return pixels
     most = 2**bits - 1
@@ -220,17 +220,17 @@ def _to_8_bits(pixels: Shaped[np.ndarray, "*S"], bits: int = 16) -> UInt8[np.nda
 
 
 def _check_numbers(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuse an array before it is read: other numbers than uint8 and uint16, or too many."""
+    """Refuse an array before it is read: neither uint8 nor uint16, or too large."""
     if dtype.kind != "u" or dtype.itemsize > 2:
         raise ValueError(f"pixels are {dtype}, of unknown range; store uint8 or uint16")
     _check_pixels(math.prod(shape) // 3)
 
 
 def _npy_header(file: File) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and kind of numbers of an .npy file, which is left behind its header."""
+    """Shape and dtype of an .npy file, which is left positioned after its header."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"is an .npy file of version {version}; write it anew with numpy.save")
+        raise ValueError(f"is an .npy file of version {version}; write it again with numpy.save")
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     shape, _, dtype = read[version[0]](file)
     return shape, dtype

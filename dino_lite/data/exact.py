@@ -1,6 +1,6 @@
-"""One crop's pixels in PIL's 8-bit arithmetic, to the last bit: what the published code computes.
+"""Crops in PIL's 8-bit arithmetic, bit-exact with the published code.
 
-Each operation takes and gives a PIL image. The batched form of the same is `data.photometric`.
+Each operation maps a PIL image to a PIL image. `data.photometric` is the batched form.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def saturation(image: Image.Image, factor: float) -> Image.Image:
 
 
 def hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turn the color circle by trunc(255·shift) of 256 levels of 8-bit HSV."""
+    """Rotate hue by trunc(255·shift) of 256 levels of 8-bit HSV."""
     levels = int(shift * 255) % 256
     turned = image.convert("HSV")
     if levels:
@@ -49,9 +49,9 @@ def hue(image: Image.Image, shift: float) -> Image.Image:
 
 
 def gaussian_blur(image: Image.Image, sigma: float, kernel: int) -> Image.Image:
-    """A Gaussian of `sigma` pixels cut off at `kernel` of them, an odd number; edges are mirrored.
+    """Gaussian of `sigma` pixels, truncated to an odd `kernel`, with reflected edges.
 
-    In floats, rounded once: DINOv2's blur, but for halves of a level.
+    Computed in floats and rounded once: DINOv2's blur, except for ties in rounding.
     """
     half = kernel // 2
     pixels = np.asarray(image, np.float32)
@@ -68,7 +68,7 @@ def gaussian_blur(image: Image.Image, sigma: float, kernel: int) -> Image.Image:
 def solarize(
     pixels: UInt8[np.ndarray, "h w 3"], threshold: int = 128
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Invert the values from `threshold` up."""
+    """Invert values of at least `threshold`."""
     return np.where(pixels >= threshold, ~pixels, pixels)
 
 
@@ -79,7 +79,7 @@ OPERATIONS = (brightness, contrast, saturation, hue)
 def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
     """`box` (top, left, height, width in pixels) as size x size pixels, bicubic, antialiased.
 
-    Cropped before it is resized: pixels outside the box have no part in it.
+    Cropped before resizing: pixels outside the box have no influence.
     """
     top, left, height, width = box
     crop = image.crop((left, top, left + width, top + height))
@@ -89,7 +89,7 @@ def resized_crop(image: Image.Image, box: Sequence[int], size: int) -> Image.Ima
 def augment(
     image: Image.Image, params: Sequence[float], blur_kernel: int | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """An RGB image changed as `params`, the values of COLUMNS, say."""
+    """An RGB image changed by `params`, the values of COLUMNS."""
     flip, *factors, order, gray, blur, invert, vertical, turns = params
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -107,7 +107,7 @@ def augment(
             image = image.filter(ImageFilter.GaussianBlur(blur))
         else:
             image = gaussian_blur(image, blur, blur_kernel)
-    if gray:  # only now: to blur one channel takes a third of the time and gives the same
+    if gray:  # after the blur, which takes a third of the time on one channel
         image = image.convert("RGB")
     pixels: np.ndarray = np.asarray(image)
     return solarize(pixels) if invert else pixels
@@ -130,12 +130,15 @@ def make_crops(
     out: Sequence[UInt8[np.ndarray, "n _ _ C"]],
     blur_kernel: int | None = None,
 ) -> None:
-    """Fill `out`, an array for each of the S crops, from n images of 1 or 3 channels.
+    """Fill `out`, one array per crop, from n images of 1 or 3 channels.
 
-    One channel goes through as a gray image: its hue and saturation have nothing to change.
+    Images of one channel are processed as gray: hue and saturation do not apply.
     """
     channels = images[0].shape[2]
-    boxes, params = drawn.boxes.tolist(), drawn.params.tolist()  # Python numbers: faster one by one
+    boxes, params = (
+        drawn.boxes.tolist(),
+        drawn.params.tolist(),
+    )  # Python numbers are faster one at a time
     for i, pixels in enumerate(images):
         image = Image.fromarray(pixels if channels == 3 else np.repeat(pixels, 3, axis=2))
         for s, crops in enumerate(out):

@@ -1,4 +1,4 @@
-"""What a run must know of its data before it is planned."""
+"""Facts about the data that a run's plan depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.sources import reason
 
 NUM_LOOKED_AT = 64
-_MIN_PIXELS = 256 * 256  # for the mean color: large files may be decoded smaller
+_MIN_PIXELS = 256 * 256  # enough for the mean color; large files may be decoded smaller
 
 
 class DataFacts(NamedTuple):
@@ -32,15 +32,15 @@ class DataFacts(NamedTuple):
 
 
 def read_facts(splits: Splits) -> DataFacts:
-    """Count, and look at up to 64 evenly spaced images of train.
+    """Count the images and read up to 64 evenly spaced ones of train.
 
-    One image must decode: where not a single one of all does, that is a UserError.
+    Raises UserError if no image of train can be decoded.
     """
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
     source.prefetch(spread)
     seen, sizes = [], []
-    for index in spread:  # both at once: a row group of a table is then read but once
+    for index in spread:  # both at once, so that a table's row group is read only once
         image, size = _read(source, index), _size(source, index)
         if not isinstance(image, str):
             seen.append(_look(image))
@@ -50,7 +50,9 @@ def read_facts(splits: Splits) -> DataFacts:
     height, width = np.median(sizes or [look.size for look in seen], axis=0)
     mean = np.mean([look.mean for look in seen], axis=0)  # C
     square = np.mean([look.square for look in seen], axis=0)
-    std = np.sqrt(np.maximum(square - mean**2, 1e-6))  # a constant channel stays finite
+    std = np.sqrt(
+        np.maximum(square - mean**2, 1e-6)
+    )  # keeps the scale of a constant channel finite
     return DataFacts(
         num_images=len(source),
         num_test=0 if splits.test is None else len(splits.test),
@@ -64,7 +66,7 @@ def read_facts(splits: Splits) -> DataFacts:
 
 
 class _Look(NamedTuple):
-    """An image's height and width, and the means of each channel and of its square."""
+    """Height and width of an image, and per channel the mean and the mean square."""
 
     size: tuple[int, int]
     mean: Float64[np.ndarray, "C"]
@@ -72,7 +74,7 @@ class _Look(NamedTuple):
 
 
 def _look(image: UInt8[np.ndarray, "H W C"]) -> _Look:
-    """Of a large image every so many rows and columns are enough."""
+    """Large images are subsampled by rows and columns."""
     height, width = image.shape[:2]
     stride = max(1, math.isqrt(height * width // _MIN_PIXELS))
     values = image[::stride, ::stride] / 255.0
@@ -88,7 +90,7 @@ def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
 
 
 def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
-    """The first image of all that decodes; a UserError where none does."""
+    """The first image that can be decoded. Raises UserError if there is none."""
     first = ""
     for index in range(len(source)):
         image = _read(source, index)
@@ -96,7 +98,7 @@ def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
             return image
         first = first or image
     raise UserError(
-        f"None of the {len(source)} images can be read, the first being {first}; mend them, or "
+        f"None of the {len(source)} images can be read, the first being {first}; repair them, or "
         "check data.root."
     )
 

@@ -40,15 +40,15 @@ def open_files(
     base: str | Path | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> Splits:
-    """The images that the list `root` names: paths or URLs, in its order.
+    """The images in the list `root`: paths or URLs, in its order.
 
-    `root` is a path or URL itself. CSV, TSV and Parquet have a column `path`, and may have `label`
-    and `split`; without a heading a CSV or TSV has these columns in this order. A text file has a
-    path in each line, but for blank ones and those that begin with #.
+    `root` is itself a path or URL. CSV, TSV and Parquet have a column `path`, and optionally
+    `label` and `split`; a CSV or TSV without a header has these columns in this order. A text file
+    has one path per line; blank lines and those starting with # are ignored.
 
-    Relative paths are relative to `base`, which is the list's own folder if not given. Splits:
-    train, and val or else test; where the list has no such column, all is train. `labels`: auto
-    takes the list's, `none` none. `channels`: what every image is made to have, see `decode`.
+    Relative paths are relative to `base`, by default the folder of the list. Splits: train, and val
+    or else test; without a split column all is train. `labels`: auto takes the list's, `none`
+    discards them. `channels`: every image is converted to that many, see `decode`.
     `storage_options`: see `Remote`.
     """
     if labels not in (None, "auto", "none"):
@@ -60,7 +60,7 @@ def open_files(
     suffix = suffix_of(where)
     if suffix not in SUFFIXES:
         raise UserError(
-            f"data.root={where} is no list of files: give one of {', '.join(SUFFIXES)}."
+            f"data.root={where} is not a list of files: give one of {', '.join(SUFFIXES)}."
         )
     collected = {name: (PathList(), NameList()) for name in SPLITS}
     try:
@@ -82,7 +82,7 @@ def open_files(
 
 
 def suffix_of(root: str) -> str:
-    """The suffix of a path or URL, in small letters; a URL's query is none of it."""
+    """The lower-case suffix of a path or URL, without a URL's query."""
     return PurePosixPath(_without_query(root)).suffix.lower()
 
 
@@ -115,7 +115,7 @@ def _splits(
 
 
 def _labels(where: str, train: Named, test: Named | None) -> Labels:
-    """Every image of a split has a class or none has: else one was forgotten."""
+    """Either all images of a split have a class or none has: otherwise some were forgotten."""
     for split in (train, test):
         lost = 0 if split is None else int((split.codes < 0).sum())
         if split is not None and 0 < lost < len(split.codes):
@@ -141,7 +141,7 @@ def _open_list(opener: Remote, where: str) -> File:
 
 
 def _base(where: str, base: str | Path | None) -> bytes:
-    """What relative paths are relative to, ending in a slash."""
+    """The folder that relative paths are relative to, ending in a slash."""
     if base is not None:
         where = f"{base}/" if is_url(base) else str(expand(base)) + "/"
     return os.fsencode(where[: _without_query(where).rindex("/") + 1])
@@ -162,7 +162,7 @@ def _csv_rows(file: File, where: str) -> Iterator[Row]:
     binary = cast("IO[bytes]", file)
     with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t" if suffix_of(where) == ".tsv" else ",")
-        columns: list[int | None] = []  # of path, label and split; None: there is none
+        columns: list[int | None] = []  # positions of path, label and split; None: missing
         num_needed = 0
         for number, row in enumerate(reader, start=1):
             cells = [cell.strip() for cell in row]
@@ -174,15 +174,15 @@ def _csv_rows(file: File, where: str) -> Iterator[Row]:
                 if "path" in map(str.lower, cells):
                     continue
             if len(cells) < num_needed:
-                raise UserError(f"Row {number} of {where} ends after column {len(cells)}: mend it.")
+                raise UserError(f"Row {number} of {where} ends after column {len(cells)}: fix it.")
             path, label, split = (None if column is None else cells[column] for column in columns)
             if not path:
-                raise UserError(f"Row {number} of {where} has no path: mend it.")
+                raise UserError(f"Row {number} of {where} has no path: fix it.")
             yield Row(os.fsencode(path), label or None, "train" if split is None else split)
 
 
 def _columns(first: list[str], where: str) -> list[int | None]:
-    """Places of path, label and split by the first row: a heading, or these in this order."""
+    """Positions of path, label and split according to the first row, a header or a row of data."""
     if "path" in first:
         return [first.index(name) if name in first else None for name in COLUMNS]
     if len(first) > len(COLUMNS) or set(first) & {"label", "split"}:
@@ -210,7 +210,7 @@ def _parquet_rows(file: File, where: str) -> Iterator[Row]:
             row = dict(zip(found, cells, strict=True))
             path, label = row["path"], row.get("label")
             if not path or not isinstance(path, str | bytes):
-                raise UserError(f"Row {number} of {where} has no path: mend it.")
+                raise UserError(f"Row {number} of {where} has no path: fix it.")
             if label is not None and not isinstance(label, int):
                 label = str(label).strip() or None
             yield Row(os.fsencode(path), label, str(row.get("split", "train")))

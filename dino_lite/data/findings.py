@@ -1,4 +1,4 @@
-"""What the numbers of `data.statistics` mean for a run: errors, warnings and hints in words."""
+"""Errors, warnings and hints that follow from the numbers of `data.statistics`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from typing import Any, Literal, NamedTuple
 
 from dino_lite.data.summary import feeders
 
-_MANY = 0.01  # of the images: from here on it is worth a warning
+_MANY = 0.01  # of the images: more than this is a warning
 _NEARLY_ALL = 0.95
-_UNEQUAL = 20  # times as many images in the largest class as in the smallest
+_UNEQUAL = 20  # ratio of the largest class to the smallest
 _FEW_IMAGES = 1000
 
 Level = Literal["error", "warning", "hint"]
 
 
 class Finding(NamedTuple):
-    """One sentence. An error would fail the run, a warning spoil it, a hint better it."""
+    """One sentence. An error would stop the run, a warning degrades it, a hint improves it."""
 
     level: Level
     text: str
 
 
 def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> Iterator[Finding]:
-    """What cannot be read, of split `name`; train may have no more of it than a run allows."""
+    """Unreadable, misnamed and odd files of split `name`; in train at most `max_bad_fraction` may
+    be unreadable.
+    """
     num, num_bad = split["num_looked_at"], len(split["unreadable"])
     if name == "train" and num_bad > min(int(max_bad_fraction * num), num - 1):
         yield Finding(
             "error",
             f"{num_bad:,} of {num:,} images of train cannot be read, more than "
-            f"loader.max_bad_fraction={max_bad_fraction:g} allows: mend or remove them "
+            f"loader.max_bad_fraction={max_bad_fraction:g} allows: repair or remove them "
             "(bad_files.csv).",
         )
     elif num_bad:
@@ -41,8 +43,8 @@ def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> It
     if num < split["num_images"]:
         yield Finding(
             "hint",
-            f"Of the {split['num_images']:,} images of {name}, {num:,} were looked at "
-            "(max_images): duplicates beyond them are not known, and fractions are estimates.",
+            f"Of the {split['num_images']:,} images of {name}, {num:,} were inspected "
+            "(max_images): duplicates among the others are unknown, and fractions are estimates.",
         )
     if split["num_misnamed"]:
         yield Finding(
@@ -53,7 +55,7 @@ def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> It
 
 
 def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> Iterator[Finding]:
-    """Whether train's images suit the planned crops and batch."""
+    """Whether the images of train suit the planned crops and batch size."""
     num = max(train["num_readable"], 1)
     if train["num_small"] > 0.1 * num:
         yield Finding(
@@ -89,7 +91,7 @@ def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> It
 
 
 def judge_classes(train: dict[str, Any], test: dict[str, Any] | None) -> Iterator[Finding]:
-    """Whether accuracies will mean what they seem to; training itself uses no labels."""
+    """Whether the labels allow meaningful accuracies; training itself does not use them."""
     classes = train["classes"]
     if classes is None:
         return
@@ -116,7 +118,7 @@ def judge_classes(train: dict[str, Any], test: dict[str, Any] | None) -> Iterato
 
 
 def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
-    """Leaks between the splits, and images that are there more than once among `num` of both."""
+    """Leakage between the splits, and repeated images among the `num` of both."""
     exact, near = duplicates["exact"], duplicates["near"]
     of_near = near or dict.fromkeys(exact, 0)
     key = "num_test_images_in_train"
@@ -138,13 +140,13 @@ def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
     if near is None:
         yield Finding(
             "hint",
-            "Near duplicates were not looked for, as imagehash is not installed: "
+            "Near duplicates were not searched, as imagehash is not installed: "
             "pip install 'dino-lite[check]'.",
         )
 
 
 def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
-    """What holds a run up, and what to do about it; of `methods.timing.compare`."""
+    """The bottleneck of a run and how to remove it, from `methods.timing.compare`."""
     loading, training = speed["loading"], speed["training"]
     batch = speed["batch_size_per_device"]
     if training["largest_batch"] is not None:

@@ -13,7 +13,7 @@ from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.sources import PathSource, text
 from dino_lite.settings.kinds import Size
 
-# What Pillow reads by itself and people keep pictures in, and NumPy's arrays.
+# Common image formats that Pillow reads without plugins, and NumPy's arrays.
 SUFFIXES = (
     *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".npy", b".pbm"),
     *(b".pgm", b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
@@ -26,15 +26,15 @@ def open_folder(
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     `root`: a folder; a pattern (`*`, `?`, `[]`, `**`) of folders or image files; or several of
-    these, as a list or a text `[a,b]`, one after the other. See `roots.tops`.
+    these, as a list or a text `[a,b]`, concatenated. See `roots.tops`.
 
-    Splits: `root/train` beside `root/val` or `root/test`, or alone. Where both are, val is the
-    test split (ImageNet's `test` has no labels). Without such folders every image is train. Of
-    several roots each has its own, and they are put together.
+    Splits: `root/train` with `root/val` or `root/test`, or alone. If both exist, val is the test
+    split (ImageNet's `test` has no labels). Without such folders every image is train. Splits of
+    several roots are determined for each and concatenated.
 
-    Classes: the first folder below the split, if that makes sense, or what `labels` says: auto,
-    none, folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
-    `channels`: what every image is made to have, see `decode`.
+    Classes: the first folder below the split, if plausible, or according to `labels`: auto, none,
+    folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
+    `channels`: every image is converted to that many, see `decode`.
     """
     found = [(top, _listed(top)) for top in tops(root)]
     whose = [(top, paths) for top, paths in found if len(paths)]
@@ -71,10 +71,10 @@ def _listed(top: Top) -> Paths:
 def _image_files(root: bytes) -> Paths:
     """The image files below `root`, relative to it, in byte order.
 
-    Linked folders are entered too, but none from within itself.
+    Symbolic links to folders are followed, except into a folder that contains them.
     """
     images = PathList()
-    # A stack: folders to list, and files of a folder that come before folders listed already.
+    # A stack of folders to list, and of files that precede folders already listed.
     waiting: list[tuple[bytes, list[bytes], frozenset[tuple[int, int]]]]
     waiting = [(b"", [], frozenset())]
     while waiting:
@@ -105,7 +105,7 @@ def _image_files(root: bytes) -> Paths:
 
 
 def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
-    """A folder's name with a slash, an image's name, or None; only links cost a look at them."""
+    """A folder's name with a slash, an image's name, or None; only links need a system call."""
     if entry.name.startswith(b"."):
         return None
     try:
@@ -113,13 +113,13 @@ def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
             return entry.name + b"/"
         if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
             return entry.name
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         pass
     return None
 
 
 def _split(top: Top, paths: Paths) -> tuple[Split, Split | None]:
-    """Train and test among the `paths` of one root, if their folders say so."""
+    """Train and test among the `paths` of one root, according to its folders."""
     root = os.fsencode(top.folder)
     train, val, test = (Split(root, name, paths.below(name)) for name in _SPLITS)
     tests = [split for split in (val, test) if len(split.paths)]
@@ -137,7 +137,7 @@ _SPLITS = (b"train/", b"val/", b"test/")
 
 
 def _together(splits: Sequence[Split]) -> tuple[bytes, Paths]:
-    """One folder for the splits of all roots, and the paths below it."""
+    """A common folder of the splits of all roots, and the paths below it."""
     if len(splits) == 1:
         top, folder, paths = splits[0]
         return os.path.join(top, folder.rstrip(b"/")), paths

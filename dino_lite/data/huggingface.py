@@ -1,7 +1,7 @@
-"""Sets of Hugging Face's `datasets`: by name, or as Parquet, Arrow or `save_to_disk` folders.
+"""Hugging Face `datasets`: by name, or as Parquet, Arrow or `save_to_disk` folders.
 
 Map style reads what `datasets` has prepared, memory-mapped. `streaming` prepares and copies
-nothing: a set's Parquet files are read where they lie, a row group at a time (`row_groups`).
+nothing: Parquet files are read in place, one row group at a time (`row_groups`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dino_lite.data.shards import split_names
 from dino_lite.data.sources import expand
 from dino_lite.settings.kinds import Size
 
-_TESTS = ("validation", "val", "valid", "test")  # test split of a set, the first that there is
+_TESTS = ("validation", "val", "valid", "test")  # names of a test split, the first that exists
 
 
 def open_huggingface(
@@ -35,12 +35,13 @@ def open_huggingface(
     download: bool = False,
     channels: Size = 3,
 ) -> Splits:
-    """A set on the Hub by its name, or a local folder or file of Parquet or Arrow.
+    """A data set on the Hub by name, or a local folder or file of Parquet or Arrow.
 
-    `test`: None takes validation or else test, if there is one. `image`: None takes the first
-    column of images, as such, as bytes or as a struct with bytes. `label`: None takes the first
-    ClassLabel, else the column `label`; "none" goes without. A set on the Hub is fetched (or, with
-    `streaming`, read over the network) only with `download`; else it must be in the cache.
+    `test`: None takes validation or else test, if it exists. `image`: None takes the first column
+    of images, encoded as such, as bytes or as a struct with bytes. `label`: None takes the first
+    ClassLabel, else the column `label`; "none" ignores labels. A set on the Hub is downloaded (or,
+    with `streaming`, read over the network) only with `download`; otherwise it must be in the
+    cache.
     """
     _require()
     text = str(root or "")
@@ -48,7 +49,8 @@ def open_huggingface(
     text = str(expand(root)) if local else text
     if not local and not is_url(text) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise UserError(
-            f"data.root={text} is no file or folder, and no name of a set on the Hub: name one."
+            f"data.root={text} is neither a file or folder nor the name of a set on the Hub: give "
+            "one."
         )
     on_hub = not local and not is_url(text)
     if on_hub and streaming and not download:
@@ -74,7 +76,7 @@ def _require() -> None:
         raise UserError("data=huggingface needs datasets: pip install 'dino-lite[hf]'.") from error
 
 
-# ---------------------------------------------------------------------------- what there is to read
+# ------------------------------------------------------------------------------------- splits
 
 
 def _datasets(
@@ -97,14 +99,14 @@ def _datasets(
             found = datasets.load_dataset(kind, data_files=files)
     except UserError:
         raise
-    except Exception as error:  # of many kinds, by file format, protocol and what is wrong
+    except Exception as error:  # the kind depends on file format, protocol and cause
         raise UserError(_not_opened(root, error)) from error
     splits = {"train": found} if isinstance(found, datasets.Dataset) else found
     return {str(split): Rows(splits[split]) for split in splits}
 
 
 def _from_cache(root: str, config: str | None) -> Any:
-    """A set of the Hub as it was prepared earlier: `datasets` itself would ask the Hub first."""
+    """A Hub data set prepared earlier: `datasets` itself would contact the Hub first."""
     from datasets.packaged_modules.cache.cache import Cache
 
     try:
@@ -118,7 +120,7 @@ def _from_cache(root: str, config: str | None) -> Any:
         return builder.as_dataset()
     except Exception as error:
         raise UserError(
-            f"{root} is no local path, and no set of the Hub that has been fetched "
+            f"{root} is neither a local path nor a set of the Hub in the cache "
             f"({_one_line(error)}): check data.root and data.config, or set data.download=true."
         ) from error
 
@@ -155,7 +157,7 @@ def _is_parquet(file: str) -> bool:
 def _files(
     root: str, config: str | None, train: str, test: str | None
 ) -> tuple[dict[str, list[str]], str]:
-    """Parquet files, or else Arrow files, of each split, by their names, and which they are."""
+    """Parquet files, or else Arrow files, of each split, assigned by name, and their format."""
     if root.lower().endswith((".parquet", ".arrow")):
         return {"train": [root]}, "parquet" if _is_parquet(root) else "arrow"
     base = f"{root.rstrip('/')}/{config}" if config else root.rstrip("/")
@@ -185,7 +187,7 @@ def _has_word(name: str, word: str) -> bool:
 def _choose(
     root: str, tables: dict[str, Table], train: str, test: str | None
 ) -> tuple[Table, Table | None]:
-    """Train, and the test split if there is one."""
+    """Train, and the test split if it exists."""
     for key, split in (("train", train), ("test", test)):
         if split is not None and split not in tables:
             raise UserError(
@@ -195,18 +197,18 @@ def _choose(
     return tables[train], tables[second] if second else None
 
 
-# ------------------------------------------------------------------------------ what is in a column
+# ------------------------------------------------------------------------------------ columns
 
 
 def holds_images(path: Path) -> bool:
-    """Whether an Arrow file, or a Parquet file by its schema, has images rather than paths."""
+    """Whether an Arrow file, or a Parquet file according to its schema, holds images, not paths."""
     if path.suffix.lower() == ".arrow":
         return True
     try:
         from pyarrow import parquet, types
 
         kinds = [field.type for field in parquet.read_schema(path)]
-    except (ImportError, OSError, ValueError):  # the one who opens it will say so
+    except (ImportError, OSError, ValueError):  # reported when it is opened
         return False
     return any(
         types.is_binary(kind)
@@ -251,16 +253,16 @@ def _splits(
 
 
 def _names(table: Table, column: str) -> list[Any]:
-    """All labels; -1 is how `datasets` says that there is none."""
+    """All labels; `datasets` uses -1 for a missing one."""
     return [None if value == -1 else value for value in table.column(column)]
 
 
 def _image_column(name: str, features: Any, asked: str | None) -> str:
-    """The column of images: what is asked for, or the first that is one."""
+    """The requested column of images, or the first one."""
     found = [column for column, feature in features.items() if _is_image(feature)]
     if asked is not None and asked not in found:
         raise UserError(
-            f"data.image={asked} is no column of images in {name}, which has "
+            f"data.image={asked} is not a column of images in {name}, which has "
             f"{', '.join(found) or 'none'}: choose of these."
         )
     if not found:
@@ -276,8 +278,8 @@ def _label_column(name: str, features: Any, asked: str | None) -> str | None:
         return None
     if asked is not None and asked not in features:
         raise UserError(
-            f"data.label={asked} is no column of {name}, which has {', '.join(features)}: choose "
-            "of these, or none."
+            f"data.label={asked} is not a column of {name}, which has {', '.join(features)}: "
+            "choose one of these, or none."
         )
     named = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
     return asked or next((c for c in (*named, "label", "labels") if c in features), None)

@@ -1,4 +1,4 @@
-"""Every image of a source, looked at once: its file, its header, its pixels."""
+"""Inspects file, header and pixels of every image of a source in one pass."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dino_lite.contracts import Source
 from dino_lite.data.decode import ORIENTATION, decode
 from dino_lite.data.sources import reason
 
-MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which is enough for all that is asked
-BLANK_STD = 2.0  # of luma, of 255: less is one color and noise
-GRAY_DIFFERENCE = 2.0  # mean of neighboring channels' differences, of 255: less is no color
-_PART_SIZE = 64  # images a worker takes at once
-_NUM_SAMPLED = 128 * 128  # pixels an image's statistics are of, at most
+MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which suffices here
+BLANK_STD = 2.0  # of luma, out of 255: below, an image is one color and noise
+GRAY_DIFFERENCE = 2.0  # mean difference of adjacent channels, out of 255: below, there is no color
+_PART_SIZE = 64  # images per item of work
+_NUM_SAMPLED = 128 * 128  # at most, pixels of an image in its statistics
 
-# What is known of one image. "digest" is of the file's bytes, or where there is no file of shape
-# and pixels; "hash" is perceptual. 56 bytes: a million images fit anywhere.
+# One image. "digest" covers the file's bytes, or without a file shape and pixels; "hash" is
+# perceptual. 56 bytes.
 ROW = np.dtype(
     [
         ("digest", np.uint64),
@@ -38,12 +38,12 @@ ROW = np.dtype(
         ("mode", "S9"),
         ("readable", np.bool_),
         ("rotated", np.bool_),
-        ("misnamed", np.bool_),  # the suffix stands for another format
+        ("misnamed", np.bool_),  # the suffix belongs to another format
         ("gray", np.bool_),
         ("blank", np.bool_),
     ]
 )
-# Suffixes that stand for a format; Pillow's own list would have to be loaded, with every plugin.
+# Suffixes of formats; loading Pillow's own list would import every plugin.
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
@@ -54,15 +54,15 @@ _FORMATS = {
 
 
 class Inspected(NamedTuple):
-    """What was found: a ROW each, why some cannot be read, sums over the readable ones."""
+    """A ROW per image, why some are unreadable, and sums over the readable ones."""
 
     rows: Shaped[np.ndarray, "n"]
     bad: list[tuple[int, str]]  # index in the source, reason
-    sums: Float64[np.ndarray, "2 C"]  # of each image's mean and mean square, values in [0, 1]
+    sums: Float64[np.ndarray, "2 C"]  # of the images' means and mean squares, values in [0, 1]
 
     def moments(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over all pixels, each image counting alike;
-        empty where none was read.
+        """Mean and standard deviation of each channel, weighting images equally; empty if none is
+        readable.
         """
         num = int(self.rows["readable"].sum())
         if not num:
@@ -79,20 +79,20 @@ def inspect(
     hashing: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> Inspected:
-    """Look at the images at `indices`, each read and decoded once, in this process or in workers.
+    """Read and decode each image of `indices` once, in this process or in workers.
 
-    `hashing`: also make perceptual hashes (needs `imagehash`). `progress` is told how many more
-    were seen.
+    `hashing`: compute perceptual hashes too (needs `imagehash`). `progress` is called with the
+    number of images just done.
     """
     if hashing:
-        import imagehash  # noqa: F401 - once here, not in every worker
+        import imagehash  # noqa: F401 - imported once, before workers fork
     loader = DataLoader(
         InspectedImages(source, hashing),
         batch_size=_PART_SIZE,
         sampler=indices.tolist(),
         num_workers=num_workers,
         collate_fn=_as_found,
-        generator=torch.Generator(),  # the global one stays as it is
+        generator=torch.Generator(),  # leaves the global generator alone
     )
     rows, bad, sums = np.zeros(len(indices), ROW), [], np.zeros((2, 1))
     seen = 0
@@ -107,7 +107,7 @@ def inspect(
 
 
 class InspectedImages(Dataset[Inspected]):
-    """Looks at a list of images at a time."""
+    """Inspects a list of images at a time."""
 
     def __init__(self, source: Source, hashing: bool = True) -> None:
         self.source, self.hashing = source, hashing
@@ -129,7 +129,7 @@ class InspectedImages(Dataset[Inspected]):
 
 
 def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"]:
-    """The pixels of an image, perhaps fewer than it has; what its file tells goes into `row`.
+    """The pixels of an image, perhaps downscaled; facts about its file go into `row`.
 
     A file is opened once. Images without a file have neither format nor mode.
     """
@@ -143,7 +143,7 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
     row["num_bytes"], row["digest"] = len(content), _digest(content)
     pixels = decode(io.BytesIO(content), source.channels, MIN_PIXELS)
     header = read_header(content)
-    # Only a JPEG comes back reduced; the size of others is that of their pixels.
+    # Only JPEGs are decoded at a reduced size.
     size = header.size if header.format == "JPEG" else pixels.shape[:2]
     row["height"], row["width"] = size
     row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.rotated
@@ -153,11 +153,11 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
 
 
 class Header(NamedTuple):
-    """What a readable file says of its image; empty where Pillow does not know the file, as a TIFF
-    that only tifffile reads.
+    """Facts from the header of a readable file; empty if Pillow does not support the file, as a
+    TIFF that only tifffile reads.
 
     Format and mode are Pillow's ("JPEG"; "L", "P", "CMYK"), with ";16" for 16 bits, or an .npy's
-    dtype. `rotated`: EXIF turns or mirrors it. `size`: height and width, upright.
+    dtype. `rotated`: EXIF rotates or mirrors it. `size`: height and width, upright.
     """
 
     format: str = ""
@@ -167,22 +167,22 @@ class Header(NamedTuple):
 
 
 def read_header(content: bytes) -> Header:
-    """Of a file's bytes; no pixel is decoded."""
+    """Parse the header in a file's bytes, without decoding pixels."""
     file = io.BytesIO(content)
     if content.startswith(b"\x93NUMPY"):
         return Header("NPY", str(np.load(file, allow_pickle=False).dtype))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit on pixels is decode's
+            warnings.simplefilter("ignore")  # `decode` limits the number of pixels
             image = Image.open(file)
-            # Pillow calls 16-bit RGB "RGB" all the same; only how it is stored tells.
+            # Pillow's mode of 16-bit RGB is "RGB"; only the raw mode of its tiles differs.
             deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
-            # A PNG's may stand behind the pixels, and would be looked for there.
+            # In a PNG, Pillow would decode the pixels to look for EXIF after them.
             has_exif = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
-    except Exception:  # damaged EXIF shows as anything
+    except Exception:  # damaged EXIF raises any exception
         return Header()
-    # A camera's JPEG with a preview behind it is an "MPO".
+    # "MPO" is a JPEG followed by a preview.
     kind = "JPEG" if image.format == "MPO" else image.format or ""
     size = image.size if orientation > 4 else image.size[::-1]
     return Header(kind, image.mode + deep * ";16", 1 < orientation <= 8, size)
@@ -191,11 +191,11 @@ def read_header(content: bytes) -> Header:
 def look_at(
     row: Any, pixels: UInt8[np.ndarray, "h w C"], hashing: bool
 ) -> Float64[np.ndarray, "2 C"]:
-    """Mean and mean square of each channel; what the pixels tell goes into `row`."""
+    """Mean and mean square of each channel; facts about the pixels go into `row`."""
     height, width, num_channels = pixels.shape
     stride = math.ceil((height * width / _NUM_SAMPLED) ** 0.5)
     sampled = pixels[::stride, ::stride].reshape(-1, num_channels).T.astype(np.float32, order="C")
-    sampled /= 255  # C P: reducing over neighbors in memory is ten times as fast
+    sampled /= 255  # C P: reductions over contiguous memory are ten times as fast
     num_sampled = sampled.shape[1]
     steps = np.abs(sampled[1:] - sampled[:-1]).sum() / (max(num_channels - 1, 1) * num_sampled)
     row["gray"] = num_channels in (1, 3) and steps * 255 < GRAY_DIFFERENCE
@@ -208,14 +208,14 @@ def look_at(
 
 
 def perceptual_hash(pixels: UInt8[np.ndarray, "h w C"]) -> int:
-    """64 bits that change little where the image does: `imagehash.phash` of its luma."""
+    """64 bits that are robust to small changes: `imagehash.phash` of the luma."""
     from imagehash import phash
 
     if pixels.shape[2] == 3:
         luma = Image.fromarray(pixels).convert("L")
     else:
         luma = Image.fromarray(pixels.mean(2).astype(np.uint8))
-    # phash resizes to 32 pixels, slowly; means of blocks first take a fifth of the time.
+    # phash resizes to 32 pixels, slowly; averaging blocks first is five times as fast.
     luma = luma.reduce(max(1, min(luma.size) // 64))
     return int.from_bytes(np.packbits(phash(luma).hash).tobytes(), "big")
 
@@ -225,5 +225,5 @@ def _digest(content: bytes) -> int:
 
 
 def _as_found(part: Any) -> Any:
-    """Keep the DataLoader from stacking what `__getitems__` has put together."""
+    """Collate function: `__getitems__` already returns a batch."""
     return part

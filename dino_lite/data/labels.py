@@ -1,4 +1,4 @@
-"""Where the classes of images come from: their folders, a CSV file, the data itself, or nowhere."""
+"""Class labels: from folders, a CSV file, or the data set itself."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dino_lite.data.sources import text
 
 
 class Split(NamedTuple):
-    """Image files below one folder of the data's root `top`, all POSIX paths in bytes.
+    """Image files below one folder of the data's root `top`; all are POSIX paths in bytes.
 
-    `folder` is relative to `top` ("train/", or "" for all of it), `paths` to `folder`.
+    `folder` is relative to `top` ("train/", or "" for all of it), `paths` are relative to `folder`.
     """
 
     top: bytes
@@ -30,14 +30,14 @@ class Split(NamedTuple):
 
 
 class Named(NamedTuple):
-    """The class of each image as an index into `names`, in no order; -1: it has none."""
+    """The class of each image as an index into `names`, which are unordered; -1: none."""
 
     codes: Int[np.ndarray, "N"]
     names: list[Any]
 
 
 class Labels(NamedTuple):
-    """Class indices of each split, where it has any, and the names they stand for."""
+    """Class indices of each split, if it is labeled, and the class names."""
 
     train: Int64[np.ndarray, "N"] | None
     test: Int64[np.ndarray, "M"] | None
@@ -48,31 +48,31 @@ NO_LABELS = Labels(None, None, [])
 
 
 class NameList:
-    """Collects the class of one image after the other, without an object for each."""
+    """Collects the classes of images without creating an object for each."""
 
     def __init__(self) -> None:
         self._codes = array("i")
         self._known: dict[Any, int] = {}
 
     def add(self, name: Any) -> None:
-        """A class, text or integer; None where the image has none."""
+        """Append a class, text or integer; None if the image has none."""
         self._codes.append(-1 if name is None else self._known.setdefault(name, len(self._known)))
 
     def named(self) -> Named:
-        """What was added."""
+        """The collected classes."""
         return Named(np.array(self._codes, np.int32), [*self._known])
 
 
 def encode_labels(train: Sequence[Any] | None, test: Sequence[Any] | None) -> Labels:
-    """Names (text or integers) as indices that mean the same in both splits, as `encode` has it."""
+    """Names (text or integers) as indices shared by both splits, as in `encode`."""
     return encode(*(None if names is None else _collect(names) for names in (train, test)))
 
 
 def encode(train: Named | None, test: Named | None) -> Labels:
-    """Indices that mean the same in both splits; no labels for a split that names not every image.
+    """Indices shared by both splits; a split with an unlabeled image gets no labels at all.
 
-    Classes are train's names, sorted, then those that only test has, sorted; test may lack some.
-    One class tells nothing apart: with fewer than two in train there are no labels.
+    Classes are train's names, sorted, then those only in test, sorted; test may lack some. With
+    fewer than two classes in train there are no labels, since one class distinguishes nothing.
     """
     if train is None or (train.codes < 0).any():
         return NO_LABELS
@@ -95,9 +95,9 @@ def encode(train: Named | None, test: Named | None) -> Labels:
 def encode_known(
     train: Sequence[Any | None], test: Sequence[Any | None], classes: Sequence[str] = ()
 ) -> Labels:
-    """As `encode_labels`, where some images have no name (None): the label of these is -1.
+    """As `encode_labels`, but unnamed images (None) get the label -1.
 
-    `classes`: what integer names stand for, in order, where that is known.
+    `classes`: the names of integer labels, in order, if known.
     """
     known = [[name for name in names if name is not None] for names in (train, test)]
     found = encode_labels(known[0], known[1])
@@ -115,13 +115,12 @@ def encode_known(
 
 
 def find_labels(how: str | None, train: Sequence[Split], test: Sequence[Split]) -> Labels:
-    """Labels as `data.labels` asks for them: auto, none, folder or FILE.csv.
+    """Labels according to `data.labels`: auto, none, folder or FILE.csv.
 
-    A split may lie in several roots: a class is the same in all of them.
-
-    `folder` and FILE.csv must name two classes and every image of train, and of test all or none;
-    what they lack is a UserError. `auto` looks at the folders, and goes without labels where an
-    image lies in none, where there are fewer than two classes, or where a class has one image.
+    A split may span several roots: a class is the same in all of them. `folder` and FILE.csv must
+    provide two classes and label every image of train, and all or none of test; otherwise a
+    UserError is raised. `auto` uses the folders, and goes without labels if an image lies in none,
+    if there are fewer than two classes, or if a class has one image.
     """
     if how in (None, "none"):
         return NO_LABELS
@@ -155,12 +154,12 @@ def _collect(names: Iterable[Any]) -> Named:
 
 
 def _used(split: Named) -> set[Any]:
-    """Names that an image has."""
+    """Names that occur."""
     return {split.names[code] for code in np.unique(split.codes).tolist() if code >= 0}
 
 
 def _merge(parts: Sequence[Named]) -> Named:
-    """The images of all parts, one part after the other."""
+    """Concatenate the images of all parts."""
     known: dict[Any, int] = {}
     codes = [np.zeros(0, np.int32)]
     for part in parts:
@@ -179,7 +178,7 @@ def _names(split: Split, table: dict[bytes, str] | None) -> Named:
 
 
 def _check(demand: str, splits: Sequence[Split], found: Named | None) -> None:
-    """Classes are in demand: all images have one, or none has."""
+    """Labels were requested: all images of a split must have one, or none."""
     if found is None:
         return
     lost = np.flatnonzero(found.codes < 0)
@@ -197,7 +196,7 @@ def _check(demand: str, splits: Sequence[Split], found: Named | None) -> None:
 
 
 def _read_csv(root: Path, name: str) -> dict[bytes, str]:
-    """Path (relative to `root`) to label. A first row `path,label` is a heading."""
+    """Path (relative to `root`) to label. A first row `path,label` is a header."""
     asked = Path(os.path.expanduser(os.path.expandvars(name)))
     file = next((path for path in (root / asked, asked) if path.is_file()), None)
     if file is None:
@@ -213,7 +212,7 @@ def _read_csv(root: Path, name: str) -> dict[bytes, str]:
                 if not any(cells) or (number == 1 and cells[:2] == ["path", "label"]):
                     continue
                 if len(cells) < 2 or not cells[0] or not cells[1]:
-                    raise UserError(f"Row {number} of {file} is not path,label: mend it.")
+                    raise UserError(f"Row {number} of {file} is not path,label: fix it.")
                 table[os.fsencode(posixpath.normpath(cells[0]))] = cells[1]
     except (OSError, csv.Error) as error:
         raise UserError(

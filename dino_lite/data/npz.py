@@ -21,10 +21,10 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def open_npz(root: str | Path | None = None, channels: Size = 3) -> Splits:
-    """An .npz with x_train and, as far as it has them, y_train, x_test and y_test.
+    """An .npz with x_train and optionally y_train, x_test and y_test.
 
-    Images: uint8, N H W (gray) or N H W C; made to have `channels` as `decode` does it. Labels:
-    integers or text, N or N 1. Nothing is unpickled.
+    Images: uint8, N H W (gray) or N H W C; converted to `channels` as in `decode`. Labels: integers
+    or text, N or N 1. Nothing is unpickled.
     """
     path = expand(root)
     if not path.is_file():
@@ -48,23 +48,23 @@ def open_npz(root: str | Path | None = None, channels: Size = 3) -> Splits:
 
 
 def _load(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of the archive; of those without a meaning here only the names."""
+    """The arrays of the archive; of those with unknown names only the names."""
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip file")
+            raise ValueError("it is not a zip file")
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] if key in KEYS else np.empty(0) for key in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as an .npz archive of plain arrays ({error}): "
-            "write it anew with numpy.savez."
+            "write it again with numpy.savez."
         ) from error
 
 
 def _images(
     path: Path, key: str, pixels: Shaped[np.ndarray, "..."], channels: int
 ) -> UInt8[Tensor, "N H W C"]:
-    """The array with that many channels, held to the rules of `open_npz`."""
+    """The array converted to `channels`, after checking dtype and shape."""
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise UserError(
             f"{key} in {path} is {_told(pixels)}: it must be uint8 of shape N H W or N H W C."
@@ -75,13 +75,13 @@ def _images(
         images = [to_channels(image, channels) for image in pixels]
     except ValueError as error:
         raise UserError(f"{key} in {path} is {_told(pixels)}: each image {error}.") from error
-    return torch.from_numpy(np.stack(images))  # a copy, for torch wants to be able to write to it
+    return torch.from_numpy(np.stack(images))  # a copy, since torch needs writable memory
 
 
 def _names(
     path: Path, key: str, arrays: dict[str, Shaped[np.ndarray, "..."]], num: int
 ) -> list[int] | list[str] | None:
-    """The labels as plain integers or text, one for each of `num` images, where there are any."""
+    """The labels as integers or text, one for each of `num` images; None without any."""
     if key not in arrays:
         return None
     labels = arrays[key]

@@ -7,19 +7,19 @@ from jaxtyping import Int64
 
 from dino_lite.draws import GROUPS, ORDER, hashed
 
-WINDOW = 4096  # images that are mixed with each other where a source's images lie in groups
-MIN_GROUPS = 4  # ... or as many groups, where these are larger
+WINDOW = 4096  # images shuffled together if a source has groups
+MIN_GROUPS = 4  # ... or this many groups, if that is more
 
 
 def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
-    """The order of n samples in an epoch: they are sorted by their hash."""
+    """The order of n samples in an epoch, sorted by their hashes."""
     keys = hashed(seed, ORDER, epoch, np.arange(n))
     # 63 bits, which signed and unsigned integers sort alike; ties keep their order.
     return np.argsort(keys >> np.uint64(1), kind="stable").astype(np.int64)
 
 
 def groups_per_window(groups: Int64[np.ndarray, "bounds"]) -> int:
-    """How many groups are open at a time in the order of `grouped_permutation`."""
+    """The number of groups read at a time in the order of `grouped_permutation`."""
     num_images, num_groups = int(groups[-1]), len(groups) - 1
     return max(MIN_GROUPS, -(-WINDOW * num_groups // num_images))
 
@@ -27,11 +27,11 @@ def groups_per_window(groups: Int64[np.ndarray, "bounds"]) -> int:
 def grouped_permutation(
     seed: int, epoch: int, groups: Int64[np.ndarray, "bounds"]
 ) -> Int64[np.ndarray, "n"]:
-    """The order of n samples in an epoch where neighbors are cheap to read together.
+    """The order of n samples in an epoch that keeps samples of a group near each other.
 
-    Group g holds samples groups[g] to groups[g+1]: a shard, a row group. Groups are shuffled; so
-    are the samples of each window of `groups_per_window` groups in a row. Samples whose groups are
-    the same window's meet in one batch, others do not: where images are sorted, pack them anew.
+    Group g holds samples groups[g] to groups[g+1]: a shard, a row group. Groups are shuffled, and
+    so are the samples of every `groups_per_window` consecutive groups. Only samples of one window
+    can meet in a batch: data sorted by class should be packed anew.
     """
     num_groups = len(groups) - 1
     window = np.empty(num_groups, np.int64)

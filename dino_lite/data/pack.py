@@ -1,4 +1,4 @@
-"""Writes a data set as tar shards, which are read in long stretches and copied as few files."""
+"""Writes a data set as tar shards: few large files, read sequentially."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
 MAX_BYTES = 256 * 2**20
 MAX_IMAGES = 10_000  # of a shard
 _BLOCK = tarfile.BLOCKSIZE
-_NUM_FETCHED = 64  # images at once, from sources behind URLs
+_NUM_FETCHED = 64  # images prefetched at once from remote sources
 
 
 def check_target(folder: Path) -> Path:
-    """The whole path of a folder to pack into. A UserError where it holds something already."""
+    """The absolute path of a folder to pack into. Raises UserError if it is not empty."""
     folder = Path(os.path.abspath(folder.expanduser()))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty: name a new folder to pack into.")
+        raise UserError(f"{folder} exists and is not empty: name a new folder to pack into.")
     return folder
 
 
@@ -90,7 +90,7 @@ def _write_all(
     return shards
 
 
-Sample = list[tuple[str, bytes]]  # names of members, and what they hold
+Sample = list[tuple[str, bytes]]  # names and contents of members
 
 
 def _write_split(
@@ -102,14 +102,14 @@ def _write_split(
         shards.append(f"{split}-{number:06d}.tar")
         with tarfile.open(folder / shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
             for name, content in chain.from_iterable(group):
-                item = tarfile.TarInfo(name)  # no owner, no time: the same images, the same bytes
+                item = tarfile.TarInfo(name)  # no owner, no time: shards are reproducible
                 item.size = len(content)
                 tar.addfile(item, io.BytesIO(content))
     return shards
 
 
 def _number_of_shard(max_bytes: int) -> Callable[[Sample], int]:
-    """Asked of each sample in turn: the next shard begins when one is full."""
+    """A key function for `groupby`: the number of the shard that the next sample goes into."""
     number = num_images = 0
     num_bytes = tarfile.RECORDSIZE  # the end of a tar file
 
@@ -125,7 +125,7 @@ def _number_of_shard(max_bytes: int) -> Callable[[Sample], int]:
 
 
 def _samples(source: Source, folder: Path, progress: Callable[[int], None]) -> Iterator[Sample]:
-    """The members of each readable image, shuffled: classes are spread over the shards."""
+    """The members of each readable image, shuffled so that classes spread over the shards."""
     order = permutation(0, 0, len(source)).tolist()
     for place, index in enumerate(order):
         if place % _NUM_FETCHED == 0:

@@ -1,4 +1,4 @@
-"""What workers deliver: the crops of a few images, and what could not be read on the way."""
+"""What workers deliver: the crops of a few images, and a list of unreadable images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dino_lite.data.sources import ArraySource, reason
 
 try:
     import fcntl
-except ImportError:  # Windows, where the ranks of a run do not share a bad_files.csv at once
+except ImportError:  # Windows: no locking of bad_files.csv
     fcntl = None  # type: ignore[assignment]
 
 Images = Sequence[UInt8[np.ndarray, "_ _ C"]]
-# Fills an array for each of the S crops, "n s s C".
+# Fills one array per crop, "n s s C".
 Pixels = Callable[[Images, Drawn, Sequence[UInt8[np.ndarray, "n _ _ C"]]], None]
 
 
 class Part(NamedTuple):
-    """What a worker delivers: the crops of ≤ 64 images and what it could not read on the way.
+    """A worker's result: the crops of ≤ 64 images and the images it could not read.
 
-    `crops` is None where the worker gave up: it alone met more bad images than are allowed.
+    `crops` is None if this worker alone met more bad images than are allowed.
     """
 
     crops: Crops | None
@@ -41,9 +41,9 @@ class Part(NamedTuple):
 class CropData(Dataset[Part]):
     """Reads and crops the images of a part, in a worker or in process.
 
-    An image that cannot be read is replaced by the next readable one of the source. The crops stay
-    keyed by the index that was asked for, so the replacement is not seen twice alike in one epoch;
-    `Crops.index` and the label are the replacement's.
+    An unreadable image is replaced by the next readable one of the source. Crops stay keyed by the
+    requested index, so that the replacement's crops differ from its own; `Crops.index` and the
+    label are the replacement's.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CropData(Dataset[Part]):
     ) -> None:
         self.source, self.multi_crop, self.make_crops = source, multi_crop, make_crops
         self.max_bad, self.min_pixels = max_bad, min_pixels
-        self.bad: dict[int, str] = {}  # read once, in vain; a worker remembers its own
+        self.bad: dict[int, str] = {}  # unreadable images this worker has met
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Part:
         known = len(self.bad)
@@ -81,7 +81,7 @@ class CropData(Dataset[Part]):
     def _make(
         self, images: Images, drawn: Drawn, groups: Sequence[tuple[int, int]]
     ) -> list[UInt8[np.ndarray, "_ n _ _ C"]]:
-        """The pixels of each group of crops: how many of an image, and their size."""
+        """The pixels of each group of crops, given as (number of crops, size)."""
         num_images, channels = len(images), images[0].shape[2]
         pixels = [np.empty((num, num_images, s, s, channels), np.uint8) for num, s in groups]
         self.make_crops(images, drawn, [crop for kind in pixels for crop in kind])
@@ -100,9 +100,9 @@ class CropData(Dataset[Part]):
 
 
 class DrawData(Dataset[Part]):
-    """Draws the crops of images that are on the device already, and leaves them without pixels.
+    """Draws the crops of images that are already on the device, without pixels.
 
-    They have size 0 until `resample.fill` makes them.
+    Crops have size 0 until `resample.fill` makes them.
     """
 
     def __init__(self, source: ArraySource, multi_crop: MultiCrop) -> None:
@@ -127,10 +127,9 @@ def to_crops(
     index: Int[np.ndarray, "n"],
     labels: Int[np.ndarray, "N"] | None,
 ) -> Crops:
-    """The noun of what workers made: global crops, and local ones where there are any.
+    """Assemble `Crops` from pixels.
 
-    The pixels lie in memory as height, width, channel, as decoders have them; they are put in order
-    on the device.
+    The pixels lie in memory as height, width, channel; they are made contiguous on the device.
     """
     globals_, *locals_ = map(_in_order, pixels)
     return Crops(
@@ -148,9 +147,9 @@ def _in_order(pixels: UInt8[np.ndarray, "_ n h w C"]) -> UInt8[Tensor, "_ n C h 
 
 
 class BadFiles:
-    """Counts the distinct images this rank could not read, lists them in a CSV, stops a run.
+    """Counts the distinct images this rank could not read, and lists them in a CSV.
 
-    Errors: UserError when they are more than `max_fraction` of the source, or all of it.
+    Raises UserError if they are more than `max_fraction` of the source, or all of it.
     """
 
     def __init__(self, source: Source, max_fraction: float, path: Path | None) -> None:
@@ -159,11 +158,11 @@ class BadFiles:
 
     @property
     def allowed(self) -> int:
-        """The most bad images a run goes on with; one is always needed."""
+        """The largest tolerated number of bad images; at least one image must be readable."""
         return min(int(self.max_fraction * len(self.source)), len(self.source) - 1)
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
-        """Note what a worker reported."""
+        """Record the images that a worker reported."""
         new = {index: reason for index, reason in found if index not in self.reasons}
         if not new:
             return
@@ -185,17 +184,17 @@ class BadFiles:
         listed = "" if self.path is None else f" (all in {self.path})"
         raise UserError(
             f"{what}, the first being {self.source.name(index)}: {reason}{listed}; "
-            "mend or remove them."
+            "repair or remove them."
         )
 
 
 def append_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Add the rows whose first cell the CSV does not have yet; processes may do so at once."""
+    """Append rows whose first cell is not in the CSV yet; safe for concurrent processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
         if fcntl is not None:
             with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+                fcntl.flock(file, fcntl.LOCK_EX)  # released on close
         file.seek(0)
         known = {row[0] for row in csv.reader(file) if row}
         writer = csv.writer(file)
@@ -205,11 +204,11 @@ def append_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def join(parts: Sequence[Crops]) -> Crops:
-    """One Crops of the images of all parts, in order."""
+    """Concatenate the images of all parts, in order."""
     if len(parts) == 1:
         return parts[0]
 
-    def along(dim: int, field: str) -> Any:  # a Tensor, or None where the parts have none
+    def along(dim: int, field: str) -> Any:  # a Tensor, or None if the parts have none
         tensors = [getattr(part, field) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors, dim)
 

@@ -1,4 +1,4 @@
-"""Millions of paths in little memory."""
+"""Memory-efficient storage for millions of paths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from jaxtyping import Int, Shaped, UInt8
 
 from dino_lite.data.shared import share
 
-_AT_ONCE = 2**16  # paths that are taken out of the arrays at a time, to go through all
+_AT_ONCE = 2**16  # paths decoded at a time in iteration
 
 
 class Paths:
-    """Paths as bytes, POSIX or URLs, in the order they came. Made by `PathList`.
+    """Paths as bytes, POSIX or URLs, in order of insertion. Made by `PathList`.
 
-    A path is a folder, up to and with the last slash, and a file's name. Every folder is stored
-    once; names lie end to end in one array. Long arrays are shared by all processes (`share`).
+    A path is split into a folder, up to and including the last slash, and a file name. Every folder
+    is stored once; names are concatenated in one array. Long arrays are shared by all processes
+    (`share`).
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Paths:
 
     @property
     def num_folders(self) -> int:
-        """Distinct folders, some of which may be no path's any more."""
+        """Number of distinct folders, some of which may be unused."""
         return len(self._folder_bounds) - 1
 
     def folder(self, number: int) -> bytes:
-        """Folder `number`, which `folder_of` refers to: empty, or ending in a slash."""
+        """Folder `number`, an entry of `folder_of`: empty, or ending in a slash."""
         start, stop = self._folder_bounds[number], self._folder_bounds[number + 1]
         return self._folders[start:stop].tobytes()
 
@@ -65,7 +66,7 @@ class Paths:
         return [self.folder(number) for number in range(self.num_folders)]
 
     def below(self, folder: bytes) -> Paths:
-        """Paths below `folder` ("train/"), relative to it, of paths that are in byte order."""
+        """Paths below `folder` ("train/"), relative to it; requires paths in byte order."""
         folders = self.folders()
         within = np.array([name.startswith(folder) for name in folders], bool)
         rows = np.flatnonzero(within[self.folder_of])
@@ -83,7 +84,7 @@ class Paths:
 
 
 class PathList:
-    """Collects Paths, without an object for each."""
+    """Builds Paths without creating an object per path."""
 
     def __init__(self) -> None:
         self._folders: dict[bytes, int] = {}
@@ -95,21 +96,21 @@ class PathList:
         return len(self._lengths)
 
     def add(self, path: bytes) -> None:
-        """One path."""
+        """Append a path."""
         cut = path.rfind(b"/") + 1
         self._folder_of.append(self._folders.setdefault(path[:cut], len(self._folders)))
         self._names += path[cut:]
         self._lengths.append(len(path) - cut)
 
     def add_names(self, folder: bytes, names: Sequence[bytes]) -> None:
-        """Files of one `folder`, which is empty or ends in a slash."""
+        """Append files of one `folder`, which is empty or ends in a slash."""
         number = self._folders.setdefault(folder, len(self._folders))
         self._folder_of.extend([number] * len(names))
         self._names += b"".join(names)
         self._lengths.extend(map(len, names))
 
     def paths(self) -> Paths:
-        """What was added."""
+        """The collected paths."""
         return Paths(
             list(self._folders),
             np.frombuffer(self._folder_of, np.uintc),
@@ -119,7 +120,7 @@ class PathList:
 
 
 def joined(parts: Sequence[tuple[bytes, Paths]]) -> Paths:
-    """The paths of all parts, one part after the other, each below the folder given with it."""
+    """Concatenate the paths of all parts, each prefixed with its folder."""
     folders = [top + name for top, paths in parts for name in paths.folders()]
     starts = _ends(paths.num_folders for _, paths in parts)
     ends = _ends(len(paths._names) for _, paths in parts)
@@ -141,7 +142,7 @@ def joined(parts: Sequence[tuple[bytes, Paths]]) -> Paths:
 
 
 def _ends(lengths: Iterable[int]) -> Int[np.ndarray, "ends"]:
-    """Where things of these lengths end that lie end to end, after a first 0."""
+    """Cumulative sum of the lengths, starting with 0."""
     if isinstance(lengths, array):
         each = np.frombuffer(lengths, np.uintc) if len(lengths) else np.zeros(0, np.uintc)
     else:
@@ -150,5 +151,5 @@ def _ends(lengths: Iterable[int]) -> Int[np.ndarray, "ends"]:
 
 
 def _small(numbers: Shaped[np.ndarray, "K"], largest: int) -> Shaped[np.ndarray, "K"]:
-    """`numbers`, of which none is above `largest`, in the smallest type that holds them."""
+    """`numbers`, none above `largest`, in the smallest dtype that holds them."""
     return numbers.astype(np.min_scalar_type(largest))

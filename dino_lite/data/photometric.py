@@ -1,8 +1,8 @@
-"""What happens to the pixels of a batch on the device, each crop by its own parameters.
+"""Photometric changes of a batch of crops on the device, each crop with its own parameters.
 
-PIL's 8-bit arithmetic in float32: values are whole gray levels from 0 to 255 after every operation,
-and equal to those of `data.exact` but for roundings (golden cases A10, A11 measure them). Nothing
-here waits for the device, and `change` compiles to a single graph.
+PIL's 8-bit arithmetic in float32: values are integer gray levels from 0 to 255 after every
+operation, equal to those of `data.exact` up to rounding (measured by golden cases A10, A11).
+Nothing synchronizes with the device, and `change` compiles to a single graph.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Images = Float32[Tensor, "n C h w"]
 Operation = Callable[..., Tensor]
 _ORDERS = torch.tensor(ORDERS)
-_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of R, G, B: PIL's, exact in float32
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # PIL's weights of R, G, B, exact in float32
 
 
 def photometric(crops: Crops, turned: bool = True, blur_kernel: int | None = None) -> Crops:
-    """The same crops, changed as their `draws` say; `turned` False: none is upside down or turned,
-    and nothing is spent on it. `extra` holds global crops, which are laid like these, no more.
+    """Crops changed according to their `draws`; `turned` False skips vertical flips and rotations.
+
+    `extra` holds global crops, to which only the geometry is applied.
     """
     num = crops.globals_.shape[0]
 
@@ -52,9 +53,9 @@ def change(
     turned: bool = True,
     blur_kernel: int | None = None,
 ) -> Images:
-    """n square crops, bytes or gray levels, changed as `params`, the values of COLUMNS, say.
+    """n square crops, uint8 or gray levels, changed by `params`, the values of COLUMNS.
 
-    Without three channels there is no color: saturation, hue and gray leave such crops as they are.
+    Saturation, hue and gray do not apply to crops without three channels.
     """
     column = dict(zip(COLUMNS, params.unbind(1), strict=True))
     x = lay(images, params, turned)
@@ -70,7 +71,7 @@ def change(
 def lay(
     images: Shaped[Tensor, "n C h w"], params: Float32[Tensor, "n A"], turned: bool = True
 ) -> Images:
-    """A copy in gray levels, mirrored, upside down and turned as `params` say."""
+    """A copy in gray levels, flipped and rotated according to `params`."""
     column = dict(zip(COLUMNS, params.unbind(1), strict=True))
     x = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     x = where(column["flip"] > 0, _mirror, x)
@@ -82,11 +83,11 @@ def lay(
 
 
 def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Tensor) -> Images:
-    """`operation` of the crops in `mask`, the others as they are; may write to `x`. What operations
-    return is written to by the next one: memory of its own.
+    """Apply `operation` to the crops in `mask` only; may write to `x`. The result of an operation
+    must be new memory, since the next one may write to it.
 
-    On the CPU only those in the mask are computed. Elsewhere all are: asking how many there are
-    would wait for the device, and a compiled graph has to know.
+    On the CPU only those in the mask are computed. On other devices all are: counting them would
+    synchronize, and a compiled graph needs static shapes.
     """
     if x.is_cpu and not torch.compiler.is_compiling():
         rows = mask.nonzero()[:, 0]
@@ -100,8 +101,8 @@ def where(mask: Bool[Tensor, "n"], operation: Operation, x: Images, *params: Ten
 
 
 def jitter(x: Images, factors: Float32[Tensor, "n 4"], order: Float32[Tensor, "n"]) -> Images:
-    """Brightness, contrast, saturation and hue, in the order of each crop."""
-    kinds = _ORDERS.to(x.device, non_blocking=True)[order.long()]  # n 4: what comes when
+    """Brightness, contrast, saturation and hue, in each crop's own order."""
+    kinds = _ORDERS.to(x.device, non_blocking=True)[order.long()]  # n 4: the order of operations
     has_color = x.shape[1] == 3
     for kind, value in zip(kinds.unbind(1), factors.gather(1, kinds).unbind(1), strict=True):
         blended = kind < 3 if has_color else kind < 2
@@ -115,7 +116,7 @@ def blend(x: Images, kind: Int[Tensor, "n"], factor: Float32[Tensor, "n"]) -> Im
     """factor·x + (1−factor)·base, where base is black for brightness (kind 0), the rounded mean
     luma of the crop for contrast (1), its luma for saturation (2).
 
-    Product and sum are rounded one after the other, as PIL has them.
+    Product and sum are rounded separately, as in PIL.
     """
     kind, factor = kind[:, None, None, None], factor[:, None, None, None]
     gray_levels = luma(x)
@@ -125,11 +126,11 @@ def blend(x: Images, kind: Int[Tensor, "n"], factor: Float32[Tensor, "n"]) -> Im
 
 
 def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
-    """Turn the color circle by trunc(255·shift) of 256 levels; hue and saturation have 8 bits."""
+    """Rotate hue by trunc(255·shift) of 256 levels; hue and saturation have 8 bits."""
     value, least = x.amax(1), x.amin(1)  # n h w
     spread = value - least
     red, green, blue = x.unbind(1)
-    # Where each pixel is on the circle, in sixths: red at 0, green at 2, blue at 4.
+    # Position of each pixel on the color circle, in sixths: red at 0, green at 2, blue at 4.
     from_red, from_green, from_blue = (
         green - blue,
         torch.add(blue - red, spread, alpha=2),
@@ -142,7 +143,7 @@ def hue(x: Images, shift: Float32[Tensor, "n"]) -> Images:
     levels -= 256 * (levels / 256).floor_()
     strength = (255 * spread).div_(value.clamp(min=1)).floor_().mul_(1 / 255)
     sixths = levels.mul_(6 / 255)
-    # What each channel lacks of the value: along the circle it rises, stays and falls.
+    # Value minus channel: piecewise linear along the circle.
     lacks = torch.stack(
         [2 - (sixths - 3).abs_(), (sixths - 2).abs_() - 1, (sixths - 4).abs_() - 1], 1
     ).clamp_(0, 1)
@@ -156,10 +157,10 @@ def gray(x: Images) -> Images:
 
 
 def blur(x: Images, radius: Float32[Tensor, "n"]) -> Images:
-    """PIL's Gaussian blur of standard deviation `radius` pixels: three box blurs either way.
+    """PIL's Gaussian blur of standard deviation `radius` pixels: three box blurs in each direction.
 
-    Each rounds to whole levels, which is why a small radius changes nothing at all. Source of the
-    box's width: Gwosdek et al. 2011, section 2.
+    Each rounds to integer levels, so a small radius has no effect. The box's width follows Gwosdek
+    et al. 2011, section 2.
     """
     size = x.shape[-1]
     if size == 1:
@@ -174,9 +175,10 @@ def blur(x: Images, radius: Float32[Tensor, "n"]) -> Images:
 
 
 def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size size"]:
-    """One of three boxes that make a Gaussian of `radius`, as a matrix; edge pixels are repeated.
+    """One of three box filters that approximate a Gaussian of `radius`, as a matrix; edge pixels
+    are repeated.
 
-    A box of half-width R: weight 1 up to floor(R), the rest on the pixel next to it, all / (2R+1).
+    A box of half-width R: weight 1 up to floor(R), the remainder on the next pixel, all / (2R+1).
     """
     variance = radius.square()[:, None, None] / 3
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
@@ -184,15 +186,15 @@ def box_blur(radius: Float32[Tensor, "n"], size: int) -> Float32[Tensor, "n size
     half = whole + rest / (6 * (variance - (whole + 1).square()))  # R
     pixels = torch.arange(size, device=radius.device, dtype=torch.float32)
     box = (half + 1 - (pixels[:, None] - pixels).abs()).clamp(0, 1)
-    # Beyond the edge lies the edge's pixel again: the tail of the sum 1 + … + 1 + rest.
+    # The edge pixel is repeated: it gets the tail of the sum 1 + … + 1 + rest.
     first = (half[..., 0] + 1 - pixels).clamp(min=0)  # n size
     box[..., 0], box[..., -1] = first, first.flip(-1)
-    # PIL's whole numbers of 2^-24 add up to a little less than 1, so that halves are rounded down.
+    # PIL's fixed-point weights add up to a little less than 1, so that ties are rounded down.
     return box * ((1 - 2.0**-21) / (2 * half + 1))
 
 
 def gaussian_blur(x: Images, sigma: Float32[Tensor, "n"], kernel: int) -> Images:
-    """A Gaussian of `sigma` pixels cut off at `kernel` of them: `exact.gaussian_blur`."""
+    """Gaussian of `sigma` pixels, truncated to `kernel` pixels: `exact.gaussian_blur`."""
     size = x.shape[-1]
     if size == 1:
         return x
@@ -200,7 +202,7 @@ def gaussian_blur(x: Images, sigma: Float32[Tensor, "n"], kernel: int) -> Images
     offsets = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]).square()).exp()
     weights = weights / weights.sum(1, keepdim=True)  # n kernel
-    # Beyond the edge lies the pixel as far within.
+    # Reflect at the edges.
     source = size - 1 - ((pixels + offsets[:, None]) % (2 * size - 2) - (size - 1)).abs()
     spread = (source[..., None] == pixels).float().flatten(1)  # kernel size*size
     matrix = (weights @ spread).view(-1, size, size)
@@ -209,12 +211,12 @@ def gaussian_blur(x: Images, sigma: Float32[Tensor, "n"], kernel: int) -> Images
 
 
 def solarize(x: Images) -> Images:
-    """Invert the values from 128 up."""
+    """Invert values of at least 128."""
     return torch.where(x >= 128, 255 - x, x)
 
 
 def luma(x: Images) -> Float32[Tensor, "n 1 h w"]:
-    """0.299 R + 0.587 G + 0.114 B in whole levels; without color, the mean of the channels."""
+    """0.299 R + 0.587 G + 0.114 B in integer levels; without color, the mean of the channels."""
     if x.shape[1] == 1:
         return x
     if x.shape[1] != 3:
@@ -232,9 +234,9 @@ def _upside_down(x: Images) -> Images:
 
 
 class Normalize(nn.Module):
-    """(x/255 - mean)/std per channel, x from 0 to 255: what every network of the project sees.
+    """(x/255 - mean)/std per channel, x from 0 to 255: the input of every network.
 
-    `mean` and `std` are float64 on the host and no buffers: checkpoints do not repeat them.
+    `mean` and `std` are float64 on the host and not buffers, so checkpoints do not contain them.
     """
 
     @checked
@@ -252,8 +254,8 @@ class Normalize(nn.Module):
     def forward(
         self, images: Shaped[Tensor, "*lead C H W"], dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "*lead C H W"]:
-        """Normalize bytes, or gray levels in floats (which are written over), in at least float32;
-        then round to `dtype`. The result is contiguous.
+        """Normalize uint8, or gray levels in floats (overwritten), in at least float32; then round
+        to `dtype`. The result is contiguous.
         """
         exact = torch.promote_types(dtype, torch.float32)
         scale, shift = self._scale_and_shift(images.device, exact)
@@ -269,7 +271,9 @@ class Normalize(nn.Module):
         )
 
     def _scale_and_shift(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x*scale + shift, kept per device: a copy from the host each step would wait for it."""
+        """Factors of x*scale + shift, cached per device: copying them from the host each step would
+        synchronize.
+        """
         key = (device, dtype)
         if key not in self._constants:
             scale, shift = 1 / (255 * self.std), -self.mean / self.std

@@ -1,4 +1,4 @@
-"""Images with a class number for every pixel."""
+"""Segmentation data: images with a class number for every pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_lite.data.clean import by_channel
 from dino_lite.data.folder import open_folder
 from dino_lite.data.sources import expand, reason
 
-_MODES = ("1", "L", "P", "I;16")  # of PNG files that hold numbers, not colors
+_MODES = ("1", "L", "P", "I;16")  # of PNG files that hold class numbers
 
 
 class Masked(NamedTuple):
@@ -26,9 +26,9 @@ class Masked(NamedTuple):
 
 
 class MaskedImages:
-    """Some images of `source`, and beside each a mask in a file of its own.
+    """Images of `source`, each with a mask in a file of its own.
 
-    Class numbers are those in the files; what `ignore` lists is no class.
+    Class numbers are those in the files; those in `ignore` are treated as unlabeled.
     """
 
     def __init__(self, source: Source, masks: Sequence[Path], ignore: Sequence[int]) -> None:
@@ -39,20 +39,20 @@ class MaskedImages:
         return len(self.rows)
 
     def part(self, rows: Sequence[int]) -> MaskedImages:
-        """Some of them."""
+        """The images at `rows`."""
         found = MaskedImages(self.source, self.masks, self.ignore)
         found.rows = [self.rows[row] for row in rows]
         return found
 
     def read(self, index: int) -> Masked:
-        """Image `index` and its mask; what cannot be read is the user's to mend."""
+        """Image `index` and its mask. Raises UserError if either cannot be read."""
         row = self.rows[index]
         try:
             image = self.source.read(row)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.source.name(row)} cannot be read ({reason(error)}): mend it, or remove it "
-                "and its mask."
+                f"{self.source.name(row)} cannot be read ({reason(error)}): repair it, or remove "
+                "it and its mask."
             ) from error
         classes = self.classes(index)
         if image.shape[:2] != classes.shape:
@@ -64,14 +64,14 @@ class MaskedImages:
         return Masked(image, classes)
 
     def classes(self, index: int) -> Int[np.ndarray, "H W"]:
-        """The mask of image `index`, -1 where a pixel has no class."""
+        """The mask of image `index`, -1 for unlabeled pixels."""
         path = self.masks[self.rows[index]]
         try:
             with Image.open(path) as image:
                 mode, numbers = image.mode, np.asarray(image).astype(np.int64)
         except (OSError, ValueError, SyntaxError) as error:
             why = reason(cast(Exception, error))
-            raise UserError(f"{path} cannot be read as a mask ({why}): mend it.") from error
+            raise UserError(f"{path} cannot be read as a mask ({why}): repair it.") from error
         if mode not in _MODES:
             raise UserError(
                 f"{path} is an image of mode {mode}: a mask holds a class number in each pixel "
@@ -81,7 +81,7 @@ class MaskedImages:
         return numbers
 
     def numbers(self) -> list[int]:
-        """The class numbers that occur, in order; every mask is read."""
+        """The class numbers that occur, sorted; reads every mask."""
         found: set[int] = set()
         for index in range(len(self)):
             found.update(np.unique(self.classes(index)).tolist())
@@ -91,8 +91,8 @@ class MaskedImages:
 def open_masks(
     root: object, ignore: Sequence[int] = (), channels: int = 3
 ) -> tuple[MaskedImages, MaskedImages | None]:
-    """Train and, where there is one, test of root/images/{train,val|test}; the mask of an image is
-    the PNG of the same name (below the split) in root/masks.
+    """Train and, if it exists, test of root/images/{train,val|test}; the mask of an image is the
+    PNG with the same path in root/masks.
     """
     folder = expand(root)
     images, masks = folder / "images", folder / "masks"
@@ -110,7 +110,7 @@ def open_masks(
         if lost:
             raise UserError(
                 f"{len(lost)} of {len(paths)} images have no mask, the first being "
-                f"{source.name(lost[0])}: {paths[lost[0]]} is not there."
+                f"{source.name(lost[0])}: {paths[lost[0]]} does not exist."
             )
         return MaskedImages(source, paths, ignore)
 
@@ -124,9 +124,10 @@ def _mask_of(source: Source, index: int, images: Path, masks: Path) -> Path:
 def fitted(
     image: UInt8[np.ndarray, "H W C"], patch_size: int, shorter: int | None = None
 ) -> UInt8[np.ndarray, "h w C"]:
-    """The whole image with sides that patches divide: each side's nearest multiple, at least one.
+    """The whole image resized so that patches divide its sides: to the nearest multiples, at least
+    one.
 
-    `shorter`: the shorter side is brought to so many pixels first. Bicubic.
+    `shorter`: resize the shorter side to this many pixels first. Bicubic.
     """
     scale = 1.0 if shorter is None else shorter / min(image.shape[:2])
     height, width = (

@@ -1,4 +1,4 @@
-"""One random crop of each image, mirrored or not: what supervised training sees."""
+"""One random, possibly mirrored crop of each image, for supervised training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dino_lite.data.resample import resized_crop
 from dino_lite.data.sources import reason
 
 _MIRRORED = Photometric(jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0)
-Key = tuple[int, int]  # epoch, number of the image
+Key = tuple[int, int]  # epoch, index of the image
 
 
 class RandomCrops(Dataset[Batch]):
-    """Images cut out at random, an area of `scale` of the whole, and resized to size x size pixels.
+    """Random crops with an area in `scale` of the image's, resized to size x size pixels.
 
-    Keyed by (seed, epoch, image), so that workers do not matter. Images that cannot be read are
-    left out.
+    Keyed by (seed, epoch, index), so that the number of workers does not matter. Unreadable images
+    are skipped.
     """
 
     def __init__(self, source: Source, size: int, scale: Sequence[float], seed: int) -> None:
@@ -58,7 +58,7 @@ class RandomCrops(Dataset[Batch]):
 def random_batches(
     crops: RandomCrops, batch_size: int, num_epochs: int, seed: int, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Shuffled epochs of random crops; what fills no batch at an epoch's end is left out of it."""
+    """Shuffled epochs of random crops; an incomplete last batch of an epoch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     keys: list[list[Key]] = []
     for epoch in range(num_epochs):
@@ -70,6 +70,6 @@ def random_batches(
         batch_sampler=keys,
         num_workers=num_workers,
         collate_fn=as_read,
-        generator=generator,  # else it draws from the global one
+        generator=generator,  # otherwise it would draw from the global generator
     )
     yield from loader

@@ -1,4 +1,4 @@
-"""Files by URL, read whole through fsspec: s3://, gs://, https:// and what else it knows."""
+"""Whole files by URL through fsspec: s3://, gs://, https:// and others."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from typing import Any
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
 
-WAITS = (1.0, 20.0)  # seconds before a second and a third try
-NUM_CONNECTIONS = 16  # of a process at once
-TIMEOUT = 60  # seconds of one try
-MAX_IN_A_ROW = 5  # times that the network gives nothing, after which this process asks no more
+WAITS = (1.0, 20.0)  # seconds before the second and third attempts
+NUM_CONNECTIONS = 16  # concurrent connections per process
+TIMEOUT = 60  # seconds per attempt
+MAX_IN_A_ROW = 5  # failures of the network after which this process stops trying
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-# An image is one request: without this, s3fs asks for its size first.
+# Makes an image one request: by default s3fs requests its size first.
 _DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
 _SECRET = re.compile(r"secret|token|passw|credential|authorization|account_key|sas", re.IGNORECASE)
-_NO_SECRETS = ("anon", "cloud", "google_default")  # what gcsfs takes for a token, too
+_NO_SECRETS = ("anon", "cloud", "google_default")  # values that gcsfs accepts as a token
 
 
 def open_local(path: bytes) -> File:
     """A local file. Raises OSError, also for a pipe or device, which would block."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is no regular file")
+        raise OSError("is not a regular file")
     return open(path, "rb")
 
 
 class Remote:
     """Opens local files and URLs; `options` are fsspec's for file systems (endpoint_url, anon …).
 
-    An option `$NAME` is taken from the environment. A secret must be given so, or in the provider's
-    own way (AWS_SECRET_ACCESS_KEY, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS …), for options are saved
-    with a run.
+    An option `$NAME` is taken from the environment. Secrets must be given that way, or by the
+    provider's own means (AWS_SECRET_ACCESS_KEY, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS …), since
+    options are saved with a run.
 
-    What can be had at another time (no connection, 5xx, time over, cut short) is tried three times.
-    After several such failures in a row every further file fails at once: a run then ends by its
-    loader.max_bad_fraction, and does not live on replacements.
+    Transient failures (no connection, 5xx, timeout, truncation) are retried twice. After several
+    such failures in a row every further file fails at once, so that the run ends by
+    loader.max_bad_fraction instead of training on replacements.
     """
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.options = options or {}
         _refuse_secrets(self.options)
         self._failed_in_a_row, self._last = 0, ""
-        # By process, for connections do not outlive a fork. Those of the parent stay referred to:
-        # their end would wait for a thread that the child has not.
+        # By process, since connections do not survive a fork. The parent's stay referenced:
+        # finalizing them would wait for a thread that the child does not have.
         self._systems: dict[tuple[int, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_systems": {}}
 
     def __call__(self, path: bytes) -> File:
-        """The file at a local path or URL. Raises OSError, with a reason, where there is none."""
+        """The file at a local path or URL. Raises OSError, with a reason, if it cannot be read."""
         if b"://" not in path:
             return open_local(path)
         return io.BytesIO(self.fetch(os.fsdecode(path)))
 
     def fetch(self, url: str) -> bytes:
-        """All bytes of the file at `url`."""
+        """All bytes of the file at `url`. Raises OSError."""
         (found,) = self.fetch_all([os.fsencode(url)])
         if isinstance(found, OSError):
             raise found
         return found
 
     def fetch_all(self, paths: Sequence[bytes]) -> list[bytes | OSError]:
-        """All bytes of each file, or why they cannot be had: the network is waited for together."""
+        """All bytes of each file, or the error that prevented it; fetched concurrently."""
         urls = [os.fsdecode(path) for path in paths]
         if self._failed_in_a_row >= MAX_IN_A_ROW:
-            told = f"not asked for, after {MAX_IN_A_ROW} failures in a row, the last: {self._last}"
+            told = f"not requested, after {MAX_IN_A_ROW} failures in a row, the last: {self._last}"
             return [OSError(told) for _ in urls]
         systems = [self._system(url.partition("://")[0]) for url in urls]
         if len(urls) == 1:
@@ -80,14 +80,14 @@ class Remote:
         else:
             with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
                 found = list(pool.map(_fetch, systems, urls))
-        # Files that are asked for together fail together: they count as one failure.
+        # Files fetched together count as one failure.
         dead = all(isinstance(answer, _UnreachableError) for answer in found)
         self._failed_in_a_row = self._failed_in_a_row + 1 if dead else 0
         self._last = str(found[-1]) if dead else ""
         return found
 
     def check(self, protocol: str) -> None:
-        """UserError where `protocol` ("s3") is unknown or its package is not installed."""
+        """Raise UserError if `protocol` ("s3") is unknown or its package is not installed."""
         from fsspec import get_filesystem_class
 
         try:
@@ -98,7 +98,7 @@ class Remote:
             raise UserError(f"{protocol}:// needs a package that is missing: {how}.") from error
         except ValueError as error:
             raise UserError(
-                f"{protocol}:// is no protocol that fsspec knows: use s3://, gs:// or https://."
+                f"{protocol}:// is not a protocol of fsspec: use s3://, gs:// or https://."
             ) from error
 
     def _system(self, protocol: str) -> Any:
@@ -114,15 +114,15 @@ class Remote:
 
 
 class _UnreachableError(OSError):
-    """What might be had at another time."""
+    """A failure that may be transient."""
 
 
 def _fetch(system: Any, url: str) -> bytes | OSError:
-    """All bytes of a file, in as many tries as there are; or why they cannot be had."""
+    """All bytes of a file, after several attempts if necessary; or the error."""
     for wait in (*WAITS, None):
         try:
             return _read(system, url)
-        except Exception as error:  # each file system and each of its libraries has its own
+        except Exception as error:  # each library has its own exceptions
             if _is_final(error):
                 return OSError(_reason(error))
             if wait is None:
@@ -132,7 +132,7 @@ def _fetch(system: Any, url: str) -> bytes | OSError:
 
 
 def _read(system: Any, url: str) -> bytes:
-    """All bytes of a file, in TIMEOUT seconds where the file system works asynchronously."""
+    """All bytes of a file, within TIMEOUT seconds if the file system is asynchronous."""
     from fsspec.asyn import sync
 
     path = system._strip_protocol(url)
@@ -144,8 +144,10 @@ def _read(system: Any, url: str) -> bytes:
 
 
 def _is_final(error: Exception) -> bool:
-    """True where another try would bring the same."""
-    status = getattr(error, "status", None)  # aiohttp's; others make one of these classes of it
+    """Whether another attempt would fail as well."""
+    status = getattr(
+        error, "status", None
+    )  # aiohttp's; other libraries raise one of the classes below
     if isinstance(status, int) and status:
         return 400 <= status < 500 and status not in (408, 429)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
@@ -180,5 +182,5 @@ def _refuse_secrets(options: dict[str, Any], prefix: str = "data.storage_options
 
 
 def _is_public(value: str) -> bool:
-    """The name of a variable, a word, or a file that holds the secret."""
+    """Whether the value is the name of a variable, a keyword, or a file with the secret."""
     return value.startswith("$") or value in _NO_SECRETS or os.path.isfile(value)

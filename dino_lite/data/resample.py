@@ -1,7 +1,7 @@
-"""Boxes cut out and resized: bicubic (a = -1/2), antialiased, as PIL does it, but much cheaper.
+"""Boxes cut out and resized: bicubic (a = -1/2), antialiased, as in PIL, but much faster.
 
-Image by image in the worker, or whole batches on the device. Both round to whole gray levels
-between the two directions, as PIL does, and are within a level of it (golden case A11).
+Image by image in the worker, or in batches on the device. Both round to integer levels between the
+two directions, as PIL does, and are within one level of it (golden case A11).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def make_crops(
     drawn: Drawn,
     out: Sequence[UInt8[np.ndarray, "n _ _ C"]],
 ) -> None:
-    """Fill `out`, an array for each of the S crops, from n images: cut out, resized, nothing else.
+    """Fill `out`, one array per crop, from n images: cut out and resize only.
 
-    What else was drawn is done on the device, see `data.photometric`.
+    All other changes are made on the device, see `data.photometric`.
     """
     for i, pixels in enumerate(images):
         for crops, boxes in zip(out, drawn.boxes, strict=True):
@@ -37,11 +37,11 @@ def resized_crop(
 ) -> UInt8[np.ndarray, "size size C"]:
     """`box` (top, left, height, width in pixels) as size x size pixels."""
     top, left, height, width = box
-    # A copy of the box is quicker to read than its rows within the image.
+    # A contiguous copy of the box is faster to read.
     pixels = np.array(image[top : top + height, left : left + width], order="C")
     if (height, width) == (size, size):
         return pixels
-    # Not pixels[None]: with its strides torch does not see that channels come last, and takes
+    # Not pixels[None]: from its strides torch does not recognize channels-last memory, and takes
     # twice as long.
     batch = torch.from_numpy(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     crop = F.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
@@ -54,10 +54,10 @@ def fill(
     groups: Sequence[tuple[int, int]],
     gram_size: int | None = None,
 ) -> Crops:
-    """Crops that have no pixels yet, made from whole images of one size on the same device.
+    """Make the pixels of crops from whole images of one size on the same device.
 
     `groups`: number and size in pixels of the global crops, and of the local ones if there are any;
-    `gram_size` of the global crops' second making, if there is one.
+    `gram_size`: size of the additional global crops, if any.
     """
     whole = images[crops.index].permute(0, 3, 1, 2).float().contiguous()  # n C H W
     height, width = whole.shape[-2:]
@@ -78,10 +78,10 @@ def fill(
 def resized_crops(
     images: Float32[Tensor, "n C H W"], boxes: Float32[Tensor, "s n 4"], size: int
 ) -> Float32[Tensor, "s n C size size"]:
-    """s boxes (top, left, height, width in pixels) of each image as size x size pixels: a matrix
-    from the left, another from the right.
+    """s boxes (top, left, height, width in pixels) of each image as size x size pixels, by a matrix
+    from the left and another from the right.
 
-    For small images: the work grows with H·W·size, whatever the boxes.
+    For small images: the cost is proportional to H·W·size, independent of the boxes.
     """
     height, width = images.shape[-2:]
     top, left, high, wide = boxes.unbind(-1)  # s n each
@@ -95,10 +95,11 @@ def resized_crops(
 def weights(
     start: Float32[Tensor, "*n"], length: Float32[Tensor, "*n"], size: int, full: int
 ) -> Float32[Tensor, "*n size full"]:
-    """How much each of `full` pixels has of each of the `size` that `length` of them become.
+    """Weights of `full` input pixels for each of `size` output pixels, which cover `length` of
+    them.
 
-    The kernel is stretched where pixels become fewer; its part outside the box is cut off, and
-    what is left adds up to 1.
+    The kernel is stretched when downsampling; its part outside the box is cut off and the rest
+    normalized.
     """
     start, length = start[..., None, None], length[..., None, None]
     scale = length / size
@@ -112,7 +113,7 @@ def weights(
 def bicubic(x: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
     """Keys' kernel with a = -1/2: 1 at 0, 0 at 1 and from 2 on. Source: Keys 1981, equation 4.
 
-    Both of its cubics, factored: u²(u−1)/2 + v²(1−2v), where u = 2−|x| and v = 1−|x|, from 0 on.
+    Both cubics, factored: u²(u−1)/2 + v²(1−2v), with u = 2−|x| and v = 1−|x|, clamped at 0.
     """
     u = (2 - x.abs()).clamp_(min=0)
     w = u - 1
@@ -121,5 +122,5 @@ def bicubic(x: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
 
 
 def to_levels(x: Float32[Tensor, "*n"]) -> Float32[Tensor, "*n"]:
-    """The nearest of 0 … 255; halves go up."""
+    """Round to 0 … 255, ties up."""
     return x.add(0.5).floor_().clamp_(0, 255)

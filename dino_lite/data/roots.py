@@ -1,4 +1,4 @@
-"""What `data.root` names: a folder or file, several of them, or what a pattern matches."""
+"""Resolves `data.root`: a folder or file, several of them, or a pattern."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Root = str | Path | Sequence[str | Path]
 
 
 class Top(NamedTuple):
-    """A folder to look for images in: all of it, or only the files that a pattern has matched."""
+    """A folder to search for images: all of it, or only the files that matched a pattern."""
 
     folder: str
     files: list[str] | None = None
 
 
 def is_url(root: object) -> bool:
-    """True for s3://…, https://… and the like."""
+    """Whether `root` is s3://…, https://… and the like."""
     return isinstance(root, str) and "://" in root
 
 
 def several(root: object) -> list[str | Path] | None:
-    """The parts of a list, or of a text written `[a,b]` that is not a path itself; None of others.
+    """The items of a list, or of a text written `[a,b]` that is not itself a path; None otherwise.
 
-    A part that holds a comma can be named in a list (YAML, Python), not in a text.
+    A path containing a comma must be given in a list (YAML, Python), not in a text.
     """
     if isinstance(root, str):
         listed = len(root) > 2 and root[0] == "[" and root[-1] == "]"
@@ -40,16 +40,16 @@ def several(root: object) -> list[str | Path] | None:
 
 
 def is_pattern(root: object) -> bool:
-    """True for one path with *, ? or [] in it, where there is nothing of that very name."""
+    """Whether `root` is one path with *, ? or [], and no file of that name exists."""
     if root is None or is_url(root) or several(root) is not None:
         return False
     return glob.has_magic(str(root)) and not expand(root).exists()
 
 
 def absolute(root: object) -> object:
-    """`root` so that it means the same in every working folder: a string, or a list of such.
+    """`root` made independent of the working folder: a string, or a list of strings.
 
-    What does not exist here and is no pattern stays as it is: it may be a name of another kind.
+    A path that does not exist and is no pattern is unchanged: it may be another kind of name.
     """
     parts = several(root)
     if parts is not None:
@@ -64,10 +64,10 @@ def absolute(root: object) -> object:
 
 
 def tops(root: object) -> list[Top]:
-    """The folders that `root` names, in its order (of a pattern: sorted), each file once.
+    """The folders at `root`, in its order (of a pattern: sorted), each file once.
 
-    A folder within another of them counts as part of that. Files that a pattern matches belong to
-    the folder that the pattern begins with.
+    A folder inside another one counts as part of that. Files that match a pattern belong to the
+    folder that the pattern starts with.
     """
     parts = several(root)
     found = [top for part in ([root] if parts is None else parts) for top in _tops(part)]
@@ -109,7 +109,7 @@ def _tops(root: object) -> list[Top]:
 
 
 def _within(path: str, folders: set[str]) -> bool:
-    """True where `path` lies below one of `folders`."""
+    """Whether `path` lies below one of `folders`."""
     while folders and (parent := os.path.dirname(path)) != path:
         if parent in folders:
             return True

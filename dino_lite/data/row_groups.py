@@ -19,7 +19,7 @@ _NUM_CONNECTIONS = 8  # footers read at once over a network
 
 
 class Cell(NamedTuple):
-    """An image of a table: its bytes, its path ("": unknown), or both."""
+    """An image in a table: its bytes, its path ("": unknown), or both."""
 
     content: bytes | None
     path: str
@@ -35,8 +35,8 @@ class Cell(NamedTuple):
 class RowGroups:
     """The rows of Parquet files in order. Row group g holds rows groups[g] to groups[g+1].
 
-    A process keeps the row groups of one window of the sampler's order (4096 images, or four
-    groups), and reads but the column that it needs. Each worker reads them for itself.
+    A process caches the row groups of one window of the sampler's order (4096 images, or four
+    groups), and reads only the needed column. Each worker has its own cache.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -54,9 +54,9 @@ class RowGroups:
                     "by its name."
                 )
         self.groups = np.cumsum([0, *(size for part in sizes for size in part)], dtype=np.int64)
-        # which file a group is in, and which one of that file's it is
+        # file of each group, and its index there
         self._place = [(f, g) for f, part in enumerate(sizes) for g in range(len(part))]
-        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()  # the latest last
+        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()  # most recently used last
 
     def __len__(self) -> int:
         return int(self.groups[-1])
@@ -65,7 +65,7 @@ class RowGroups:
         return self.__dict__ | {"_kept": OrderedDict()}
 
     def cell(self, column: str, row: int) -> Cell:
-        """An image. Raises OSError or ValueError where its row group cannot be read."""
+        """An image. Raises OSError or ValueError if its row group cannot be read."""
         group = int(np.searchsorted(self.groups, row, "right")) - 1
         cells = self._kept.pop((column, group), None)
         if cells is None:
@@ -76,7 +76,7 @@ class RowGroups:
         return Cell.of(cells[row - int(self.groups[group])].as_py())
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column of small things."""
+        """All values of a column; for small values."""
         import pyarrow.parquet as pq
 
         def values(file: str) -> list[Any]:
@@ -96,7 +96,7 @@ class RowGroups:
                 table = pq.ParquetFile(handle).read_row_group(number, [column], use_threads=False)
             except (OSError, ValueError):
                 raise
-            except Exception as error:  # whatever a protocol's package raises
+            except Exception as error:  # any exception of the protocol's package
                 raise OSError(f"{self.files[file]}: {type(error).__name__}: {error}") from error
         return table.column(0)
 

@@ -1,4 +1,4 @@
-"""Images in the rows of a table, whatever reads the table."""
+"""Images in the rows of a table, independent of the table's reader."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.row_groups import Cell
 from dino_lite.data.sources import digest
 
-_NUM_LOOKED_AT = 8  # images whose bytes a digest holds, beside all labels
+_NUM_LOOKED_AT = 8  # images covered by a digest, in addition to all labels
 _MAGIC = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
 @runtime_checkable
 class Table(Protocol):
     """Rows with columns. `features` are those of `datasets`, by column; `groups` are the bounds of
-    the rows that are read at once, None where each is read alone.
+    rows that are read together, None if each is read alone.
     """
 
     features: Any
@@ -34,11 +34,11 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def cell(self, column: str, row: int) -> Cell:
-        """An image. Raises OSError or ValueError where it cannot be read."""
+        """An image. Raises OSError or ValueError if it cannot be read."""
         ...
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column of small things."""
+        """All values of a column; for small values."""
         ...
 
 
@@ -60,14 +60,14 @@ class Rows:
         return Cell.of(self.dataset[row].column(column)[0].as_py())
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column of small things."""
+        """All values of a column; for small values."""
         values: list[Any] = self.dataset.select_columns([name])[:].column(name).to_pylist()
         return values
 
 
 @final
 class RowSource(Source):
-    """Images in a column of a table. `groups` are the table's, where it reads several at once."""
+    """Images in a column of a table; `groups` are the table's."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class RowSource(Source):
         return list(self.table.files)
 
     def digest(self) -> str:
-        """16 hex digits over the labels, and the bytes of a few images spread over all."""
+        """16 hex digits over the labels, and the bytes of a few evenly spaced images."""
         labels = b"" if self.labels is None else self.labels.tobytes()
         chosen = np.linspace(0, len(self) - 1, min(len(self), _NUM_LOOKED_AT)).astype(int).tolist()
         contents = [self.table.cell(self.image, index).content or b"" for index in chosen]

@@ -1,4 +1,4 @@
-"""Which image comes when. The whole state is one number: how many samples the run has seen."""
+"""The order of images in a run. The only state is the step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from jaxtyping import Int64
 from dino_lite.contracts import UserError
 from dino_lite.data import order
 
-PART_SIZE = 64  # images a worker delivers at once: a whole batch of 1024 would be 535 MB
+PART_SIZE = 64  # images per item of work: a batch of 1024 would be 535 MB
 
 
 class PositionSampler:
     """The (epoch, index) pairs of one rank, step by step from `start_step`, in parts of ≤ 64.
 
-    Sample position p = step·batch_size + i of the joint batch is image order_e[p mod n] of epoch
-    e = p // n, so batches straddle epochs and no image is dropped. Rank r has the r-th contiguous
-    slice: ranks concatenated are the batch of one process. Ends at step `num_steps`; None: never.
-    `groups` are those of the source, if it has any: see `order.grouped_permutation`.
+    Sample position p = step·batch_size + i of the joint batch is image order_e[p mod n] of epoch e
+    = p
+
+    n, so batches straddle epochs and no image is dropped. Rank r has the r-th contiguous slice: the
+    ranks' slices concatenated are the batch of a single process. Ends at step `num_steps`; None:
+    endless. `groups` are the source's, see `order.grouped_permutation`.
     """
 
     def __init__(
@@ -44,20 +46,20 @@ class PositionSampler:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.num_ranks = rank, num_ranks
         self.start_step, self.num_steps, self.groups = start_step, num_steps, groups
-        self._order_of: tuple[int, np.ndarray] | None = None  # the latest epoch's
+        self._order_of: tuple[int, np.ndarray] | None = None  # cached for the latest epoch
 
     @property
     def images_per_step(self) -> int:
-        """Of this rank."""
+        """Images of this rank per step."""
         return self.batch_size // self.num_ranks
 
     @property
     def parts_per_step(self) -> int:
-        """Of this rank; the last may be smaller than the others."""
+        """Parts of this rank per step; the last may be smaller."""
         return -(-self.images_per_step // PART_SIZE)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left."""
+        """The remaining steps."""
         if self.num_steps is None:
             return count(self.start_step)
         return iter(range(self.start_step, self.num_steps))
@@ -70,7 +72,7 @@ class PositionSampler:
                 yield [self.at(p) for p in range(start, min(start + PART_SIZE, last))]
 
     def at(self, position: int) -> tuple[int, int]:
-        """Epoch and image of an absolute sample position."""
+        """Epoch and image at an absolute sample position."""
         epoch, place = divmod(position, self.n)
         if self._order_of is None or self._order_of[0] != epoch:
             self._order_of = epoch, self._order(epoch)

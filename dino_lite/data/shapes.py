@@ -1,15 +1,15 @@
-"""The embedded data set: drawn pictures of ten kinds, made in a second from nothing but a seed.
+"""The embedded data set: synthetic pictures of ten kinds, generated from a seed in a second.
 
-It exists so that a first run shows self-supervision at work: pixels tell the kinds apart badly,
-what crops of a picture have in common tells them well. Place, size, rotation and phase are drawn
-for each picture or element of it, so neighbors in pixels are those of like layout. Each element has
-its own color out of one palette, lighter or darker than the ground, so that brightness betrays
-little; and the light differs less than color jitter makes it differ, so that no color tells the
-crops of a picture from those of another.
+It exists so that a first run shows self-supervised learning at work: raw pixels separate the kinds
+badly, what crops of a picture share separates them well. Place, size, rotation and phase are drawn
+for each picture or element, so that nearest neighbors in pixels share layout, not kind. Each
+element has its own color from one palette, lighter or darker than the ground, so that brightness is
+no cue; illumination varies less than under color jitter, so that no color identifies the crops of a
+picture.
 
-A picture is made of each pixel's distance to the nearest edge: sums, products, roots and
-comparisons in float32, and numbers from a counter hash. So the bytes are the same everywhere, and
-a picture depends on (seed, split, index) alone, not on how many are made.
+A picture is computed from each pixel's distance to the nearest edge: sums, products, roots and
+comparisons in float32, and numbers from a counter hash. So its bytes are the same on every machine,
+and a picture depends only on (seed, split, index), not on how many are made.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PALETTE = np.array(
     ],
     np.float32,
 )
-GROUND = np.array([(84, 86, 118), (112, 92, 122)], np.float32)  # from side to side, slate to mauve
+GROUND = np.array([(84, 86, 118), (112, 92, 122)], np.float32)  # gradient from slate to mauve
 LIGHT = (0.85, 1.1)  # brightness of a picture; DINO's color jitter has 0.6 to 1.4
 
 HALF = np.float32(0.5)
@@ -49,8 +49,8 @@ SIN = np.array([math.sin(math.pi * i / 128) for i in range(256)], np.float32)
 
 Keys = UInt64[np.ndarray, "..."]
 Plane = Float32[np.ndarray, "..."]
-# From a picture's key and places in it, in periods, to the element there (its key) and the distance
-# to the edge, in periods, negative inside the element.
+# Maps a picture's key and positions, in periods, to the key of the element there and the distance
+# to its edge, in periods, negative inside.
 Kind = Callable[[Keys, Plane, Plane], tuple[Keys, Plane]]
 
 
@@ -62,7 +62,7 @@ def open_shapes(
     seed: Count = 0,
     channels: Size = 3,
 ) -> Splits:
-    """Two splits of square pictures, RGB or luma; each ten in a row have all ten kinds."""
+    """Two splits of square pictures, RGB or luma; any ten in a row have all ten kinds."""
     if channels not in (1, 3):
         raise UserError(f"data.channels={channels}: the embedded shapes have 3, or 1 as luma.")
     train = _source("train", num_train, image_size, seed, channels)
@@ -88,7 +88,7 @@ def _source(split: str, num: int, size: int, seed: int, channels: int) -> ArrayS
 def draw(
     kind: Kind, keys: UInt64[np.ndarray, "n"], size: int
 ) -> UInt8[np.ndarray, "n {size} {size} 3"]:
-    """One picture for each key: elements in colors of their own, on the ground, in some light."""
+    """One picture per key: colored elements on the ground, illuminated."""
     keys = keys[:, None, None]
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size) - np.float32(
         0.5
@@ -108,7 +108,7 @@ def draw(
 
 
 def _key(keys: Keys, *cells: Shaped[np.ndarray, "..."] | int) -> Keys:
-    """The key of an element: that of its picture, and the numbers of its cell."""
+    """The key of an element, from that of its picture and the numbers of its cell."""
     for cell in cells:
         keys = mix(keys + np.atleast_1d(cell).astype(np.int64).astype(np.uint64) * GOLDEN)
     return keys
@@ -121,7 +121,7 @@ def _uniform(keys: Keys, column: int, low: float = 0.0, high: float = 1.0) -> Pl
 
 
 def _turn(keys: Keys, column: int, x: Plane, y: Plane) -> tuple[Plane, Plane]:
-    """Places turned about the origin by angle `column` of each key."""
+    """Positions rotated about the origin by angle `column` of each key."""
     angle = (_key(keys, column) >> np.uint64(56)).astype(np.int64)
     cos, sin = COS[angle], SIN[angle]
     return cos * x + sin * y, cos * y - sin * x
@@ -131,7 +131,7 @@ def _turn(keys: Keys, column: int, x: Plane, y: Plane) -> tuple[Plane, Plane]:
 
 
 def _waves(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Bands that swing to and fro, by a cubic that looks like a sine."""
+    """Bands that oscillate, by a cubic that approximates a sine."""
     t = v / np.float32(2.6)
     t = 4 * np.abs(t - np.floor(t) - HALF) - 1
     u = u + np.float32(0.55) * t * (np.float32(1.5) - HALF * t * t)
@@ -140,7 +140,7 @@ def _waves(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 
 def _checks(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Every other field of a chessboard."""
+    """Every other field of a checkerboard."""
     field = np.float32(0.85)
     column, row = np.floor(u / field), np.floor(v / field)
     out = np.maximum(np.abs(u / field - column - HALF), np.abs(v / field - row - HALF))
@@ -162,7 +162,7 @@ def _arcs(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 
 def _patchwork(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Squares of which one half, cut from corner to corner, is cloth."""
+    """Squares of which one half, cut along a diagonal, is filled."""
     patch = np.float32(1.1)
     column, row = np.floor(u / patch), np.floor(v / patch)
     cell = _key(keys, column, row)
@@ -174,7 +174,7 @@ def _patchwork(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 
 def _mosaic(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
-    """Cobbles: what is nearest to one of many scattered points, with a seam between."""
+    """Voronoi cells of jittered points, separated by seams."""
     column, row = np.floor(u), np.floor(v)
     nearest = np.full(u.shape, np.inf, np.float32)
     second, owner = nearest, np.zeros(u.shape, np.uint64)
@@ -192,7 +192,7 @@ def _mosaic(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
 
 
 def _strewn(outline: Callable[[Plane, Plane], Plane]) -> Kind:
-    """Objects of one outline (a distance, for an object of radius 1), each turned and sized."""
+    """Objects with one outline (a distance function, radius 1), each rotated and scaled."""
     pitch = np.float32(1.75)
 
     def kind(keys: Keys, u: Plane, v: Plane) -> tuple[Keys, Plane]:
@@ -201,7 +201,7 @@ def _strewn(outline: Callable[[Plane, Plane], Plane]) -> Kind:
         v = v / pitch + HALF * (column % 2)  # columns are staggered
         row = np.floor(v)
         cell = _key(keys, column, row)
-        radius = _uniform(cell, 0, 0.3, 0.47)  # of the cell's side, in which the object stays
+        radius = _uniform(cell, 0, 0.3, 0.47)  # of the cell's side, within which the object stays
         a = u - column - HALF - (HALF - radius) * _uniform(cell, 1, -1, 1)
         b = v - row - HALF - (HALF - radius) * _uniform(cell, 2, -1, 1)
         a, b = _turn(cell, 3, a / radius, b / radius)
@@ -216,7 +216,7 @@ def _disc(a: Plane, b: Plane) -> Plane:
 
 
 def _target(a: Plane, b: Plane) -> Plane:
-    """A ring about a dot."""
+    """A ring around a dot."""
     far = np.sqrt(a * a + b * b)
     distance: np.ndarray = np.maximum(
         far - 1, np.minimum(np.float32(0.72) - far, far - np.float32(0.34))

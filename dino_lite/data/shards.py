@@ -1,11 +1,10 @@
-"""Images in tar shards of WebDataset's layout, local or by URL, each of them read where it lies.
+"""Images in WebDataset tar shards, local or by URL, read in place by byte ranges.
 
-The `webdataset` library reads shards as streams: an epoch there is a nominal number of samples, a
-split over ranks and workers gives some images twice or drops others, and a run that is resumed in
-the middle of an epoch begins another. Here shards are indexed (one pass over their headers), and
-an image is a range of bytes. So order, split and resume are exact, as of any source, and the
-sampler keeps reads near each other (`groups`). Shards themselves are the same: each library reads
-what the other wrote.
+The `webdataset` library streams shards: its epochs have a nominal length, a split over ranks and
+workers repeats or drops images, and a run resumed within an epoch starts another one. Here shards
+are indexed (one pass over their headers), so that order, split and resume are exact, as with any
+source, and the sampler keeps reads near each other (`groups`). The format is the same: either
+library reads the other's shards.
 """
 
 from __future__ import annotations
@@ -54,12 +53,13 @@ _SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
 def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
-    """The images of tar shards: a folder of them, one, or a pattern `train-{000..146}.tar`.
+    """The images of tar shards: a folder of them, a single one, or a pattern
+    `train-{000..146}.tar`.
 
-    `root` may be a URL: s3://…, https://…. Train is what has the word `train` in its path, test
-    what has `val` or else `test`; without train, or where it is all there is, every image is train.
-    Labels: key.cls or "label" in key.json, a number or text; an image without one has label -1.
-    `channels`: what every image is made to have, see `decode`.
+    `root` may be a URL: s3://…, https://…. Shards with the word `train` in their path are train;
+    those with `val`, or else `test`, are test; without train, or with nothing else, every image is
+    train. Labels: key.cls or "label" in key.json, a number or text; -1 for unlabeled images.
+    `channels`: every image is converted to that many, see `decode`.
     """
     base, shards = find_shards(root)
     index = _load_index(base, shards)
@@ -79,7 +79,7 @@ def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
 class ShardSource(Source):
     """Images in the shards of one split, in the shards' order. `groups` are the shards' bounds.
 
-    What is known of a million images is shared with workers, who get no object for each.
+    All arrays are shared with workers; there is no object per image.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ShardSource(Source):
             names.add(name.encode("utf-8", "surrogateescape"))
         self._names = names.paths()
         self._offsets, self._sizes = share(index.offsets), share(index.sizes)
-        self._fetched: dict[int, bytes | OSError] = {}  # what `prefetch` got
+        self._fetched: dict[int, bytes | OSError] = {}  # by `prefetch`
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class ShardSource(Source):
         return read_range(self._range(index)) if found is None else found, suffix
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch these over the network at once, for `read` to find; forget those before them."""
+        """Fetch these images concurrently for `read`, and drop those fetched before."""
         if is_url(self.base):
             found = read_ranges([self._range(index) for index in indices])
             self._fetched = dict(zip(indices, found, strict=True))
@@ -135,12 +135,12 @@ class ShardSource(Source):
         return f"{self._place(index)}/{self._member(index)}"
 
     def data_files(self) -> list[str]:
-        """The shards' paths or URLs."""
+        """Paths or URLs of the shards."""
         return [f"{self.base}/{shard}" for shard in self.shards]
 
     def digest(self) -> str:
-        """16 hex digits over names and sizes, by shard; the folder itself may move."""
-        if self._digest is None:  # seconds, where there are millions
+        """16 hex digits over names and sizes, by shard; independent of the folder."""
+        if self._digest is None:  # takes seconds for millions of images
             shards = "\0".join(self.shards).encode("utf-8", "surrogateescape")
             arrays = (self._bounds.tobytes(), self._sizes.tobytes())
             self._digest = digest(chain([shards, *arrays], self._names))
@@ -156,11 +156,11 @@ class ShardSource(Source):
         return Range(self._place(index), int(self._offsets[index]), int(self._sizes[index]))
 
 
-# --------------------------------------------------------------------------------- which shards
+# --------------------------------------------------------------------------------------- shards
 
 
 def find_shards(root: str | Path | None) -> tuple[str, list[str]]:
-    """The folder or URL around all shards that `root` names, and their paths below it."""
+    """The folder or URL that contains all shards of `root`, and their paths below it."""
     text = str(root or "")
     text = text if is_url(text) else str(expand(root)).replace("\\", "/")
     if text.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
@@ -187,7 +187,7 @@ def find_shards(root: str | Path | None) -> tuple[str, list[str]]:
 
 
 def split_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Train and test among files, by the first split's name that is a word of their paths."""
+    """Train and test among files, by the first word of their paths that names a split."""
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for name in names:
         match = _SPLIT.search(name.lower())
@@ -199,11 +199,11 @@ def split_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(names), []
 
 
-# ------------------------------------------------------------------------------------ their index
+# ---------------------------------------------------------------------------------------- index
 
 
 def _load_index(base: str, shards: list[str]) -> TarIndex:
-    """From the file beside the shards, from the cache, or from the shards themselves."""
+    """The index from the file beside the shards, from the cache, or from the shards."""
     places = [f"{base}/{shard}" for shard in shards]
     stamps = versions(places)
     beside = _index_beside(base)
@@ -232,14 +232,14 @@ def _index_beside(base: str) -> TarIndex | None:
 
 
 def _file_beside(base: str, name: str) -> bytes | None:
-    """Content of a file of the shards' folder, None where there is none."""
+    """Content of a file in the shards' folder, None if there is none."""
     try:
         if not is_url(base):
             return Path(base, name).read_bytes()
         fs, path = filesystem(f"{base}/{name}")
         content: bytes = fs.cat_file(path)
         return content
-    except Exception:  # not there, or not to be had: it can be done without
+    except Exception:  # optional
         return None
 
 
@@ -247,7 +247,7 @@ def _read_headers(shard: str, place: str, num_bytes: int) -> TarIndex:
     fs, path = filesystem(place) if is_url(place) else (io, place)
     try:
         opened = fs.open(path, "rb")
-    except Exception as error:  # whatever the protocol's package raises
+    except Exception as error:  # any exception of the protocol's package
         raise UserError(
             f"{place} cannot be opened ({type(error).__name__}: {error}): check data.root and your "
             "access to it."
@@ -257,7 +257,7 @@ def _read_headers(shard: str, place: str, num_bytes: int) -> TarIndex:
 
 
 def _labels(base: str, train: TarIndex, test: TarIndex) -> Labels:
-    """From what .cls and .json files hold: numbers, if all of them are."""
+    """Labels from .cls and .json files: integers if all of them are."""
     number = all(label.isdecimal() for part in (train, test) for label in part.labels if label)
     names = [
         [None if not label else int(label) if number else label for label in part.labels]
@@ -267,7 +267,7 @@ def _labels(base: str, train: TarIndex, test: TarIndex) -> Labels:
 
 
 def _stored_classes(base: str) -> list[str]:
-    """Names that `write_shards` left beside its shards, if it was that which wrote them."""
+    """Class names that `write_shards` stored beside its shards, if there are any."""
     try:
         return [*map(str, json.loads(_file_beside(base, CLASSES) or b"[]"))]
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Arrays that all processes of a run read from one place in memory."""
+"""Arrays in memory that all processes of a run share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtyping import Shaped
 
 from dino_lite.contracts import UserError
 
-MAX_COPIED = 2**20  # bytes of an array that a pickle may hold itself
+MAX_COPIED = 2**20  # bytes of an array that is pickled by value
 
 
 class SharedArray(np.ndarray):
-    """A read-only array that is a file mapped into memory; its pickle is the file's name.
+    """A read-only array mapped from a file; its pickle is the file's name.
 
-    So a spawned worker maps the same pages, and a forked one has them already. What is computed
-    from it, a slice as well, is an array like any other.
+    A spawned worker maps the same pages, and a forked one has them already. Results of
+    computations, slices included, are ordinary arrays.
     """
 
     file: str | None = None
@@ -33,11 +33,10 @@ class SharedArray(np.ndarray):
 
 
 def share(array: Shaped[np.ndarray, "N"]) -> Shaped[np.ndarray, "N"]:
-    """`array` itself where it has at most MAX_COPIED bytes; else a SharedArray of its numbers.
+    """`array` itself if it has at most MAX_COPIED bytes; else a SharedArray of its values.
 
-    The file is in the temporary folder (TMPDIR) and goes when the array does, or when this process
-    ends, also by an exception; only a signal that kills it leaves the file. Other processes never
-    remove it.
+    The file is in the temporary folder (TMPDIR) and is removed with the array or when this process
+    exits, also by an exception, but not when a signal kills it. Other processes never remove it.
     """
     if array.nbytes <= MAX_COPIED:
         return array
@@ -60,7 +59,7 @@ def share(array: Shaped[np.ndarray, "N"]) -> Shaped[np.ndarray, "N"]:
 
 
 def map_array(file: str, dtype: str) -> Shaped[np.ndarray, "N"]:
-    """The array that `share` has put into `file`."""
+    """The array that `share` wrote to `file`."""
     with open(file, "rb") as opened:
         pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     shared = np.frombuffer(pages, dtype).view(SharedArray)
@@ -69,7 +68,7 @@ def map_array(file: str, dtype: str) -> Shaped[np.ndarray, "N"]:
 
 
 def _remove(file: str, owner: int) -> None:
-    """Remove the file in its owner; a forked worker inherits this call and must not follow it."""
+    """Remove the file, in its owner only: forked workers inherit this finalizer."""
     if os.getpid() == owner:
         with suppress(OSError):
             os.remove(file)

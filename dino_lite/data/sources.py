@@ -1,6 +1,4 @@
-"""What the sources of images share: paths as users write them, digests, images by path or in
-memory.
-"""
+"""Common parts of sources: paths, digests, images by path or in memory."""
 
 from __future__ import annotations
 
@@ -32,12 +30,12 @@ def expand(root: object) -> Path:
 
 
 def text(path: bytes) -> str:
-    """A path for people; bytes that are no UTF-8 are written \\xNN."""
+    """A path for display; bytes that are not UTF-8 are written \\xNN."""
     return path.decode("utf-8", "backslashreplace")
 
 
 def digest(chunks: Iterable[bytes]) -> str:
-    """16 hex digits over `chunks`, in order and with their bounds."""
+    """16 hex digits over `chunks`, in order and including their bounds."""
     total = blake2b(digest_size=8)
     for chunk in chunks:
         total.update(len(chunk).to_bytes(8, "little") + chunk)
@@ -45,7 +43,7 @@ def digest(chunks: Iterable[bytes]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be read, for a sentence: without its path, which is named beside it."""
+    """Why an image cannot be read, for a sentence that names its path itself."""
     told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return told.rstrip(". ")
 
@@ -54,8 +52,8 @@ def reason(error: Exception) -> str:
 class PathSource(Source):
     """Image files by path or URL.
 
-    `folder` is what relative paths are relative to. Paths and labels are shared with workers, who
-    get no object for each image.
+    Relative paths are relative to `folder`. Paths and labels are shared with workers; there is no
+    object per image.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class PathSource(Source):
         self.labels = None if labels is None else share(labels)
         self.classes = classes
         self.channels = channels
-        self._fetched: dict[int, bytes | OSError] = {}  # what `prefetch` got
+        self._fetched: dict[int, bytes | OSError] = {}  # by `prefetch`
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -81,7 +79,7 @@ class PathSource(Source):
         return self.__dict__ | {"_fetched": {}}
 
     def path(self, index: int) -> bytes:
-        """Whole path or URL of image `index`; bytes, for it need not be UTF-8."""
+        """Full path or URL of image `index`; bytes, since it need not be UTF-8."""
         path = self.paths[index]
         return path if b"://" in path else posixpath.join(self.folder, path)
 
@@ -91,7 +89,7 @@ class PathSource(Source):
             return decode(file, self.channels, min_pixels)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch those behind URLs at once, for `read` to find; forget those before them."""
+        """Fetch those behind URLs concurrently for `read`, and drop those fetched before."""
         urls = {i: path for i in indices if b"://" in (path := self.path(i))}
         if urls:
             fetched = self.opener.fetch_all([*urls.values()])
@@ -114,12 +112,12 @@ class PathSource(Source):
         return (self.path(index) for index in range(len(self)))
 
     def name(self, index: int) -> str:
-        """The whole path of image `index`."""
+        """The full path of image `index`."""
         return text(self.path(index))
 
     def digest(self) -> str:
-        """16 hex digits over the paths as they are stored: `folder` itself may move."""
-        if self._digest is None:  # seconds, where there are millions
+        """16 hex digits over the stored paths, independent of `folder`."""
+        if self._digest is None:  # takes seconds for millions of paths
             self._digest = digest(self.paths)
         return self._digest
 
@@ -134,7 +132,7 @@ class PathSource(Source):
 class ArraySource(Source):
     """Images in memory, all of one size.
 
-    `images` is a tensor because torch shares tensors with its workers, and copies arrays.
+    `images` is a tensor because torch shares tensors with workers, but copies arrays.
     """
 
     def __init__(
@@ -153,7 +151,7 @@ class ArraySource(Source):
         return len(self.images)
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
-        """Image `index`, whole: not a copy, so not to be written to."""
+        """Image `index` at full size: a view, not to be written to."""
         pixels: np.ndarray = self.images[index].numpy()
         return pixels
 

@@ -1,4 +1,4 @@
-"""What a whole data set is like, in plain numbers, from what was found in each image."""
+"""Statistics of a data set, computed from the inspection of each image."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from dino_lite.data.hashing import NEAR, equal_groups, near_groups
 from dino_lite.data.inspection import Inspected
 from dino_lite.data.sources import PathSource
 
-SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, from … on
-ASPECTS = (0, 0.25, 0.5, 0.75, 1.34, 2, 4)  # width / height, from … on; 3:4 and 4:3 are ordinary
-MIN_SIDE = 8  # pixels: what is hashed for near duplicates are the 8x8 lowest frequencies
+SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, lower bounds
+ASPECTS = (
+    0,
+    0.25,
+    0.5,
+    0.75,
+    1.34,
+    2,
+    4,
+)  # width / height, lower bounds; 3:4 and 4:3 are in one bin
+MIN_SIDE = 8  # pixels: perceptual hashes use the 8x8 lowest frequencies
 
 
 def describe(source: Source, found: Inspected, global_size: int) -> dict[str, Any]:
-    """One split: counts, formats, sizes, colors, and what cannot be read. Plain JSON.
+    """One split: counts, formats, sizes, colors, and unreadable images. Plain JSON.
 
-    `global_size`: an image whose shorter side has fewer pixels counts as small.
+    `global_size`: images whose shorter side has fewer pixels count as small.
     """
     good = found.rows[found.rows["readable"]]
     height, width = good["height"].astype(np.int64), good["width"].astype(np.int64)
@@ -53,7 +61,7 @@ def describe(source: Source, found: Inspected, global_size: int) -> dict[str, An
 
 
 def describe_classes(source: Source) -> dict[str, Any] | None:
-    """How many images the classes of a split have; None without labels."""
+    """Number of images per class; None without labels."""
     if source.labels is None:
         return None
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
@@ -69,30 +77,30 @@ def describe_classes(source: Source) -> dict[str, Any] | None:
 
 
 def why_no_labels(source: Source, how: str | None) -> str:
-    """The reason for which `data.labels=auto` went without, as far as the paths tell it."""
+    """Why `data.labels=auto` found no labels, as far as the paths show."""
     if how in (None, "none"):
-        return "data.labels=none asks for it"
+        return "data.labels=none"
     if not isinstance(source, PathSource):
-        return "the data brings none"
+        return "the data has none"
     names = [source.name(index) for index in range(len(source))]
-    shared = os.path.commonpath([min(names), max(names)])  # of these two, so of all
-    if shared == names[0]:  # the one image there is
+    shared = os.path.commonpath([min(names), max(names)])  # the prefix of these two is that of all
+    if shared == names[0]:  # a single image
         shared = os.path.dirname(shared)
     below = (name[len(shared) :].lstrip("/").partition("/") for name in names)
     counts = Counter(first if slash else "" for first, slash, _ in below)
     if len(counts) == 1:
-        return "all images lie in one folder"
+        return "all images are in one folder"
     if counts[""]:
-        return f"{counts['']:,} images lie in no folder of a class"
+        return f"{counts['']:,} images are not in a class folder"
     name, num = min((item for item in counts.items() if item[0]), key=lambda item: item[1])
     if num == 1:
-        return f"the folder {name} holds one image, so folders are no classes"
-    return "one folder holds all others, and one class tells nothing apart"
+        return f"the folder {name} holds one image, so folders are not classes"
+    return "one folder holds all others, and two classes are needed"
 
 
 class Groups(NamedTuple):
-    """For each row the position of the first it equals, and of the first it is like (exactly, or
-    by its hash, through any number of steps); -1 for images that cannot be read.
+    """For each row the position of the first equal one, and of the first similar one (equal, or
+    linked by a chain of similar hashes); -1 for unreadable images.
     """
 
     equal: Int64[np.ndarray, "n"]
@@ -100,8 +108,8 @@ class Groups(NamedTuple):
 
 
 def find_groups(rows: Shaped[np.ndarray, "n"], hashing: bool) -> Groups:
-    """Exact and near duplicates. Images of one color, and strips a few pixels wide, are like each
-    other only where they are equal: their hashes say nothing.
+    """Exact and near duplicates. Images of one color and strips a few pixels wide are only compared
+    exactly, since their hashes carry no information.
     """
     usable = np.flatnonzero(rows["readable"])
     equal = np.full(len(rows), -1)
@@ -115,8 +123,9 @@ def find_groups(rows: Shaped[np.ndarray, "n"], hashing: bool) -> Groups:
 
 
 def describe_duplicates(groups: Groups, num_train: int, hashing: bool) -> dict[str, Any]:
-    """How many images repeat another, and how many of test one of train; the first `num_train` rows
-    are train's. Plain JSON; "near" does not count what is exact, and is None without hashes.
+    """How many images repeat another, and how many of test repeat one of train; the first
+    `num_train` rows are train's. Plain JSON; "near" excludes exact duplicates, and is None without
+    hashes.
     """
     in_test = np.arange(len(groups.equal)) >= num_train
     exact, both = count_duplicates(groups.equal, in_test), count_duplicates(groups.alike, in_test)
@@ -129,8 +138,8 @@ def describe_duplicates(groups: Groups, num_train: int, hashing: bool) -> dict[s
 
 
 def repeated(groups: Groups) -> list[tuple[int, str, int]]:
-    """Group, kind and row of every image that has a duplicate, group by group. The kinds: the first
-    of its group, exact (equals an earlier one) and near.
+    """Group, kind and row of every image that has a duplicate, group by group. Kinds: first (of its
+    group), exact (equals an earlier one) and near.
     """
     known = groups.alike >= 0
     sizes = np.bincount(groups.alike[known], minlength=1)
@@ -146,8 +155,8 @@ def repeated(groups: Groups) -> list[tuple[int, str, int]]:
 def count_duplicates(
     groups: Int64[np.ndarray, "n"], in_test: Shaped[np.ndarray, "n"]
 ) -> dict[str, int]:
-    """Of rows that name their group (-1: none): how many groups of several there are, how many
-    images could go, and how many of test are in train.
+    """From the group of each row (-1: none): number of groups with several members, of images that
+    could be removed, and of test images that are in train.
     """
     known = groups >= 0
     sizes = np.bincount(groups[known], minlength=1)
@@ -160,7 +169,7 @@ def count_duplicates(
 
 
 def _spread(values: Int[np.ndarray, "n"] | Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Least, median and most; empty of nothing."""
+    """Minimum, median and maximum; empty without values."""
     if not len(values):
         return {}
     points = {"min": values.min(), "median": np.median(values), "max": values.max()}
@@ -168,14 +177,14 @@ def _spread(values: Int[np.ndarray, "n"] | Float[np.ndarray, "n"]) -> dict[str, 
 
 
 def _histogram(values: Shaped[np.ndarray, "n"], starts: tuple[float, ...]) -> list[list[Any]]:
-    """[from, to, count] of each bin that counts any; to is None of the last."""
+    """[from, to, count] of each nonempty bin; `to` is None for the last one."""
     counts = np.bincount(np.searchsorted(starts, values, side="right") - 1, minlength=len(starts))
     ends = [*starts[1:], None]
     return [[a, b, int(n)] for a, b, n in zip(starts, ends, counts, strict=True) if n]
 
 
 def _by_name(names: Shaped[np.ndarray, "n"]) -> dict[str, int]:
-    """How often each name occurs, the most frequent first; images without a file have none."""
+    """Count of each name, most frequent first; images without a file have none."""
     values, counts = np.unique(names[names != b""], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return {values[i].decode(): int(counts[i]) for i in order}

@@ -1,4 +1,4 @@
-"""Some images of a source, spread over the whole of it: what pictures and online k-NN look at."""
+"""A subset of a source, and indices spread evenly over a source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Subset(Source):
         return self.source.read(int(self.rows[index]), min_pixels)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Announce them to the whole source."""
+        """Announce the images to the whole source."""
         self.source.prefetch(self.rows[list(indices)].tolist())
 
     def image_size(self, index: int) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class Subset(Source):
         return self.source.data_files()
 
     def name(self, index: int) -> str:
-        """What the whole source calls it."""
+        """The whole source's name of it."""
         return self.source.name(int(self.rows[index]))
 
     def digest(self) -> str:
@@ -59,9 +59,10 @@ class Subset(Source):
 
 
 def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
-    """Indices of at most `most` images, always the same: one from each of as many equal stretches.
+    """At most `most` indices, deterministic: one from each of `most` equal stretches.
 
-    The place within a stretch is drawn: where classes take turns, an even stride may meet one only.
+    The position within a stretch is random: if classes alternate, a regular stride may hit only
+    one.
     """
     if num_images <= most:
         return np.arange(num_images)

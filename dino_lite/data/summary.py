@@ -1,17 +1,17 @@
-"""The numbers of `data.statistics` as lines of text."""
+"""The statistics of `data.statistics` as text."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_BAR = 30  # characters of a histogram's longest bar
-_SHOWN = 5  # unreadable files; all are in bad_files.csv
+_BAR = 30  # characters of the longest bar
+_SHOWN = 5  # unreadable files shown; all are in bad_files.csv
 
 
 def split_table(name: str, split: dict[str, Any]) -> str:
-    """One split."""
+    """Statistics of one split."""
     looked = split["num_looked_at"]
-    part = "" if looked == split["num_images"] else f" ({looked:,} looked at)"
+    part = "" if looked == split["num_images"] else f" ({looked:,} inspected)"
     size = f", {_bytes(split['num_bytes'])}" if split["num_bytes"] else ""
     rows = [
         ("formats", _counted(split["formats"])),
@@ -36,7 +36,7 @@ def split_table(name: str, split: dict[str, Any]) -> str:
 
 
 def class_table(train: dict[str, Any], labels: str) -> str:
-    """Labels: where they come from, and how many images the classes have."""
+    """Source of the labels, and the number of images per class."""
     classes = train["classes"]
     if classes is None:
         return f"labels: none ({labels})"
@@ -50,11 +50,11 @@ def class_table(train: dict[str, Any], labels: str) -> str:
 
 
 def duplicate_table(duplicates: dict[str, Any]) -> str:
-    """Images that repeat another, within and across the splits."""
+    """Repeated images, within and across the splits."""
     rows = []
     for kind, found in duplicates.items():
         if found is None:
-            rows.append((kind, "not looked for"))
+            rows.append((kind, "not searched"))
             continue
         limit = ""
         if "distance" in found:
@@ -70,7 +70,7 @@ def duplicate_table(duplicates: dict[str, Any]) -> str:
 
 
 def speed_table(speed: dict[str, Any]) -> str:
-    """Feeding and training held against each other; of `methods.timing.compare`."""
+    """Speed of loading and training, from `methods.timing.compare`."""
     loading, training = speed["loading"], speed["training"]
     rows = [
         (
@@ -89,11 +89,11 @@ def speed_table(speed: dict[str, Any]) -> str:
     ]
     if speed["seconds_per_run"] is not None:
         rows.append(("the run", _duration(speed["seconds_per_run"])))
-    return "\n".join(["speed, measured here (files were in memory by then):", *_lines(rows)])
+    return "\n".join(["speed, measured here (with files in the page cache):", *_lines(rows)])
 
 
 def feeders(num_workers: int) -> str:
-    """Who feeds the device: the start of a sentence."""
+    """The processes that load data, as the start of a sentence."""
     if num_workers == 0:
         return "without workers the training process itself feeds"
     return "your 1 worker feeds" if num_workers == 1 else f"your {num_workers} workers feed"
@@ -112,7 +112,7 @@ def _some(num: int) -> str:
 
 
 def _span(values: dict[str, Any], unit: str) -> str:
-    """Least, median, most."""
+    """Minimum, median, maximum."""
     if "min" not in values:  # of nothing
         return ""
     least, middle, most = (_number(values[key]) for key in ("min", "median", "max"))
@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 
 def _bars(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line for each bin of a histogram that has several."""
+    """One line per bin of a histogram with several bins."""
     most = max((count for *_, count in values["histogram"]), default=1)
     if len(values["histogram"]) < 2:
         return []

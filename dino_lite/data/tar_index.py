@@ -1,4 +1,4 @@
-"""Where the images of tar shards lie: read once from the headers, and kept."""
+"""Index of the images in tar shards, read from the headers once and cached."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
 from dino_lite.data.folder import SUFFIXES
 
-FORMAT = 1  # of an index file: another one is not read
+FORMAT = 1  # version of an index file; others are ignored
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _EXTENSIONS = {suffix.decode()[1:] for suffix in SUFFIXES}
-_NO_CACHE = (OSError, RuntimeError)  # not to be written to, or a user without a home
+_NO_CACHE = (OSError, RuntimeError)  # not writable, or no home directory
 # WebDataset's rule: the key ends at the first dot of the file's name.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 
@@ -41,7 +41,7 @@ class TarIndex(NamedTuple):
     sizes: Int64[np.ndarray, "N"]  # bytes
 
     def part(self, shards: Sequence[str]) -> TarIndex:
-        """The index of these shards alone, in this order."""
+        """The index of these shards only, in this order."""
         place_of = {shard: s for s, shard in enumerate(self.shards)}
         places = [place_of[shard] for shard in shards]
         spans = [(int(self.bounds[s]), int(self.bounds[s + 1])) for s in places]
@@ -57,7 +57,7 @@ class TarIndex(NamedTuple):
 
 
 def join_indexes(parts: Sequence[TarIndex]) -> TarIndex:
-    """One index of the shards of all parts."""
+    """Concatenate the indexes of all parts."""
     return TarIndex(
         [shard for part in parts for shard in part.shards],
         _concatenated([part.shard_bytes for part in parts]),
@@ -78,14 +78,14 @@ class _Member(NamedTuple):
     extension: str
     offset: int
     size: int
-    label: str  # what a .cls or .json holds
+    label: str  # content of a .cls or .json
 
 
 def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
-    """The images of one shard, from header to header. Raises UserError where that is impossible.
+    """Index the images of one shard from its headers. Raises UserError if that is impossible.
 
-    A sample is members in a row with one key. Its image is the member key.jpg (or .png …); where
-    there is none, each that ends so. Its label is key.cls or "label" in key.json.
+    A sample is a run of members with one key. Its image is the member key.jpg (or .png …); if there
+    is none, every member with such an ending. Its label is key.cls or "label" in key.json.
     """
     start = file.read(6)
     file.seek(0)
@@ -105,12 +105,12 @@ def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
                 images += found
                 labels += [next((m.label for m in sample if m.label), "")] * len(found)
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a torn header for the end
-                raise tarfile.ReadError("torn header")
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(
-            f"{shard} is no whole tar file ({error}, after {len(images)} images): fetch or pack it "
-            "anew, or leave it out."
+            f"{shard} is not a complete tar file ({error}, after {len(images)} images): fetch "
+            "or pack it again, or leave it out."
         ) from error
     except Exception as error:  # OSError, or what a protocol's package raises
         raise UserError(
@@ -132,7 +132,7 @@ def _ending(member: _Member) -> str:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
-    """Files with a key, but for WebDataset's own `__notes__`."""
+    """Files with a key, except WebDataset's `__notes__`."""
     while (item := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
         match = _MEMBER.fullmatch(item.name.removeprefix("./"))
@@ -146,12 +146,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
 
 
 def _label(extension: str, content: bytes) -> str:
-    """A class as text, "" where the file names none."""
+    """A class as text, "" if the file has none."""
     if extension == "cls":
         return content.decode("utf-8", "replace").strip().replace("\0", "")
     try:
         label = json.loads(content).get("label")
-    except (ValueError, AttributeError):  # no JSON, or no mapping
+    except (ValueError, AttributeError):  # not JSON, or not a mapping
         return ""
     return str(label).replace("\0", "") if isinstance(label, int | str) else ""
 
@@ -160,7 +160,7 @@ def _label(extension: str, content: bytes) -> str:
 
 
 def write_index(index: TarIndex, path: Path) -> None:
-    """Write it as an .npz, whole or not at all."""
+    """Write the index as .npz, atomically."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "wb") as file:
         np.savez(
@@ -178,7 +178,7 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 
 def read_index(file: File) -> TarIndex | None:
-    """What `write_index` wrote; None where that is something else."""
+    """An index from `write_index`; None if the file is something else."""
     try:
         with np.load(cast("IO[bytes]", file), allow_pickle=False) as stored:
             if int(stored["format"]) != FORMAT:
@@ -207,7 +207,7 @@ def _unpacked(packed: np.ndarray) -> list[str]:
 
 
 def cached_index(shard: str, place: str, num_bytes: int, version: str) -> TarIndex | None:
-    """The index of a shard as it was read earlier, if the shard has not changed."""
+    """The cached index of a shard, if the shard has not changed."""
     with suppress(*_NO_CACHE), open(_cache_file(place, num_bytes, version), "rb") as file:
         index = read_index(file)
         return None if index is None else index._replace(shards=[shard])
@@ -215,8 +215,8 @@ def cached_index(shard: str, place: str, num_bytes: int, version: str) -> TarInd
 
 
 def cache_index(index: TarIndex, place: str, num_bytes: int, version: str) -> None:
-    """Keep it for the next run, where the cache folder can be written to."""
-    if not version:  # a shard written anew could not be told from the old one
+    """Cache the index, if the cache folder is writable."""
+    if not version:  # a rewritten shard could not be recognized
         return
     with suppress(*_NO_CACHE):
         path = _cache_file(place, num_bytes, version)

@@ -1,4 +1,4 @@
-"""A table of numbers about images, by path: attributes, measurements, several labels at once."""
+"""A table of numbers per image: attributes, measurements, several labels at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dino_lite.contracts import Source, UserError
 
 
 class Targets(NamedTuple):
-    """The table's numbers, what its columns are called, and for each source the row of each of its
-    images; -1: there is none.
+    """The table's values, the titles of its columns, and for each source the row of each image; -1:
+    none.
     """
 
     values: Float64[np.ndarray, "R L"]
@@ -26,11 +26,13 @@ class Targets(NamedTuple):
 
 
 def read_targets(name: str, key: str, sources: Sequence[Source]) -> Targets:
-    """The CSV file `name`: a heading with `path`, then a row an image; other columns are numbers.
+    """Read the CSV file `name`: a header with `path`, then one row per image; other columns are
+    numbers.
 
-    A path is relative to the data's root, or any end of an image's name that no other has:
-    `b.jpg` and `a/b.jpg` are ends of `/data/a/b.jpg`. `key` is what messages call the setting.
-    Errors: UserError where the file is no such table, and where a row names no image or several.
+    A path is relative to the data's root, or any unique suffix of an image's name: `b.jpg` and
+    `a/b.jpg` are suffixes of `/data/a/b.jpg`. `key` is the setting's name in messages.
+
+    Raises UserError if the file is no such table, or if a row matches no image or several.
     """
     file = Path(os.path.expanduser(os.path.expandvars(name)))
     try:
@@ -51,7 +53,7 @@ def read_targets(name: str, key: str, sources: Sequence[Source]) -> Targets:
         wrong = int(np.flatnonzero(times != 1)[0])
         told = "no image" if times[wrong] == 0 else f"{times[wrong]} images"
         raise UserError(
-            f"{key}={name}: the row of {paths[wrong]} is that of {told} of the data; paths must "
+            f"{key}={name}: the row of {paths[wrong]} matches {told} of the data; paths must "
             f"be relative to data.root ({int((times != 1).sum())} of {len(paths)} rows are wrong)."
         )
     return Targets(values, titles, found)
@@ -60,7 +62,7 @@ def read_targets(name: str, key: str, sources: Sequence[Source]) -> Targets:
 def _read(
     reader: Iterator[list[str]], where: str
 ) -> tuple[list[str], list[str], Float64[np.ndarray, "R L"]]:
-    """Paths, titles of the other columns, and their numbers."""
+    """Paths, titles of the other columns, and their values."""
     heading = [cell.strip() for cell in next(reader, [])]
     if "path" not in heading or len(heading) < 2:
         raise UserError(
@@ -79,7 +81,7 @@ def _read(
             numbers = []
         if not path or not numbers or not np.isfinite(numbers).all():
             raise UserError(
-                f"Row {number} of {where} is not a path and {len(heading) - 1} numbers: mend it."
+                f"Row {number} of {where} is not a path and {len(heading) - 1} numbers: fix it."
             )
         paths.append(posixpath.normpath(path))
         values.append(numbers)
@@ -89,7 +91,7 @@ def _read(
 
 
 def _rows_of(source: Source, table: dict[str, int]) -> Int64[np.ndarray, "N"]:
-    """Each image's row: that of the longest end of its name which the table has."""
+    """Each image's row: that of the longest suffix of its name in the table."""
     rows = np.full(len(source), -1, np.int64)
     for i in range(len(source)):
         end: str = source.name(i)

@@ -1,6 +1,4 @@
-"""What a table says of images beside one class: several labels each, or numbers, read off frozen
-features.
-"""
+"""Linear models on frozen features for the columns of a table: several labels, or numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from dino_lite.settings.validate import checked
 
 
 class Parts(NamedTuple):
-    """Features of the images that the table has a row of, and their rows."""
+    """Features of the images with a row in the table, and their rows."""
 
     train: Float64[np.ndarray, "N D"]
     known: Float[Tensor, "N L"]
@@ -38,8 +36,8 @@ class Parts(NamedTuple):
 
 
 class MultiLabel:
-    """The evaluation: a logistic regression for each 0/1 column of the table `targets`, mean
-    average precision; one C for all, chosen on a part of train.
+    """Evaluation by mean average precision: a logistic regression for each 0/1 column of the table
+    `targets`, with one common C, chosen on a part of train.
     """
 
     @checked
@@ -54,7 +52,7 @@ class MultiLabel:
         self.regression = Logistic(powers, num_cs)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """mAP on test; each label's precision in the table."""
+        """mAP on test; the average precision of each label in the table."""
         parts = divide("multilabel", self.targets, backbone, store)
         for table in (parts.known, parts.wanted):
             if not bool(((table == 0) | (table == 1)).all()):
@@ -108,7 +106,7 @@ class MultiLabel:
         kept: Tensor,
         held: Tensor,
     ) -> dict[float, float]:
-        """mAP on the held-out part by C; 0 where no label is in it."""
+        """mAP on the held-out part by C; 0 if no label occurs in it."""
         cs = self.regression.cs
         each = [
             self._scores(features[kept.numpy()], column[kept], cs, features[held.numpy()])
@@ -125,7 +123,7 @@ class MultiLabel:
         cs: Sequence[float],
         asked: Float64[np.ndarray, "n D"],
     ) -> list[Float[Tensor, "n"]]:
-        """Log-odds of one label at each C; the same for all images where train knows one answer."""
+        """Log-odds of one label at each C; constant if all images of train agree."""
         if column.all() or not column.any():
             return [torch.zeros(len(asked), dtype=torch.float64) for _ in cs]
         path = self.regression.path(features, column.long().numpy(), cs)
@@ -133,8 +131,8 @@ class MultiLabel:
 
 
 class Regression:
-    """The evaluation: ridge regression on each column of the table `targets`, R² on test; the
-    penalty is chosen for each on train, by leaving out one image after the other.
+    """Evaluation by R² on test: ridge regression on each column of the table `targets`, each with a
+    penalty chosen on train by leave-one-out.
     """
 
     @checked
@@ -148,10 +146,10 @@ class Regression:
         self.alphas = powers_of_ten(powers, num_alphas)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """R², averaged over the columns; each one's R² and mean absolute error in the table.
+        """R², averaged over the columns; R² and mean absolute error of each in the table.
 
-        Its interval is of test images drawn anew, errors and variance together; a column that is
-        the same for all of a sample keeps its R² of all images there.
+        The interval is a bootstrap over test images, of errors and variance together; a column that
+        is constant in a sample keeps its R² of all images there.
         """
         from sklearn.linear_model import RidgeCV
 
@@ -200,8 +198,8 @@ class Regression:
 
 
 def divide(name: str, table: str | None, backbone: Backbone, store: FeatureStore) -> Parts:
-    """Features and targets of the images in the table: of train and test, or a fifth of train
-    held out where the table has no row of test.
+    """Features and targets of the images in the table: of train and test, or with a fifth of train
+    held out if no image of test is in the table.
     """
     if table is None:
         raise UserError(
@@ -240,7 +238,7 @@ def divide(name: str, table: str | None, backbone: Backbone, store: FeatureStore
 def _of_table(
     pooled: Pooled, rows: np.ndarray, targets: Targets
 ) -> tuple[Pooled, Float[Tensor, "N L"], int]:
-    """The images that have a row, the row of each, and how many have none."""
+    """The images that have a row, their rows, and the number without one."""
     row = torch.from_numpy(rows)[pooled.index]
     has = row >= 0
     return pooled.rows(has), torch.from_numpy(targets.values)[row[has]], int((~has).sum())

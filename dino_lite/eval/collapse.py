@@ -1,6 +1,4 @@
-"""Is anything being learned, or has everything collapsed? Statistics of the teacher's distributions
-and of features.
-"""
+"""Detection of collapse: statistics of the teacher's distributions and of features."""
 
 from __future__ import annotations
 
@@ -31,32 +29,31 @@ _LOGITS_BYTES = 64 * 2**20  # of logits held at once
 
 
 class Look(NamedTuple):
-    """Sums over the images of a micro-batch, on the device; those of several add up."""
+    """Sums over the images of a micro-batch, on the device. Sums of micro-batches add up."""
 
     num_images: int
     num_crops: int  # of the teacher
     probs: Float[Tensor, "K"]  # the teacher's distributions
-    chosen: Int[Tensor, "K"]  # how many crops have the prototype as their largest
+    chosen: Int[Tensor, "K"]  # number of crops whose most probable prototype it is
     entropy: Float[Tensor, ""]
-    agreement: Float[Tensor, ""]  # share of a pair's images where both choose the same, by image
+    agreement: Float[Tensor, ""]  # sum over images of the fraction of pairs that choose the same
     z: Float[Tensor, "E"]  # the teacher's
     squares: Float[Tensor, "E"]  # of z
-    center: Float[Tensor, ""]  # norm of what is taken from the logits, by image
+    center: Float[Tensor, ""]  # sum over images of the norm of the centering of logits
     temp: float  # the teacher's
 
     def plus(self, other: Look) -> Look:
-        """Of both micro-batches."""
+        """The sum of both."""
         parts: Any = zip(self, other, strict=True)
         return Look(*(a + b for a, b in parts))._replace(temp=self.temp)
 
 
 @torch.no_grad()
 def look(scores: Scores, targets: Targets, most: int) -> Look:
-    """What teacher and student make of at most `most` images, in at least float32; without
-    prototypes z alone is looked at.
+    """Statistics of teacher and student for at most `most` images, in at least float32; without
+    prototypes only of z.
 
-    The student's crops that are the teacher's too (the first T) are held against those they learn
-    from.
+    The student's first T crops are the teacher's; each is compared with those it learns from.
     """
     num_teacher, num_images = len(targets.z), min(most, targets.z.shape[1])
     wide = torch.promote_types(targets.z.dtype, torch.float32)
@@ -95,13 +92,12 @@ def look(scores: Scores, targets: Targets, most: int) -> Look:
 
 
 def health(looks: Sequence[Look]) -> dict[str, float]:
-    """Plain numbers of the last look; of all of them where prototypes are counted.
+    """Scalars of the last look; where prototypes are counted, of all of them.
 
-    Entropies in nats. `teacher_information`: what a crop's distribution says of the crop, entropy
-    of the mean minus mean of the entropies; nothing in every kind of collapse.
-    `prototype_perplexity`: exp of the entropy of the mean distribution, K at most.
-    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; nothing else is known
-    where there are no prototypes.
+    Entropies in nats. `teacher_information`: mutual information of crop and prototype, entropy of
+    the mean minus mean of the entropies; 0 in every kind of collapse. `prototype_perplexity`: exp
+    of the entropy of the mean distribution, at most K. `embedding_std`: as `relative_std`, of the
+    teacher's bottleneck vectors; the only value without prototypes.
     """
     last, crops = looks[-1], sum(seen.num_crops for seen in looks)
     variance = last.squares / last.num_crops - (last.z / last.num_crops).square()
@@ -122,22 +118,24 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
         "embedding_std": embedding_std,
         "agreement": last.agreement / last.num_images,
     }
-    numbers = torch.stack([value.double() for value in values.values()]).tolist()  # waits once
+    numbers = torch.stack(
+        [value.double() for value in values.values()]
+    ).tolist()  # a single synchronization
     return dict(zip(values, numbers, strict=True))
 
 
 class Alarm(NamedTuple):
-    """What has gone wrong, in a word; and in a sentence, with the knob."""
+    """The kind of a problem in a word, and a sentence that names the setting to change."""
 
     kind: str
     text: str
 
 
 def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alarm | None:
-    """Which collapse `values` of `health` show, if any; `temp` is the teacher's.
+    """The collapse that `values` of `health` show, if any; `temp` is the teacher's.
 
-    That the teacher tells crops apart no more is seen by two numbers; why, the others suggest.
-    Without prototypes the spread of embeddings says it.
+    Two values detect it, the others suggest the cause. Without prototypes it is detected by the
+    spread of embeddings.
     """
     if not num_prototypes:
         return _constant(values) if values["embedding_std"] < _SPREAD else None
@@ -164,15 +162,15 @@ def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alar
 def _constant(values: dict[str, float]) -> Alarm:
     return Alarm(
         "constant_features",
-        "collapse: the network makes the same of every image (spread of embeddings "
-        f"{values['embedding_std']:.4f} of 1); start anew with a lower optim.rate or a longer "
+        "collapse: the network maps every image to the same embedding (spread "
+        f"{values['embedding_std']:.4f} of 1); start again with a lower optim.rate or a longer "
         "optim.learning_rate.warmup, and with method.momentum of 0.99 or more.",
     )
 
 
 def relative_std(features: Float[Tensor, "N D"]) -> float:
-    """Standard deviation of unit rows over the data, mean of the columns, times √D: about 1 where
-    they point everywhere, 0 where all are the same (Chen and He 2021, section 4.1).
+    """Standard deviation of unit rows over the data, mean of the columns, times √D: about 1 for
+    uniform directions, 0 if all rows are equal (Chen and He 2021, section 4.1).
     """
     rows = torch.nn.functional.normalize(features.double(), dim=1)
     root: float = features.shape[1] ** 0.5
@@ -180,7 +178,7 @@ def relative_std(features: Float[Tensor, "N D"]) -> float:
 
 
 def rankme(features: Float[Tensor, "N D"]) -> float:
-    """Effective rank: exp of the entropy of the singular values' shares (Garrido et al. 2023,
+    """Effective rank: exp of the entropy of the normalized singular values (Garrido et al. 2023,
     eq. 1), between 1 and min(N, D).
     """
     wide = features.double()

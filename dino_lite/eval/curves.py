@@ -1,4 +1,4 @@
-"""The course of a run as curves, from its metrics.csv."""
+"""Training curves from a run's metrics.csv."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dino_lite.contracts import UserError
 from dino_lite.eval.sheets import write_whole
 
 _INK, _GRAY, _LINE, _BLUE, _RUST = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa", "#b4530a"
-_PANELS = (  # title; column of metrics.csv, what to call it, color
+_PANELS = (  # title; column of metrics.csv, label, color
     ("Loss", (("loss", "", _INK),)),
     (
         "The teacher's features, top-1 on train (%)",
@@ -23,7 +23,7 @@ _PANELS = (  # title; column of metrics.csv, what to call it, color
     ("Entropy of the teacher's distributions (nats)", (("teacher_entropy", "", _INK),)),
     ("Effective rank of the teacher's features", (("rankme", "", _BLUE),)),
 )
-_FEW = 40  # points up to which each gets a dot
+_FEW = 40  # up to this many points are drawn as dots
 _STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.edgecolor": _LINE,
@@ -41,7 +41,7 @@ _STYLE: dict[str, Any] = {
 
 
 def curves_picture(metrics: str | Path, path: str | Path) -> None:
-    """What a metrics.csv has of loss, accuracies and health, over optimizer steps."""
+    """Draw loss, accuracies and health from a metrics.csv, over optimizer steps."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def read_curve(metrics: str | Path, name: str) -> Float[np.ndarray, "n 2"]:
 
 
 def read_curves(metrics: str | Path) -> dict[str, Float[np.ndarray, "n 2"]]:
-    """`read_curve` of every column that has a number."""
+    """`read_curve` of every column that contains a number."""
     columns: dict[str, list[tuple[float, float]]] = {}
     try:
         with Path(metrics).open(newline="", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def read_curves(metrics: str | Path) -> dict[str, Float[np.ndarray, "n 2"]]:
 
 
 def _number(text: object) -> float:
-    """NaN for what is none: a blank, half a line."""
+    """NaN for anything else: a blank, a truncated line."""
     try:
         return float(str(text))
     except ValueError:
@@ -95,7 +95,7 @@ def _number(text: object) -> float:
 
 
 def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray, "n"]:
-    """Mean over `size` neighbors (odd), over fewer at the ends."""
+    """Mean over `size` neighbors (odd), fewer at the ends."""
     window = np.ones(size)
     count = np.convolve(np.ones_like(values), window, mode="same")
     return np.convolve(values, window, mode="same") / count
@@ -104,7 +104,7 @@ def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray,
 def _draw_panel(
     axes: Any, title: str, curves: list[tuple[Float[np.ndarray, "n 2"], str, str]]
 ) -> None:
-    """The curves of a title, each with its last value; named where there are several."""
+    """The curves under one title, each with its last value; labeled if there are several."""
     from matplotlib.ticker import MaxNLocator
 
     for points, label, color in curves:

@@ -1,6 +1,4 @@
-"""Images that a backbone can hardly tell apart: repeats within train, and test images that lie in
-train.
-"""
+"""Near duplicates in feature space: within train, and between test and train."""
 
 from __future__ import annotations
 
@@ -27,16 +25,16 @@ from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Share
 from dino_lite.settings.validate import checked
 
-_QUERIES = 1024  # rows held against the others at once
-_ROUNDING = 1e-6  # equal images have a cosine of 1 less this
+_QUERIES = 1024  # rows compared with the others at once
+_ROUNDING = 1e-6  # equal images may have a cosine of 1 minus this
 _SHOWN = 10  # pairs in the table
 _COLUMNS = ("similarity", "image of train", "split", "again as")
-_MOST = 1_000_000  # pairs kept: an untrained network finds any number
+_MOST = 1_000_000  # pairs kept: with an untrained network there is no bound
 
 
 class Pairs(NamedTuple):
-    """Two rows each, the first of train and before the second, and their cosine; most similar
-    first. `total` counts those that were too many to keep as well.
+    """Pairs of rows, the first in train and before the second, and their cosine; most similar
+    first. `total` includes the pairs that were too many to keep.
     """
 
     first: Int[Tensor, "n"]
@@ -46,20 +44,19 @@ class Pairs(NamedTuple):
 
 
 class Duplicates:
-    """The evaluation: pairs of images whose CLS features have a cosine of `threshold` or more,
-    within train and between train and test. Labels play no part.
-
-    Every pair is written to the CSV file `out`; the most similar are shown.
+    """Evaluation that lists pairs of images whose CLS features have a cosine of at least
+    `threshold`, within train and between train and test. Labels are not used. Every pair is written
+    to the CSV file `out`; the most similar are shown.
     """
 
-    has_baselines = False  # it lists the user's images, whatever the number of pairs
+    has_baselines = False  # a list of the user's images needs no baseline
 
     @checked
     def __init__(self, threshold: Share = 0.95, out: str | None = None) -> None:
         self.threshold, self.out = threshold, None if out is None else Path(out)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """The number of pairs, and of the groups of images that they link."""
+        """The number of pairs, and of the groups that they connect."""
         train, test, _ = store.data.splits
         sources = [train] if test is None else [train, test]
         parts = [store.pooled(backbone, source).features() for source in sources]
@@ -100,7 +97,7 @@ def similar_pairs(
     threshold: float,
     device: torch.device | None = None,
 ) -> Pairs:
-    """Pairs of rows, one at least of the first `num_train`, with a cosine of `threshold` or more.
+    """Pairs of rows with a cosine of at least `threshold`, at least one of the first `num_train`.
 
     Memory is bounded: of more than two million pairs the most similar are kept.
     """
@@ -126,7 +123,7 @@ def similar_pairs(
 
 
 def _records(pairs: Pairs, images: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """A line each, as the table and the CSV file have it."""
+    """One record per pair, as in the table and the CSV file."""
     found = (part.tolist() for part in (pairs.first, pairs.second, pairs.similarity))
     for first, second, similarity in zip(*found, strict=True):
         (_, image), (split, again) = images[first], images[second]

@@ -1,4 +1,4 @@
-"""Features of a whole source of images, in order: what every evaluation starts from."""
+"""Features of all images of a source, in order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from dino_lite.data.clean import CleanData
 
 
 class Features(NamedTuple):
-    """A row for each readable image in the source's order, float32 on the host; label -1: there is
-    none. `index` numbers the images in their source.
+    """A row for each readable image in the source's order, float32 on the host; label -1: none.
+
+    `index` holds the images' indices in their source.
     """
 
     features: Float[Tensor, "N D"]
@@ -27,27 +28,27 @@ class Features(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many different labels there are; none is one of them."""
+        """The number of different labels, without -1."""
         return len(set(self.labels.tolist()))
 
     @property
     def places(self) -> Int[Tensor, "N"]:
-        """`index`, counted where it was not told."""
+        """`index`, or 0 … n-1 if it is not given."""
         return torch.arange(len(self.labels)) if self.index is None else self.index
 
     def labeled(self) -> Features:
-        """The rows that have a label."""
+        """The labeled rows."""
         known = self.labels >= 0
         return self if bool(known.all()) else self.rows(known)
 
     def rows(self, chosen: Tensor) -> Features:
-        """Some of the rows, by number or by truth."""
+        """The rows at `chosen`, indices or a mask."""
         index = None if self.index is None else self.index[chosen]
         return Features(self.features[chosen], self.labels[chosen], index)
 
 
 class Pooled(NamedTuple):
-    """What is kept of each readable image, float32 on the host: class tokens of the last n blocks,
+    """Pooled tokens of each readable image, float32 on the host: class tokens of the last n blocks,
     each through the last norm, oldest first, and the mean of the last block's patch tokens.
     """
 
@@ -57,14 +58,14 @@ class Pooled(NamedTuple):
     index: Int[Tensor, "N"]  # type: ignore[assignment]
 
     def features(self, num_blocks: int = 1, patches: bool = False) -> Features:
-        """Class tokens of the last `num_blocks` side by side, with `patches` the mean patch after
-        them (DINO, appendix F.2; DINOv2, section 7.1).
+        """Class tokens of the last `num_blocks` concatenated, with `patches` followed by the mean
+        patch token (DINO, appendix F.2; DINOv2, section 7.1).
         """
         parts = [self.cls[:, -num_blocks:].flatten(1)] + ([self.patches] if patches else [])
         return Features(torch.cat(parts, dim=1), self.labels, self.index)
 
     def rows(self, chosen: Tensor) -> Pooled:
-        """Some of the rows, by number or by truth."""
+        """The rows at `chosen`, indices or a mask."""
         return Pooled(*(part[chosen] for part in self))
 
 
@@ -90,13 +91,13 @@ def extract_pooled(
     num_blocks: int = 1,
     title: str = "",
 ) -> Pooled:
-    """As `extract`, of the last `num_blocks` blocks, with a progress bar where `title` is given.
+    """As `extract`, of the last `num_blocks` blocks, with a progress bar if `title` is given.
 
-    No row where no image could be read: another rank may have some.
+    Empty if no image could be read: other ranks may have some.
     """
     dtype, found = dtype_of(backbone), []
     wanted = list(range(-num_blocks, 0))
-    silent = None if title else True  # None: where the output is no terminal
+    silent = None if title else True  # None: only in a terminal
     with frozen(backbone), tqdm(total=len(source), desc=title, unit=" img", disable=silent) as bar:
         for images, labels, index in data.indexed(source, device, dtype):
             blocks = backbone.intermediate(images, wanted)
@@ -111,7 +112,7 @@ def extract_pooled(
 
 @contextmanager
 def frozen(backbone: Backbone) -> Iterator[None]:
-    """The backbone in eval mode, nothing recorded; each module gets its own mode back."""
+    """Context with the backbone in eval mode and without gradients; restores each module's mode."""
     modes = [(module, module.training) for module in backbone.modules()]
     try:
         for module, _ in modes:
@@ -124,12 +125,12 @@ def frozen(backbone: Backbone) -> Iterator[None]:
 
 
 def dtype_of(backbone: Backbone) -> torch.dtype:
-    """What the backbone's weights are held in, and its images must be."""
+    """The dtype of the backbone's weights, which its images must have."""
     return _first_tensor(backbone).dtype
 
 
 def device_of(backbone: Backbone) -> torch.device:
-    """Where the backbone lives."""
+    """The device of the backbone."""
     return _first_tensor(backbone).device
 
 
@@ -142,10 +143,10 @@ _NOTHING = "The evaluation found no image it could read; check data.root."
 
 
 def check_finite(what: str, *features: Tensor) -> None:
-    """Refuse what a network that has diverged puts out; `what` is said of in the message."""
+    """Raise UserError for features that are not finite; `what` names the evaluation."""
     for each in features:
         if each.numel() and not all(map(math.isfinite, torch.aminmax(each))):
             raise UserError(
                 f"{what} got features that are not finite: the network has diverged; evaluate an "
-                "earlier checkpoint, or train anew with a lower optim.rate."
+                "earlier checkpoint, or train again with a lower optim.rate."
             )

@@ -1,4 +1,4 @@
-"""k-NN with a handful of labeled images a class, drawn several times."""
+"""k-NN with a few labeled images per class, averaged over random draws."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dino_lite.settings.validate import checked
 
 
 class Tries(NamedTuple):
-    """What several banks of n images a class gave: percent right in each try, and of each image
-    asked for over the tries that asked for it.
+    """Results of several banks of n images per class: percent correct in each try, and for each
+    query its mean over the tries that included it.
     """
 
     k: int
@@ -28,13 +28,14 @@ class Tries(NamedTuple):
     scores: Float[Tensor, "n"]
 
     def std(self) -> float:
-        """Standard deviation over the tries; 0 of one."""
+        """Standard deviation over the tries; 0 for a single one."""
         return float(self.top1.std()) if len(self.top1) > 1 else 0.0
 
 
 class FewShot:
-    """The evaluation: test images against n of train a class, for each n of `nums`; with one split
-    the images that were not drawn are asked. Try t draws from seed t, as DINOv2's k-NN does.
+    """Evaluation by k-NN: test images against n of train per class, for each n of `nums`; with one
+    split the queries are the images that were not drawn. Try t draws from seed t, as DINOv2's k-NN
+    does.
     """
 
     @checked
@@ -49,7 +50,7 @@ class FewShot:
         self.k, self.temperature = k, temperature
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Top-1 for each number of images a class; the headline is that of the largest."""
+        """Top-1 for each number of images per class; the headline is that of the largest."""
         train, test = store.labeled(backbone, "Few-shot k-NN")
         asked = None if test is None else test.features()
         return self.score(train.features(), asked, device_of(backbone))
@@ -57,7 +58,7 @@ class FewShot:
     def score(
         self, train: Features, test: Features | None, device: torch.device | None = None
     ) -> dict[str, Any]:
-        """As calling it, from features."""
+        """As `__call__`, from features."""
         train, test = train.labeled(), None if test is None else test.labeled()
         if train.num_classes < 2:
             raise UserError("Few-shot k-NN needs labeled training images of at least 2 classes.")
@@ -73,9 +74,9 @@ class FewShot:
             "few-shot k-NN top-1",
             float(most.top1.mean()),
             protocol=(
-                f"weighted k-NN, cosine, T={self.temperature:g}, CLS features, bank = n images a "
-                f"class of train, drawn {self.num_tries} times, queries = {whom}; the "
-                "interval is of the images asked, not of the draws, whose deviation is ± std"
+                f"weighted k-NN, cosine, T={self.temperature:g}, CLS features, bank = n images "
+                f"per class of train, drawn {self.num_tries} times, queries = {whom}; the "
+                "interval is over queries, ± std over draws"
             ),
             settings={"n": self.nums[-1], "tries": self.num_tries, "k": most.k},
             num_train=most.num_train,
@@ -107,8 +108,8 @@ class FewShot:
                 asked = asked[~torch.isin(asked, drawn)]
             if not len(asked):
                 raise UserError(
-                    f"eval.fewshot.nums: {num} images a class are all there are, and none is left "
-                    "to ask; give smaller numbers, or a test split."
+                    f"eval.fewshot.nums: with {num} images per class no query is left; give "
+                    "smaller numbers, or a test split."
                 )
             queries, bank = (train if test is None else test).rows(asked), train.rows(drawn)
             num_drawn, k = len(drawn), min(self.k, len(drawn))
@@ -122,8 +123,8 @@ class FewShot:
 
 
 def draw_few(labels: Int[Tensor, "N"], num: int, seed: int) -> Int[Tensor, "n"]:
-    """Rows of `num` images of each class (all, where there are fewer), class after class, by one
-    stream of torch.randperm from `seed`: the same images as DINOv2's k-NN takes.
+    """Rows of `num` images of each class (or all of a smaller class), class by class, from one
+    stream of torch.randperm with `seed`: the same images as DINOv2's k-NN draws.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []

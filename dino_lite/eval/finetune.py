@@ -1,7 +1,6 @@
-"""Fine-tuning: the whole network trained on, with labels, and tested.
+"""Fine-tuning: the whole network is trained with labels, and tested.
 
-AdamW with a rate that falls from layer to layer towards the input (Bao et al. 2021, appendix; He
-et al. 2022, appendix A.1).
+AdamW with layer-wise rate decay (Bao et al. 2021, appendix; He et al. 2022, appendix A.1).
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from dino_lite.settings.validate import checked
 
 
 class Labeled(NamedTuple):
-    """Images of known class to train on and to test on; `classes` are their labels, sorted."""
+    """Labeled images to train on and to test on; `classes` are their labels, sorted."""
 
     train: Source
     test: Source
     classes: Int[Tensor, "C"]
-    where: str  # the test images are from, in words
+    where: str  # where the test images come from, in words
 
 
 class Finetune:
-    """The evaluation: a copy of the backbone and a linear layer on its class token, trained for
-    `num_epochs`; the last epoch's accuracy on test, nothing chosen.
+    """Evaluation by fine-tuning: a copy of the backbone and a linear layer on its class token are
+    trained for `num_epochs`; reports the last epoch's accuracy on test, without model selection.
 
-    `rate` is for 256 images a step, and that of the linear layer and the last norm; a block has
-    `layer_decay` times the rate of what is above it. `mixup` and `cutmix` are the parameters of
-    their Beta distributions, 0: off; with both, a coin decides batch by batch.
+    `rate` is per 256 images, and applies to the linear layer and the last norm; each block has
+    `layer_decay` times the rate of the layer above. `mixup` and `cutmix` are the parameters of
+    their Beta distributions, 0: off; with both, one is chosen at random for each batch.
     """
 
     @checked
@@ -69,7 +68,7 @@ class Finetune:
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Accuracy on test; the backbone that was given stays as it is."""
+        """Accuracy on test; does not modify the given backbone."""
         labeled = find_labeled(store)
         network, head = self._train(backbone, store, labeled)
         correct, labels = _test(network, head, store, labeled)
@@ -113,7 +112,7 @@ class Finetune:
         generator = np.random.default_rng(self.seed)
         batches = random_batches(crops, batch_size, self.num_epochs, self.seed, data.num_workers)
         title = "fine-tuning" if rank() == 0 else None
-        silent = None if title else True  # None: where the output is no terminal
+        silent = None if title else True  # None: only in a terminal
         for step, batch in enumerate(tqdm(batches, title, total, disable=silent)):
             data.bad.update((labeled.train.name(i), why) for i, why in batch.bad)
             if not len(batch.images):
@@ -134,7 +133,7 @@ class Finetune:
 
 
 def find_labeled(store: FeatureStore) -> Labeled:
-    """The labeled images of train and test; without labels in test a fifth of train is the test."""
+    """The labeled images of train and test; if test has no labels, a fifth of train is held out."""
     train, test, _ = store.data.splits
     demand_labels(train, "Fine-tuning")
     train, where = _known(train), "of test"
@@ -155,14 +154,14 @@ def mix(
     cutmix: float,
     generator: np.random.Generator,
 ) -> tuple[Float[Tensor, "b C H W"], Float[Tensor, "b K"]]:
-    """Each image mixed with the one before it in the batch, and its classes likewise: all pixels
-    (Zhang et al. 2018), or a box of the other's pixels put in (Yun et al. 2019).
+    """Mix each image and its label with the previous one in the batch: all pixels (Zhang et al.
+    2018), or a pasted box (Yun et al. 2019).
     """
     if not mixup and not cutmix:
         return images, wanted
     boxes = bool(cutmix) and (not mixup or generator.random() < 0.5)
     alpha = cutmix if boxes else mixup
-    share = float(generator.beta(alpha, alpha))  # of the image itself
+    share = float(generator.beta(alpha, alpha))  # weight of the image itself
     others = images.roll(1, dims=0)
     if boxes:
         height, width = images.shape[-2:]
@@ -178,7 +177,7 @@ def mix(
 
 
 def _cut(part: float, length: int, generator: np.random.Generator) -> tuple[int, int]:
-    """Bounds of `part` of a side around a pixel drawn at random, cut off at the edges."""
+    """Bounds of `part` of a side around a random pixel, clipped at the edges."""
     middle, half = int(generator.integers(length)), round(part * length) // 2
     return max(0, middle - half), min(length, middle + half)
 
@@ -186,7 +185,7 @@ def _cut(part: float, length: int, generator: np.random.Generator) -> tuple[int,
 def _test(
     network: Backbone, head: nn.Module, store: FeatureStore, labeled: Labeled
 ) -> tuple[Bool[Tensor, "n"], Int[Tensor, "n"]]:
-    """Which readable test images are classified rightly, and their labels; on the host."""
+    """Whether each readable test image is classified correctly, and the labels; on the host."""
     hits, labels = [], []
     with torch.inference_mode():
         for images, known in store.data.batches(labeled.test, device_of(network)):
@@ -204,6 +203,6 @@ def _labels(source: Source) -> Int[Tensor, "N"]:
 
 
 def _known(source: Source) -> Source:
-    """The images that have a label."""
+    """The labeled images."""
     rows = np.flatnonzero(cast(np.ndarray, source.labels) >= 0)
     return source if len(rows) == len(source) else Subset(source, rows)

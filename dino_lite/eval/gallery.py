@@ -1,4 +1,4 @@
-"""All pictures of what a backbone has learned, each under its name."""
+"""Pictures of what a backbone has learned, by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dino_lite.eval.store import FeatureStore
 
 Picture = Callable[[Backbone, FeatureStore, Path], None]
 
-_PATCHES = 32  # along a side of the images whose components are drawn
+_PATCHES = 32  # per side, in the picture of components
 
 
 def draw_all(
@@ -35,9 +35,9 @@ def draw_all(
     pictures: Mapping[str, Picture] | None = None,
     say: Callable[[str], object] = lambda text: sys.stderr.write(f"{text}\n"),
 ) -> dict[str, Path]:
-    """Draw `pictures` (none given: all) as NAME.png into `folder`, and give those that are there.
+    """Draw `pictures` (default: all) as NAME.png into `folder`; returns the paths of those drawn.
 
-    One that cannot be drawn costs no other: `say` is told why.
+    A failure skips only that picture; its reason is passed to `say`.
     """
     drawn = {}
     for name, picture in (PICTURES if pictures is None else pictures).items():
@@ -71,20 +71,20 @@ def draw_on_all_ranks(
 
 
 def draw_attention(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """Of six images, at the size they are evaluated at."""
+    """Attention maps of six images, at evaluation size."""
     images = some_images(backbone, store.data, 6, store.data.size)
     attention_picture(backbone, images, path, store.data.normalize)
 
 
 def draw_components(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """Of eight images, large: 32 patches a side, or more where they are evaluated with more."""
+    """Principal components of eight images with at least 32 patches per side."""
     data, patch = store.data, backbone.patch_size
     size = max(data.size, _PATCHES * patch)
     pca_picture(backbone, some_images(backbone, data, 8, size), path, data.normalize)
 
 
 def draw_neighbors(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """Test images among those of train; with one split, train among itself."""
+    """Nearest neighbors of test images in train; with one split, within train."""
     bank, queries = _features(backbone, store)
     if len(bank.labels) < 2:
         raise UserError("one image has no neighbors.")
@@ -92,7 +92,7 @@ def draw_neighbors(backbone: Backbone, store: FeatureStore, path: Path) -> None:
 
 
 def draw_confusion(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """By weighted k-NN, k = 20; with one split, each image is left out once."""
+    """Confusion matrix of weighted k-NN, k = 20; with one split, by leave-one-out."""
     bank, queries = store.labeled(backbone, "a confusion matrix")
     known = bank.features().labeled()
     asked = known if queries is None else queries.features().labeled()
@@ -104,7 +104,7 @@ def draw_confusion(backbone: Backbone, store: FeatureStore, path: Path) -> None:
 
 
 def draw_map(backbone: Backbone, store: FeatureStore, path: Path) -> None:
-    """Of the test images; with one split, of train."""
+    """Map of the test images; with one split, of train."""
     bank, queries = _features(backbone, store)
     splits = store.data.splits
     if queries is None or splits.test is None:
@@ -116,19 +116,19 @@ def draw_map(backbone: Backbone, store: FeatureStore, path: Path) -> None:
 def some_images(
     backbone: Backbone, data: CleanData, num: int, size: int
 ) -> Float[Tensor, "n C H W"]:
-    """Images spread over test (with one split, over train), normalized, size x size."""
+    """Evenly spread images of test (with one split, of train), normalized, size x size."""
     source = asked(data.splits)
     part = Subset(source, spread(len(source), num))
     few = CleanData(Splits(part, None, data.splits.name), size, data.normalize, num)
     device = device_of(backbone)
     images = [images for images, _ in few.batches(part, device, dtype_of(backbone))]
     if not images:
-        raise UserError("none of the images that were chosen could be read.")
+        raise UserError("none of the chosen images can be read.")
     return torch.cat(images)
 
 
 def asked(splits: Splits) -> Source:
-    """The images that questions are asked with."""
+    """The split of the queries: test, or else train."""
     return splits.train if splits.test is None else splits.test
 
 
@@ -138,7 +138,7 @@ def _features(backbone: Backbone, store: FeatureStore) -> tuple[Features, Featur
     return bank, None if test is None else store.pooled(backbone, test).features()
 
 
-QUICK: dict[str, Picture] = {  # seconds, once features are there
+QUICK: dict[str, Picture] = {  # these take seconds once features are extracted
     "attention": draw_attention,
     "pca": draw_components,
     "neighbors": draw_neighbors,

@@ -1,4 +1,4 @@
-"""Numbers and classes as colors, alone and laid on an image."""
+"""Values and classes as colors, alone and overlaid on an image."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def heat(values: Float[Tensor, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
 def overlay(
     image: UInt8[np.ndarray, "H W 3"], values: Float[Tensor, "h w"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image in gray, and on it the heat of `values`, the more opaque the larger they are."""
+    """The image in gray, overlaid with the heat map of `values`, more opaque for larger ones."""
     smooth = F.interpolate(values[None, None], size=image.shape[:2], mode="bicubic")[0, 0]
     opacity = (0.15 + 0.75 * _unit_range(smooth).sqrt())[..., None].numpy()
     return np.asarray((1 - opacity) * gray(image) + opacity * heat(smooth)).astype(np.uint8)
 
 
 def palette(num: int) -> list[str]:
-    """Colors for `num` classes: matplotlib's ten but for gray, which means none, then the same
-    lighter, while they last; of more, hues a golden angle apart in three depths.
+    """Colors for `num` classes: matplotlib's ten without gray, which means unlabeled, then lighter
+    versions of these; for more classes, hues a golden angle apart at three depths.
     """
     from matplotlib import colormaps
     from matplotlib.colors import hsv_to_rgb, to_hex
 
     hues = [0, 1, 2, 3, 4, 5, 6, 8, 9]
     if num <= 2 * len(hues):
-        pairs: Any = colormaps["tab20"]  # a color, and the same lighter
+        pairs: Any = colormaps["tab20"]  # a color, then its lighter version
         places = [2 * hue + lighter for lighter in (0, 1) for hue in hues]
         return [to_hex(pairs(place)) for place in places[:num]]
     depths = ((0.75, 0.85), (0.55, 0.95), (0.9, 0.6))

@@ -1,4 +1,4 @@
-"""Parts of a labeled set: what is learned from, what chooses, and what is reported on."""
+"""Splits of labeled data: for training, model selection and testing."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.features import Pooled, check_finite
 from dino_lite.eval.store import FeatureStore
 
-TEST_SHARE = 0.2  # of train, where there is no labeled test split
-CHOICE_SHARE = 0.1  # of what is trained on, to choose hyper-parameters (DINOv2, for its logistic)
+TEST_SHARE = 0.2  # of train, if there is no labeled test split
+CHOICE_SHARE = (
+    0.1  # of the training images, to choose hyperparameters (DINOv2, for logistic regression)
+)
 
-OUT_OF_TRAIN = "held out of train (no test split has labels)"  # where such a test is from
+OUT_OF_TRAIN = "held out of train (no test split has labels)"  # origin of such a test split
 
 
 class Task(NamedTuple):
-    """Labeled features to learn from and to be tested on; labels are 0 … num_classes-1 in both."""
+    """Labeled features for training and testing; labels are 0 … num_classes-1 in both."""
 
     train: Pooled
     test: Pooled
     num_classes: int
-    images: str  # where they are from, in words
+    images: str  # their origin, in words
 
 
 def classification(backbone: Backbone, store: FeatureStore, what: str, num_blocks: int = 1) -> Task:
-    """The labeled images of train and test; without labels in test a fifth of train is the test.
+    """The labeled images of train and test; if test has no labels, a fifth of train is held out.
 
-    UserError, which speaks of `what`, where there is nothing to be learned or tested.
+    Raises UserError, naming `what`, if there is nothing to train or test on.
     """
     train, test = store.labeled(backbone, what, num_blocks)
     train = train.rows(train.labels >= 0)
@@ -50,7 +52,7 @@ def classification(backbone: Backbone, store: FeatureStore, what: str, num_block
 
 
 def check_classes(what: str, train: Int[Tensor, "N"], test: Int[Tensor, "n"]) -> None:
-    """Refuse labels of which nothing can be learned or tested."""
+    """Raise UserError unless train has two classes and test an image."""
     if len(torch.unique(train)) < 2 or not len(test):
         raise UserError(
             f"{what} needs labeled training images of at least 2 classes and a labeled image to "
@@ -61,10 +63,10 @@ def check_classes(what: str, train: Int[Tensor, "N"], test: Int[Tensor, "n"]) ->
 def hold_out(
     labels: Int[Tensor, "N"], share: float, seed: int
 ) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
-    """Row numbers that are kept and that are held out, both rising.
+    """Indices that are kept and that are held out, both sorted.
 
-    Of each class the nearest number to `share` is held out, drawn from `seed`; but at least one
-    image and never the last.
+    Stratified: of each class the number nearest to `share` is held out, drawn from `seed`; at least
+    one image but never the last one.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
@@ -80,7 +82,7 @@ def hold_out(
 def chooser(
     what: str, labels: Int[Tensor, "N"], seed: int
 ) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
-    """As `hold_out`, a tenth, to choose hyper-parameters by."""
+    """As `hold_out`, a tenth, to choose hyperparameters."""
     kept, held = hold_out(labels, CHOICE_SHARE, seed)
     if not len(held):
         raise UserError(

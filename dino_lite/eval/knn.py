@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification of frozen features: nothing to train or tune.
+"""Weighted k-nearest-neighbor classification of frozen features, without training.
 
 Caron et al. 2021, appendix F.1; Wu et al. 2018.
 """
@@ -21,8 +21,8 @@ from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Positive, Sizes
 from dino_lite.settings.validate import checked
 
-_QUERIES = 1024  # at once: enough for a fast product with the bank
-_VOTES = 2**17  # held at once: 1 MB, whatever the number of classes
+_QUERIES = 1024  # per block: enough for a fast product with the bank
+_VOTES = 2**17  # held at once: 1 MB for any number of classes
 _HEADLINE_K = 20  # usually the best of the four (DINO, appendix F.1)
 
 
@@ -34,27 +34,27 @@ class Accuracy(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the neighbors say of each query: the class with most votes, and how many classes come
-    before its own, with more votes, or as many and a lower number.
+    """For each query: the predicted class, and the number of classes ranked before its own (more
+    votes, or as many and a lower number).
     """
 
     predicted: Int[Tensor, "n"]
     place: Int[Tensor, "n"]
 
     def correct(self, top: int = 1) -> Bool[Tensor, "n"]:
-        """Whose own class is among the `top` first."""
+        """Whether a query's own class is among the `top` first."""
         return self.place < top
 
     def accuracy(self, k: int) -> Accuracy:
-        """Of answers by k neighbors."""
+        """Top-1 and top-5 accuracy of k neighbors."""
         top1, top5 = (percent(self.correct(top)).mean() for top in (1, min(5, k)))
         return Accuracy(float(top1), float(top5))
 
 
 class KNN:
-    """The evaluation: test images, or without any each training image, against (the other) train.
+    """Evaluation by k-NN: test images against train; without a test split, leave-one-out on train.
 
-    Values of `ks` above the size of the bank mean the whole bank.
+    Values of `ks` above the size of the bank are reduced to it.
     """
 
     @checked
@@ -62,7 +62,7 @@ class KNN:
         self.ks, self.temperature = list(ks), temperature
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Accuracies of the CLS features by k, the protocol in words, and `top1` at k = 20 with the
+        """Accuracies of the CLS features by k, the protocol in words, `top1` at k = 20, and the
         mean over classes, `per_class`.
         """
         bank, queries = store.labeled(backbone, "k-NN")
@@ -72,7 +72,7 @@ class KNN:
     def score(
         self, bank: Features, queries: Features | None, device: torch.device | None = None
     ) -> dict[str, Any]:
-        """As calling it, from features; without queries each row of the bank is left out once."""
+        """As `__call__`, from features; leave-one-out on the bank without queries."""
         bank = bank.labeled()
         asked_of = queries.labeled() if queries is not None else bank
         if bank.num_classes < 2:
@@ -154,7 +154,7 @@ def knn_predict(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> Int[Tensor, "n"]:
-    """The label with most votes of each query's k neighbors: what a confusion matrix counts."""
+    """The predicted label of each query, for a confusion matrix."""
     answers = knn_answers(
         queries, bank, [k], temperature, leave_one_out=leave_one_out, device=device
     )
@@ -170,13 +170,13 @@ def knn_answers(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> dict[int, Answers]:
-    """What the k most similar of the bank say of each query, at each k of `ks` (none above the
-    bank's size), from one search.
+    """Classify each query by its k nearest in the bank, for each k of `ks` (none above the bank's
+    size), from one search.
 
-    `leave_one_out`: query i is row i of the bank, and not its own neighbor. Of classes with equal
-    votes the lower number comes first, those without votes included, as in the reference (so where
-    a small k leaves fewer than five classes with votes, top-5 also counts the lowest numbers of the
-    rest). Memory is bounded: queries go through in blocks, and their votes in smaller ones.
+    `leave_one_out`: query i is row i of the bank, and is excluded from its own neighbors. Classes
+    with equal votes are ranked by number, including those without votes, as in the reference (so if
+    a small k gives fewer than five classes votes, top-5 also counts the lowest of the others).
+    Memory is bounded: queries are processed in blocks, and votes in smaller ones.
     """
     device = device or torch.device("cpu")
     every_label = torch.cat([bank.labels, queries.labels])
@@ -205,8 +205,8 @@ def knn_probs(
     temperature: float,
     num_classes: int,
 ) -> Iterator[tuple[int, Float[Tensor, "n C"]]]:
-    """For each k the votes of the first k of m neighbors, as parts of the votes of all m: those at
-    k = m add up to 1 (DINOv2's k-NN). A common factor keeps exp finite at any temperature.
+    """For each k the votes of the first k of m neighbors, as fractions of the votes of all m: those
+    at k = m sum to 1 (DINOv2's k-NN). The common factor keeps exp finite at any temperature.
     """
     exponent = similarity.double() / temperature
     similarity = temperature * (exponent - exponent.logsumexp(dim=1, keepdim=True))
@@ -227,12 +227,14 @@ def knn_votes(
 
 
 def _blocks(num: int, size: int) -> list[slice]:
-    """Of at most so many rows, one after the other."""
+    """Consecutive slices of at most `size` rows."""
     return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
 
 def _place(votes: Float[Tensor, "n C"], classes: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """How many classes come before each query's own: with more votes, or as many and lower."""
+    """The number of classes ranked before each query's own: more votes, or as many and a lower
+    number.
+    """
     own = votes.gather(1, classes[:, None])
     lower = torch.arange(votes.shape[1]) < classes[:, None]
     return ((votes > own) | ((votes == own) & lower)).sum(dim=1)

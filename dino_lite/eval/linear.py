@@ -1,7 +1,7 @@
-"""The linear probe: classifiers on frozen features, a grid of them at once.
+"""The linear probe: a grid of linear classifiers on frozen features.
 
-DINOv2's protocol (Oquab et al. 2023, section 7.1), and by its settings DINO's (Caron et al. 2021,
-appendix F.2), on features of images that are not augmented.
+DINOv2's protocol (Oquab et al. 2023, section 7.1), with other settings DINO's (Caron et al. 2021,
+appendix F.2), on features of images without augmentation.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dino_lite.settings.validate import checked
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
-_AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # where that would be too few to learn from
+_AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # if that is too few for the data
 
 
 class Linear:
-    """The evaluation: the head that a held-out part of train likes best, trained anew on all of
-    train, on test.
+    """Evaluation by a linear probe: the head that is most accurate on a held-out part of train is
+    retrained on all of train and tested.
 
-    With `choose="test"` nothing is held out, and the best on test is reported: the references'
-    number, which flatters. `cosine` names what the rates move with; after each epoch of one that
-    moves by epochs the test is looked at, and the best epoch counts too. `num_steps` and
+    With `choose="test"` nothing is held out and the best head on test is reported, as the
+    references do, which is optimistic. `cosine`: rates are updated by step or by epoch; in the
+    latter case with `choose="test"`, the best epoch on test is chosen too. `num_steps` and
     `batch_size` may be "auto", see the YAML.
     """
 
@@ -59,21 +59,23 @@ class Linear:
         self.num_blocks = max(blocks)
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Accuracy of the head chosen; every head's under `heads`, the references' choice beside
-        it.
+        """Accuracy of the chosen head; all heads under `heads`, and the best on test for comparison
+        with the references.
         """
         task = classification(backbone, store, "The linear probe", self.num_blocks)
         return self.score(task, device_of(backbone))
 
     def score(self, task: Task, device: torch.device | None = None) -> dict[str, Any]:
-        """As calling it, from features."""
+        """As `__call__`, from features."""
         device, held, judged = device or torch.device("cpu"), None, None
         if self.choose == "held_out":
             kept, rest = chooser("The linear probe", task.train.labels, self.seed + 1)
             held = task.train.rows(rest)
             judges = self._train(task.train.rows(kept), task.num_classes, device)
             chosen, judged = _choose(*judges.measure(held))
-        looks: list[Tensor] = []  # at the test: which images each head gets right, "n H"
+        looks: list[
+            Tensor
+        ] = []  # per epoch, whether each head classifies each test image correctly, "n H"
 
         def look(heads: LinearHeads) -> None:
             looks.append(heads.measure(task.test)[0])
@@ -121,7 +123,7 @@ class Linear:
         device: torch.device,
         look: Callable[[LinearHeads], None] | None = None,
     ) -> LinearHeads:
-        """The whole grid, trained on `fit`; `look` after each epoch."""
+        """The whole grid, trained on `fit`; `look` is called after each epoch."""
         batch_size, num_steps = self.length(len(fit.labels))
         blocks = sorted({min(num, fit.cls.shape[1]) for num in self.blocks})
         grid = make_grid(blocks, self.patches, self.rates, batch_size)
@@ -131,7 +133,7 @@ class Linear:
         return heads
 
     def length(self, num_images: int) -> tuple[int, int]:
-        """Images a step and steps for so many to train on, as the YAML explains."""
+        """Batch size and number of steps for a number of training images, as in the YAML."""
         quarter = 2 ** int(math.log2(max(1.0, num_images / 4)))
         auto = min(PUBLISHED_BATCH, max(16, quarter))
         batch = min(num_images, self.batch_size if isinstance(self.batch_size, int) else auto)
@@ -144,17 +146,17 @@ class Linear:
 
     def _protocol(self, task: Task, num_heads: int, held: Pooled | None) -> str:
         what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
-        epochs = ", the best of its epochs," if self.cosine == "epoch" and held is None else ""
+        epochs = ", the best of its epochs" if self.cosine == "epoch" and held is None else ""
         judge = "the test images"
         if held is not None:
             lone = len(torch.unique(task.train.labels)) - len(torch.unique(held.labels))
             none = f", none of {lone:,} classes with one image" if lone else ""
             judge = (
                 f"{len(held.labels):,} images held out of train (a tenth of each class, at least "
-                f"one{none}), then trained anew on all of train"
+                f"one{none}), then retrained on all of train"
             )
         return (
-            f"{what} on frozen features{epochs} as judged on {judge}; SGD, {task.images}; not "
+            f"{what} on frozen features{epochs} selected on {judge}; SGD, {task.images}; not "
             "augmented (the references train on random crops)"
         )
 
@@ -162,8 +164,9 @@ class Linear:
 def _choose(
     correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
 ) -> tuple[int, Float[Tensor, "H"]]:
-    """The head that is right most often, and how often each is. Many are equally often: the surest
-    of them, by its loss; one that has diverged comes last.
+    """The most accurate head, and the accuracy of each.
+
+    Ties are broken by the lowest loss; a head that has diverged comes last.
     """
     accuracy, losses = _accuracy(correct), losses.nan_to_num(nan=math.inf)
     order = sorted(range(len(losses)), key=lambda i: (-float(accuracy[i]), float(losses[i])))
@@ -171,25 +174,25 @@ def _choose(
 
 
 def _best(looks: Sequence[Tensor]) -> tuple[int, int]:
-    """Epoch and head that are right most often; of equals the first."""
+    """The most accurate epoch and head; ties go to the first."""
     means = torch.stack([_accuracy(correct) for correct in looks])  # epochs H
     place = int(means.argmax())
     return place // means.shape[1], place % means.shape[1]
 
 
 def _accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
-    """Percent right of each head."""
+    """Percent correct of each head."""
     return (100.0 * correct.double()).mean(dim=0)
 
 
 def _name(head: Head) -> str:
-    """What a head reads, in words."""
+    """The features a head reads, in words."""
     classes = "CLS" if head.num_blocks == 1 else f"CLS of {head.num_blocks} blocks"
     return f"{classes} + mean patch" if head.patches else classes
 
 
 def _records(grid: Sequence[Head], accuracy: Tensor, judged: Tensor | None) -> list[dict[str, Any]]:
-    """Each head by its place in the grid."""
+    """One record per head, by its index in the grid."""
     return [
         {
             "head": i,

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, fitted to its end: no rate, no batch, no luck.
+"""Logistic regression on frozen features, fitted to convergence.
 
 Oquab et al. 2023, section 7.1; L2, its weight chosen on a part of train.
 """
@@ -27,8 +27,8 @@ Powers = Annotated[Sequence[float], rising()]
 
 
 class Logistic:
-    """The evaluation: class tokens of the last block, C one of `num_cs` powers of ten, evenly from
-    `powers[0]` to `powers[1]`.
+    """Evaluation by logistic regression on class tokens of the last block, with C one of `num_cs`
+    values from 10^`powers[0]` to 10^`powers[1]`, evenly spaced in the exponent.
     """
 
     @checked
@@ -44,7 +44,7 @@ class Logistic:
         self.tol, self.max_iter, self.seed = tol, max_iter, seed
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """Accuracy on test, of the fit to all of train with the C that a tenth of it chose."""
+        """Accuracy on test of the fit to all of train, with the C chosen on a tenth of it."""
         task = classification(backbone, store, "Logistic regression")
         features, labels = double(task.train.features().features), task.train.labels.numpy()
         kept, held = (
@@ -53,7 +53,9 @@ class Logistic:
         judged: dict[float, float] = {}
         for c, fit in self.path(features[kept], labels[kept], self.cs):
             judged[c] = 100 * float((fit.predict(features[held]) == labels[held]).mean())
-        chosen = max(judged, key=lambda c: judged[c])  # of equals the smallest: the simplest
+        chosen = max(
+            judged, key=lambda c: judged[c]
+        )  # ties go to the smallest C, the simplest model
         ((_, fit),) = self.path(features, labels, [chosen])
         predicted = torch.from_numpy(fit.predict(double(task.test.features().features)))
         correct = predicted == task.test.labels
@@ -80,8 +82,8 @@ class Logistic:
         labels: Int64[np.ndarray, "N"],
         cs: Sequence[float],
     ) -> Iterator[tuple[float, Any]]:
-        """scikit-learn's fit at each C, each starting where the one before it ended: to be used
-        before the next is asked for.
+        """scikit-learn's fit at each C, each warm-started from the previous one and valid only
+        until the next.
         """
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -89,17 +91,17 @@ class Logistic:
         fit = LogisticRegression(tol=self.tol, max_iter=self.max_iter, warm_start=True)
         for c in cs:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # told in `converged`
+                warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged`
                 fit.set_params(C=c).fit(features, labels)
             yield c, fit
 
 
 def powers_of_ten(powers: Powers, num: int) -> list[float]:
-    """`num` numbers from 10^powers[0] to 10^powers[1], each the same times the one before."""
+    """`num` values from 10^powers[0] to 10^powers[1], evenly spaced in the exponent."""
     return [float(value) for value in np.logspace(powers[0], powers[1], num)]
 
 
 def double(features: Tensor) -> Float64[np.ndarray, "N D"]:
-    """Features as scikit-learn takes them."""
+    """Features as float64 arrays for scikit-learn."""
     array: np.ndarray = features.double().numpy()
     return array

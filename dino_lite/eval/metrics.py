@@ -1,4 +1,4 @@
-"""Numbers that say how good predictions are, beside the share that is right."""
+"""Measures of predictions other than accuracy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def mean_per_class(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"]) -> float:
-    """Percent right of each class, averaged over the classes that are there: none counts for more
-    because it has more images.
+    """Percent correct of each class, averaged over the classes that occur, so that classes weigh
+    the same.
     """
     _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     right = torch.zeros(len(counts), dtype=torch.float64)
@@ -18,8 +18,8 @@ def mean_per_class(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"]) -> floa
 
 
 def average_precision(scores: Float[Tensor, "n"], truth: Bool[Tensor, "n"]) -> float:
-    """Area under precision over recall, as steps without interpolation, in [0, 1]; images of equal
-    score come in together. NaN where nothing is true.
+    """Area under the precision-recall curve without interpolation, in [0, 1]; images with equal
+    scores are retrieved together. NaN if nothing is true.
     """
     scores, order = scores.double().sort(descending=True, stable=True)
     found = truth[order].double()
@@ -28,7 +28,7 @@ def average_precision(scores: Float[Tensor, "n"], truth: Bool[Tensor, "n"]) -> f
 
 
 def last_equal(scores: Float[Tensor, "*n N"]) -> Int[Tensor, "*n N"]:
-    """The place of the last of each score's equals, of rows that are sorted."""
+    """The index of the last score equal to each score, in sorted rows."""
     places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape).clone()
     places[..., :-1].masked_fill_(scores[..., 1:] == scores[..., :-1], scores.shape[-1])
     return places.flip(-1).cummin(-1).values.flip(-1)
@@ -37,8 +37,8 @@ def last_equal(scores: Float[Tensor, "*n N"]) -> Int[Tensor, "*n N"]:
 def mean_average_precision(
     scores: Float[Tensor, "n L"], truth: Bool[Tensor, "n L"]
 ) -> tuple[float, list[float]]:
-    """Mean over the labels that an image has, and the precision of each label (NaN: none has it);
-    percent.
+    """Mean over the labels that occur, and the average precision of each label (NaN: it does not
+    occur); percent.
     """
     each = [100 * average_precision(*columns) for columns in zip(scores.T, truth.T, strict=True)]
     known = [value for value in each if value == value]
@@ -48,11 +48,11 @@ def mean_average_precision(
 def explained(
     predicted: Float[Tensor, "n L"], wanted: Float[Tensor, "n L"], times: Float[Tensor, "m n"]
 ) -> Float[Tensor, "m L"]:
-    """R² of each column, 1 - squared error / variance of what is wanted, in m samples that hold
-    each image so many times; NaN where what is wanted is the same for a whole sample.
+    """R² of each column, 1 - squared error / variance of the target, in m samples that contain each
+    image `times` times; NaN if the target is constant in a sample.
     """
     errors = times @ (predicted.double() - wanted.double()).square()
-    away = wanted.double() - wanted.double().median(dim=0).values  # small numbers cancel less
+    away = wanted.double() - wanted.double().median(dim=0).values  # reduces cancellation
     squares = times @ away.square()
     spread = squares - (times @ away).square() / times.sum(dim=1, keepdim=True)
     return 1 - errors / spread.where(spread > 1e-12 * squares, torch.nan)

@@ -1,4 +1,4 @@
-"""The most similar of many features: exact, and in tiles that fit a processor's cache."""
+"""Exact nearest neighbors of features, in tiles that fit a processor's cache."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CELLS = 2**23  # similarities held at once: 32 MB, whatever the sizes of bank and queries
-_SHORTEST = 1e-12  # lengths below count as so much
-_ALIGNED = 16  # rows of similarities begin at multiples of it: else products take a third longer
-_ROWS = 256  # queries whose best are looked for at once: little beside the similarities
-_GROUP = 8  # columns whose largest value is looked at first
+_CELLS = 2**23  # similarities held at once: 32 MB for any sizes of bank and queries
+_SHORTEST = 1e-12  # lower bound of lengths
+_ALIGNED = 16  # row stride of similarities; unaligned products take a third longer
+_ROWS = 256  # queries searched at once: little memory beside the similarities
+_GROUP = 8  # columns whose maximum is compared first
 
 
 def unit(features: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Rows of length 1; a row of zeros stays one."""
+    """Rows of length 1; a row of zeros stays zero."""
     return F.normalize(features, dim=1, eps=_SHORTEST)
 
 
 class Bank:
-    """Features that at most `num_queries` others at once are held against, part after part.
+    """Features to search with at most `num_queries` queries at once, in parts.
 
-    Parts are spread over the bank, so that each is a sample of it where it is sorted by class. Room
-    for one is taken once: large arrays that come and go leave holes as large.
+    Parts are strided, so that each is a sample of a bank sorted by class. Buffers are allocated
+    once, since repeated large allocations fragment memory.
     """
 
     def __init__(self, features: Float[Tensor, "N D"], num_queries: int) -> None:
@@ -41,8 +41,8 @@ class Bank:
     def similarities(
         self, queries: Float[Tensor, "n D"]
     ) -> Iterator[tuple[slice, Float[Tensor, "n T"]]]:
-        """Which rows of the bank, and the cosines of all queries with them, which the next ones
-        overwrite.
+        """Slices of the bank and the cosines of all queries with their rows; the next iteration
+        overwrites them.
         """
         queries = unit(queries)
         for start in range(self.num_parts):
@@ -60,8 +60,7 @@ class Bank:
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         """Cosine and index of the k rows most similar to each query, most similar first.
 
-        Of equally similar rows the one with the lower index comes first, and is kept. `exclude`
-        names a row for each query to pass by.
+        Ties are ordered by index. `exclude`: one row per query to skip.
         """
         blocks = range(0, len(queries), _ROWS)
         best = [_Best(k) for _ in blocks]
@@ -81,13 +80,13 @@ def nearest(
     k: int,
     exclude: Int[Tensor, "n"] | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """As `Bank.nearest`, of queries few enough to be asked at once."""
+    """As `Bank.nearest`, of queries few enough for one block."""
     return Bank(bank, len(queries)).nearest(queries, k, exclude)
 
 
 class _Best:
-    """The k best of each query so far, and what may be among them: whatever was not below the k-th
-    best when it came. When as much again has come together, the k best are chosen anew.
+    """The k best of each query so far, and candidates: values that were not below the k-th best
+    when they were seen. Reduced to k whenever as many candidates have accumulated.
     """
 
     def __init__(self, k: int) -> None:
@@ -95,7 +94,7 @@ class _Best:
         self.floor: Tensor | None = None
 
     def look(self, tile: Float[Tensor, "n T"], part: slice) -> None:
-        """At the similarities to one part of the bank."""
+        """Add the similarities to one part of the bank."""
         if self.floor is None:
             self.floor = _bound(tile, self.k)
             self.values = tile.new_empty(len(tile), 0)
@@ -108,18 +107,18 @@ class _Best:
             self.floor = self.values[:, -1:]
 
     def in_order(self) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-        """The k best, the best first, equals by index."""
+        """The k best, best first, ties by index."""
         return _in_order(*_largest(self.values, self.index, self.k))
 
 
 def _groups(tile: Float[Tensor, "n T"]) -> Float[Tensor, "n g G"]:
-    """Group j is columns j, j + G, j + 2 G ...; the last few are in none."""
+    """Group j is columns j, j + G, j + 2 G ...; the remainder is in no group."""
     num_groups = tile.shape[1] // _GROUP
     return tile[:, : _GROUP * num_groups].view(len(tile), _GROUP, num_groups)
 
 
 def _bound(tile: Float[Tensor, "n T"], k: int) -> Float[Tensor, "n 1"]:
-    """What k values at least of each row are not below: the least of the k largest maxima."""
+    """A lower bound of the k-th largest value of each row: the smallest of the k largest maxima."""
     maxima = _groups(tile).amax(dim=1)
     if maxima.shape[1] < k:
         return tile.new_full((len(tile), 1), -torch.inf)
@@ -129,12 +128,10 @@ def _bound(tile: Float[Tensor, "n T"], k: int) -> Float[Tensor, "n 1"]:
 def _not_below(
     tile: Float[Tensor, "n T"], floor: Float[Tensor, "n 1"]
 ) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:
-    """The values of each row that are not below its floor, and their columns; rows with fewer of
-    them than others are filled up with -inf.
-    """
+    """The values of each row that are not below its floor, and their columns; padded with -inf."""
     groups = _groups(tile)
     num_groups = groups.shape[2]
-    row, group = (groups.amax(dim=1) >= floor).nonzero(as_tuple=True)  # most are below: done with
+    row, group = (groups.amax(dim=1) >= floor).nonzero(as_tuple=True)  # most groups are below
     value = groups[row, :, group]
     pair, stripe = (value >= floor[row]).nonzero(as_tuple=True)
     row, column, value = row[pair], group[pair] + num_groups * stripe, value[pair, stripe]
@@ -153,14 +150,12 @@ def _not_below(
 def _largest(
     values: Float[Tensor, "n m"], index: Int[Tensor, "n m"], k: int
 ) -> tuple[Float[Tensor, "n l"], Int[Tensor, "n l"]]:
-    """The k largest, largest first, or all where there are no more; of equals those of the lower
-    index.
-    """
+    """The k largest, largest first, or all if there are fewer; ties by index."""
     if values.shape[1] <= k:
         return values, index
     found, place = values.topk(k + 1, dim=1)
     best, at = found[:, :k].contiguous(), index.gather(1, place[:, :k])
-    # topk keeps any of several equals: where the border cuts through some, they are put in order.
+    # topk breaks ties arbitrarily: rows with a tie at the border are sorted.
     tied = found[:, k - 1] == found[:, k]
     if bool(tied.any()):
         ordered = _in_order(values[tied], index[tied])
@@ -179,7 +174,7 @@ def _in_order(
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Similarities in true float32, whatever speed training has chosen for its matmuls."""
+    """True float32 products, regardless of the precision that training has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

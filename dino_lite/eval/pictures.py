@@ -1,4 +1,4 @@
-"""Pictures of a run: its crops, what its backbone attends to, and which images it finds alike."""
+"""Pictures of crops, attention and nearest neighbors."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from dino_lite.eval.sheets import (
 def crops_picture(
     crops: Crops, normalize: Normalize | None, path: str | Path, num_images: int = 6
 ) -> None:
-    """What student and teacher see: a row an image, global crops then local ones, sizes to scale.
+    """Crops that student and teacher see: a row per image, global crops then local ones, sizes to
+    scale.
 
-    `crops` are uint8, or floats that `normalize` (mean, std) has made.
+    `crops` are uint8, or floats normalized by `normalize` (mean, std).
     """
     crops = crops.part(0, num_images)
     large = rgb(crops.globals_, normalize)
@@ -59,7 +60,7 @@ def attention_picture(
     normalize: Normalize | None = None,
     num_heads: int | None = 6,
 ) -> None:
-    """Where the class token looks: image, mean over the last block's heads on it, single heads
+    """Attention of the class token: image, mean over the last block's heads overlaid, single heads
     (None: all).
     """
     with frozen(backbone):
@@ -94,10 +95,11 @@ def neighbors_picture(
     num_queries: int = 6,
     num_neighbors: int = 8,
 ) -> None:
-    """Images beside those of train with the most similar features; frames tell the class.
+    """Query images with their nearest neighbors in train; frames show whether classes agree.
 
-    `bank` and `queries` are the features of data's train and test; without queries the bank asks
-    itself. Queries are spread evenly over classes (over the set if there are none), not picked.
+    `bank` and `queries` are the features of data's train and test; without queries, rows of the
+    bank are the queries. They are spread evenly over classes (over the set without labels), not
+    selected by hand.
     """
     train = data.splits.train
     asked, images = bank, train
@@ -130,12 +132,12 @@ def neighbors_picture(
 
 
 def class_name(source: Source, label: int) -> str:
-    """What a class is called, if anything."""
+    """The name of a class, "" if it has none."""
     return source.classes[label] if 0 <= label < len(source.classes) else ""
 
 
 def spread_over_classes(labels: Int[Tensor, "N"], count: int) -> Int[Tensor, "n"]:
-    """Rows of at most `count` images, each the middle one of another class where there are any."""
+    """Rows of at most `count` images: the middle one of different classes, if there are labels."""
     classes = sorted(set(labels.tolist()))
     if len(classes) < 2:
         return torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()

@@ -1,4 +1,4 @@
-"""Which classes are taken for which, as a matrix and a list."""
+"""Confusion matrix and the most confused pairs of classes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dino_lite.eval.sheets import (
 )
 
 _MOST = 100  # classes in a matrix
-_SIDE, _NAME = 1000, 190  # pixels of the matrix, about, and of a class's name
+_SIDE, _NAME = 1000, 190  # approximate pixels of the matrix, and of a class's name
 _TITLE = "What is taken for what"
-_WRONG = "#c4541a"  # orange, darker: small shares are to be seen on white
+_WRONG = "#c4541a"  # a darker orange, so that small shares are visible on white
 
 
 class Confused(NamedTuple):
-    """A class, what it is taken for, how often, and of how many."""
+    """A true class, the class predicted instead, how often, and the number of its images."""
 
     truth: int
     taken_for: int
@@ -41,7 +41,7 @@ class Confused(NamedTuple):
 
 
 def most_confused(counts: Int[Tensor, "C C"], num_pairs: int) -> list[Confused]:
-    """The pairs of different classes that are confused most often, by share of the true class."""
+    """The most confused pairs of different classes, by share of the true class."""
     each = counts.sum(dim=1).tolist()
     pairs = [
         Confused(row, column, int(counts[row, column]), each[row])
@@ -58,10 +58,10 @@ def confusion_picture(
     protocol: str = "",
     num_pairs: int = 14,
 ) -> None:
-    """A row for each class, a column for what it is taken for, in percent of the row; beside it the
-    most confused pairs. `counts` as `segmentation.confusion` gives them.
+    """A row per true class, a column per prediction, in percent of the row; beside it the most
+    confused pairs. `counts` as from `segmentation.confusion`.
 
-    Of more than 100 classes those that are recognized least are drawn.
+    Of more than 100 classes those with the lowest recall are drawn.
     """
     if len(counts) < 2 or int(counts.sum()) == 0:
         raise UserError("a confusion matrix needs at least 2 classes, and images of them.")
@@ -69,7 +69,7 @@ def confusion_picture(
     right = 100 * float(counts.diagonal().sum() / each.sum())
     shown, whose = torch.arange(len(counts)), ""
     if len(counts) > _MOST:
-        recall = (counts.diagonal() / each).nan_to_num(2.0)  # those without an image come last
+        recall = (counts.diagonal() / each).nan_to_num(2.0)  # classes without an image come last
         shown = recall.argsort(stable=True)[:_MOST].sort().values
         whose = f"; the {_MOST} of {len(counts)} classes that are recognized least"
     names = [classes[i] for i in shown.tolist()]
@@ -107,7 +107,7 @@ def _draw_matrix(
     corner: tuple[int, int],
     cell: int,
 ) -> None:
-    """Squares on white, the darker the larger the share; small ones are lifted to be seen."""
+    """Squares, darker for larger shares; small shares are emphasized."""
     left, top = corner
     gap = 1 if cell < 24 else 2
     for row in range(len(counts)):
@@ -126,7 +126,7 @@ def _draw_matrix(
 
 
 def _draw_upright(page: Image.Image, text: str, foot: tuple[int, int], size: int) -> None:
-    """Text that reads upwards from its foot."""
+    """Text rotated to read upwards from its foot."""
     drawn = font(size)
     width, height = int(drawn.getlength(text)) + 2, size + 6
     strip = Image.new("RGB", (width, height), "white")
@@ -148,7 +148,7 @@ def _texts(pair: Confused, classes: Sequence[str]) -> tuple[str, str]:
 def _draw_pairs(
     draw: ImageDraw.ImageDraw, pairs: Sequence[Confused], classes: Sequence[str], left: int
 ) -> None:
-    """The list, a bar below each pair for its share."""
+    """The list of pairs, each with a bar for its share."""
     right = left + _listed_width(pairs, classes)
     draw.text((left, 78 + 24), "Most confused", INK, font(18, True))
     if not pairs:

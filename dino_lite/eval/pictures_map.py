@@ -1,4 +1,4 @@
-"""All images on one map: those with similar features lie side by side."""
+"""A two-dimensional map of images by their features."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from dino_lite.eval.sheets import GRAY, INK, LINE, MARGIN, font, save_page, star
 
 _SIDE = 1440  # pixels of the map
 _TOP = 108
-_NUM_COMPONENTS = (
-    50  # to which features are brought before t-SNE (van der Maaten 2008, section 4.2)
-)
-_MOST_NAMED = 40  # classes that are named on the map
+_NUM_COMPONENTS = 50  # principal components before t-SNE (van der Maaten 2008, section 4.2)
+_MOST_NAMED = 40  # at most, classes named on the map
 
 
 def map_picture(
@@ -37,10 +35,10 @@ def map_picture(
     method: str = "t-SNE",
     width: int = 48,
 ) -> None:
-    """Images at their places on a map of their features, as thumbnails where there is room, else as
-    dots; frames and dots have their class's color. Names stand amid their class.
+    """Images at their positions on a map of their features, as thumbnails where there is room, else
+    as dots; frames and dots have the color of the class, whose name is written in its middle.
 
-    At most `num_images` rows of `features` (of `source`), spread over all. `method`: t-SNE or UMAP,
+    At most `num_images` rows of `features` (of `source`), evenly spread. `method`: t-SNE or UMAP,
     which needs umap-learn.
     """
     rows = torch.from_numpy(spread(len(features.labels), num_images))
@@ -73,7 +71,7 @@ def map_picture(
 
 
 def project(features: Float[Tensor, "n D"], method: str = "t-SNE") -> Float[np.ndarray, "n 2"]:
-    """Places in the plane for unit features, the same each time; near ones stay near."""
+    """Deterministic positions in the plane for unit features; neighbors stay neighbors."""
     rows = unit(features).double()
     rows = rows - rows.mean(dim=0)
     if min(rows.shape) > _NUM_COMPONENTS:
@@ -98,14 +96,18 @@ def project(features: Float[Tensor, "n D"], method: str = "t-SNE") -> Float[np.n
 
 
 def _on_page(points: Float[np.ndarray, "n 2"], width: int) -> Float[np.ndarray, "n 2"]:
-    """Pixels: the middle 99.6 % of each axis fill the map, what lies farther out is at its edge."""
+    """Positions in pixels: the middle 99.6 % of each axis fill the map, outliers are clamped to its
+    edge.
+    """
     low, high = np.percentile(points, (0.2, 99.8), axis=0)
     share = np.clip((points - low) / np.maximum(high - low, 1e-12), 0, 1)
     return np.asarray(share * (_SIDE - width) + width / 2 + np.array([MARGIN, _TOP]))
 
 
 def _apart(points: Float[np.ndarray, "n 2"], width: int) -> list[int]:
-    """Rows whose squares of `width` cover no earlier one's, in an order that favors no class."""
+    """Rows whose squares of `width` do not overlap an earlier one, in an order independent of
+    class.
+    """
     found: list[int] = []
     for row in np.random.default_rng(0).permutation(len(points)).tolist():
         if not found or (np.abs(points[found] - points[row]).max(axis=1) >= width).all():
@@ -119,7 +121,7 @@ def _draw_names(
     labels: list[int],
     names: dict[int, str],
 ) -> None:
-    """Each class's name where most of its images are; one that would cover another moves down."""
+    """Each class's name at its densest place, moved down if it would cover another."""
     size, taken = 22, list[tuple[float, float, float]]()  # x, y, half a width
     middles = {i: _densest(points[np.array(labels) == i]) for i in names}
     for i in sorted(names, key=lambda i: float(middles[i][1])):
@@ -135,7 +137,7 @@ def _draw_names(
 
 
 def _densest(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "2"]:
-    """The middle of the few points that lie nearest to each other."""
+    """The center of the few points nearest to each other."""
     apart = np.linalg.norm(points[:, None] - points[None], axis=2)
     nearest = np.sort(apart, axis=1)[:, : 1 + len(points) // 4]
     center = int(nearest.mean(axis=1).argmin())
@@ -143,6 +145,6 @@ def _densest(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "2"]:
 
 
 def _class_colors(labels: list[int]) -> dict[int, str]:
-    """A color for each class, none where all images are of one or of none."""
+    """A color per class; none if there is at most one class."""
     classes = sorted(set(labels) - {-1})
     return dict(zip(classes, palette(len(classes)), strict=True)) if len(classes) > 1 else {}

@@ -1,4 +1,4 @@
-"""What patch tokens hold: their principal components as colors, and segmentations on images."""
+"""Pictures of patch tokens: principal components as colors, and segmentations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dino_lite.eval.features import device_of, dtype_of, frozen
 from dino_lite.eval.heat import gray, palette
 from dino_lite.eval.sheets import WIDTH, Cell, Heading, Row, as_rgb, draw_sheet, rgb
 
-_ACROSS = 2  # images in a row of the sheet, where they fill it
-_EMPTY = 255  # white: what is no foreground
+_ACROSS = 2  # images per row of the sheet
+_EMPTY = 255  # white, for the background
 
 
 def pca_picture(
@@ -27,10 +27,9 @@ def pca_picture(
     path: str | Path,
     normalize: Normalize | None = None,
 ) -> None:
-    """Patch tokens as colors, beside their images: where colors are alike, features are.
-
-    Red, green and blue are the first three principal components over all patches of all images;
-    once more over those of the foreground (Oquab et al. 2024, figure 1).
+    """Images beside the first three principal components of their patch tokens as red, green and
+    blue; computed over all patches of all images, and again over those of the foreground (Oquab et
+    al. 2024, figure 1).
     """
     found = []
     with frozen(backbone):
@@ -64,7 +63,7 @@ def pca_picture(
 
 
 def components(rows: Float[Tensor, "n D"], num: int) -> Float[Tensor, "n num"]:
-    """The first principal components, largest first; of each, the largest loading is positive."""
+    """The first principal components, largest first; signs make each largest loading positive."""
     rows = rows.double()
     rows = rows - rows.mean(dim=0)
     _, vectors = torch.linalg.eigh(rows.T @ rows)
@@ -75,9 +74,9 @@ def components(rows: Float[Tensor, "n D"], num: int) -> Float[Tensor, "n num"]:
 
 
 def component_colors(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n 3"]:
-    """Three components, each from its 1st percentile (0) to its 99th (1)."""
+    """Three components, each scaled from its 1st percentile (0) to its 99th (1)."""
     if rows.shape[1] < 3:
-        raise UserError("colors need features of 3 numbers or more.")
+        raise UserError("colors need at least 3 features.")
     found = components(rows, 3)
     low, high = torch.from_numpy(np.percentile(found.numpy(), (1, 99), axis=0))
     shares: Tensor = (found - low) / (high - low).clamp(min=1e-12)
@@ -85,9 +84,10 @@ def component_colors(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n 3"]:
 
 
 def foreground(features: Float[Tensor, "n P D"], grid: tuple[int, int]) -> Bool[Tensor, "n P"]:
-    """The patches on one side of the first component of all: the side that is found more in the
-    middle of images than along their edges. It is cut where both sides are most alike within
-    themselves (Otsu 1979).
+    """The patches on one side of a threshold on the first component: the side that is more frequent
+    in the middle of images than along their edges.
+
+    The threshold minimizes the variance within both sides (Otsu 1979).
     """
     first = components(features.flatten(0, 1), 1)[:, 0]
     ordered = first.sort().values
@@ -110,8 +110,9 @@ def segmentation_picture(
     path: str | Path,
     title: str = "What a linear head sees in patch features",
 ) -> None:
-    """A row an image: itself, its mask, and what was predicted, as colors on gray. Masks hold
-    places in `classes`, -1 for none.
+    """A row per image: image, mask and prediction, as colors on gray.
+
+    Masks hold indices into `classes`, -1 for unlabeled pixels.
     """
     colors = palette(len(classes))
     rows: list[Row] = []
@@ -130,7 +131,7 @@ def segmentation_picture(
 def painted(
     image: UInt8[np.ndarray, "H W 3"], classes: Int[np.ndarray, "H W"], colors: Sequence[str]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The image in gray with the color of each pixel's class on it."""
+    """The image in gray, overlaid with the color of each pixel's class."""
     table = np.array([ImageColor.getrgb(color)[:3] for color in colors], dtype=np.float64)
     luma = np.repeat(gray(image), 3, axis=-1)
     known = classes >= 0

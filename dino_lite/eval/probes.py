@@ -1,4 +1,4 @@
-"""Linear classifiers by the dozen: every head of a grid trained on the same batches at once."""
+"""A grid of linear classifiers, trained together on the same batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dino_lite.eval.features import Pooled
 
 MOMENTUM = 0.9
 _WEIGHT_STD = 0.01
-_CELLS = 2**25  # logits held at once where heads are measured
+_CELLS = 2**25  # logits held at once in `measure`
 
 
 class Head(NamedTuple):
-    """One linear classifier: it reads class tokens of the last `num_blocks` blocks, and with
-    `patches` the mean patch token; `base_rate` is for 256 images a step, `rate` for its batch.
+    """One linear classifier: it reads class tokens of the last `num_blocks` blocks, with `patches`
+    also the mean patch token; `base_rate` is per 256 images, `rate` for the actual batch size.
     """
 
     num_blocks: int
@@ -29,7 +29,7 @@ class Head(NamedTuple):
     rate: float
 
     def columns(self, num_blocks: int, cls_dim: int, patch_dim: int) -> slice:
-        """What it reads of a row: class tokens of `num_blocks` blocks, then the mean patch."""
+        """Its columns of a row: class tokens of `num_blocks` blocks, then the mean patch token."""
         end = num_blocks * cls_dim
         return slice(end - self.num_blocks * cls_dim, end + (patch_dim if self.patches else 0))
 
@@ -37,7 +37,7 @@ class Head(NamedTuple):
 def make_grid(
     blocks: Sequence[int], patches: Sequence[bool], base_rates: Sequence[float], batch_size: int
 ) -> list[Head]:
-    """Every combination; a head is known by its place in the list, so none can hide another."""
+    """Every combination, in order; a head is identified by its position."""
     return [
         Head(num, with_patches, base, base * batch_size / 256)
         for num in blocks
@@ -47,7 +47,7 @@ def make_grid(
 
 
 class _Stack(NamedTuple):
-    """R heads that read the same columns, stacked: one product serves all."""
+    """R heads that read the same columns, stacked into one matrix product."""
 
     columns: slice
     weight: Float[Tensor, "RC D"]
@@ -64,10 +64,10 @@ class _Stack(NamedTuple):
 class LinearHeads:
     """All heads of a grid, trained by SGD on the sum of their cross-entropies.
 
-    A row holds an image's class tokens of the last blocks, oldest first, then its mean patch
-    token. No term of the sum knows two heads: each learns as it would alone. Weights start from
-    N(0, 0.01²), drawn from `seed`, biases at 0; `weights[i]` and `biases[i]` are head i's, and
-    may be written to.
+    A row holds an image's class tokens of the last blocks, oldest first, then its mean patch token.
+    Heads are independent: each is trained as it would be alone. Weights are initialized from N(0,
+    0.01²), drawn from `seed`, biases with 0; `weights[i]` and `biases[i]` are writable views of
+    head i's.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class LinearHeads:
     def step(
         self, rows: Float[Tensor, "b W"], labels: Int[Tensor, "b"], factor: float
     ) -> Float[Tensor, "H"]:
-        """One step of SGD at `factor` times each head's rate; the losses before it."""
+        """One step of SGD at `factor` times each head's rate; returns the losses before it."""
         losses = []
         for stack in self.stacks:
             log_probs = stack.logits(rows, self.num_classes).log_softmax(-1)
             own = labels[:, None, None].expand(-1, log_probs.shape[1], 1)
             losses.append(-log_probs.gather(-1, own)[..., 0].mean(dim=0))
-            # The slope of the mean cross-entropy: (softmax - one-hot) / b.
+            # Gradient of the mean cross-entropy: (softmax - one-hot) / b.
             slope = log_probs.exp_().scatter_add_(-1, own, rows.new_full(own.shape, -1.0))
             slope = slope.div_(len(rows)).view(len(rows), -1)
             stack.weight_moment.addmm_(slope.T, rows[:, stack.columns], beta=MOMENTUM)
@@ -110,7 +110,9 @@ class LinearHeads:
         return torch.cat(losses)
 
     def measure(self, pooled: Pooled) -> tuple[Bool[Tensor, "N H"], Float[Tensor, "H"]]:
-        """Which images each head gets right, and each head's mean cross-entropy; on the host."""
+        """Whether each head classifies each image correctly, and each head's mean cross-entropy; on
+        the host.
+        """
         block = max(1, _CELLS // (len(self.grid) * self.num_classes))
         hits, total = [], torch.zeros(len(self.grid), dtype=torch.float64)
         for start in range(0, len(pooled.labels), block):
@@ -132,9 +134,9 @@ def train(
     cosine_per: str = "step",
     after_epoch: Callable[[], None] | None = None,
 ) -> None:
-    """`num_steps` steps over shuffled epochs, the last images of one that fill no batch left out;
-    rates fall as half a cosine to 0, a move each step or each epoch. `after_epoch` is called after
-    each, and at the end.
+    """`num_steps` steps over shuffled epochs, dropping incomplete batches; rates follow half a
+    cosine to 0, updated each step or each epoch. `after_epoch` is called after each epoch and at
+    the end.
     """
     device = heads.weights[0].device
     epoch = len(pooled.labels) // batch_size
@@ -147,7 +149,7 @@ def train(
 
 
 def cosine(step: int, num_steps: int) -> float:
-    """Half a cosine from 1 towards 0, which it would reach at `num_steps`."""
+    """Half a cosine from 1 towards 0 at `num_steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 

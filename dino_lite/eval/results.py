@@ -1,4 +1,4 @@
-"""What an evaluation gives back: one number, how sure it is, and how it came about."""
+"""The result of an evaluation: one number, its interval, and its protocol."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def result(
     unit: str = "%",
     **details: Any,
 ) -> dict[str, Any]:
-    """Plain JSON. `value` is the headline, in `unit`; `scores` are its parts, one for each test
-    image, in the same unit: their mean is resampled for the 95 % `interval`.
+    """Plain JSON. `value` is the headline in `unit`; `scores`, one per test image and in the same
+    unit, average to it and are resampled for the 95 % `interval`.
 
-    `settings` are the numbers of the protocol (k, temperature, rate …); `details` may hold a
-    "table", records with the same keys, which the terminal and the report show.
+    `settings` are the values of the protocol (k, temperature, rate …); `details` may hold a "table"
+    of records with equal keys, shown in the terminal and the report.
     """
     return {
         "metric": metric,
@@ -47,8 +47,8 @@ def result(
 
 
 def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean: what lies between the 2.5th and the 97.5th percentile of the means
-    of 1,000 samples of as many scores, drawn with replacement (Efron 1979). Drawn from `seed`.
+    """95 % bootstrap interval of the mean: percentiles 2.5 and 97.5 of the means of 1,000 samples
+    with replacement (Efron 1979), drawn from `seed`.
     """
     values = scores.double().cpu().numpy()
     generator = np.random.default_rng(seed)
@@ -66,8 +66,8 @@ def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:
 def resampled(
     statistic: Callable[[Float[Tensor, "m n"]], Float[Tensor, "m"]], num: int, seed: int = 0
 ) -> tuple[float, float]:
-    """As `bootstrap`, of a number that is no mean of scores: `statistic` makes it of how often each
-    of `num` images is in a sample, for m samples at once.
+    """As `bootstrap`, for a statistic other than a mean: `statistic` computes it from the counts of
+    each of `num` images, for m samples at once.
     """
     generator, shares = np.random.default_rng(seed), np.full(num, 1 / num)
     found = [
@@ -84,7 +84,7 @@ def percent(correct: Tensor) -> Float[Tensor, "n"]:
 
 
 def amount(found: Mapping[str, Any]) -> str:
-    """A result's value with its unit."""
+    """The value of a result with its unit."""
     if found["unit"] == "%":
         return f"{found['value']:.2f} %"
     if isinstance(found["value"], int):  # a count
@@ -93,7 +93,7 @@ def amount(found: Mapping[str, Any]) -> str:
 
 
 def interval(found: Mapping[str, Any]) -> str:
-    """From where to where, or nothing."""
+    """The bounds of the interval as text, "" without one."""
     if found["interval"] is None:
         return ""
     digits = ".2f" if found["unit"] == "%" else ".4g"
@@ -101,7 +101,7 @@ def interval(found: Mapping[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-    """A setting, or a cell of a result's table."""
+    """A setting or a cell of a result's table as text."""
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
     return str(value)

@@ -1,4 +1,4 @@
-"""Finding images of the same class among all of train, by similarity alone."""
+"""Image retrieval: images of the query's class in train, ranked by similarity."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CELLS = 2**22  # similarities sorted at once
 
 
 class Ranking(NamedTuple):
-    """How each query ranks the images of its own class: average precision in [0, 1], and the place
-    (from 0) of the first. Queries without any to find have NaN and the bank's size.
+    """For each query: average precision in [0, 1] of the images of its class, and the rank (from 0)
+    of the first. Queries without such an image have NaN and the bank's size.
     """
 
     precision: Float[Tensor, "n"]
@@ -30,9 +30,10 @@ class Ranking(NamedTuple):
 
 
 class Retrieval:
-    """The evaluation: each test image, or without any each training image, ranks (the other) train.
+    """Evaluation by retrieval: each test image ranks train; without a test split, each training
+    image ranks the others.
 
-    mAP: mean over queries of average precision over the whole ranking; recall@k: part of the
+    mAP: mean over queries of average precision over the whole ranking; recall@k: fraction of
     queries with an image of their class among the first k (Song et al. 2016).
     """
 
@@ -49,7 +50,7 @@ class Retrieval:
     def score(
         self, bank: Features, queries: Features | None, device: torch.device | None = None
     ) -> dict[str, Any]:
-        """As calling it, from features; without queries each row of the bank is left out once."""
+        """As `__call__`, from features; leave-one-out on the bank without queries."""
         bank = bank.labeled()
         asked = bank if queries is None else queries.labeled()
         for part in (bank, asked):
@@ -66,15 +67,15 @@ class Retrieval:
         images = (
             f"leave-one-out on train ({len(bank.labels)} images)"
             if queries is None
-            else f"test ({len(asked.labels)} images) asks train ({len(bank.labels)})"
+            else f"test ({len(asked.labels)} images) against train ({len(bank.labels)})"
         )
         alone = int((~found).sum())
-        left_out = f"; {alone} with nothing to find are left out" if alone else ""
+        left_out = f"; {alone} without an image to find are left out" if alone else ""
         return result(
             "retrieval mAP",
             float(scores.mean()),
             protocol=(
-                f"same class, cosine, whole ranking, equals together, CLS features, "
+                f"same class, cosine, whole ranking, ties share a rank, CLS features, "
                 f"{images}{left_out}"
             ),
             settings={},
@@ -93,8 +94,8 @@ def rank_classes(
     leave_one_out: bool = False,
     device: torch.device | None = None,
 ) -> Ranking:
-    """Rank the bank for each query: most similar first; equals come in together, at the place
-    of the last of them, so that the order of the bank is worth nothing.
+    """Rank the bank for each query, most similar first; ties share the rank of the last of them, so
+    that the order of the bank has no influence.
 
     `leave_one_out`: query i is row i of the bank and ranks all the others.
     """
@@ -110,7 +111,7 @@ def rank_classes(
         for part, tile in whole.similarities(asked):
             similarity[:, part] = tile
         own = labels == wanted[:, None]  # n N
-        if leave_one_out:  # last of all, and of no class
+        if leave_one_out:  # ranked last, and of no class
             place = rows.to(device)[:, None]
             similarity.scatter_(1, place, -torch.inf)
             own.scatter_(1, place, False)
@@ -121,7 +122,7 @@ def rank_classes(
 
 
 def _ranking(own: Bool[Tensor, "n N"], last: Int[Tensor, "n N"]) -> Ranking:
-    """Of who is of the query's class, in the order found, and where the last of its equals is."""
+    """From whether each ranked image has the query's class, and the rank of its last equal."""
     hits = own.cumsum(dim=1, dtype=torch.int32)
     row, place = own.nonzero(as_tuple=True)
     end = last[row, place]

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features without training: least squares, in closed form."""
+"""Ridge regression on frozen features in closed form, as a linear classifier."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dino_lite.eval.features import Features
 
 
 def ridge_correct(bank: Features, penalty: float = 1e-3) -> Bool[Tensor, "N"]:
-    """Whether each image is classified right by the ridge regression of all the others.
+    """Whether each image is classified correctly by ridge regression on all the others.
 
-    Features are scaled to unit variance and classes coded as 0 and 1; `penalty` times N weighs the
-    squared weights, the intercept is free. All N fits come of one: leaving out image i turns its
-    residual r_i into r_i / (1 − h_i), with the hat matrix's diagonal h (Allen 1974). Of classes
-    with equal scores the lower comes first.
+    Features are scaled to unit variance, classes are one-hot targets, the intercept is not
+    penalized; `penalty` times N multiplies the squared weights. Leave-one-out follows from a single
+    fit: without image i its residual r_i is r_i / (1 − h_i), with the diagonal h of the hat matrix
+    (Allen 1974). Ties go to the lower class.
     """
-    # penalty, measured on the embedded set: of 1e-5 to 1 within 2.5 points of the best, both with
-    # 2,000 images and with 200; logistic regression in five folds is 4 to 8 points better.
+    # penalty: on the embedded set, values from 1e-5 to 1 are within 2.5 points of the best, with
+    # 2,000 and 200 images; logistic regression in five folds is 4 to 8 points better.
     _, numbers = torch.unique(bank.labels, return_inverse=True)
     x = bank.features.double()
     x = x - x.mean(0)

@@ -1,6 +1,6 @@
-"""k-NN where test images are blurred, noisy, cropped or off-color, and the bank is clean.
+"""k-NN accuracy on corrupted test images, with a clean bank.
 
-After Hendrycks and Dietterich 2019, with four corruptions that need no library.
+After Hendrycks and Dietterich 2019, with four corruptions that need no further library.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dino_lite.settings.validate import checked
 Images = Float[Tensor, "n C H W"]  # from 0 (black) to 1
 Corruption = Callable[[Images, Int[np.ndarray, "n"], float], Images]
 
-_HELD_OUT = 5  # every fifth image asks, where there is one split
+_HELD_OUT = 5  # with one split, every fifth image is a query
 _SEVERITIES = ("mild", "medium", "strong")
 
 
 def blur(images: Images, numbers: Int[np.ndarray, "n"], share: float) -> Images:
-    """By a Gaussian whose deviation is `share` of the shorter side."""
+    """Gaussian blur with a standard deviation of `share` of the shorter side."""
     for axis in (2, 3):
         images = _blurred(images, share * min(images.shape[2:]), axis)
     return images
 
 
 def noise(images: Images, numbers: Int[np.ndarray, "n"], std: float) -> Images:
-    """Gaussian, its own for each image number."""
+    """Gaussian noise, different for each image index."""
     drawn = []
     for number in numbers.tolist():
         generator = torch.Generator().manual_seed(int(number))
@@ -50,7 +50,9 @@ def noise(images: Images, numbers: Int[np.ndarray, "n"], std: float) -> Images:
 
 
 def crop(images: Images, numbers: Int[np.ndarray, "n"], side: float) -> Images:
-    """A part with sides of `side` of the image's, at a place of its own, brought to full size."""
+    """A crop with sides of `side` of the image's, at a random position per image, resized to full
+    size.
+    """
     place = torch.from_numpy(uniforms(0, 0, numbers, 2)).to(images)
     theta = images.new_zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = side
@@ -60,7 +62,7 @@ def crop(images: Images, numbers: Int[np.ndarray, "n"], side: float) -> Images:
 
 
 def color(images: Images, numbers: Int[np.ndarray, "n"], strength: float) -> Images:
-    """Each channel times a factor of its own, from exp(-strength) to exp(strength)."""
+    """Multiply each channel by a random factor from exp(-strength) to exp(strength)."""
     drawn = uniforms(0, 1, numbers, images.shape[1])
     factors = torch.from_numpy(2 * drawn - 1).to(images).mul(strength).exp()
     return (images * factors[:, :, None, None]).clamp(0, 1)
@@ -75,10 +77,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, float, float], str]] = {
 
 
 class Robustness:
-    """The evaluation: accuracy of weighted k-NN, the mean over four corruptions of test images in
-    three severities each, and what it is for the same images clean.
+    """Evaluation by weighted k-NN: mean accuracy over four corruptions of test images at three
+    severities each, compared with the same images clean.
 
-    `max_images`: of the test images at most so many ask, spread over all.
+    `max_images`: at most this many test images are used, evenly spread.
     """
 
     @checked
@@ -86,7 +88,7 @@ class Robustness:
         self.k, self.temperature, self.max_images = k, temperature, max_images
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
-        """The mean accuracy under corruption, `clean`, `drop`, and a row for each corruption."""
+        """The mean accuracy under corruption, `clean`, `drop`, and a row per corruption."""
         bank, source, rows, whence = self._parts(backbone, store)
         data, k = store.data, min(self.k, len(bank.labels))
 
@@ -129,7 +131,7 @@ class Robustness:
     def _parts(
         self, backbone: Backbone, store: FeatureStore
     ) -> tuple[Features, Source, Int[np.ndarray, "n"], str]:
-        """The clean bank; the source that asks, the rows of it that do, and what to call them."""
+        """The clean bank; the source and rows of the queries, and their description."""
         pooled, _ = store.labeled(backbone, "robustness")
         bank, (train, test, _) = pooled.features().labeled(), store.data.splits
         if test is not None and test.labels is not None:
@@ -141,7 +143,7 @@ class Robustness:
             rows = rows[spread(len(rows), self.max_images)]
         if bank.num_classes < 2 or not len(rows):
             raise UserError(
-                "robustness needs labeled training images of at least 2 classes, and images to ask."
+                "robustness needs labeled training images of at least 2 classes, and queries."
             )
         return bank, source, rows, whence
 
@@ -154,7 +156,7 @@ def corrupted(
     corruption: Corruption | None,
     strength: float,
 ) -> Features:
-    """Features of some images of a source, each corrupted by its number there."""
+    """Features of images at `rows` of a source, each corrupted depending on its index."""
     normalize, device, dtype = data.normalize, device_of(backbone), dtype_of(backbone)
     features, labels = [], []
     with frozen(backbone):
@@ -179,7 +181,7 @@ def _record(name: str, told: str, values: Sequence[float], clean: float) -> dict
 
 
 def _blurred(images: Images, sigma: float, axis: int) -> Images:
-    """One axis, edges repeated."""
+    """Blur along one axis, with repeated edge pixels."""
     reach = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = (-0.5 * (offsets / max(sigma, 1e-6)) ** 2).exp()

@@ -1,4 +1,4 @@
-"""Semantic segmentation of frozen patch tokens: how well a linear head outlines things."""
+"""Semantic segmentation with a linear head on frozen patch tokens."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Count, NonNegative, PositiveNumbers, Size
 from dino_lite.settings.validate import checked
 
-_HELD_OUT = 5  # every fifth image
+_HELD_OUT = 5  # every fifth image is held out
 _MOST_CLASSES = 256
 _NUM_DRAWN = 4
 
 
 class Scenes(NamedTuple):
-    """What the head learns from and what it is asked, with the class numbers that occur."""
+    """Images for training the head and for testing it, and the class numbers that occur."""
 
     train: MaskedImages
     test: MaskedImages
@@ -40,11 +40,12 @@ class Scenes(NamedTuple):
 
 
 class Segmentation:
-    """The evaluation: mean IoU on images with masks at `root`, which are not the store's images.
+    """Evaluation by mean IoU on images with masks at `root`, which are independent of the store's
+    data.
 
-    See `open_masks` for `root`. `ignore`: numbers in masks that are no class; `classes`: names by
-    number. `shorter`: images are scaled so that their shorter side has so many pixels (None: as
-    they are). Of train `num_pixels` pixels in all are learned from.
+    See `open_masks` for `root`. `ignore`: numbers in masks to treat as unlabeled; `classes`: names
+    by number. `shorter`: images are resized so that their shorter side has this many pixels (None:
+    no resizing). The head is trained on `num_pixels` pixels of train in total.
     """
 
     @checked
@@ -70,7 +71,7 @@ class Segmentation:
         self.ignore = [ignore] if isinstance(ignore, int) else list(ignore)
         self.num_pixels, self.rates, self.seed = num_pixels, list(rates), seed
         self.num_steps, self.batch_size, self.weight_decay = num_steps, batch_size, weight_decay
-        self._segmenters = WeakKeyDictionary[Backbone, Segmenter]()  # to draw from
+        self._segmenters = WeakKeyDictionary[Backbone, Segmenter]()  # kept for `draw`
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """Mean IoU over the classes of the test masks, pixel accuracy, and IoU by class."""
@@ -102,7 +103,7 @@ class Segmentation:
         )
 
     def open(self, in_chans: int = 3) -> Scenes:
-        """Images and masks; with one split, every fifth image is asked and not learned from."""
+        """Images and masks; with one split, every fifth image is held out for testing."""
         train, test = open_masks(self.root, self.ignore, in_chans)
         if len(train) < (2 if test else 3):
             raise UserError(f"{expand(self.root)}: a head and its rate need more training images.")
@@ -121,7 +122,7 @@ class Segmentation:
     def fit(
         self, backbone: Backbone, normalize: Normalize, scenes: Scenes
     ) -> tuple[Segmenter, float]:
-        """The head and its rate: the best on every fifth training image, trained anew on all."""
+        """The head and its rate: the best on every fifth training image, retrained on all."""
         numbers, num_pixels = scenes.numbers, self.num_pixels
         pixels = draw_pixels(
             backbone, scenes.train, numbers, normalize, num_pixels, self.shorter, self.seed
@@ -152,8 +153,8 @@ class Segmentation:
         return torch.stack(found)
 
     def draw(self, backbone: Backbone, store: FeatureStore, path: Path) -> None:
-        """A few test images with their masks and what the head makes of them: the head that was
-        trained for this backbone when it was called, else one trained here.
+        """A few test images with their masks and predictions, by the head trained in `__call__`, or
+        by a new one.
         """
         scenes, normalize = self.open(backbone.in_chans), store.data.normalize
         segmenter = self._segmenters.get(backbone)
@@ -172,7 +173,7 @@ class Segmentation:
         segmentation_picture(images, truths, predictions, names, path)
 
     def name(self, number: int) -> str:
-        """What the class of a number is called."""
+        """The name of class `number`."""
         return self.classes[number] if number < len(self.classes) else str(number)
 
     def _train(
@@ -194,14 +195,14 @@ class Segmentation:
 def confusion(
     truth: Int[Tensor, "n"], predicted: Int[Tensor, "n"], num_classes: int
 ) -> Int[Tensor, "C C"]:
-    """How many have class r and are taken for c, at (r, c)."""
+    """Counts of true class r and predicted class c, at (r, c)."""
     both = truth * num_classes + predicted
     return torch.bincount(both, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def iou(confusion: Float[Tensor, "*n C C"]) -> Float[Tensor, "*n C"]:
-    """Intersection over union of each class; NaN, and so none of the mean, for one that no pixel
-    has: pixels that are taken for it are missed by their own classes.
+    """Intersection over union of each class; NaN, which the mean ignores, for a class without
+    pixels: pixels wrongly predicted as it count against their true classes.
     """
     hits = confusion.diagonal(dim1=-2, dim2=-1)
     truth, predicted = confusion.sum(dim=-1), confusion.sum(dim=-2)
@@ -209,11 +210,11 @@ def iou(confusion: Float[Tensor, "*n C C"]) -> Float[Tensor, "*n C"]:
 
 
 def iou_interval(confusions: Int[Tensor, "n C C"], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean IoU in percent: images are drawn anew 1,000 times, as many as there
-    are, with replacement, and their confusions added up.
+    """95 % bootstrap interval of the mean IoU in percent, over 1,000 samples of images with
+    replacement, whose confusion matrices are summed.
 
-    The classes of the mean are always those of all images; one that no pixel of a sample has keeps
-    its IoU of all images there: left out, it would lift or lower the mean by its difficulty.
+    The mean is always over the classes of the full set; a class absent from a sample keeps its IoU
+    of all images there, since leaving it out would bias the mean.
     """
     flat = confusions.double().flatten(1)
     whole = iou(confusions.sum(dim=0).double())
@@ -226,7 +227,7 @@ def iou_interval(confusions: Int[Tensor, "n C C"], seed: int = 0) -> tuple[float
 
 
 def _places(classes: Int[np.ndarray, "H W"], numbers: Sequence[int]) -> Int[np.ndarray, "H W"]:
-    """Class numbers as places in a list of them; -1 stays."""
+    """Class numbers as indices into a list of them; -1 stays."""
     return np.where(classes < 0, -1, np.searchsorted(numbers, classes))
 
 
@@ -240,7 +241,7 @@ def _asked(head: Segmenter, pixels: Pixels) -> Int[Tensor, "C C"]:
 
 
 def _apart(images: MaskedImages) -> tuple[MaskedImages, MaskedImages]:
-    """All but every fifth image (with fewer, the last), and these."""
+    """All but every fifth image (or the last of fewer), and these."""
     last = min(_HELD_OUT, len(images)) - 1
     rows = range(len(images))
     asked = [row for row in rows if row % _HELD_OUT == last]

@@ -1,8 +1,9 @@
-"""A linear head that tells the class of every pixel from frozen patch tokens.
+"""A linear segmentation head on frozen patch tokens.
 
 Oquab et al. 2024 (DINOv2), section 7.4: batch normalization and a 1x1 convolution, whose logits are
-upsampled bilinearly. Upsampling and a linear head may change places: a pixel's logits are those of
-its features, taken between the four patches around it. So the head learns from pixels, not maps.
+upsampled bilinearly. Upsampling and a linear map commute: a pixel's logits are those of its
+features interpolated between the four patches around it. So the head is trained on pixels, not on
+whole maps.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from dino_lite.eval.features import device_of, dtype_of, frozen
 
 
 class Pixels(NamedTuple):
-    """Some pixels of some images: features, the class (as a place in a list of them), the image."""
+    """Sampled pixels: features, class (as an index into a list of classes), and image."""
 
     features: Float[Tensor, "n D"]
     classes: Int[Tensor, "n"]
     image: Int[Tensor, "n"]
 
     def rows(self, chosen: Tensor) -> Pixels:
-        """Some of them, by number or by truth."""
+        """The pixels at `chosen`, indices or a mask."""
         return Pixels(*(part[chosen] for part in self))
 
 
 class Segmenter(NamedTuple):
-    """A head, normalization folded in."""
+    """A linear head with normalization folded in."""
 
     weight: Float[Tensor, "D C"]
     bias: Float[Tensor, "C"]
 
     def logits(self, features: Float[Tensor, "*n D"]) -> Float[Tensor, "*n C"]:
-        """Of pixels or patches alike."""
+        """Logits of pixels or patches."""
         return features @ self.weight + self.bias
 
     def predict(
@@ -59,8 +60,8 @@ def patch_features(
     normalize: Normalize,
     shorter: int | None = None,
 ) -> Float[Tensor, "h w D"]:
-    """The last block's patch tokens of a whole image, see `fitted`; float32, on the device. The
-    backbone is to be `frozen`.
+    """The last block's patch tokens of a whole image, resized by `fitted`; float32, on the device.
+    The backbone must be `frozen`.
     """
     pixels = np.ascontiguousarray(fitted(image, backbone.patch_size, shorter).transpose(2, 0, 1))
     images = torch.tensor(pixels[None], device=device_of(backbone))
@@ -71,8 +72,8 @@ def patch_features(
 def between_patches(
     features: Float[Tensor, "h w D"], pixels: Int[Tensor, "n 2"], size: tuple[int, int]
 ) -> Float[Tensor, "n D"]:
-    """Features of `pixels` (row, column) of a mask of `size`, bilinear between patch centers, as
-    `F.interpolate` would have them.
+    """Features at `pixels` (row, column) of a mask of `size`, interpolated bilinearly between patch
+    centers like `F.interpolate`.
     """
     lower, upper, part = [], [], []
     for axis in (0, 1):
@@ -97,8 +98,8 @@ def draw_pixels(
     shorter: int | None = None,
     seed: int = 0,
 ) -> Pixels:
-    """At most `num_pixels` pixels that have a class, as many of each image, drawn by (seed, image
-    number); `numbers` lists the classes.
+    """At most `num_pixels` labeled pixels, equally many per image, drawn by (seed, image index);
+    `numbers` lists the classes.
     """
     found, each = [], max(1, num_pixels // len(images))
     with frozen(backbone):
@@ -126,9 +127,10 @@ def train_heads(
     device: torch.device,
     seed: int = 0,
 ) -> list[Segmenter]:
-    """A head for each rate, all on the same batches: cross-entropy, AdamW, the rate falling to 0
-    along a cosine. Features are normalized by the mean and deviation of all pixels. Heads begin at
-    zero, so that only the batches are drawn.
+    """One head per rate, all on the same batches: cross-entropy, AdamW, cosine decay to 0.
+
+    Features are normalized by mean and standard deviation of all pixels. Heads start at zero, so
+    only the batches are random.
     """
     features, classes = pixels.features.to(device), pixels.classes.to(device)
     std, mean = torch.std_mean(features, dim=0, correction=0)

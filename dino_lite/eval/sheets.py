@@ -1,4 +1,4 @@
-"""Sheets of pictures in rows and groups, the look that all pictures share, and files whole."""
+"""Layout and style shared by all pictures, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dino_lite.contracts import Source, UserError
 from dino_lite.data.photometric import Normalize
 
 INK, GRAY, LINE = "#1f2933", "#6b7785", "#cbd2d9"
-BLUE, ORANGE = "#1769aa", "#d9762b"  # the color-blind tell them apart too
+BLUE, ORANGE = "#1769aa", "#d9762b"  # distinguishable to color-blind readers
 MARGIN, GAP, _GROUP_GAP = 36, 8, 30  # pixels
-TOP, _LINE_BELOW = 144, 26  # where the first row begins; what a line of text below a cell takes
-WIDTH = 192  # pixels of a picture in a sheet, about
+TOP, _LINE_BELOW = 144, 26  # top of the first row; height of a line of text below a cell
+WIDTH = 192  # approximate pixels of a picture in a sheet
 DPI = 150
-_ENTRY, _FEW = 44, 2  # pixels around a legend's text; entries that always stand beside the title
+_ENTRY, _FEW = 44, 2  # pixels around a legend's text; entries that always fit beside the title
 
 
 class Cell(NamedTuple):
@@ -38,26 +38,26 @@ class Cell(NamedTuple):
 
     @property
     def height(self) -> int:
-        """Pixels it takes from top to bottom, text apart."""
+        """Its height in pixels, without text."""
         height, width = self.pixels.shape[:2]
         return round(self.width * int(height) / int(width))
 
 
 class Heading(NamedTuple):
-    """What stands above a group of cells: what they are, and a smaller line."""
+    """Heading of a group of cells: a title and a smaller line."""
 
     text: str
     detail: str
 
 
-Row = list[list[Cell]]  # groups of cells, as many as there are headings
-Legend = Sequence[tuple[str, str]]  # color, what it means
+Row = list[list[Cell]]  # groups of cells, one per heading
+Legend = Sequence[tuple[str, str]]  # color and meaning
 
 
 def rgb(
     images: Shaped[Tensor, "S n C h w"], normalize: Normalize | None
 ) -> UInt8[np.ndarray, "S n h w 3"]:
-    """Pixels as they are stored, or as they were before `normalize`."""
+    """Pixels for display: uint8 as is, floats with `normalize` undone."""
     images = images.detach().cpu()
     if images.is_floating_point():
         images = images.double()
@@ -68,7 +68,7 @@ def rgb(
 
 
 def as_rgb(pixels: UInt8[np.ndarray, "*lead h w C"]) -> UInt8[np.ndarray, "*lead h w 3"]:
-    """Three channels that can be shown: one is repeated, of more the first three are taken."""
+    """Three channels for display: one is repeated, of more the first three are taken."""
     if pixels.shape[-1] in (1, 2):
         pixels = np.repeat(pixels[..., :1], 3, axis=-1)
     return np.ascontiguousarray(pixels[..., :3])
@@ -82,14 +82,14 @@ def thumbnail(source: Source, index: int, width: int) -> UInt8[np.ndarray, "w w 
 
 
 def mixed(color: str, share: float, ground: str = "#ffffff") -> tuple[int, int, int]:
-    """`share` of a color on a ground, as RGB."""
+    """A color blended with a background, `share` of it, as RGB."""
     both = zip(ImageColor.getrgb(color)[:3], ImageColor.getrgb(ground)[:3], strict=True)
     red, green, blue = (round(share * a + (1 - share) * b) for a, b in both)
     return red, green, blue
 
 
 def shortened(text: str, width: float, size: int, bold: bool = False) -> str:
-    """`text` as far as it fits into `width` pixels."""
+    """`text`, truncated to `width` pixels."""
     if font(size, bold).getlength(text) <= width:
         return text
     while text and font(size, bold).getlength(f"{text}\u2026") > width:
@@ -98,7 +98,7 @@ def shortened(text: str, width: float, size: int, bold: bool = False) -> str:
 
 
 def drawn(size: int) -> int:
-    """The width to draw `size` pixels at: a whole multiple where they are few, to stay sharp."""
+    """The width at which to draw `size` pixels: a whole multiple for small images, to be sharp."""
     return size * max(1, round(WIDTH / size)) if size <= 256 else 224
 
 
@@ -114,7 +114,7 @@ def draw_sheet(
     legend: Legend = (),
     stack: bool = True,
 ) -> None:
-    """Draw rows of groups below their headings as PNG; small cells are stacked where they fit."""
+    """Draw rows of groups below their headings as PNG; small cells are stacked if they fit."""
     tall = max(cell.height for row in rows for group in row for cell in group)
     starts, ends, lines, x = [], [], [], MARGIN
     for heading, cells in zip(headings, rows[0], strict=True):
@@ -148,8 +148,8 @@ def draw_sheet(
 def start_page(
     right: int, bottom: int, title: str, legend: Legend = ()
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A white page with its title. What is drawn ends at `right` and, with the margin, at `bottom`;
-    the legend stands beside the title where it fits, else below, in lines.
+    """A white page with its title. The drawing ends at `right` and, including the margin, at
+    `bottom`; the legend is placed beside the title if it fits, else below, in lines.
     """
     entries = [math.ceil(font(16).getlength(text)) + _ENTRY for _, text in legend]
     titled = MARGIN + math.ceil(font(26, True).getlength(title))
@@ -176,7 +176,7 @@ def start_page(
 
 
 def save_page(page: Image.Image, path: str | Path) -> None:
-    """As PNG, whole or not at all."""
+    """Write as PNG, atomically."""
     write_whole(path, lambda part: page.save(part, format="PNG", dpi=(DPI, DPI)))
 
 
@@ -192,7 +192,7 @@ def _draw_cell(page: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int,
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
+    """DejaVu Sans, which ships with matplotlib."""
     import matplotlib as mpl
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -200,7 +200,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place at once."""
+    """Write atomically: `write` fills a file beside `path`, which then replaces it."""
     path = Path(path).expanduser()
     part = path.with_name(f".{path.name}.part")
     try:

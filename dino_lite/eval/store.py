@@ -1,4 +1,4 @@
-"""A data set through a frozen backbone: features that are extracted once, and kept."""
+"""Features of a data set, extracted once per backbone and cached."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from dino_lite.data.subset import Subset
 from dino_lite.distributed import all_gather_cat, all_gather_objects, rank, world_size
 from dino_lite.eval.features import Pooled, device_of, dtype_of, extract_pooled
 
-_FORMAT = "dino_lite features 1"  # what the files mean: another number where that changes
+_FORMAT = "dino_lite features 1"  # increase the number when the format changes
 
 
 class FeatureStore:
-    """What evaluations ask for features; `data` is there for those that need the images.
+    """Extracts and caches features for evaluations; `data` is for those that need images.
 
-    Features are kept in memory and, where `folder` is given, on disk, under a key of all that they
-    depend on: weights, images, size, normalization. Each rank extracts its part of the images; all
-    get all. `num_blocks`: at least so many are kept, for evaluations to come.
+    Features are kept in memory and, given `folder`, on disk, under a key of everything they depend
+    on: weights, images, size, normalization. Each rank extracts its part of the images; all ranks
+    get all. `num_blocks`: at least this many are kept, for later evaluations.
     """
 
     def __init__(self, data: CleanData, folder: Path | None = None, num_blocks: int = 1) -> None:
         self.data, self.folder, self.num_blocks = data, folder, num_blocks
         self._kept: dict[str, Pooled] = {}
-        # What a key was made of is kept beside it: no other object can come to the same place.
+        # Keeps the objects alive, so that their ids are not reused.
         self._keys: dict[tuple[int, int], tuple[Backbone, Source, str]] = {}
 
     def pooled(self, backbone: Backbone, source: Source, num_blocks: int = 1) -> Pooled:
@@ -59,7 +59,7 @@ class FeatureStore:
     def labeled(
         self, backbone: Backbone, what: str, num_blocks: int = 1
     ) -> tuple[Pooled, Pooled | None]:
-        """Train and, where it is there and has labels, test; `what` is said of in messages."""
+        """Features of train and, if labeled, of test; `what` names the evaluation in messages."""
         train, test = self.data.splits.train, self.data.splits.test
         demand_labels(train, what)
         bank = self.pooled(backbone, train, num_blocks)
@@ -68,7 +68,7 @@ class FeatureStore:
         return bank, self.pooled(backbone, test, num_blocks)
 
     def _extract(self, backbone: Backbone, source: Source, num_blocks: int) -> Pooled:
-        """Rank r's images are the r-th of equal stretches: none twice, none left out."""
+        """Each rank extracts one of equal contiguous parts."""
         bounds = [len(source) * r // world_size() for r in (rank(), rank() + 1)]
         rows = torch.arange(*bounds)
         part = source if world_size() == 1 else Subset(source, rows.numpy())
@@ -78,7 +78,7 @@ class FeatureStore:
         shapes = [shape for shape in all_gather_objects(_shapes(own)) if shape[0][-1]]
         if not shapes:
             raise UserError("The evaluation found no image it could read; check data.root.")
-        if not len(own.labels):  # another rank knows the widths
+        if not len(own.labels):  # widths from another rank
             cls, patches = (torch.zeros(0, *shape) for shape in shapes[0])
             own = own._replace(cls=cls, patches=patches)
         own = own._replace(index=rows[own.index])
@@ -90,8 +90,8 @@ class FeatureStore:
         return None if self.folder is None else self.folder / f"{key}.safetensors"
 
     def _read(self, key: str, num_blocks: int) -> Pooled | None:
-        """What lies on disk, if it has enough blocks; all ranks agree, as those without it would
-        extract alone.
+        """Features from disk, if they have enough blocks; None on all ranks unless every rank has
+        them.
         """
         path, found = self._path(key), None
         if path is not None and path.is_file():
@@ -100,7 +100,7 @@ class FeatureStore:
                     found = Pooled(*(file.get_tensor(name) for name in Pooled._fields))
                     bad = json.loads(file.metadata()["bad"])
             except (OSError, SafetensorError, KeyError, ValueError):
-                found = None  # half a file, or none of ours: extracted anew
+                found = None  # truncated or foreign file: extract again
         if found is not None and found.cls.shape[1] < num_blocks:
             found = None
         if not all(all_gather_objects(found is not None)):
@@ -109,7 +109,7 @@ class FeatureStore:
         return found
 
     def _write(self, key: str, pooled: Pooled, source: Source) -> None:
-        """Whole or not at all; a full disk costs the next evaluation its time, not this one."""
+        """Write atomically; failures, such as a full disk, only lose the cache."""
         path = self._path(key)
         if path is None:
             return
@@ -127,7 +127,7 @@ class FeatureStore:
 
 
 def demand_labels(train: Source, what: str) -> Int[np.ndarray, "N"]:
-    """The labels of the training images; `what` cannot do without."""
+    """The labels of the training images. Raises UserError, naming `what`, if there are none."""
     if train.labels is None:
         raise UserError(
             f"{what} needs labels and the training images have none; "
@@ -137,7 +137,7 @@ def demand_labels(train: Source, what: str) -> Int[np.ndarray, "N"]:
 
 
 def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
-    """32 hex digits over everything that features depend on, but for the number of blocks."""
+    """32 hex digits over everything that features depend on, except the number of blocks."""
     total = blake2b(digest_size=16)
     about: list[Any] = [
         *(_FORMAT, backbone.stored_spec(), str(dtype_of(backbone)), data.size),
@@ -160,7 +160,7 @@ def _stamps(source: Source) -> bytes:
             seen = os.stat(path)
             total.update(f"{seen.st_size} {seen.st_mtime_ns}".encode())
         except (OSError, ValueError):
-            total.update(b"-")  # behind a URL, or gone
+            total.update(b"-")  # a URL, or missing
     return total.digest()
 
 
