@@ -346,7 +346,7 @@ def pretend_download(monkeypatch: pytest.MonkeyPatch) -> list[VisionTransformer]
         ("vit_of_dreams", "timm has no such model"),
         ("test_vit.of_dreams", "timm has no such model"),
         ("resnet18.a1_in1k", "is no vision transformer"),
-        ("vit_base_patch16_clip_224.openai", "no plain vision transformer"),
+        ("vit_base_patch16_clip_224.openai", "not a plain vision transformer"),
     ],
 )
 def test_a_timm_model_that_is_none_of_ours_is_refused_before_it_is_downloaded(
