@@ -345,7 +345,7 @@ def pretend_download(monkeypatch: pytest.MonkeyPatch) -> list[VisionTransformer]
     [
         ("vit_of_dreams", "timm has no such model"),
         ("test_vit.of_dreams", "timm has no such model"),
-        ("resnet18.a1_in1k", "is no vision transformer"),
+        ("resnet18.a1_in1k", "is not a vision transformer"),
         ("vit_base_patch16_clip_224.openai", "not a plain vision transformer"),
     ],
 )
@@ -544,7 +544,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "unknown heads": (
         spoiled(lambda w: None, embed_dim=24),
-        "how many heads a width of 24.*NAME.json beside",
+        "number of heads for a width of 24.*NAME.json next to",
     ),
     "another activation": (
         lambda folder: with_config(spoiled(lambda w: None)(folder), hidden_act="gelu_new"),

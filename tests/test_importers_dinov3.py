@@ -273,11 +273,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"1 unknown.*rope_embed\.periods",
     ),
     "a second norm": (hub(cls_norm__weight=torch.ones(48)), r"1 unknown.*cls_norm\.weight"),
-    "no last norm": (without("norm.weight"), r"lacks norm\.weight.*DINOv3's, can be opened"),
+    "no last norm": (without("norm.weight"), r"lacks norm\.weight.*DINOv3 ViTs, can be opened"),
     "half an MLP": (without("blocks.1.mlp.fc1.bias"), r"1 weights missing.*blocks\.1\.mlp\.fc1"),
     "unknown heads": (
         lambda folder: with_config(without()(folder)),
-        "how many heads a width of 48.*NAME.json beside",
+        "number of heads for a width of 48.*NAME.json next to",
     ),
     "another width": (without(hidden_size=64), "hidden_size=64: it belongs to other weights"),
     "another activation": (without(hidden_act="relu"), "with gelu.*relu"),

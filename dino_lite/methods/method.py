@@ -46,7 +46,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Update teachers and centers (unless `ok` is false: a skipped step), and count the step."""
+        """Update teachers and centers, unless `ok` is false (a skipped step); count the step."""
         raise NotImplementedError
 
     @classmethod
