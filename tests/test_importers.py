@@ -101,7 +101,11 @@ def test_a_training_checkpoint_is_told_apart(tmp_path: Path) -> None:
     assert all(".backbone." not in name for name in opened.fit.unused if "teacher" in name)
     assert opened.fit.adapted == []
     text = " | ".join(opened.notes)
-    for words in ("DINO's layout: all 30 of the backbone", "num_heads=2", "left unused: student"):
+    for words in (
+        "all 30 weights loaded, from DINO's layout",
+        "num_heads=2",
+        "left unused: student",
+    ):
         assert words in text
     assert "student.module (31), teacher.head, dino_loss" in text
 

@@ -151,7 +151,12 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
     opened = open_weights(saved(as_hub(dict(theirs().state_dict())), tmp_path))
     text = " | ".join(opened.notes)
     for words in (
-        *("DINOv3's layout: all 37 of the backbone", "kind=rope", "num_heads=3", "qkv_bias=True"),
+        *(
+            "all 37 weights loaded, from DINOv3's layout",
+            "kind=rope",
+            "num_heads=3",
+            "qkv_bias=True",
+        ),
         *("left unused", "rope_embed", "local_cls_norm", "adapted: blocks.*.attn.qkv (4)"),
     ):
         assert words in text, words

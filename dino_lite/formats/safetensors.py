@@ -115,7 +115,7 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
         ) from error
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} does not match the backbone that {CONFIG} next to it describes: "
+            f"{path} does not fit the backbone that {CONFIG} next to it describes: "
             "export both again, together."
         ) from error
     return backbone.eval()
