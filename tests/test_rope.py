@@ -442,7 +442,7 @@ def test_what_is_no_dinov3_is_a_sentence(settings: dict[str, Any], words: str) -
 
 def test_a_dinov3_asked_for_as_a_plain_vit_is_told_where_it_is() -> None:
     """backbone=auto with its name."""
-    with pytest.raises(UserError, match="for a DINOv3 one backbone=rope with this name"):
+    with pytest.raises(UserError, match="for a DINOv3 model, backbone=rope with this name"):
         ViT(NAMES[0])
 
 
