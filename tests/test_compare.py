@@ -147,7 +147,7 @@ def test_intervals_are_shown_where_they_are_known(
                 **{"protocol": "a coin", "settings": {}, "num_train": 1, "num_test": 2},
             }
 
-    config = put(asked(runs, "checkpoints=[é]", f"out={tmp_path}/t.md"), "eval", {"luck": {}})
+    config = put(asked(runs, "checkpoints=[é]", f"out={tmp_path}/t.md"), "eval", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dino_lite.commands.compare.build_evaluations", lambda _: {"luck": Fixed()})
         run_compare(config)
