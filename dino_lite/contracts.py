@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -358,11 +359,20 @@ class Teacher(Protocol):
         ...
 
 
-@runtime_checkable
-class Evaluation(Protocol):
-    """Measures a frozen backbone on a data set (a FeatureStore); knows no method.
+class Evaluation:
+    """Measures a frozen backbone on a data set; knows no method. Abstract.
 
-    One that reads more than the last block says so in `num_blocks`. Gives `eval.results.result`.
+    `num_blocks`: how many of the last blocks it reads. `has_baselines`: whether its number means
+    something for raw pixels and untrained networks.
     """
 
-    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]: ...
+    num_blocks: int = 1
+    has_baselines: bool = True
+
+    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]:
+        """The result (`eval.results.result`) on the features and images of a `FeatureStore`."""
+        raise NotImplementedError
+
+    def draw(self, backbone: Backbone, store: Any, path: Path) -> None:
+        """Write a picture of the result to `path`; evaluations without one leave this alone."""
+        raise NotImplementedError
