@@ -344,21 +344,6 @@ class Loss:
         raise NotImplementedError
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """A network that is never trained by gradient: an average, a frozen model, or snapshots of
-    another teacher.
-    """
-
-    module: nn.Module
-
-    def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Follow the student after an optimizer step; change nothing where `ok` is false (the step
-        was skipped).
-        """
-        ...
-
-
 class Evaluation:
     """Measures a frozen backbone on a data set; knows no method. Abstract.
 
