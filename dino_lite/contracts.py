@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -340,27 +341,20 @@ class Loss:
         raise NotImplementedError
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """A network that is not trained by gradient: an average, a frozen model, or snapshots of
-    another teacher.
+class Evaluation:
+    """Measures a frozen backbone on a data set, independent of the method. Abstract.
+
+    `num_blocks`: number of last blocks it reads. `has_baselines`: whether its result is meaningful
+    for raw pixels and untrained networks.
     """
 
-    module: nn.Module
+    num_blocks: int = 1
+    has_baselines: bool = True
 
-    def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Update from the student after an optimizer step; change nothing if `ok` is false (a
-        skipped step).
-        """
-        ...
+    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]:
+        """The result (`eval.results.result`) on the features and images of a `FeatureStore`."""
+        raise NotImplementedError
 
-
-@runtime_checkable
-class Evaluation(Protocol):
-    """Measures a frozen backbone on a data set (a FeatureStore), independent of the method.
-
-    An evaluation that reads more than the last block sets `num_blocks`. Returns the result of
-    `eval.results.result`.
-    """
-
-    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]: ...
+    def draw(self, backbone: Backbone, store: Any, path: Path) -> None:
+        """Write a picture of the result to `path`. Optional: only evaluations with one override it."""
+        raise NotImplementedError

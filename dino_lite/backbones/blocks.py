@@ -134,14 +134,6 @@ def _call(block: nn.Module, *given: Any) -> Tensor:
     return out
 
 
-def computed_part(transformer: Any, compiled: bool) -> float:
-    """Fraction of the blocks' computation that remains in training with stochastic depth."""
-    blocks, by = list(transformer.blocks), transformer.drop_path_by
-    if by == "sample" or (compiled and not _share_a_graph(blocks, by)):
-        return 1.0
-    return sum(1 - _drop_prob(block.drop_path1) for block in blocks) / len(blocks)
-
-
 def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:
     """Whether all blocks drop nothing, or all drop the same part of the batch."""
     probs = {_drop_prob(cast(Any, block).drop_path1) for block in blocks}

@@ -23,7 +23,7 @@ class Method(nn.Module):
     """A training method: student, teachers, targets, and updates after a step. Abstract;
     independent of Lightning and of the training loop.
 
-    `teachers` maps roles ("ema") to Teachers; `step` counts optimizer steps.
+    `teachers` maps roles ("ema") to teachers; `step` counts optimizer steps.
     """
 
     inherits: ClassVar[tuple[str, ...]] = ()  # settings that a start from an earlier run takes over
