@@ -356,5 +356,5 @@ class Evaluation:
         raise NotImplementedError
 
     def draw(self, backbone: Backbone, store: Any, path: Path) -> None:
-        """Write a picture of the result to `path`. Optional: only evaluations with one override it."""
+        """Write a picture of the result to `path`. Optional: override to provide one."""
         raise NotImplementedError
