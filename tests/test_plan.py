@@ -386,7 +386,7 @@ def test_times_are_read(text: str, value: float) -> None:
         (["method=dinov2", "method.patch_head.batch_norm=true"], "a single one has no variance"),
         (
             ["method=dinov2", "method.patch_head=null", "method.head.batch_norm=true"],
-            r"method\.head\.batch_norm=true: masked patches",
+            r"method\.head\.batch_norm=true: the number of masked patches",
         ),
         (["backbone.mask_token=true"], "the method masks no patches"),
         (["method=dinov3", "method.gram.start_step=5"], "a fraction of the run"),
