@@ -153,7 +153,7 @@ def test_data_of_a_users_own_come_in_the_backbones_channels(
     assert "None of the 8 images can be read" in told
     assert "has 3 channels, not data.channels=5" in told
     told = sentence(run_evaluate, config(five_run, "data.channels=1"))
-    assert "images of 1 channels, but the backbone takes 5" in told
+    assert "have 1 channels, but the backbone takes 5" in told
     told = sentence(run_export, compose("export", [f"checkpoint={five_run}", *asked]))
     assert "not data.channels=5" in told
 
