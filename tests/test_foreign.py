@@ -103,7 +103,7 @@ def test_dinov2s_weights_are_exported_whole(tmp_path: Path) -> None:
 def test_without_a_folder_to_write_to_a_foreign_export_is_refused(tmp_path: Path) -> None:
     """There is no run to put it into."""
     file = saved(small().state_dict(), tmp_path)
-    with pytest.raises(UserError, match="belongs to no run: name a folder"):
+    with pytest.raises(UserError, match="is not part of a run: give the folder"):
         run_export(compose("export", [f"checkpoint={file}", f"runs_dir={tmp_path}", *DATA[:3]]))
 
 

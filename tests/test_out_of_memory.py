@@ -106,11 +106,11 @@ def test_out_of_memory_on_resume_goes_on_from_the_checkpoint(
         (
             [AUTO, "method=dinov2"],
             4,
-            r"KoLeo .* together, so that trainer\.micro_batch_size=4 changes",
+            r"KoLeo .* micro-batch, so trainer\.micro_batch_size=4 would change",
         ),
         ([AUTO, "method.head.batch_norm=true"], 4, r"trainer\.micro_batch_size=4 changes"),
-        (["trainer.micro_batch_size=8"], 4, r"of 8 images: give a smaller trainer\.micro_batch"),
-        ([AUTO], 0, r"of 1 images: give a smaller trainer\.micro_batch_size"),
+        (["trainer.micro_batch_size=8"], 4, r"of 8 images: set a smaller trainer\.micro_batch"),
+        ([AUTO], 0, r"of 1 images: set a smaller trainer\.micro_batch_size"),
     ],
 )
 def test_where_half_would_not_do_it_is_a_sentence(

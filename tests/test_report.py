@@ -442,7 +442,7 @@ def test_data_that_is_gone_costs_the_pictures_and_no_more(tmp_path: Path) -> Non
     root.rename(tmp_path / "elsewhere")
     path = run_report(compose("report", [f"checkpoint={run}", f"runs_dir={tmp_path}"]))
     _, text = read(path.read_text(encoding="utf-8"))
-    assert "Pictures of it could not be drawn: " in text
+    assert "Pictures could not be drawn: " in text
     assert "photos: 12 images" in text
 
 
