@@ -271,7 +271,9 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_looked_at(tmp_p
     """A file in the way of `out`, a folder that `pack` would have to mix with."""
     (tmp_path / "file").write_text("")
     config = composed("shapes")
-    assert "choose another folder" in sentence(run_check, put(config, "out", str(tmp_path / "file")))
+    assert "choose another folder" in sentence(
+        run_check, put(config, "out", str(tmp_path / "file"))
+    )
     assert "not empty" in sentence(run_check, put(config, "pack", str(tmp_path)))
 
 
