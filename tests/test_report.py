@@ -182,7 +182,7 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"results.json": None}, "The run is not finished: it is at step 500"),
-        ({"results.json": None, "metrics.csv": None}, "it stands before its first logged step"),
+        ({"results.json": None, "metrics.csv": None}, "it is before its first logged step"),
         ({"metrics.csv": None}, "metrics.csv cannot be read (No such file or directory)"),
         ({"environment.json": None}, "environment.json cannot be read"),
         ({"results.json": "{"}, "results.json cannot be read"),
