@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -343,26 +344,20 @@ class Loss:
         raise NotImplementedError
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """A network that is never trained by gradient: an average, a frozen model, or snapshots of
-    another teacher.
+class Evaluation:
+    """Measures a frozen backbone on a data set; knows no method. Abstract.
+
+    `num_blocks`: how many of the last blocks it reads. `has_baselines`: whether its number means
+    something for raw pixels and untrained networks.
     """
 
-    module: nn.Module
+    num_blocks: int = 1
+    has_baselines: bool = True
 
-    def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Follow the student after an optimizer step; change nothing where `ok` is false (the step
-        was skipped).
-        """
-        ...
+    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]:
+        """The result (`eval.results.result`) on the features and images of a `FeatureStore`."""
+        raise NotImplementedError
 
-
-@runtime_checkable
-class Evaluation(Protocol):
-    """Measures a frozen backbone on a data set (a FeatureStore); knows no method.
-
-    One that reads more than the last block says so in `num_blocks`. Gives `eval.results.result`.
-    """
-
-    def __call__(self, backbone: Backbone, store: Any) -> dict[str, Any]: ...
+    def draw(self, backbone: Backbone, store: Any, path: Path) -> None:
+        """Write a picture of the result to `path`; evaluations without one leave this alone."""
+        raise NotImplementedError

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from dino_lite.commands import evaluate as evaluate_file
 from dino_lite.commands.compare import Row, as_markdown, run_compare
+from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.config import Config, compose, put
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Evaluation, UserError
+from dino_lite.eval import baselines
 from dino_lite.eval.results import result
 from dino_lite.report.terminal import print_comparison
 from test_importers import pretend_download, saved, small
@@ -58,9 +59,9 @@ def test_equal_baselines_are_measured_once(runs: Path, monkeypatch: pytest.Monke
     """One for two networks alike; others of another size, and each then says whose it is."""
     drawn: list[str] = []
     for name in ("raw_pixels", "untrained"):
-        real = getattr(evaluate_file, name)
+        real = getattr(baselines, name)
         monkeypatch.setattr(
-            evaluate_file,
+            baselines,
             name,
             lambda *args, real=real, name=name: drawn.append(name) or real(*args),
         )
@@ -140,14 +141,14 @@ def test_intervals_are_shown_where_they_are_known(
 ) -> None:
     """In the terminal and in the table."""
 
-    class Fixed:
+    class Fixed(Evaluation):
         def __call__(self, backbone: Any, store: Any) -> dict[str, Any]:
             return {
                 **{"metric": "luck", "value": 50.0, "unit": "%", "interval": [40.0, 60.0]},
                 **{"protocol": "a coin", "settings": {}, "num_train": 1, "num_test": 2},
             }
 
-    config = put(asked(runs, "checkpoints=[é]", f"out={tmp_path}/t.md"), "eval", {"luck": {}})
+    config = put(asked(runs, "checkpoints=[é]", f"out={tmp_path}/t.md"), "eval", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dino_lite.commands.compare.build_evaluations", lambda _: {"luck": Fixed()})
         run_compare(config)
@@ -195,7 +196,7 @@ def test_data_of_a_run_is_known_as_its_own(runs: Path) -> None:
     """`evaluate` on what was asked for by name marks results of other data, also without a root."""
     config = compose("evaluate", [f"checkpoint={runs}/other", "data=shapes", "accelerator=cpu"])
     config = put(put(config, "data.num_train", 12), "data.num_test", 8)
-    evaluate_file.run_evaluate(config | {"image_size": 16})
+    run_evaluate(config | {"image_size": 16})
     kept = json.loads((runs / "other" / "results.json").read_text())["last"]
     assert kept["knn@shapes@16px"]["num_test"] == 8
     assert "knn" not in kept

@@ -130,14 +130,6 @@ def _call(block: nn.Module, *given: Any) -> Tensor:
     return out
 
 
-def computed_part(transformer: Any, compiled: bool) -> float:
-    """How much of the work of its blocks stochastic depth leaves in training."""
-    blocks, by = list(transformer.blocks), transformer.drop_path_by
-    if by == "sample" or (compiled and not _share_a_graph(blocks, by)):
-        return 1.0
-    return sum(1 - _drop_prob(block.drop_path1) for block in blocks) / len(blocks)
-
-
 def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:
     """Whether all blocks drop alike: none, or parts of one size."""
     probs = {_drop_prob(cast(Any, block).drop_path1) for block in blocks}

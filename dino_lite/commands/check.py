@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lite.config import Config, command, compose, get, instantiate, put
+from dino_lite.config import Config, command, compose, get, put
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.findings import (
     Finding,
@@ -44,7 +44,7 @@ from dino_lite.machine import Facts, num_cores
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.timing import compare, time_loading, time_training
 from dino_lite.planning.checks import check_values
-from dino_lite.planning.plan import Plan, gather_facts, plan
+from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
 from dino_lite.runs.identity import absolute_paths
@@ -74,7 +74,7 @@ def run_check(config: Config) -> dict[str, Any]:
     config = check_values(begin_config(absolute_paths(config)))
     if config["pack"]:
         check_target(Path(config["pack"]))
-    splits: Splits = instantiate(config["data"])
+    splits = open_splits(config["data"])
     title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
     out = Path(config["out"] or Path("checks") / title)
     try:

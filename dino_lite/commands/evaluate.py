@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_lite.config import Config, command, compose
+from dino_lite.contracts import Evaluation
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.gallery import PICTURES, draw_on_all_ranks
@@ -41,7 +42,11 @@ def run_evaluate(config: Config) -> dict[str, Any]:
         print(f"written to {subject.checkpoint.results_file}")
         print_results({"": results})
     if config["pictures"] is not None:
-        own = {name: each.draw for name, each in evaluations.items() if hasattr(each, "draw")}
+        own = {
+            name: each.draw
+            for name, each in evaluations.items()
+            if type(each).draw is not Evaluation.draw
+        }
         folder = Path(config["pictures"])
         drawn = draw_on_all_ranks(subject.backbone, subject.store, folder, PICTURES | own, print)
         if rank() == 0:

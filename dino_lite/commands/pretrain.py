@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from dino_lite import config as cfg
-from dino_lite.config import Config, command, compose, get, instantiate
+from dino_lite.config import Config, command, compose, get
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.planning.checks import check_values
-from dino_lite.planning.plan import Plan, gather_facts, plan
+from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
@@ -43,7 +43,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     request = requested(config)
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
     config = begin_config(config)
-    splits: Splits = instantiate(config["data"])
+    splits = open_splits(config["data"])
     facts = gather_facts(config, splits)
     planned = plan(config, facts)
     run = Run(Path(config["runs_dir"]).expanduser() / run_name(planned.config, request, facts))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.data.targets import Targets, read_targets
 from dino_lite.eval.features import Pooled, check_finite
 from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE, hold_out
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     num_without: int
 
 
-class MultiLabel:
+class MultiLabel(Evaluation):
     """Evaluation by mean average precision: a logistic regression for each 0/1 column of the table
     `targets`, with one common C, chosen on a part of train.
     """
@@ -130,7 +130,7 @@ class MultiLabel:
         return [torch.from_numpy(fit.decision_function(asked)) for _, fit in path]
 
 
-class Regression:
+class Regression(Evaluation):
     """Evaluation by R² on test: ridge regression on each column of the table `targets`, each with a
     penalty chosen on train by leave-one-out.
     """

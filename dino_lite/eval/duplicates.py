@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.data.hashing import linked_groups
 from dino_lite.data.sources import reason
 from dino_lite.data.statistics import count_duplicates
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
     total: int
 
 
-class Duplicates:
+class Duplicates(Evaluation):
     """Evaluation that lists pairs of images whose CLS features have a cosine of at least
     `threshold`, within train and between train and test. Labels are not used. Every pair is written
     to the CSV file `out`; the most similar are shown.

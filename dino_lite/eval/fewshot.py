@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.knn import knn_answers
 from dino_lite.eval.results import percent, result
@@ -32,7 +32,7 @@ class Tries(NamedTuple):
         return float(self.top1.std()) if len(self.top1) > 1 else 0.0
 
 
-class FewShot:
+class FewShot(Evaluation):
     """Evaluation by k-NN: test images against n of train per class, for each n of `nums`; with one
     split the queries are the images that were not drawn. Try t draws from seed t, as DINOv2's k-NN
     does.

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lite.contracts import Backbone, Progress, Source, UserError
+from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserError
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from dino_lite.data.subset import Subset
 from dino_lite.distributed import rank
@@ -39,7 +39,7 @@ class Labeled(NamedTuple):
     where: str  # where the test images come from, in words
 
 
-class Finetune:
+class Finetune(Evaluation):
     """Evaluation by fine-tuning: a copy of the backbone and a linear layer on its class token are
     trained for `num_epochs`; reports the last epoch's accuracy on test, without model selection.
 

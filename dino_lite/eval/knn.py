@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
@@ -51,7 +51,7 @@ class Answers(NamedTuple):
         return Accuracy(float(top1), float(top5))
 
 
-class KNN:
+class KNN(Evaluation):
     """Evaluation by k-NN: test images against train; without a test split, leave-one-out on train.
 
     Values of `ks` above the size of the bank are reduced to it.

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dino_lite.contracts import Backbone
+from dino_lite.contracts import Backbone, Evaluation
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
@@ -30,7 +30,7 @@ PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
 _AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # if that is too few for the data
 
 
-class Linear:
+class Linear(Evaluation):
     """Evaluation by a linear probe: the head that is most accurate on a held-out part of train is
     retrained on all of train and tested.
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from dino_lite.contracts import Backbone
+from dino_lite.contracts import Backbone, Evaluation
 from dino_lite.eval.holdout import chooser, classification
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, result
@@ -26,7 +26,7 @@ from dino_lite.settings.validate import checked
 Powers = Annotated[Sequence[float], rising()]
 
 
-class Logistic:
+class Logistic(Evaluation):
     """Evaluation by logistic regression on class tokens of the last block, with C one of `num_cs`
     values from 10^`powers[0]` to 10^`powers[1]`, evenly spaced in the exponent.
     """

@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dino_lite.contracts import Backbone
+from dino_lite.contracts import Backbone, Evaluation
 from dino_lite.eval.store import FeatureStore
 
 
 def measure(
-    backbone: Backbone, store: FeatureStore, evaluations: Mapping[str, Any]
+    backbone: Backbone, store: FeatureStore, evaluations: Mapping[str, Evaluation]
 ) -> dict[str, dict[str, Any]]:
     """Each evaluation's result, with data, pixels, unreadable images and seconds."""
     results = {}
@@ -24,11 +24,9 @@ def measure(
     return results
 
 
-def comparable(evaluations: Mapping[str, Any]) -> dict[str, Any]:
+def comparable(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
     """Those whose number says something beside that of a baseline."""
-    return {
-        name: each for name, each in evaluations.items() if getattr(each, "has_baselines", True)
-    }
+    return {name: each for name, each in evaluations.items() if each.has_baselines}
 
 
 def beside(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.metrics import last_equal
 from dino_lite.eval.neighbors import Bank
@@ -29,7 +29,7 @@ class Ranking(NamedTuple):
     first: Int[Tensor, "n"]
 
 
-class Retrieval:
+class Retrieval(Evaluation):
     """Evaluation by retrieval: each test image ranks train; without a test split, each training
     image ranks the others.
 

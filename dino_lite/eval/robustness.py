@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, Source, UserError
+from dino_lite.contracts import Backbone, Evaluation, Source, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
 from dino_lite.draws import uniforms
@@ -76,7 +76,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, float, float], str]] = {
 }
 
 
-class Robustness:
+class Robustness(Evaluation):
     """Evaluation by weighted k-NN: mean accuracy over four corruptions of test images at three
     severities each, compared with the same images clean.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixel_labels import MaskedImages, open_masks
 from dino_lite.data.sources import expand
@@ -39,7 +39,7 @@ class Scenes(NamedTuple):
     numbers: list[int]
 
 
-class Segmentation:
+class Segmentation(Evaluation):
     """Evaluation by mean IoU on images with masks at `root`, which are independent of the store's
     data.
 

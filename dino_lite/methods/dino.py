@@ -36,16 +36,15 @@ class Student(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(
-        self, groups: list[Float[Tensor, "_ n C _ _"]], patches: bool = False
-    ) -> tuple[Float[Tensor, "S n E"], Tokens]:
-        """Class features through the head, one backbone call per crop size; and the tokens of the
-        first group, rows "G*n", which have patches only on request.
-        """
-        tokens: Tokens = self.backbone(groups[0].flatten(0, 1), cls_only=not patches)
-        others = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups[1:]]
-        z: Tensor = self.head(torch.cat([tokens.cls, *others]))  # S*n E
-        return z.reshape(-1, groups[0].shape[1], z.shape[-1]), tokens
+    def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
+        """Class features through the head: one backbone call per crop size, one head call."""
+        cls = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups]
+        return self.project(cls, groups[0].shape[1])
+
+    def project(self, cls: list[Float[Tensor, "_ D"]], num_images: int) -> Float[Tensor, "S n E"]:
+        """Class features of all crops, crop-major, through the head."""
+        z: Tensor = self.head(torch.cat(cls))  # S*n E
+        return z.reshape(-1, num_images, z.shape[-1])
 
 
 class DINO(Method):
@@ -88,7 +87,7 @@ class DINO(Method):
         """The teacher's centered, sharpened distributions over the batch's global crops; without
         prototypes its vectors alone.
         """
-        z, _ = self.ema.module([crops.globals_])  # T n E
+        z = self.ema.module([crops.globals_])  # T n E
         targets = centered(
             z,
             self.ema.module.head,
@@ -101,10 +100,14 @@ class DINO(Method):
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops of a micro-batch, beside its targets."""
-        groups = [crops.globals_] + ([] if crops.locals_ is None else [crops.locals_])
-        z, tokens = self.student(groups, patches=self.needs_patches)
+        student, globals_ = self.student, crops.globals_.flatten(0, 1)
+        tokens: Tokens = student.backbone(globals_, cls_only=not self.needs_patches)
+        cls = [tokens.cls]
+        if crops.locals_ is not None:
+            cls.append(student.backbone(crops.locals_.flatten(0, 1), cls_only=True).cls)
+        z = student.project(cls, crops.num_images)
         target = targets["embedding"]
-        match = Match(Scores(z, self.student.head.prototypes()), target)
+        match = Match(Scores(z, student.head.prototypes()), target)
         return dict.fromkeys(self.provides, match) | {"tokens": Match(tokens, target)}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:

@@ -56,7 +56,7 @@ class Step:
                 )
         self.method, self.losses, self.optimizer = method, dict(losses), optimizer
         of_tokens = [loss for loss in losses.values() if loss.reads == "tokens"]
-        method.needs_patches = not all(loss.cls_only for loss in of_tokens)
+        method.needs_patches = not all(isinstance(x, Loss) and x.cls_only for x in of_tokens)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed

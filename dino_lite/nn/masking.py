@@ -44,11 +44,6 @@ class BlockMasking:
         self.ratio, self.sample_prob, self.exact = ratio, sample_prob, exact
         self.min_patches, self.min_aspect, self.seed = min_patches, min_aspect, seed
 
-    def mean_masked(self, num_patches: int) -> float:
-        """Masked patches of a crop of so many, on average over crops."""
-        ratios = np.linspace(self.ratio[0], self.ratio[1], 1001)
-        return self.sample_prob * float(np.floor(num_patches * ratios).mean())
-
     def draw(
         self, num_crops: int, grid: tuple[int, int], step: int
     ) -> Bool[np.ndarray, "num_crops rows columns"]:

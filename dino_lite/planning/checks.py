@@ -44,28 +44,31 @@ Duration = Annotated[
 
 
 class Trainer(NamedTuple):
-    """The group `trainer`: device, length, precision and speed of a run."""
+    """The group `trainer`: device, length, precision and speed of a run.
+
+    Defaults of a group apply to runs saved before the key existed, and give the old behavior.
+    """
 
     accelerator: Literal["cpu", "cuda", "mps"]
-    devices: Size
-    num_nodes: Size
-    max_epochs: Positive | None
-    max_steps: Size | None
-    max_time: Duration | None
-    precision: Precision
-    num_threads: Size
-    micro_batch_size: Count
-    memory: Memory
-    compile: bool
+    devices: Size = 1
+    num_nodes: Size = 1
+    max_epochs: Positive | None = None
+    max_steps: Size | None = None
+    max_time: Duration | None = None
+    precision: Precision = "32"
+    num_threads: Size = 1
+    micro_batch_size: Count = 0
+    memory: Memory = "normal"
+    compile: bool = False
 
 
 class Loader(NamedTuple):
     """The group `loader`: how images are read and batched."""
 
     batch_size: Size
-    num_workers: Count
-    draft: bool
-    max_bad_fraction: Fraction
+    num_workers: Count = 0
+    draft: bool = False
+    max_bad_fraction: Fraction = 0.05
 
 
 class Optim(NamedTuple):
@@ -76,14 +79,14 @@ class Optim(NamedTuple):
     rate_rule: RateRule
     learning_rate: Annotated[Schedule, Values(NonNegative)]
     weight_decay: Annotated[Schedule, Values(NonNegative)]
-    decay_tokens: bool
-    layer_decay: Share
-    patch_embed_scale: NonNegative
-    clip: NonNegative
-    clip_by: ClipBy
-    freeze_last_layer: Span
-    freeze_by: FreezeBy
-    max_skipped: Size
+    decay_tokens: bool = False
+    layer_decay: Share = 1.0
+    patch_embed_scale: NonNegative = 1.0
+    clip: NonNegative = 3.0
+    clip_by: ClipBy = "global"
+    freeze_last_layer: Span = 0.0
+    freeze_by: FreezeBy = "gradient"
+    max_skipped: Size = 20
 
 
 class Start(TypedDict, total=False):

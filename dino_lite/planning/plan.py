@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino_lite.config import Config, get, leaves, put
-from dino_lite.contracts import Splits, UserError
+from dino_lite.config import Config, get, instantiate, leaves, put
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.facts import read_facts
 from dino_lite.machine import Facts, has_compiler, has_fast_bf16, num_cores, pick_accelerator
 from dino_lite.planning.checks import check, check_values
@@ -35,6 +35,20 @@ class Plan(NamedTuple):
         """The decisions as text, one per line."""
         width = max((len(f"{d.key}={d.value}") for d in self.decisions), default=0)
         return "\n".join(f"  {f'{d.key}={d.value}':{width}}  {d.reason}" for d in self.decisions)
+
+
+def open_splits(node: Config) -> Splits:
+    """Open the data set that `node` configures. Raises UserError if it does not return Splits."""
+    splits: Any = instantiate(node)
+    sources = [splits.train, splits.test] if isinstance(splits, Splits) else [splits]
+    for source in sources:
+        if source is not None and not isinstance(source, Source):
+            raise UserError(
+                f"data._target_={node['_target_']}: it must return dino_lite.contracts.Splits of "
+                f"Source, not {type(source).__qualname__}."
+            )
+    opened: Splits = splits
+    return opened
 
 
 def gather_facts(config: Config, splits: Splits) -> Facts:

@@ -28,6 +28,12 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.folder == other.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the run for this process. The lock is released when the process exits, even on a

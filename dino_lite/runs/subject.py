@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Backbone, Splits, UserError
+from dino_lite.contracts import Backbone, Evaluation, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.facts import first_readable
 from dino_lite.data.photometric import Normalize
@@ -17,6 +17,7 @@ from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
+from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
 from dino_lite.runs.trust import demand_trust, targets
@@ -38,7 +39,7 @@ class Subject(NamedTuple):
 
 
 def open_subject(
-    config: Config, evaluations: Mapping[str, Any], data: Config | None = None
+    config: Config, evaluations: Mapping[str, Evaluation], data: Config | None = None
 ) -> Subject:
     """Open the backbone that `checkpoint` names, on the device, with `data` (default: the data
     given in the configuration, or the run's own).
@@ -63,16 +64,22 @@ def open_subject(
     images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
-    num_blocks = max((int(getattr(e, "num_blocks", 1)) for e in evaluations.values()), default=1)
+    num_blocks = max((each.num_blocks for each in evaluations.values()), default=1)
     suffix = "" if data == opened.data else f"@{splits.name}"
     suffix += "" if size == opened.image_size else f"@{size}px"
     store = FeatureStore(images, folder, num_blocks)
     return Subject(checkpoint, backbone, store, data, suffix, opened.notes if rank() == 0 else ())
 
 
-def build_evaluations(config: Config) -> dict[str, Any]:
+def build_evaluations(config: Config) -> dict[str, Evaluation]:
     """Build the evaluations listed in `eval`, by name."""
     evaluations = {n: instantiate(node) for n, node in (config.get("eval") or {}).items()}
+    for name, each in evaluations.items():
+        if not isinstance(each, Evaluation):
+            raise UserError(
+                f"eval.{name}: {type(each).__qualname__} must derive from "
+                "dino_lite.contracts.Evaluation."
+            )
     if not evaluations:
         raise UserError("eval= lists no evaluation: choose one, as in eval=knn.")
     return evaluations
@@ -95,7 +102,7 @@ def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config
 
 def open_data(asked: Config, opened: Opened) -> Splits:
     """Open the data. Raises UserError if its number of channels differs from the backbone's."""
-    splits: Splits = instantiate(asked)
+    splits = open_splits(asked)
     found, in_chans = first_readable(splits.train).shape[2], opened.backbone.in_chans
     if found != in_chans:
         raise UserError(
