@@ -206,7 +206,7 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         if whole := one.get("whole_process"):
             rows.append(
-                f"{one['name']}: {whole['seconds_per_step']:.3f} s a step, "
+                f"{one['name']}: {whole['seconds_per_step']:.3f} s per step, "
                 f"{whole['images_per_second']:.1f} img/s, data_wait {whole['data_wait']:.1%}"
             )
         elif "error" in one:
@@ -267,9 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--rounds", type=int, default=10, help="after two that warm up")
-    parser.add_argument("--config", nargs="+", metavar="NAME", help="instead of this machine's")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a step, instead of its own")
+    parser.add_argument("--rounds", type=int, default=10, help="after two warm-up rounds")
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="instead of those for this machine")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per step, instead of its own")
     parser.add_argument("--whole", action="store_true", help="dino-lite pretrain, start to end")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs for --whole")
     options = parser.parse_args(arguments)

@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds cases.json")
+    parser.add_argument("folder", type=Path, help="contains cases.json")
     parser.add_argument(
-        "--only", default="", metavar="PREFIX", help="cases whose id begins so, as A or B1"
+        "--only", default="", metavar="PREFIX", help="prefix of case ids, e.g. A or B1"
     )
     options = parser.parse_args(arguments)
     try:

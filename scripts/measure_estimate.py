@@ -71,7 +71,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, each")
+    parser.add_argument("--seconds", type=float, default=60.0, help="training time per case")
     parser.add_argument("--data", type=Path, metavar="DIR", help="images to train on")
     options = parser.parse_args()
     print(machine(), "", "| run | steps/s | predicted | ratio | after |", sep="\n")

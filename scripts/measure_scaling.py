@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="a PNG a sweep")
-    parser.add_argument("--rounds", type=int, default=5, help="after two that warm up")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG per sweep")
+    parser.add_argument("--rounds", type=int, default=5, help="after two warm-up rounds")
     parser.add_argument("--quick", action="store_true", help="a tiny base")
     options = parser.parse_args(arguments)
     chosen = QUICK if options.quick else GPU if accelerator() == "cuda" else CPU

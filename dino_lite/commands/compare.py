@@ -66,7 +66,7 @@ def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subj
     asked = config["checkpoints"]
     parts = several(asked) or ([asked] if asked else [])
     if not parts:
-        raise UserError("checkpoints= is missing: list those to compare, as in checkpoints=[A,B].")
+        raise UserError("checkpoints= is missing: list those to compare, 'checkpoints=[A,B]'.")
     found = {find_checkpoint(str(part), config["runs_dir"]): str(part) for part in parts}
     short = {checkpoint: _short_name(checkpoint, part) for checkpoint, part in found.items()}
     often = Counter(short.values())
