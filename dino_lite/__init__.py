@@ -1,4 +1,4 @@
-"""dino_lite: a vision backbone from a folder of images without labels."""
+"""dino_lite: self-supervised pretraining of vision backbones on a folder of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, loaded at first use: importing dino_lite costs no torch (PEP 562)."""
+    """The Python interface, imported on first use (PEP 562): `import dino_lite` does not import
+    torch.
+    """
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

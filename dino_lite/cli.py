@@ -1,5 +1,5 @@
-"""`dino-lite COMMAND ARGS`: becomes `python -m dino_lite.commands.COMMAND ARGS`, so that launchers
-can run it again.
+"""`dino-lite COMMAND ARGS`: executes `python -m dino_lite.commands.COMMAND ARGS`, so that launchers
+can start the same command line on other ranks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 COMMANDS = {
-    "check": "look at the data before a run is paid for",
-    "pretrain": "learn a backbone from a folder of images",
-    "evaluate": "measure a frozen backbone",
-    "compare": "hold several backbones against each other and against none",
-    "report": "tell a run on one HTML page",
-    "export": "write the backbone in a format other programs read",
+    "check": "check the data before a run",
+    "pretrain": "train a backbone on a folder of images",
+    "evaluate": "evaluate a frozen backbone",
+    "compare": "compare several backbones with each other and with baselines",
+    "report": "write an HTML page about a run",
+    "export": "write the backbone in a format that other programs read",
 }
 USAGE = "usage: dino-lite COMMAND [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n" + "".join(
     f"  {name:10s} {what}\n" for name, what in COMMANDS.items()
@@ -36,11 +36,11 @@ def main() -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
-        print(f"dino-lite: there is no command {command}: {hint}", file=sys.stderr)
+        print(f"dino-lite: unknown command {command}: {hint}", file=sys.stderr)
         sys.exit(2)
-    from dino_lite.config import quote_override  # not for --help: it imports Hydra
+    from dino_lite.config import quote_override  # imports Hydra, which --help does not need
 
-    os.environ["PYTHONSAFEPATH"] = "1"  # else a stray timm.py in the user's folder is imported
+    os.environ["PYTHONSAFEPATH"] = "1"  # do not import, say, timm.py from the user's folder
     line = [sys.executable, "-m", f"dino_lite.commands.{command}", *map(quote_override, arguments)]
     if os.name == "posix":
         os.execv(sys.executable, line)

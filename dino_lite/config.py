@@ -1,4 +1,4 @@
-"""The interface to Hydra: find conf/, compose a configuration, build objects from it."""
+"""Interface to Hydra: finds conf/, composes configurations, builds objects from them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 from dino_lite.contracts import UserError
 
 Config = dict[str, Any]
-# Keys whose values are always strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
+# Keys whose values are always taken as strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
 _VERBATIM = re.compile(
     r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
 )
 _PLAIN = re.compile(r"[\w./+-]*")
-# Flags of Hydra's that decide what is composed; --cfg, so that -c is not read as short for -cd.
+# Hydra's flags that affect what is composed; --cfg, so that -c is not parsed as -cd.
 _FLAGS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 _FLAGS.add_argument("--config-dir", "-cd")
 _FLAGS.add_argument("--config-name", "-cn")
@@ -46,7 +46,7 @@ def config_dir() -> Path:
         if (folder / "pretrain.yaml").is_file():
             return folder
     raise UserError(
-        f"dino_lite's configuration is not at {package / 'conf'}: install the package again."
+        f"dino_lite's configuration is missing in {package / 'conf'}: reinstall the package."
     )
 
 
@@ -58,7 +58,7 @@ def quote(value: str) -> str:
 
 
 def quote_override(argument: str) -> str:
-    """`argument` with its value quoted where Hydra's grammar would refuse or change it."""
+    """`argument` with its value quoted if Hydra's grammar would reject or change it."""
     match = re.fullmatch(r"([+~]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
     if match is None or argument.startswith("-"):
         return argument
@@ -92,9 +92,9 @@ def parses(override: str) -> bool:
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:
-    """The configuration `primary` ("pretrain") with `overrides` as plain dicts and lists.
+    """Compose the configuration `primary` ("pretrain") with `overrides` to plain dicts and lists.
 
-    Its keys "overrides" and "choices" are those of `asked`. Raises UserError for a mistake.
+    Includes the keys "overrides" and "choices" of `asked`. Raises UserError for invalid overrides.
     """
     GlobalHydra.instance().clear()
     quoted = [quote_override(override) for override in overrides]
@@ -107,14 +107,14 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
 
 
 def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """What was asked for: the overrides but `trust`, and the file of conf/method."""
+    """What the user requested: the overrides except `trust`, and the choice in conf/method."""
     chosen = {group: choices[group] for group in ("method",) if group in choices}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
     return {"overrides": kept, "choices": chosen}
 
 
 def to_plain(config: DictConfig) -> Config:
-    """Plain dicts and lists, interpolations resolved, without Hydra's own node."""
+    """Convert to plain dicts and lists, with interpolations resolved, without Hydra's own node."""
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     plain = OmegaConf.to_container(ours, resolve=True)
     assert isinstance(plain, dict)
@@ -122,10 +122,10 @@ def to_plain(config: DictConfig) -> Config:
 
 
 def instantiate(config: Config, **extra: Any) -> Any:
-    """Build the object that `_target_` names, and those below it.
+    """Build the object that `_target_` names, and those nested in it.
 
-    Raises UserError if a constructor does, if a target cannot be imported, and if it does not take
-    the given keys (a partial's are checked here too). Other errors of a constructor pass unchanged.
+    Raises UserError if a constructor does, if a target cannot be imported, or if it does not accept
+    the given keys (also checked for partials). Other errors of a constructor are passed on.
     """
     try:
         made = hydra.utils.instantiate(config, _convert_="all", **extra)
@@ -136,21 +136,21 @@ def instantiate(config: Config, **extra: Any) -> Any:
         target = config.get("_target_", "a part of the configuration")
         if isinstance(cause, ImportError | AttributeError):
             raise UserError(
-                f"{target} cannot be imported ({cause}): code of your own must be on PYTHONPATH."
+                f"{target} cannot be imported ({cause}): your own code must be on PYTHONPATH."
             ) from error
         if isinstance(cause, TypeError) and "argument" in str(cause):
-            raise UserError(f"{target} does not take these keys: {cause}.") from error
+            raise UserError(f"{target} does not accept these keys: {cause}.") from error
         raise
     if isinstance(made, functools.partial):
         try:
             inspect.signature(made.func).bind_partial(*made.args, **made.keywords)
         except TypeError as error:
-            raise UserError(f"{config['_target_']} does not take these keys: {error}.") from error
+            raise UserError(f"{config['_target_']} does not accept these keys: {error}.") from error
     return made
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The chain of an error, its first cause last."""
+    """The chain of exceptions from `error` to its root cause."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -165,7 +165,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """Read what `save` wrote."""
+    """Read a configuration written by `save`."""
     try:
         return to_plain(OmegaConf.load(path))  # type: ignore[arg-type]
     except (OSError, ValueError, OmegaConfBaseException) as error:
@@ -173,7 +173,7 @@ def load(path: Path) -> Config:
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) below `config`; a list is one value."""
+    """Every (dotted key, value) in `config`; a list counts as one value."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -199,7 +199,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], None]]:
-    """Decorator: `function(config)` becomes a command with Hydra's flags and overrides."""
+    """Decorator that makes `function(config)` a command with Hydra's flags and overrides."""
 
     def wrap(function: Callable[[Config], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -216,7 +216,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
                 if flags.config_dir and not searched:
                     overrides.append(_search_in(flags.config_dir))
                 if not (flags.multirun or flags.config_name or (flags.config_dir and searched)):
-                    compose(primary, overrides)  # reports mistakes in one sentence, Hydra in a page
+                    compose(primary, overrides)  # reports errors in one sentence, unlike Hydra
             folder = str(config_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=primary)(job)()
 
@@ -227,7 +227,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a UserError, a full disk or an unwritable folder as one line and exit with code 2.
+    """Report a UserError, a full disk or an unwritable folder in one line and exit with code 2.
 
     Ctrl-C exits with code 130.
     """
@@ -248,14 +248,14 @@ def user_errors() -> Iterator[None]:
 
 
 def _search_in(folder: str) -> str:
-    """The override that is equal to --config-dir."""
+    """The override equivalent to --config-dir."""
     if not Path(folder).is_dir():
         raise UserError(f"--config-dir {folder}: there is no such folder.")
     return f"hydra.searchpath=[{quote(f'file://{Path(folder).absolute()}')}]"
 
 
 def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
-    """One sentence for the mistake in `overrides` that Hydra or OmegaConf reports."""
+    """One sentence for the error in `overrides` that Hydra or OmegaConf reports."""
     text = str(error)
     if isinstance(error, MissingConfigException):
         found = re.search(r"Could not find '([^']+)'", text)
@@ -266,14 +266,14 @@ def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
             options = loader.get_group_options(group, config_name=primary, overrides=overrides)
         return f"{group}={choice}: there is no such choice; {_nearest(choice, options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read as KEY=VALUE: put the value in quotes."
+        return f"{error.override!r} cannot be parsed as KEY=VALUE: put the value in quotes."
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text):
         return f"{found[1]}: there is no such key; {_nearest(found[1], _keys(primary, overrides))}"
     return " ".join(text.split())
 
 
 def _keys(primary: str, overrides: list[str]) -> list[str]:
-    """The dotted keys of values and nodes that `overrides` compose, less those that are refused."""
+    """The dotted keys of all values and nodes composed by `overrides`, without rejected ones."""
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             keys = [key for key, _ in leaves(to_plain(hydra.compose(primary, overrides)))]
@@ -286,7 +286,7 @@ def _keys(primary: str, overrides: list[str]) -> list[str]:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    """The end of a sentence: what `word` may have meant among `known`, or what there is."""
+    """The end of a sentence that suggests the entry of `known` closest to `word`, or lists some."""
     last = word.rpartition(".")[2]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
         key for key in known if key.rpartition(".")[2] == last
@@ -294,4 +294,4 @@ def _nearest(word: str, known: list[str]) -> str:
     if not near:
         ends = {key.rpartition(".")[2]: key for key in known}
         near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.7)]
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known[:12])}."
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known[:12])}."

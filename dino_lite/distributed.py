@@ -1,4 +1,4 @@
-"""Collectives that do nothing in one process, so that no caller asks how many there are."""
+"""Collectives that are no-ops in a single process, so callers need not distinguish the cases."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
-_alone = 0  # how many `alone` are open
+_alone = 0  # nesting depth of `alone`
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What this process does without the others: collectives wait for nobody in here."""
+    """Context in which this process works without the others: collectives are no-ops."""
     global _alone
     _alone += 1
     try:
@@ -31,13 +31,15 @@ def alone() -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    """True where a process group is up and has more than one member, and none is `alone`."""
+    """Whether a process group with more than one member is initialized, outside of `alone`."""
     up = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return up and not _alone
 
 
 def rank() -> int:
-    """This process's rank; before the group is up, what the launcher wrote into the environment."""
+    """This process's rank; before the group is initialized, read from the launcher's environment
+    variables.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
@@ -47,12 +49,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes in the group; 1 inside `alone`."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def start_group(accelerator: str) -> None:
-    """Join the other processes, where a launcher (torchrun, srun) has started several."""
+    """Initialize the process group if a launcher (torchrun, srun) started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if accelerator == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -60,8 +62,9 @@ def start_group(accelerator: str) -> None:
 
 
 def _leave_group() -> None:
-    """At the end of this process, whoever started the group: gloo's threads may abort it (SIGABRT)
-    where they outlive the interpreter. After an error nobody waits for the others.
+    """Destroy the process group at exit, even one started by other code: gloo's threads may abort
+    the process (SIGABRT) if they outlive the interpreter. Skipped after an error, since destroying
+    waits for the other ranks.
     """
     failed = hasattr(sys, "last_value")
     if not failed and dist.is_available() and dist.is_initialized():
@@ -69,20 +72,20 @@ def _leave_group() -> None:
 
 
 atexit.register(_leave_group)
-if hasattr(os, "register_at_fork"):  # the group is the parent's
+if hasattr(os, "register_at_fork"):  # the group belongs to the parent
     os.register_at_fork(after_in_child=lambda: atexit.unregister(_leave_group))
 
 
 def all_gather_cat(tensor: Tensor) -> Tensor:
-    """The rows of every process, in the order of ranks; processes may have different numbers of
-    them.
+    """Concatenate the rows of all processes in rank order; their numbers may differ. Without
+    gradients.
     """
     return _gather(tensor)[0]
 
 
 def all_gather_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """`all_gather_cat`, and where this process's rows begin. The gradients of a row come back to
-    its owner from all processes, summed: all of them take part in the backward pass.
+    """As `all_gather_cat` with gradients; also returns the index of this process's first row. The
+    gradient of a row is summed over all processes, so all must run the backward pass.
     """
     if not is_distributed():
         return tensor, 0
@@ -104,8 +107,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """`tensor` added up over all processes; so are the gradients that come back to it, in whose
-    backward pass all of them take part.
+    """Sum `tensor` over all processes. Its gradient is summed as well, so all processes must run
+    the backward pass.
     """
     if not is_distributed():
         return tensor
@@ -125,7 +128,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _gather(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of every process, and where this one's begin."""
+    """The rows of all processes, and the index of this process's first row."""
     if not is_distributed():
         return tensor, 0
     count = torch.tensor([len(tensor)], device=tensor.device)
@@ -141,7 +144,7 @@ def _gather(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """The plain `value` of every process, in the order of ranks."""
+    """The picklable `value` of every process, in rank order."""
     if not is_distributed():
         return [value]
     found: list[Any] = [None] * world_size()
@@ -150,14 +153,14 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
-    """Add up `tensor` over all processes in place. Returns it."""
+    """Sum `tensor` over all processes in place. Returns it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
-    """Average `tensor` over all processes in place (a sum divided here: gloo has no mean). Returns
+    """Average `tensor` over all processes in place (sum and division, as gloo has no mean). Returns
     it.
     """
     if is_distributed():
@@ -166,17 +169,17 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
-    """log Σ exp of each element over all processes. −inf is what one without rows has to add."""
+    """Elementwise log Σ exp over all processes. A process without rows passes −inf."""
     if not is_distributed():
         return tensor
     peak = tensor.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    peak.clamp_(min=torch.finfo(peak.dtype).min)  # −inf − (−inf) is no number
+    peak.clamp_(min=torch.finfo(peak.dtype).min)  # −inf − (−inf) would be NaN
     return peak + all_reduce_sum_((tensor - peak).exp()).log()
 
 
 def broadcast_value(value: float, device: torch.device) -> float:
-    """Rank 0's `value`, on every rank. Waits for the device if there are several."""
+    """Broadcast `value` from rank 0. With several ranks, synchronizes with the device."""
     if not is_distributed():
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=device)

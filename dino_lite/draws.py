@@ -1,8 +1,8 @@
-"""Random numbers without a state: each is a hash of (seed, epoch, sample, draw) or the like.
+"""Counter-based random numbers: each is a hash of its keys, such as (seed, epoch, sample, draw).
 
-So crops, order and masks depend on nothing else: not on workers, ranks or what was drawn before.
-Only wrap-around products, xors and logical shifts of 64 bits are used, which every array library
-has with the same bits.
+Crops, order and masks therefore depend on nothing else: not on workers, ranks or earlier draws.
+Uses only 64-bit wrap-around products, xors and logical shifts, which are bit-identical in every
+array library.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Float32, Int, UInt64
 
 MASK = (1 << 64) - 1
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive keys land far apart
-# Streams: what numbers are for, so that they share none.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads consecutive keys
+# Streams: one per purpose, so that no two share random numbers.
 CROPS, ORDER, TURNS, GROUPS, MASKS, RATIOS, BLOCKS, SINGLES = range(8)
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """A bijection of 64 bits in which each input bit flips about half of the output's.
+    """Bijection on 64 bits in which each input bit flips about half of the output bits.
 
     Source: the finalizer of SplitMix64 (Steele et al. 2014) with Stafford's constants "Mix13".
     """
@@ -30,7 +30,7 @@ def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
 
 
 def hashed(seed: int, *keys: int | Int[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """64 bits for each combination of keys, which broadcast: h ← mix(h + key·GOLDEN) by key."""
+    """64 bits for each combination of keys, which broadcast: h ← mix(h + key·GOLDEN) per key."""
     state = mix(np.array([seed & MASK], np.uint64) + GOLDEN)
     for key in keys:
         state = mix(state + np.asarray(key, np.int64).astype(np.uint64) * GOLDEN)
@@ -38,7 +38,7 @@ def hashed(seed: int, *keys: int | Int[np.ndarray, "..."]) -> UInt64[np.ndarray,
 
 
 def unit(bits: UInt64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    """Bits as numbers, uniform on the multiples of 2^-24 in [0, 1)."""
+    """Map bits to numbers uniform on the multiples of 2^-24 in [0, 1)."""
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 

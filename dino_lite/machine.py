@@ -1,5 +1,5 @@
-"""What this machine has: devices, cores, and whether bfloat16 is worth using. With what is known of
-the data, that makes the facts a plan rests on.
+"""Properties of this machine: devices, cores, bfloat16 support. With those of the data, they are
+the facts that a plan is based on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dino_lite.version import __version__
 
 
 class Facts(NamedTuple):
-    """What `plan` may know of the data and the machine; the same facts give the same plan."""
+    """Properties of data and machine that `plan` depends on; equal facts give equal plans."""
 
     source: str
     num_images: int
@@ -30,36 +30,38 @@ class Facts(NamedTuple):
     height: int  # median, pixels
     width: int
     channels: int
-    mean: tuple[float, ...]  # of each channel, in [0, 1], over a part of the images
+    mean: tuple[float, ...]  # per channel, in [0, 1], over a sample of the images
     std: tuple[float, ...]
     accelerator: str  # "cpu", "cuda" or "mps"
     device_name: str
     num_devices: int
     num_cores: int
     bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
-    compiler: bool = False  # torch.compile finds what it needs for the device
+    compiler: bool = False  # torch.compile has the compiler it needs for the device
 
 
 def pick_accelerator(asked: str, key: str) -> str:
-    """ "cpu", "cuda" or "mps": what `key` asks for, or the best there is."""
+    """ "cpu", "cuda" or "mps": the accelerator `asked` for by `key`; for "auto" the best available.
+    Raises UserError if it is not available.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     found = {"cuda": cuda, "gpu": cuda, "mps": mps, "cpu": True, "auto": True}
     if asked not in found:
         raise UserError(f"{key}={asked}: choose auto, cpu, cuda or mps.")
     if not found[asked]:
-        raise UserError(f"{key}={asked}: torch finds no such device here; use auto or cpu.")
+        raise UserError(f"{key}={asked}: torch finds no such device; use auto or cpu.")
     best = "cuda" if cuda else "mps" if mps else "cpu"
     return {"auto": best, "gpu": "cuda"}.get(asked, asked)
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_fast_bf16(accelerator: str) -> bool:
-    """Whether bfloat16 matrix products are native; emulated ones were 150 times slower than
-    float32.
+    """Whether bfloat16 matrix products are native; emulated ones were measured to be 150 times
+    slower than float32.
     """
     if accelerator == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -68,26 +70,27 @@ def has_fast_bf16(accelerator: str) -> bool:
 
 
 def has_compiler(accelerator: str) -> bool:
-    """Whether torch.compile finds what it needs: the C++ compiler it asks for, Triton for a GPU."""
+    """Whether torch.compile finds what it needs: its C++ compiler and, on a GPU, Triton."""
     usual = "clang++" if platform.system() == "Darwin" else "g++"
     found = shutil.which(os.environ.get("CXX") or usual) is not None
     return found and (accelerator == "cpu" or find_spec("triton") is not None)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees: glibc gives large blocks back to the system and clears
-    each page anew when it asks for them again, at every step (docs/performance.md).
+    """Make malloc keep freed memory in this process. By default, glibc returns large blocks to the
+    system, which clears their pages when they are allocated again, at every step
+    (docs/performance.md).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         most = 2**31 - 1
-        # M_MMAP_THRESHOLD: from what size on blocks are mapped apart; some take 32 MiB at most
+        # M_MMAP_THRESHOLD: size above which blocks are mapped; some versions take 32 MiB at most
         if libc.mallopt(-3, most) or libc.mallopt(-3, 32 * 2**20):
-            libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: how much may lie free
+            libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: free memory above which it is returned
 
 
 def environment(facts: Facts) -> dict[str, Any]:
-    """Versions, code and machine: what a reader needs to reproduce the run."""
+    """Versions, commit and machine, to reproduce the run."""
     packages = ("torch", "torchvision", "timm", "pytorch-lightning")
     return {
         "dino_lite": __version__,
@@ -103,7 +106,7 @@ def environment(facts: Facts) -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """The checkout's commit; None where the package is installed, or git is not."""
+    """Commit of the checkout; None for an installed package, or without git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

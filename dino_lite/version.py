@@ -1,3 +1,3 @@
-"""The package's version: read by hatchling, written into exports and environment.json."""
+"""Version of the package: read by hatchling, written to exports and environment.json."""
 
 __version__ = "0.1.0"

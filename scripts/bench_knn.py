@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How much cheaper our weighted k-NN is than the published one written plainly, side by side.
+"""Compare our weighted k-NN with a straightforward implementation of the published one.
 
     scripts/bench_knn.py [--json FILE] [--rounds 3] [--each-k]
 
-50,000 features of 384 numbers in 1,000 classes, class after class as folders hold them, are asked
-about 10,000; accuracy at k = 10, 20, 100 and 200. Each side has the same features, in a process of
-its own; they take turns, so only one computes at a time.
+A bank of 50,000 features of 384 dimensions in 1,000 classes, sorted by class as in folders, and
+10,000 queries; accuracy at k = 10, 20, 100 and 200. Both sides have the same features, in separate
+processes; they take turns, so only one computes at a time.
 
 * speed_ratio: seconds of the plain side / ours, median over rounds. The plain side searches once
-  for all four k; with --each-k once for each, as a function of one k is called four times
-* memory_ratio: ours / the plain one's; peak of resident memory above the features
-* equal: whether all accuracies, top-1 and top-5, are the same
+  for all four k; with --each-k once per k, as when a function of one k is called four times
+* memory_ratio: ours / the plain side's; peak resident memory in addition to the features
+* equal: whether all accuracies, top-1 and top-5, are equal
 
-OMP_NUM_THREADS sets the threads of both sides.
+OMP_NUM_THREADS sets the number of threads of both sides.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Accuracies = dict[int, tuple[float, float]]
 
 
 class Sizes(NamedTuple):
-    """How many features, of what width, in how many classes."""
+    """Number and width of the features, and number of classes."""
 
     num_train: int = 50_000
     num_test: int = 10_000
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 
 def clustered(sizes: Sizes) -> tuple[Features, Features]:
-    """Train and test: unit rows scattered about the center of their class, widely."""
+    """Train and test features: unit rows scattered widely around the center of their class."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(sizes.num_classes, sizes.dim, generator=generator) / 3.5
 
@@ -62,13 +62,13 @@ def clustered(sizes: Sizes) -> tuple[Features, Features]:
 
 
 def ours(bank: Features, queries: Features) -> Accuracies:
-    """What `dino-lite evaluate` does with features."""
+    """Accuracies as computed by `dino-lite evaluate`."""
     found = knn_accuracy(queries, bank, KS, TEMPERATURE)
     return {k: (accuracy.top1, accuracy.top5) for k, accuracy in found.items()}
 
 
 def reference(bank: Features, queries: Features, each_k: bool = False) -> Accuracies:
-    """The plain one, with one search for all ks or with one for each."""
+    """Accuracies of the plain side, with one search for all ks or one for each."""
     num_classes = int(bank.labels.max()) + 1
     found: Accuracies = {}
     for ks in [[k] for k in KS] if each_k else [list(KS)]:
@@ -77,13 +77,13 @@ def reference(bank: Features, queries: Features, each_k: bool = False) -> Accura
 
 
 def same(found: Accuracies, wanted: Accuracies) -> bool:
-    """Not one image apart."""
+    """Whether all accuracies are equal."""
     pairs = [(a, b) for k in KS for a, b in zip(found[k], wanted[k], strict=True)]
     return all(abs(a - b) < 1e-6 for a, b in pairs)
 
 
 def _serve(pipe: Any, name: str, sizes: Sizes, each_k: bool) -> None:
-    """A side: says when it has its features, works at True, at None tells its memory."""
+    """A side: reports when ready; on True evaluates, on None sends its memory and exits."""
     try:
         bank, queries = clustered(sizes)
         memory = Memory(torch.device("cpu"))
@@ -105,7 +105,7 @@ def _serve(pipe: Any, name: str, sizes: Sizes, each_k: bool) -> None:
 
 
 def bench(sizes: Sizes, rounds: int, each_k: bool) -> dict[str, Any]:
-    """Both sides in turns; the first of each round changes."""
+    """Run both sides in turns, alternating which is first."""
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     accuracy: dict[str, Accuracies] = {}
     with (
@@ -141,7 +141,7 @@ def bench(sizes: Sizes, rounds: int, each_k: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was found as Markdown."""
+    """The results as Markdown."""
     titles = ("", "seconds", "memory", *(f"k = {k}: top-1, top-5 %" for k in KS))
     rows = [titles, ("---",) * len(titles)]
     for name in SIDES:

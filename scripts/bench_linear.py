@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How long the linear probe's whole grid takes to train, beside one of its heads.
+"""Compare the training time of the linear probe's whole grid with that of a single head.
 
     scripts/bench_linear.py [--json FILE] [--rounds 10] [--dim 384] [--classes 10] [--batch 1024]
 
-Steps on the same drawn features take turns in one process, on a GPU where there is one:
+Steps on the same random features alternate in one process, on a GPU if available:
 
 * grid: all 52 heads at once, as `dino-lite evaluate eval=linear` trains them
-* one: the same code with one head on CLS of 4 blocks + mean patch, the widest; one_mean: one head
-  of each of the four widths, one after the other, / 4
-* modules: 52 linear layers of torch under autograd and torch's SGD, as the grid is usually written
+* one: the same code with one head on CLS of 4 blocks + mean patch, the widest; one_mean: mean over
+  one head of each of the four widths
+* modules: 52 linear layers of torch with autograd and torch's SGD, the usual implementation
 
 Medians over rounds. ratio = grid / one, ratio_mean = grid / one_mean, speed_up = modules / grid.
-The grid has 31 times the arithmetic of its widest head: with many classes a CPU cannot hide that.
-OMP_NUM_THREADS sets the threads.
+The grid has 31 times the arithmetic of its widest head, which shows on a CPU with many classes.
+OMP_NUM_THREADS sets the number of threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Step = Callable[[], None]
 
 
 def draw(dim: int, num_classes: int) -> Pooled:
-    """Features of four blocks, as a network of this width would give."""
+    """Draw random features of four blocks, in the shapes that a network of this width gives."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(NUM_IMAGES, 5, dim, generator=generator)
     labels = torch.randint(num_classes, (NUM_IMAGES,), generator=generator)
@@ -58,7 +58,7 @@ def ours(grid: list[Head], pooled: Pooled, batch: int, device: torch.device) -> 
 
 
 def modules(grid: list[Head], pooled: Pooled, batch: int, device: torch.device) -> Step:
-    """A step of as many layers, each with its own product."""
+    """A step of separate linear layers, each with its own matrix product."""
     num_classes = int(pooled.labels.max()) + 1
     columns = [head.columns(4, pooled.cls.shape[2], pooled.patches.shape[1]) for head in grid]
     layers = nn.ModuleList(nn.Linear(c.stop - c.start, num_classes) for c in columns).to(device)
@@ -82,7 +82,7 @@ def modules(grid: list[Head], pooled: Pooled, batch: int, device: torch.device) 
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """How long a step takes."""
+    """Seconds that a step takes."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -91,7 +91,7 @@ def seconds(step: Step, device: torch.device) -> float:
 
 
 def bench(dim: int, num_classes: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds a step of each side, in turns."""
+    """Seconds per step of each side, alternating."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pooled = draw(dim, num_classes)
     grid = make_grid([1, 4], [False, True], RATES, batch)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""How much cheaper our multi-crop is than the classic transforms on PIL images, side by side.
+"""Compare the cost of our multi-crop with the classic transforms on PIL images.
 
     scripts/bench_loader.py [--json FILE] [--rounds 5] [--photos DIR] [--small FILE.npz]
 
-The reference is DINO's published pipeline written plainly with torchvision's transforms. Both sides
-run on one thread, interleaved; a ratio is the median over rounds of reference / ours:
+The reference is DINO's published pipeline, written with torchvision's transforms. Both sides run on
+one thread, interleaved; a ratio is the median over rounds of reference / ours:
 
-* worker_cpu_ratio: CPU time of a worker per photograph, decoding included, 2x224 + 8x96 pixels.
-  The rest of our work is the device's, told apart.
+* worker_cpu_ratio: CPU time of a worker per photograph, including decoding, 2x224 + 8x96 pixels.
+  The part of our work done on the device is reported separately.
 * small_images_ratio: images/s of CIFAR-10, 2x32 + 6x16, everything included, the CPU as the device.
 
-Defaults read ../shared/data beside the checkout. Ours is not compiled unless --compile is given.
+By default reads ../shared/data next to the checkout. Ours is compiled only with --compile.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PART = 64
 
 
 class Blur:
-    """PIL's Gaussian blur of a radius drawn from [0.1, 2], with a probability."""
+    """PIL's Gaussian blur with probability `prob` and a radius drawn from [0.1, 2]."""
 
     def __init__(self, prob: float) -> None:
         self.prob = prob
@@ -94,7 +94,7 @@ def reference(sizes: tuple[int, int, int]) -> Callable[[Image.Image], list[torch
 
 
 class ReferenceData(torch.utils.data.Dataset[list[torch.Tensor]]):
-    """Image files, or an array of images, through the reference."""
+    """Image files, or an array of images, with the reference transforms."""
 
     def __init__(self, images: list[str] | np.ndarray, sizes: tuple[int, int, int]) -> None:
         self.images, self.crops = images, reference(sizes)
@@ -114,20 +114,20 @@ class ReferenceData(torch.utils.data.Dataset[list[torch.Tensor]]):
 
 
 def data_module(source: Source, sizes: tuple[int, int, int], **settings: Any) -> DataModule:
-    """Our loader with crops changed on the device, without a trainer."""
+    """Our loader with augmentation on the device, without a trainer."""
     multi_crop = MultiCrop(*sizes, where="device")
     return DataModule(Splits(source, None, "bench"), multi_crop, Normalize(), PART, **settings)
 
 
 def steps(data: DataModule, num_steps: int) -> Iterator[Crops]:
-    """Finished batches, as the trainer's hook makes them."""
+    """Finished batches, as produced by the trainer's hook."""
     data.num_steps = num_steps
     for batch in data.train_dataloader():
         yield data.on_after_batch_transfer(batch, 0)
 
 
 def parts(data: DataModule) -> Any:
-    """The worker's half: a function of (epoch, index) pairs."""
+    """The part done by workers: a data set indexed by (epoch, index) pairs."""
     return data.train_dataloader().loader.dataset
 
 
@@ -149,7 +149,7 @@ def wall_time(work: Callable[[], object]) -> float:
 
 
 def bench_worker(source: Source, files: list[str], rounds: int) -> dict[str, float]:
-    """CPU milliseconds of a worker an image, ours and the reference's, and of our device's part."""
+    """CPU milliseconds per image of a worker, ours and the reference's, and of our device part."""
     data, classic = data_module(source, LARGE), ReferenceData(files, LARGE)
     worker, num = parts(data), len(files)
     done: list[Part] = []
@@ -175,7 +175,7 @@ def bench_worker(source: Source, files: list[str], rounds: int) -> dict[str, flo
 
 
 def bench_small(images: np.ndarray, rounds: int, threads: int) -> dict[str, float]:
-    """Images/s of small images in memory, everything included, in one process on `threads`."""
+    """Images/s of small images in memory, everything included, in one process with `threads`."""
     torch.set_num_threads(threads)
     num_steps, num_reference = 12, 256
     source = ArraySource(torch.from_numpy(images), None, [], "small")
@@ -207,17 +207,17 @@ def ratio(reference_times: list[float], our_times: list[float]) -> float:
 
 
 def bench_workers(source: Source, num_workers: int, num_images: int = 512) -> float:
-    """Photographs a second that worker processes deliver, until the trainer would get them."""
+    """Photographs per second that worker processes deliver to the trainer."""
     data = data_module(source, LARGE, num_workers=num_workers)
     data.num_steps = num_images // PART + num_workers
     loaded = iter(data.train_dataloader())
-    for _ in range(num_workers):  # starting up is not counted
+    for _ in range(num_workers):  # exclude start-up
         next(loaded)
     return num_images / wall_time(lambda: list(loaded))
 
 
 def step_appetite(batch_size: int = 4) -> float:
-    """Images/s that forward and backward of a ViT-Ti/16 student alone take in on this CPU."""
+    """Images/s of only the forward and backward pass of a ViT-Ti/16 student on this CPU."""
     torch.set_num_threads(num_cores())
     vit = ViT(name="vit_tiny_patch16_224", image_size=224, patch_size=16)
     large, small, num_local = LARGE
@@ -237,7 +237,7 @@ def step_appetite(batch_size: int = 4) -> float:
 
 
 def photos(folder: Path | None, scratch: Path) -> tuple[Source, list[str]]:
-    """64 photographs, each copied until there are `PART` of them."""
+    """Open the photographs in `folder`, by default the 64 of ../shared/data."""
     if folder is None:
         with zipfile.ZipFile(SHARED / "imagenet_fullres_64.zip") as archive:
             archive.extractall(scratch)
@@ -262,14 +262,14 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs of your own")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="use these photographs")
     parser.add_argument("--small", type=Path, metavar="FILE", help=".npz with x_train, uint8")
-    parser.add_argument("--compile", action="store_true", help="compile what the device does")
+    parser.add_argument("--compile", action="store_true", help="compile the part done on the device")
     options = parser.parse_args()
     needed = [options.photos or SHARED / "imagenet_fullres_64.zip"]
     needed += [options.small or SHARED / "cifar10_webp.npz"]
     if missing := [str(path) for path in needed if not path.exists()]:
-        print(f"{missing[0]} is not there: name --photos DIR and --small FILE.npz", file=sys.stderr)
+        print(f"{missing[0]} does not exist: give --photos DIR, --small FILE.npz", file=sys.stderr)
         return 2
     if options.compile:
         ours.photometric = torch.compile(ours.photometric, dynamic=False)

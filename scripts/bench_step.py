@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""How much cheaper our step is than the published one written plainly, side by side.
+"""Compare the cost of our step with a straightforward implementation of the published one.
 
     scripts/bench_step.py [--json FILE] [--rounds 10] [--config NAME ...] [--batch N]
     scripts/bench_step.py --whole [--photos DIR] [--json FILE] [--rounds 10]
 
-Both sides have the same crops and initial weights and do the same arithmetic. Each runs in a
-process of its own; they take turns step by step, so only one computes at a time. Per configuration:
+Both sides have the same crops and initial weights and do the same arithmetic. They run in separate
+processes and take steps in turns, so only one computes at a time. Per configuration:
 
-* ratio: seconds of the plain step / ours, median over rounds; each in its usual precision (the
-  plain one float32, on a GPU float16 by autocast; ours as `trainer.precision=auto` says)
-* ratio_fp32, loss_difference: the same in float32 on both sides, and how far the losses are apart
-* memory_ratio: ours / the plain one's; peak above the process before the model is built, of
-  resident memory or on a GPU of what torch has allocated
+* ratio: seconds of the plain step / ours, median over rounds; each in its usual precision (plain:
+  float32, on a GPU float16 by autocast; ours: that of `trainer.precision=auto`)
+* ratio_fp32, loss_difference: the ratio with float32 on both sides, and the difference of losses
+* memory_ratio: ours / the plain side's; peak above the process before the model is built, of
+  resident memory, or on a GPU of memory allocated by torch
 * trainer_overhead: the training loop of a run on prepared crops over the bare step, minus 1
-* mfu: ours on a GPU, a part of what bfloat16 products of large matrices reach there
+* mfu: ours on a GPU, relative to the measured speed of large bfloat16 matrix products there
 
---whole measures `dino-lite pretrain` itself instead: two lengths, subtracted.
-OMP_NUM_THREADS sets the threads of both sides.
+--whole measures `dino-lite pretrain` itself instead: the difference of two lengths.
+OMP_NUM_THREADS sets the number of threads of both sides.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from whole_process import whole_process
 from dino_lite.contracts import UserError
 
 WARM_UP = 2  # rounds: the first may compile
-BATCH_FP32 = 64  # largest batch on a GPU whose float32 sides are measured too
+BATCH_FP32 = 64  # largest batch on a GPU that is also measured in float32
 
 CPU = (
     Setup("vit_tiny_16_224", "vit_tiny_patch16_224", 16, 224, 96, 8, 65_536, 8),
@@ -52,14 +52,14 @@ GPU = (
     Setup("vit_base_16_224", "vit_base_patch16_224", 16, 224, 96, 8, 65_536, 64),
 )
 TINY = Setup("tiny", "vit", 8, 16, 8, 2, 32, 4, 32, 16)  # seconds: for tests
-ROOMY = 60 * 2**30  # bytes of a GPU that takes both sides of ViT-B at 64 images
+ROOMY = 60 * 2**30  # bytes of GPU memory that fit both sides of ViT-B at 64 images
 
 
 # --------------------------------------------------------------------------------------- the duels
 
 
 def duel(setup: Setup, student: Path, precisions: tuple[str, str], rounds: int) -> dict[str, Any]:
-    """The plain side and ours in these precisions, step by step in turns."""
+    """Measure the plain side and ours in these precisions, taking steps in turns."""
     seconds: dict[str, list[float]] = {"reference": [], "ours": []}
     losses: dict[str, list[float]] = {"reference": [], "ours": []}
     with (
@@ -96,7 +96,7 @@ def duel(setup: Setup, student: Path, precisions: tuple[str, str], rounds: int) 
 
 
 def bench(setup: Setup, rounds: int) -> dict[str, Any]:
-    """Everything about one configuration."""
+    """All measurements of one configuration."""
     usual = ("fp16" if accelerator() == "cuda" else "32", precision_of(setup))
     with tempfile.TemporaryDirectory() as scratch:
         student = Path(scratch) / "student.pt"
@@ -121,13 +121,13 @@ def bench(setup: Setup, rounds: int) -> dict[str, Any]:
     found["trainer_overhead"] = None
     try:
         found |= fresh_process(trainer_overhead, setup, WARM_UP, rounds)
-    except Exception as error:  # whatever it was, what the duels found stays
+    except Exception as error:  # keep the results of the duels in any case
         found["error"] = f"trainer_overhead: {type(error).__name__}: {error}"
     return found
 
 
 def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns, called where nothing else has run."""
+    """Call `function` in a fresh process; returns its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -136,15 +136,15 @@ def fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def step_flops(setup: Setup, weights: dict[str, torch.Tensor], cls_only: bool = False) -> float:
-    """Multiplications and additions of matrix products in a step, none counted twice: of the plain
-    one, with `cls_only` of ours, whose last block computes the class token alone.
+    """Floating-point operations of the matrix products in a plain step, without recomputation. With
+    `cls_only`, of our step, whose last block computes only the class token.
     """
     width = weights["backbone.cls_token"].shape[-1]
     depth = sum(name.endswith(".norm1.weight") for name in weights)
     hidden = weights["backbone.blocks.0.mlp.fc1.weight"].shape[0]
 
     def backbone(size: int) -> tuple[int, int]:
-        """Forward of one crop: patches apart, whose pixels need no gradient."""
+        """Forward pass of one crop: blocks, and patch embedding, whose input has no gradient."""
         num = (size // setup.patch_size) ** 2
         linear = 2 * (num + 1) * (4 * width**2 + 2 * width * hidden)
         attention = 4 * (num + 1) ** 2 * width
@@ -162,7 +162,7 @@ def step_flops(setup: Setup, weights: dict[str, torch.Tensor], cls_only: bool = 
 
 
 def matmul_ceiling() -> float:
-    """Operations a second of bfloat16 products of square matrices on this GPU, the best of some."""
+    """Operations per second of bfloat16 products of square matrices on this GPU, best of some."""
     best = 0.0
     for size in (4096, 8192):
         a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -185,7 +185,7 @@ _COLUMNS += ("trainer", "mfu")
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """What was found as Markdown; whole processes and failures as lines."""
+    """The results as Markdown; whole processes and failures as lines."""
     measured = [one for one in found if "setup" in one]
     rows = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))] if measured else []
     for one in measured:
@@ -206,7 +206,7 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         if whole := one.get("whole_process"):
             rows.append(
-                f"{one['name']}: {whole['seconds_per_step']:.3f} s a step, "
+                f"{one['name']}: {whole['seconds_per_step']:.3f} s per step, "
                 f"{whole['images_per_second']:.1f} img/s, data_wait {whole['data_wait']:.1%}"
             )
         elif "error" in one:
@@ -230,7 +230,7 @@ def _mib(value: int | None) -> str:
 
 
 def chosen(names: list[str] | None, batch: int | None) -> list[Setup]:
-    """The configurations asked for, or those of this machine."""
+    """The named configurations, by default those for this machine."""
     usual = GPU if accelerator() == "cuda" else CPU
     known = {setup.name: setup for setup in (*CPU, *GPU, TINY)}
     if unknown := [name for name in names or [] if name not in known]:
@@ -240,7 +240,7 @@ def chosen(names: list[str] | None, batch: int | None) -> list[Setup]:
 
 
 def fitting(setup: Setup) -> int:
-    """Its batch size; half of it for ViT-B on a GPU that does not take both sides."""
+    """Batch size of `setup`; half of it for ViT-B on a GPU that does not fit both sides."""
     if not setup.backbone.startswith("vit_base") or accelerator() == "cpu":
         return setup.batch_size
     roomy = torch.cuda.get_device_properties(0).total_memory >= ROOMY
@@ -248,7 +248,7 @@ def fitting(setup: Setup) -> int:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A dictionary a configuration; one that fails says so and leaves the others."""
+    """One dictionary per configuration; if one fails, it holds the error, and the others run."""
     keys = ("ratio", "ratio_fp32", "memory_ratio", "trainer_overhead")
     if options.whole:
         for one in whole_process(options.rounds, options.photos):
@@ -267,9 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--rounds", type=int, default=10, help="after two that warm up")
-    parser.add_argument("--config", nargs="+", metavar="NAME", help="instead of this machine's")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a step, instead of its own")
+    parser.add_argument("--rounds", type=int, default=10, help="after two warm-up rounds")
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="instead of those for this machine")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per step, instead of its own")
     parser.add_argument("--whole", action="store_true", help="dino-lite pretrain, start to end")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs for --whole")
     options = parser.parse_args(arguments)
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for one in measure(options):
             found.append(one | about)
-            if options.json:  # after each one: a run that is cut short leaves what it has
+            if options.json:  # after each one, so that an interrupted run keeps its results
                 options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             print(f"{one['name']} is done", file=sys.stderr, flush=True)
     except SideError as error:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Hold the project against golden numbers: `check_golden.py DIR [--only PREFIX]`.
+"""Compare dino_lite with golden numbers: `check_golden.py DIR [--only PREFIX]`.
 
-DIR holds cases.json and the tensors it names. Each case runs through the project's own public code
-and prints one line: its largest error beside what is allowed there. Exit code 1 when a case fails
-or a selected case has no adapter.
+DIR contains cases.json and the tensors it names. Each case runs the public code of dino_lite and
+prints one line: its largest error and the tolerance. Exit code 1 if a case fails or a selected case
+has no adapter.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def nearness(check: Check) -> float:
-    """Error as a part of what is allowed: above 1, and for NaN, the check fails."""
+    """Error divided by tolerance: the check fails if it is above 1 or NaN."""
     if check.error != check.error:
         return float("inf")
     if check.tolerance == 0:
@@ -75,7 +75,7 @@ def nearness(check: Check) -> float:
 
 
 def run_case(case: dict[str, Any], folder: Path) -> tuple[bool, str]:
-    """Whether the case holds, and a line about it."""
+    """Run a case. Returns whether it passes, and a line about it."""
     adapter = ADAPTERS.get(case["id"].partition("_")[0])
     if adapter is None:
         return False, f"{case['id']:26s} not covered"
@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds cases.json")
+    parser.add_argument("folder", type=Path, help="contains cases.json")
     parser.add_argument(
-        "--only", default="", metavar="PREFIX", help="cases whose id begins so, as A or B1"
+        "--only", default="", metavar="PREFIX", help="prefix of case ids, e.g. A or B1"
     )
     options = parser.parse_args(arguments)
     try:
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case begins with {options.only!r}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+    torch.set_num_threads(1)  # for tiny tensors, more threads are slower
     held = []
     for case in selected:
         ok, line = run_case(case, options.folder)

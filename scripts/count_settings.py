@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Count the settings that several configs repeat: `count_settings.py [FOLDER] [--json FILE]`.
 
-A setting is a dotted key with its value in one file below FOLDER (default: conf/experiment), the
-defaults list left out; it is repeated where another file sets the same key to the same value.
-Prints the share of repeated settings, and which they are.
+A setting is a dotted key with its value in one file below FOLDER (default: conf/experiment),
+without the defaults list; it is repeated if another file sets the same key to the same value.
+Prints the repeated settings and their share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) of a config but its defaults list; a list is one value."""
+    """Every (dotted key, value) of a config except its defaults list; a list is one value."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from settings(value, f"{prefix}{key}.")
@@ -30,7 +30,7 @@ def settings(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def count(folder: Path) -> dict[str, Any]:
-    """The number of settings, how many are repeated, their share, and the files that hold each."""
+    """Count settings and repeated settings; also returns their share and the files of each."""
     files = defaultdict(list)
     for path in sorted(folder.rglob("*.yaml")):
         for key, value in settings(yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
@@ -43,7 +43,7 @@ def count(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count, print and, where asked for, write."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "conf" / "experiment")
     parser.add_argument("--json", type=Path, help="also write the result there")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# demo.sh [TIME]: installs dino_lite (once), pretrains DINO on the embedded data set for TIME (30s, 4m, …; by default
-# $DINO_LITE_DEMO_TIME or 4m), exports the backbone, and prints what it is worth beside raw pixels and the same network
-# untrained. Again: says what it found. DINO_LITE_VENV names an environment other than .venv, DINO_LITE_RUNS a
+# demo.sh [TIME]: installs dino_lite (once), pretrains DINO on the embedded data set for TIME (30s, 4m, …; default:
+# $DINO_LITE_DEMO_TIME or 4m), exports the backbone, and prints its accuracy next to raw pixels and the untrained network.
+# If the run exists already, it is not trained again. DINO_LITE_VENV names an environment other than .venv, DINO_LITE_RUNS a
 # folder for runs other than runs/.
 set -euo pipefail
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draw a contact sheet of every augmentation preset: `draw_presets.py [FOLDER] [--out DIR]`.
 
-Each row is an image of FOLDER (default: the embedded set), its two global crops and its local ones,
-as `augment=NAME` makes them. Images are spread over the folder; presets for images without color
-are shown gray ones.
+Each row shows an image of FOLDER (default: the embedded set), its two global crops and its local
+crops, as made by `augment=NAME`. Images are evenly spaced over the folder, and converted to gray
+for presets for images without color.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from dino_lite.eval.sheets import Cell, Heading, Row, draw_sheet  # noqa: E402
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
-SIZES = {"global_size": 112, "local_size": 48, "num_local": 6}  # pixels: half the paper's
-BLUR_RADIUS = [0.05, 1.0]  # in proportion
+SIZES = {"global_size": 112, "local_size": 48, "num_local": 6}  # pixels: half of the paper's
+BLUR_RADIUS = [0.05, 1.0]  # also half
 ENLARGED = 2
 COLORLESS = ("grayscale", "medical")
 
 
 def build(name: str) -> MultiCrop:
-    """The multi-crop that `augment=name` configures, in the sheet's sizes."""
+    """The multi-crop that `augment=name` configures, in the sizes of the sheet."""
     config = compose("pretrain", [f"augment={name}"])["augment"] | SIZES | {"where": "worker"}
     for kind in ("global_1", "global_2", "local"):
         config = put(config, f"{kind}.blur_radius", BLUR_RADIUS)
-    told = {key: value for key, value in config.items() if value != "auto"}  # else the paper's
+    told = {key: value for key, value in config.items() if value != "auto"}  # those: the paper's
     multi_crop: MultiCrop = instantiate(told)
     return multi_crop
 
 
 def without_color(image: Pixels) -> Pixels:
-    """Luma in all three channels."""
+    """Convert to gray: luma in all three channels."""
     luma = image @ np.array([0.299, 0.587, 0.114])
     return np.repeat(np.rint(luma)[..., None], 3, axis=-1).astype(np.uint8)
 
 
 def draw_preset(name: str, images: list[Pixels], path: Path) -> None:
-    """A row an image: itself, global crops, local crops."""
+    """Draw the sheet, one row per image: the image, global crops, local crops."""
     if name in COLORLESS:
         images = [without_color(image) for image in images]
     multi_crop, num = build(name), len(images)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# gpu_suite.sh OUT [PART...]: all that needs a GPU, in parts of less than nine minutes each; no network.
-#   1 correctness: tests marked gpu            2 step: ViT-S/16, 64 and 128 images, beside the published one
-#   3 step: ViT-S/16, 256 images; ViT-B/16     4 data: how long runs wait for it, crops made on the GPU
+# gpu_suite.sh OUT [PART...]: tests and benchmarks that need a GPU, in parts of less than nine minutes each; no network.
+#   1 correctness: tests marked gpu            2 step: ViT-S/16, 64 and 128 images, compared with the published one
+#   3 step: ViT-S/16, 256 images; ViT-B/16     4 data: time waiting for data, with crops made on the GPU
 #   5 CIFAR-10: a short training, k-NN         6 scaling of the step; estimates of runs
-# Each part prints its table and writes JSON into OUT; OUT/suite.json says how each ended. A part that fails does not
-# stop the others; the exit status is then 1, and 2 where there is no GPU.
+# Each part prints its table and writes JSON into OUT; OUT/suite.json records the exit status of each. If a part fails, the
+# others still run, and the exit status is 1; it is 2 without a GPU.
 #   PYTHON   the interpreter (default: python3), with torch, torchvision, timm and pytorch-lightning
 #   CIFAR10  an .npz with x_train, y_train, x_test, y_test, or what image_atlas.py packed (default: .whl/cifar10.npz)
-# Other packages it lacks are taken from the wheels in .whl/, which scripts/pack_gpu.sh fetches.
+# Other missing packages are installed from the wheels in .whl/, which scripts/pack_gpu.sh creates.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -45,7 +45,7 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, datetime.datetim
 correctness() {
     local files
     files="$(grep -l 'mark\.gpu' tests/test_*.py)" || return 1
-    # shellcheck disable=SC2086  # one word a file. -W: warnings of another torch are no failures
+    # shellcheck disable=SC2086  # one word per file. -W: warnings of another torch version are not errors
     timeout 520 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $files
 }
 
@@ -54,7 +54,7 @@ step() {
 }
 
 data() {
-    # Photographs are not at hand everywhere: pictures of the embedded set, with grain, decoded as slowly.
+    # Photographs may not be available: images of the embedded set with added noise take as long to decode.
     "$python" - "$scratch/photos" <<'EOF_PYTHON' &&
 import sys
 from pathlib import Path
@@ -87,7 +87,7 @@ scaling() {
     timeout 130 "$python" scripts/measure_estimate.py --seconds 20 --only dino_vit_64 dinov2_shapes --json "$out/estimate.json"
 }
 
-# Adds part $1, exit status $2 and seconds $3 to OUT/suite.json, which other calls may have begun.
+# Adds part $1 with exit status $2 and seconds $3 to OUT/suite.json, which may exist from other calls.
 note() {
     "$python" - "$out/suite.json" "$@" <<'EOF_PYTHON'
 import json, sys, torch

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Small images of an .npz as a few large JPEGs, to carry them where little fits; and back.
+"""Pack small images of an .npz into a few large JPEGs, to transfer them in less space; and unpack.
 
     scripts/image_atlas.py pack SMALL.npz OUT.npz [--quality 95]
     scripts/image_atlas.py unpack ATLAS.npz OUT.npz
 
-SMALL.npz holds x_train, y_train, x_test, y_test (uint8, all images of one size), or atlases itself:
+SMALL.npz contains x_train, y_train, x_test, y_test (uint8, all images of one size), or atlases:
 {train,test}_{webp,jpeg}_NN, each 50 x 100 images in rows. JPEGs of quality 95 without subsampling
-take a third of the pixels' bytes and are off by 2 levels: good for timing, and for a k-NN that is
-not compared with published ones to the tenth.
+take a third of the bytes of the pixels, with errors of 2 levels: suitable for timing, and for k-NN
+accuracies that are not compared with published ones to 0.1 %.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROWS, COLUMNS = 50, 100  # images of an atlas
+ROWS, COLUMNS = 50, 100  # images per atlas
 
 
 def read(file: Path) -> dict[str, np.ndarray]:
-    """x_train, y_train, x_test, y_test, whichever form they have."""
+    """Read x_train, y_train, x_test, y_test, as arrays or atlases."""
     with np.load(file, allow_pickle=False) as archive:
         found = {key: archive[key] for key in archive.files}
     arrays = {key: value for key, value in found.items() if re.fullmatch("[xy]_(train|test)", key)}
@@ -46,7 +46,7 @@ def tiles(encoded: np.ndarray) -> np.ndarray:
 
 
 def packed(arrays: dict[str, np.ndarray], quality: int) -> dict[str, np.ndarray]:
-    """Atlases and labels; the last atlas is filled up with black."""
+    """Pack into atlases and labels; the last atlas is padded with black."""
     out = {key: value for key, value in arrays.items() if key.startswith("y_")}
     for split in ("train", "test"):
         images = arrays[f"x_{split}"]
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=95)
     options = parser.parse_args(arguments)
     if not options.source.is_file():
-        print(f"{options.source} is not there", file=sys.stderr)
+        print(f"{options.source} does not exist", file=sys.stderr)
         return 2
     arrays = read(options.source)
     if options.do == "pack":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a run's first steps predict beside what its other steps then do.
+"""Compare the estimate from a run's first steps with the speed of its later steps.
 
     scripts/measure_estimate.py [--json FILE] [--only NAME ...] [--seconds 60] [--data DIR]
 
-Each case is a run of `dino-lite pretrain` on the embedded set (or the images in DIR) in a process
-of its own, without evaluations: there are ten in a run, however short it is. The ratio is
-predicted steps/s / those of the run after its estimate. The bar is 0.75 to 1.25; exit status 1
-where a case misses it. Other work on the machine that comes and goes moves the ratio.
+Each case is a run of `dino-lite pretrain` on the embedded set (or the images in DIR) in a separate
+process, without evaluations, as there are ten of them even in a short run. The ratio is predicted
+steps/s over the steps/s measured after the estimate. It must be within 0.75 and 1.25; otherwise the
+exit status is 1. Varying load of the machine changes the ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES: dict[str, list[str]] = {
 
 
 def measure(name: str, seconds: float, data: Path | None) -> dict[str, Any]:
-    """One run: its estimate, and the speed of what followed."""
+    """Run a case; returns its estimate and the speed of the steps after it."""
     overrides = CASES[name]
     if data is not None:
         overrides = [f"data.root={data}", *(o for o in overrides if not o.startswith("data"))]
@@ -71,7 +71,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, each")
+    parser.add_argument("--seconds", type=float, default=60.0, help="training time per case")
     parser.add_argument("--data", type=Path, metavar="DIR", help="images to train on")
     options = parser.parse_args()
     print(machine(), "", "| run | steps/s | predicted | ratio | after |", sep="\n")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a list of millions of images costs each worker: memory, forked and spawned, without a file.
+"""Measure the memory that a list of millions of images costs each worker, forked and spawned.
 
     scripts/measure_paths.py --num 5000000 --workers 2 --json FILE
 
-Names are ImageNet's in form, in 1,000 folders, about 60 bytes each with their folder. Every worker
-reads 200,000 paths at random, and all labels; what it costs is what it has then and had not before.
-Private: pages nobody else has (USS). PSS: also a share of each page that others have mapped too.
-RSS: these pages in full. Linux only (/proc).
+Names have the form of ImageNet's, in 1,000 folders, about 60 bytes each including the folder; no
+file exists. Every worker reads 200,000 random paths and all labels; the cost is the increase of its
+memory. Private: pages of this process only (USS). PSS: plus a share of each page shared with other
+processes. RSS: shared pages in full. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def memory() -> dict[str, float]:
 
 
 def listed(num: int) -> tuple[PathSource, dict[str, float]]:
-    """A source of `num` images that do not exist, and the seconds it took."""
+    """A source of `num` nonexistent images, and the seconds it took to build."""
     start = time.perf_counter()
     collected = PathList()
     for folder in range(NUM_FOLDERS):
@@ -70,7 +70,7 @@ def listed(num: int) -> tuple[PathSource, dict[str, float]]:
 
 
 def work(source: PathSource | bytes, together: Barrier, answer: Any) -> None:
-    """A worker: note what it has before the source and after it has used it."""
+    """A worker: reports the increase of its memory from using the source."""
     before = memory()
     mine = pickle.loads(source) if isinstance(source, bytes) else source
     rows = np.random.default_rng(os.getpid()).integers(0, len(mine), NUM_READ)
@@ -79,14 +79,14 @@ def work(source: PathSource | bytes, together: Barrier, answer: Any) -> None:
     assert mine.labels is not None
     int(mine.labels.sum())
     del rows
-    together.wait()  # all workers have mapped what they use
+    together.wait()  # all workers have mapped the pages they use
     after = memory()
     together.wait()
     answer.put({key: after[key] - before[key] for key in after})
 
 
 def cost(source: PathSource, how: str, num_workers: int) -> dict[str, float]:
-    """The most that one of several workers has, in MB."""
+    """Largest cost over the workers, in MB."""
     context = multiprocessing.get_context(how)
     together, answer = context.Barrier(num_workers), context.Queue()
     given: PathSource | bytes = pickle.dumps(source) if how == "spawn" else source

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How time and memory of our step grow with batch, prototypes, local crops and resolution.
+"""Measure how time and memory of a step scale with batch, prototypes, local crops and resolution.
 
     scripts/measure_scaling.py [--json FILE] [--plots DIR] [--rounds 5] [--quick]
 
-One of the four is varied at a time around a base. Every point has a process of its own, as memory
-is measured from outside; the points of a sweep take their steps in turns. Time is the median over
-rounds in the precision of a run. --quick takes a tiny base: does it work?
+Varies one of the four at a time around a base configuration. Every point runs in a separate
+process, to measure its memory; the points of a sweep take steps in turns. Time is the median over
+rounds, in the precision of a run. --quick uses a tiny base, as a smoke test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WARM_UP = 2  # rounds
 
 
 class Sweep(NamedTuple):
-    """One field of a Setup and the values it takes; `unit` labels its axis."""
+    """A field of a Setup and its values; `unit` labels the axis."""
 
     field: str
     unit: str
@@ -35,7 +35,7 @@ class Sweep(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What is varied around what."""
+    """A base configuration and the sweeps around it."""
 
     base: Setup
     sweeps: tuple[Sweep, ...]
@@ -67,7 +67,7 @@ GPU = study(
 
 
 def varied(base: Setup, field: str, value: int) -> Setup:
-    """`base` with another value; local crops stay the same part of the global ones' side."""
+    """`base` with `field` set to `value`; the ratio of local to global crop size is kept."""
     setup = base._replace(name=f"{base.name}, {field}={value}", **{field: value})
     if field == "global_size":
         patch = base.patch_size
@@ -77,7 +77,7 @@ def varied(base: Setup, field: str, value: int) -> Setup:
 
 
 def measure(base: Setup, sweep: Sweep, rounds: int) -> list[dict[str, Any]]:
-    """A point a value: seconds a step and peak memory, or why there are none."""
+    """One point per value: seconds per step and peak memory, or the reason for their absence."""
     points: list[dict[str, Any]] = []
     precision = precision_of(base)
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def measure(base: Setup, sweep: Sweep, rounds: int) -> list[dict[str, Any]]:
 
 
 def _each(sides: list[Side], points: list[dict[str, Any]], act: Any) -> None:
-    """Act on every point that has not failed; one that fails (as for want of memory) says why."""
+    """Call `act` on every point that has not failed; record the error of one that fails."""
     for side, point in zip(sides, points, strict=True):
         if "error" not in point:
             try:
@@ -146,7 +146,7 @@ def draw(base: Setup, sweep: Sweep, points: list[dict[str, Any]], file: Path) ->
 
 
 def described(base: Setup, field: str) -> str:
-    """The base in words, but for what is varied."""
+    """Describe the base in words, without the varied field."""
     words = {
         "batch_size": f"{base.batch_size} images",
         "num_prototypes": f"{base.num_prototypes:,} prototypes",
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="a PNG a sweep")
-    parser.add_argument("--rounds", type=int, default=5, help="after two that warm up")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG per sweep")
+    parser.add_argument("--rounds", type=int, default=5, help="after two warm-up rounds")
     parser.add_argument("--quick", action="store_true", help="a tiny base")
     options = parser.parse_args(arguments)
     chosen = QUICK if options.quick else GPU if accelerator() == "cuda" else CPU

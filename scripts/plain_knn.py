@@ -1,9 +1,8 @@
-"""The published weighted k-NN, written plainly from notes on it: what bench_knn.py holds ours
-against.
+"""Straightforward implementation of the published weighted k-NN: the reference of bench_knn.py.
 
-The test set goes through in 100 parts. Of each the similarities to the whole bank, topk, the
-classes of the neighbors as rows of zeros and ones, those times exp(similarity / T) added up over
-the neighbors, and all classes sorted by their votes.
+Processes the test set in 100 parts: similarities to the whole bank, topk, one-hot classes of the
+neighbors weighted by exp(similarity / T) and summed, then all classes sorted by their votes.
+Written from notes on it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def plain_knn(
     temperature: float,
     num_classes: int,
 ) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 in percent by k, of unit rows; one search serves all ks."""
+    """Top-1 and top-5 in percent by k, for unit rows; one search is used for all ks."""
     size = len(test) // PARTS
     hits = {k: [0, 0] for k in ks}
     for start in range(0, len(test), size):

@@ -1,9 +1,9 @@
-"""DINO's step, written plainly as the published code takes it: what bench_step.py compares with.
+"""Straightforward implementation of DINO's published step: the reference of bench_step.py.
 
-Nothing here is shared with dino_lite, whose step may take any short cut: timm's blocks with the
-naive attention, one backbone call a crop size and one head call, logits of all crops, one
-log-softmax for each of the pairs, AdamW as it comes, and Python loops over parameters for clipping
-and for the teacher, each tensor's norm read by the host.
+Shares no code with dino_lite, whose step is optimized: timm's blocks with naive attention, one
+backbone call per crop size and one head call, logits of all crops, one log-softmax per pair, AdamW
+with default settings, and Python loops over parameters for clipping and for the teacher, with each
+norm read by the host.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-# What stands still during a measurement, on both sides.
+# Constant during a measurement, on both sides.
 RATE, DECAY, CLIP, MOMENTUM = 5e-4, 0.04, 3.0, 0.996
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM = 0.1, 0.04, 0.9
 
 _OURS_ONLY = (
     *("name", "image_size", "position_offset", "position_antialias"),
-    *("num_registers", "mask_token"),  # none, in DINO's own networks
+    *("num_registers", "mask_token"),  # not in DINO's own networks
 )
 _RENAMED = {
     "head.last_layer.weight_g": "head.last_layer.parametrizations.weight.original0",
@@ -35,7 +35,7 @@ _RENAMED = {
 
 
 class PlainBackbone(nn.Module):
-    """A timm ViT of the sizes in `spec` (that of a `dino_lite` backbone), to class features."""
+    """Images to class features: a timm ViT with the sizes in `spec` of a `dino_lite` backbone."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PlainBackbone(nn.Module):
         return self.norm(tokens)[:, 0]
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Resampled where the grid is another than the learned one."""
+        """Position embeddings, resampled if the grid differs from the learned one."""
         cells = self.pos_embed.shape[1] - 1
         side = math.isqrt(cells)
         if grid == (side, side):
@@ -75,7 +75,7 @@ class PlainBackbone(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """Three layers, unit norm, and a weight-normalized layer of lengths 1: features to logits."""
+    """Features to logits: three layers, L2 norm, and a weight-normalized layer of unit norms."""
 
     def __init__(self, in_dim: int, hidden_dim: int, bottleneck_dim: int, num: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class PlainHead(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """Backbone and head with the weights of a `dino_lite` student: crops to logits."""
+    """Crops to logits: backbone and head with the weights of a `dino_lite` student."""
 
     def __init__(self, spec: dict[str, Any], weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class PlainNetwork(nn.Module):
         self.load_state_dict({_RENAMED.get(name, name): value for name, value in weights.items()})
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Consecutive crops of one size meet the backbone together, all of them the head."""
+        """One backbone call for consecutive crops of one size, one head call for all."""
         features, start = [], 0
         for stop in range(1, len(crops) + 1):
             if stop == len(crops) or crops[stop].shape[-1] != crops[start].shape[-1]:
@@ -117,10 +117,10 @@ class PlainNetwork(nn.Module):
 
 
 class PlainStep:
-    """Calling it with the crops of a batch, the two global ones first, is one optimizer step.
+    """One optimizer step per call, given the crops of a batch, the two global ones first.
 
-    `half`: autocast to float16 with a scaled loss; else all is computed in the weights' precision.
-    Parameters that have one dimension or are biases do not decay.
+    `half`: autocast to float16 with loss scaling; otherwise computes in the precision of the
+    weights. Biases and one-dimensional parameters have no weight decay.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class PlainStep:
         self.center = next(network.parameters()).new_zeros(1, num)
 
     def __call__(self, crops: Sequence[Tensor]) -> float:
-        """The loss."""
+        """Take a step; returns the loss."""
         with self._autocast():
             teacher = self.teacher(crops[:2])
             student = self.student(crops)
@@ -168,7 +168,7 @@ class PlainStep:
         return value
 
     def loss(self, student: Tensor, teacher: Tensor, num_crops: int) -> Tensor:
-        """Mean over pairs of a global crop and another crop; then the center moves."""
+        """Mean over pairs of a global crop and another crop; then update the center."""
         scores = (student / STUDENT_TEMP).chunk(num_crops)
         probs = F.softmax((teacher - self.center) / TEACHER_TEMP, dim=-1).detach().chunk(2)
         total, num_pairs = 0, 0
@@ -183,7 +183,7 @@ class PlainStep:
         return total / num_pairs
 
     def clip(self) -> None:
-        """Every tensor's gradient to a norm of its own; the published code reads each norm."""
+        """Clip the gradient norm of each tensor separately; the published code reads each norm."""
         for parameter in self.student.parameters():
             if parameter.grad is not None:
                 norm = parameter.grad.norm(2).item()
@@ -192,7 +192,7 @@ class PlainStep:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The teacher moves, tensor by tensor."""
+        """Update the teacher, tensor by tensor."""
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         for value, average in pairs:
             average.mul_(MOMENTUM).add_((1 - MOMENTUM) * value.detach())

@@ -1,7 +1,7 @@
-"""Sides of a measurement: each in a process of its own, stepped from outside, one at a time.
+"""Sides of a measurement: separate processes that take steps on request, one at a time.
 
-So that memory, allocator and threads are each side's own. Ours is what `dino-lite pretrain` builds
-from a planned configuration; the other one is plain_step.py.
+Memory, allocator and threads are thus separate. Our side is what `dino-lite pretrain` builds from a
+planned configuration; the other one is plain_step.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dino_lite.methods.timing import wait_for
 from dino_lite.planning.plan import gather_facts, plan
 from dino_lite.runs.build import build_module
 
-NUM_BATCHES = 2  # prepared, taken in turns
+NUM_BATCHES = 2  # prepared and used alternately
 
 
 class Setup(NamedTuple):
-    """What is trained on what; sizes of crops in pixels."""
+    """Model and batch of a measurement; crop sizes in pixels."""
 
     name: str
     backbone: str  # timm's name, or "vit" for a tiny one
@@ -50,11 +50,11 @@ class Setup(NamedTuple):
 
 
 class SideError(Exception):
-    """A side could not go on: which one, of what, and why."""
+    """A side failed: which one, of which setup, and why."""
 
 
 def accelerator() -> str:
-    """What is measured here: the GPU where there is one."""
+    """The device to measure: the GPU, if any."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -63,7 +63,7 @@ def accelerator() -> str:
 
 def planned(setup: Setup, precision: str = "auto", *more: str) -> tuple[Config, Facts, Splits]:
     """A run's configuration of these sizes with the arithmetic of the published code, planned for
-    this machine; rates, momentum and temperature stand still, and no path is dropped.
+    this machine; rates, momentum and temperature are constant, and there is no drop path.
     """
     sizes = {
         "backbone.name": setup.backbone,
@@ -107,12 +107,12 @@ def planned(setup: Setup, precision: str = "auto", *more: str) -> tuple[Config, 
 
 
 def build_ours(config: Config, facts: Facts) -> Step:
-    """The bare step of a run, on its device: what is built for the trainer, without the trainer."""
+    """The bare step of a run, on its device: as built for the trainer, without the trainer."""
     return build_module(config, facts).to(facts.accelerator).bare_step()
 
 
 def save_student(setup: Setup, file: Path) -> None:
-    """A fresh student of ours for the other side: the weights that every side of `setup` draws."""
+    """Save a fresh student of ours for the other side, with the weights that our side draws."""
     config, facts, _ = planned(setup, "32", "trainer.accelerator=cpu")
     student: Any = build_ours(config, facts).method.student
     torch.save({"spec": student.backbone.spec, "weights": student.state_dict()}, file)
@@ -141,8 +141,8 @@ def noise_crops(config: Config, seed: int = 0) -> Crops:
 
 
 class Memory:
-    """Peak of what this process takes beyond what it has when this is made, in bytes: of the GPU's
-    memory where `device` is one, else resident (None where the system does not tell).
+    """Peak memory of this process above that at construction, in bytes: GPU memory if `device` is a
+    GPU, else resident memory (None if the system does not report it).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -153,7 +153,7 @@ class Memory:
             self.base = torch.cuda.memory_allocated()
             return
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         self.base = _status("VmRSS") or 0
 
     def peak(self) -> int | None:
@@ -190,10 +190,10 @@ def machine() -> str:
 
 
 def _serve(pipe: Any, setup: Setup, precision: str, student: Path | None) -> None:
-    """A side: says when it stands, takes a step for each number, at None tells its memory."""
+    """A side: reports when ready, takes a step per number, on None sends its memory and exits."""
     try:
         device = torch.device(accelerator())
-        half = precision == "fp16"  # the plain side's alone: a run of ours refuses it
+        half = precision == "fp16"  # only for the plain side: our runs reject it
         config, facts, _ = planned(setup, "32" if half else precision)
         batches = [noise_crops(config, seed) for seed in range(NUM_BATCHES)]
         make: Callable[[], Callable[[Crops, int], Any]]
@@ -232,14 +232,14 @@ def _plain(**start: Any) -> Callable[[Crops, int], float]:
 
 
 def crop_list(crops: Crops) -> list[Tensor]:
-    """All crops, the global ones first, as the plain step takes them."""
+    """All crops, the global ones first, as the plain step expects them."""
     return [*crops.globals_, *([] if crops.locals_ is None else crops.locals_)]
 
 
 class Served:
-    """`serve(pipe, *arguments)` in a process of its own, which answers over the pipe: first that it
-    is ready, then what it is asked. It gets ready while others do, until `wait` returns. As a
-    context it ends with it.
+    """Runs `serve(pipe, *arguments)` in a separate process that answers over the pipe: first that
+    it is ready, then each question. It starts in parallel with others; `wait` returns when it is
+    ready. As a context manager, ends the process on exit.
     """
 
     def __init__(self, label: str, serve: Callable[..., None], *arguments: Any) -> None:
@@ -251,12 +251,12 @@ class Served:
         theirs.close()
 
     def wait(self) -> None:
-        """Until it is ready."""
+        """Wait until it is ready."""
         self._answer()
 
     def ask(self, question: Any) -> Any:
-        """What it answers; at None, the last thing it does, its memory: bytes at the peak, beyond
-        those before its work began.
+        """Send a question; returns the answer. None is the last question: its answer is the peak
+        memory in bytes, above that before the work began.
         """
         self.pipe.send(question)
         return self._answer()
@@ -282,8 +282,8 @@ class Served:
 
 
 class Side(Served):
-    """A side in a process of its own: ours, or with a `student` saved by `save_student` the plain
-    one.
+    """A side in a separate process: ours, or the plain one if given a `student` saved by
+    `save_student`.
     """
 
     def __init__(
@@ -292,17 +292,17 @@ class Side(Served):
         super().__init__(f"{label} of {setup.name}", _serve, setup, precision, student)
 
     def step(self, number: int) -> tuple[float, float]:
-        """Take step `number`: its seconds and its loss."""
+        """Take step `number`; returns its seconds and its loss."""
         seconds, loss = self.ask(number)
         return seconds, loss
 
     def memory(self) -> int | None:
-        """Bytes at the peak, beyond those before the model was built. The last thing it does."""
+        """Peak memory in bytes, above that before the model was built. Ends the side."""
         peak: int | None = self.ask(None)
         return peak
 
 
 @functools.cache
 def precision_of(setup: Setup) -> str:
-    """What a run's `trainer.precision=auto` is on this machine."""
+    """The value of a run's `trainer.precision=auto` on this machine."""
     return str(get(planned(setup)[0], "trainer.precision"))

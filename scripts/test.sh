@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the tests need (once), then checks lint, types and tests. Arguments go to pytest:
+# Installs what the tests need (once), then runs lint, type checks and tests. Arguments are passed to pytest:
 #   scripts/test.sh -k knn -x
 #   scripts/test.sh -m 'not slow'    # for daily work: under three minutes on two cores
-#   scripts/test.sh -n 0             # in one process (default: one for each core)
-# --browser, first, installs Debian's chromium where there is none, for the tests that open pages in it; without one they
-# are skipped and say so.
+#   scripts/test.sh -n 0             # in one process (default: one per core)
+# --browser as the first argument installs Debian's chromium if missing, for the tests that open pages in it; without it
+# they are skipped with a message.
 # DINO_LITE_VENV names an environment other than .venv.
 set -euo pipefail
 
@@ -14,7 +14,7 @@ DINO_LITE_VENV="$(dirname "$(dirname "$python")")"
 export DINO_LITE_VENV # for the tests that run scripts
 cd "$root"
 
-# Say nothing unless it fails.
+# Print output only on failure.
 quietly() {
     local said
     said="$("$@" 2>&1)" || { printf '%s\n' "$said" >&2; echo "test.sh: failed: ${*:3}" >&2; exit 1; }
@@ -35,9 +35,9 @@ fi
 quietly "$python" -m ruff check .
 quietly "$python" -m ruff format --check .
 quietly "$python" -m mypy
-# One process for each core, which takes over another's tests when its own are done.
+# One process per core; idle processes take over tests of others.
 parallel=(-n auto --maxprocesses 8 --dist worksteal)
 case " $* " in *" -p no:xdist "* | *" -pno:xdist "*) parallel=() ;; esac
-unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles the package again
+unset PYTHONDONTWRITEBYTECODE # otherwise every process started by a test compiles the package again
 export OMP_NUM_THREADS=1
 exec "$python" -m pytest -q --durations=10 ${parallel[@]+"${parallel[@]}"} "$@"

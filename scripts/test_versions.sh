@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # test_versions.sh [oldest|newest] [ARGS]: runs the tests with the oldest versions of the dependencies that pyproject.toml
-# allows, and with the newest there are; without a word, with both, one after the other.
+# allows, or with the newest available; by default with both, one after the other.
 #
-# Each environment (6 GB) is made in a temporary folder, below TMPDIR, and removed afterwards. ARGS go to pytest:
+# Each environment (6 GB) is created in a temporary folder in TMPDIR and removed afterwards. ARGS are passed to pytest:
 #   scripts/test_versions.sh newest -k "step or vit"
 # PYTHON names the interpreter as for install.sh; the oldest versions have wheels for 3.11.
 set -euo pipefail
@@ -13,12 +13,12 @@ case "${1:-}" in oldest | newest) kinds=("$1"); shift ;; esac
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 export DINO_LITE_VENV="$folder/venv" DINO_LITE_CONSTRAINTS="$folder/constraints.txt"
-export PIP_CONSTRAINT="$DINO_LITE_CONSTRAINTS" # in place of one that pip's own configuration may name
+export PIP_CONSTRAINT="$DINO_LITE_CONSTRAINTS" # overrides one in pip's own configuration
 
 failed=0
 for kind in "${kinds[@]}"; do
     : >"$DINO_LITE_CONSTRAINTS"
-    if [ "$kind" = oldest ]; then # every lower bound, as the one version
+    if [ "$kind" = oldest ]; then # pin every dependency to its lower bound
         sed -nE 's/^ *"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' "$root/pyproject.toml" | sort -u >"$DINO_LITE_CONSTRAINTS"
     fi
     python="$("$root/scripts/install.sh" test)"

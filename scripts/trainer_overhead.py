@@ -1,4 +1,4 @@
-"""What the training loop of a run costs beside the step it drives, both in one process."""
+"""Measures the overhead of a run's training loop over its bare step, both in one process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dino_lite.runs.build import build
 from dino_lite.runs.run import Run
 from dino_lite.runs.trainer import build_trainer, quiet_lightning
 
-_NOT_TIMED = ("online_eval", "pictures", "checkpoints")  # they come seldom
+_NOT_TIMED = ("online_eval", "pictures", "checkpoints")  # they run rarely
 
 
 class Alternating:
-    """A loader of prepared crops that takes a bare step before it hands a batch out.
+    """A loader of prepared crops that runs a bare step before it yields a batch.
 
-    So the two are interleaved: `bare` has the seconds of these steps, `loop` those from a batch's
-    handing out until the next one is asked for.
+    This interleaves the two measurements: `bare` holds the seconds of these steps, `loop` those
+    between yielding a batch and the request for the next.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Alternating:
 
 
 def trainer_overhead(setup: Setup, warm_up: int, rounds: int) -> dict[str, Any]:
-    """`trainer_overhead`: median of the loop's seconds a step over the bare step's, minus 1.
+    """`trainer_overhead`: median seconds per step of the loop over those of the bare step, minus 1.
 
-    The loop is a run's: module, trainer, throughput, progress, metrics.csv.
+    The loop is that of a run: module, trainer, throughput, progress, metrics.csv.
     """
-    num_steps = warm_up + rounds + 1  # nobody asks for a batch after the last one
+    num_steps = warm_up + rounds + 1  # no batch is requested after the last one
     off = [f"~callbacks.{name}" for name in _NOT_TIMED]
     made = planned(setup, "auto", f"trainer.max_steps={num_steps}", *off)
     config, facts, _ = made

@@ -1,6 +1,6 @@
-"""`dino-lite pretrain` from start to end: two lengths of one run, the short one subtracted.
+"""Times `dino-lite pretrain` from start to end: the difference between a long and a short run.
 
-What stays is steps, with all that a run does beside them.
+What remains is the time of steps, including everything else a run does during training.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PHOTOS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "calte
 
 
 def whole_process(rounds: int, photos: Path | None) -> Iterator[dict[str, Any]]:
-    """A run on the embedded set, and on photographs: those in `photos`, or of ../shared/data."""
+    """Measure a run on the embedded set, and one on photographs: `photos`, or ../shared/data."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        # Steps of this one are short beside what differs between two starts of a command.
+        # Steps are short compared with the variation of start-up times, so take more of them.
         yield _subtracted("pretrain_shapes", ["data=shapes"], 5 * rounds, folder)
         if photos is None and PHOTOS.is_file():
             photos = folder / "photos"
@@ -38,8 +38,8 @@ def whole_process(rounds: int, photos: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def _subtracted(name: str, source: list[str], rounds: int, scratch: Path) -> dict[str, Any]:
-    """Under `name`: seconds a step, images/s, and the share of time waiting for data. Between the
-    two lengths lie as many steps as between `rounds` rows of metrics.csv.
+    """Seconds per step, images/s, and fraction of time waiting for data of the run `name`. The two
+    lengths differ by the steps of `rounds` rows of metrics.csv.
     """
     folder = scratch / name
     every = 50 if accelerator() == "cuda" else 10  # steps between two rows
@@ -52,7 +52,7 @@ def _subtracted(name: str, source: list[str], rounds: int, scratch: Path) -> dic
     found = {
         "seconds_per_step": taken,
         "images_per_second": batch_size / taken,
-        "data_wait": statistics.mean(waits[1:]),  # workers start in the first
+        "data_wait": statistics.mean(waits[1:]),  # the first includes the start of workers
         "batch_size": batch_size,
         "steps": lengths,
         "seconds": seconds,
@@ -61,7 +61,7 @@ def _subtracted(name: str, source: list[str], rounds: int, scratch: Path) -> dic
 
 
 def _train(source: list[str], folder: Path, name: str, num_steps: int) -> float:
-    """Seconds of the whole command."""
+    """Run the command; returns its seconds."""
     line = [sys.executable, "-m", "dino_lite.commands.pretrain", *source]
     line += ["baselines=false", "~callbacks.online_eval", "~callbacks.pictures"]
     line += [f"trainer.max_steps={num_steps}", f"runs_dir={folder}", f"name={name}"]

@@ -110,8 +110,8 @@ def test_evaluation_of_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file.ckpt").write_bytes(b"no checkpoint")
     for chosen, words in (
         (None, "missing"),
-        ("latest", "no finished or running run"),
-        ("gone", "this is no run"),
+        ("latest", "contains no run with a checkpoint"),
+        ("gone", "is not a run"),
     ):
         arguments = [f"runs_dir={tmp_path}"] + ([] if chosen is None else [f"checkpoint={chosen}"])
         with pytest.raises(UserError, match=words):

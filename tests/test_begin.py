@@ -92,7 +92,7 @@ def test_what_cannot_be_begun_with_is_refused(first: Path, tmp_path: Path) -> No
     torch.save({"cls_token": torch.zeros(1)}, alone)
     with pytest.raises(UserError, match=r"backbone\.pretrained="):
         begin_config(second(first.parent, alone))
-    with pytest.raises(UserError, match="this is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         begin_config(second(first.parent, tmp_path / "absent"))
     with pytest.raises(UserError, match=r"is a run of dino_lite\.methods\.dinov2"):
         run_pretrain(tiny(tmp_path, f"checkpoint={first}"))

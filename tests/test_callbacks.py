@@ -566,4 +566,4 @@ def test_a_picture_that_fails_does_not_end_the_run(
     (tmp_path / "file").write_text("")
     run = Training(tmp_path / "run", Pictures(tmp_path / "file")).fit()
     assert int(run.method.step) == NUM_STEPS
-    assert capsys.readouterr().err.count("A picture was left out") == 2
+    assert capsys.readouterr().err.count("A picture was not drawn") == 2

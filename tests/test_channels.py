@@ -153,7 +153,7 @@ def test_data_of_a_users_own_come_in_the_backbones_channels(
     assert "None of the 8 images can be read" in told
     assert "has 3 channels, not data.channels=5" in told
     told = sentence(run_evaluate, config(five_run, "data.channels=1"))
-    assert "images of 1 channels, but the backbone takes 5" in told
+    assert "have 1 channels, but the backbone takes 5" in told
     told = sentence(run_export, compose("export", [f"checkpoint={five_run}", *asked]))
     assert "not data.channels=5" in told
 
@@ -170,7 +170,7 @@ def test_channels_that_do_not_fit_are_a_sentence(tmp_path: Path) -> None:
     assert "the images have 1 channels" in told
     five = (f"data.root={root}", "data.channels=5", "augment.where=worker")
     told = sentence(run_pretrain, tiny(runs_dir, *five, data="folder"))
-    assert "PIL has no images of 5 channels" in told
+    assert "PIL does not support 5 channels" in told
     assert not runs_dir.exists()
 
 

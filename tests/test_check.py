@@ -163,7 +163,7 @@ def test_no_readable_image_fails_with_all_reasons(tmp_path: Path) -> None:
         (tmp_path / "data" / f"{i}.jpg").write_bytes(b"no image")
     report = look(tmp_path, f"data.root={tmp_path / 'data'}")
     assert not report["ok"]
-    assert "error: dino-lite pretrain would end so: None of the 3 images" in told(report)
+    assert "error: dino-lite pretrain would fail: None of the 3 images" in told(report)
     assert report["plan"] is report["speed"] is None
     assert len(table(tmp_path / "out" / "bad_files.csv")) == 3
 
@@ -173,14 +173,14 @@ def test_what_the_plan_refuses_fails(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", ["a.png", "b.png"])
     report = look(tmp_path, f"data.root={data}", "augment.global_size=17")
     assert not report["ok"]
-    assert "error: dino-lite pretrain would end so: augment.global_size=17" in told(report)
+    assert "error: dino-lite pretrain would fail: augment.global_size=17" in told(report)
 
 
 def test_what_the_build_refuses_fails(tmp_path: Path) -> None:
     """A backbone that there is not is found out before a run is, and the data is described."""
     report = look(tmp_path, "backbone.name=vit_nowhere", data="shapes")
     assert not report["ok"]
-    assert "error: dino-lite pretrain would end so: " in told(report)
+    assert "error: dino-lite pretrain would fail: " in told(report)
     assert "vit_nowhere" in told(report)
     assert report["speed"] is None
 
@@ -271,7 +271,9 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_looked_at(tmp_p
     """A file in the way of `out`, a folder that `pack` would have to mix with."""
     (tmp_path / "file").write_text("")
     config = composed("shapes")
-    assert "name another" in sentence(run_check, put(config, "out", str(tmp_path / "file")))
+    assert "choose another folder" in sentence(
+        run_check, put(config, "out", str(tmp_path / "file"))
+    )
     assert "not empty" in sentence(run_check, put(config, "pack", str(tmp_path)))
 
 

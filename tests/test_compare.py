@@ -125,9 +125,9 @@ def test_the_table_is_written_where_it_is_asked_for(
     [
         ([], "checkpoints= is missing"),
         (["checkpoints=[é]", "out=table.txt"], r"out=table.txt: name a file that ends in \.json"),
-        (["checkpoints=[é,nowhere]"], "checkpoint=nowhere: this is no run"),
+        (["checkpoints=[é,nowhere]"], "checkpoint=nowhere is not a run"),
         (["checkpoints=[é]", "image_size=17"], "multiple of the backbone's patch size"),
-        (["checkpoints=[é]", "eval=[]"], "eval= names no evaluation"),
+        (["checkpoints=[é]", "eval=[]"], "eval= lists no evaluation"),
     ],
 )
 def test_mistakes_are_sentences(runs: Path, overrides: list[str], words: str) -> None:

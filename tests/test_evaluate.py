@@ -110,7 +110,7 @@ def test_a_result_that_cannot_be_printed_is_kept(
 
 def test_nothing_to_measure_is_a_sentence(whole: Path) -> None:
     """eval= without a name."""
-    with pytest.raises(UserError, match="names no evaluation"):
+    with pytest.raises(UserError, match="lists no evaluation"):
         evaluated(whole, "eval=[]")
 
 

@@ -421,7 +421,7 @@ def test_a_name_that_no_family_settles_is_a_sentence() -> None:
     """name=auto stands for something only where a family says for what."""
     config = compose("pretrain", [])
     node = _NODE | {"name": "auto", "patch_size": 8, "in_chans": 3}
-    with pytest.raises(UserError, match=r"backbone\.name=auto: nothing settles this key"):
+    with pytest.raises(UserError, match=r"backbone\.name=auto: this key has no automatic value"):
         plan(config | {"backbone": node}, facts())
 
 

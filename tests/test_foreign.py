@@ -60,7 +60,7 @@ def test_a_file_is_evaluated_and_its_results_lie_beside_it(
 def test_without_data_a_file_says_that_it_knows_none(tmp_path: Path) -> None:
     """It belongs to no run."""
     file = saved(small().state_dict(), tmp_path)
-    with pytest.raises(UserError, match=r"is no run and knows no data: give data\.root="):
+    with pytest.raises(UserError, match=r"does not record its training data: give data\.root="):
         run_evaluate(compose("evaluate", [f"checkpoint={file}", f"runs_dir={tmp_path}"]))
 
 
@@ -103,7 +103,7 @@ def test_dinov2s_weights_are_exported_whole(tmp_path: Path) -> None:
 def test_without_a_folder_to_write_to_a_foreign_export_is_refused(tmp_path: Path) -> None:
     """There is no run to put it into."""
     file = saved(small().state_dict(), tmp_path)
-    with pytest.raises(UserError, match="belongs to no run: name a folder"):
+    with pytest.raises(UserError, match="is not part of a run: give the folder"):
         run_export(compose("export", [f"checkpoint={file}", f"runs_dir={tmp_path}", *DATA[:3]]))
 
 
@@ -159,5 +159,5 @@ def test_a_file_that_is_no_backbone_exits_with_a_sentence(kind: str, tmp_path: P
 
 def test_nothing_of_that_name_is_a_sentence(tmp_path: Path) -> None:
     """Neither here nor among the runs."""
-    with pytest.raises(UserError, match="no run, no file of weights and no exported folder"):
+    with pytest.raises(UserError, match="is not a run, a file of weights or an exported folder"):
         find_checkpoint("absent", tmp_path)

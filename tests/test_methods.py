@@ -47,7 +47,7 @@ def test_no_method_is_forgotten() -> None:
 def test_a_run_is_bit_equal_to_one_that_was_interrupted(method: str, tmp_path: Path) -> None:
     """Weights, teachers, centers, moments; its losses are logged, and its teacher is a backbone."""
     stop = "+callbacks.stop={_target_: tiny.StopAt, step: 5}"
-    with pytest.raises(UserError, match="the same command goes on"):
+    with pytest.raises(UserError, match="run the same command to resume"):
         run_pretrain(asked(tmp_path / "parts", method, stop))
     resumed = Path(run_pretrain(asked(tmp_path / "parts", method))["run"])
     whole = Path(run_pretrain(asked(tmp_path / "whole", method, "baselines=true"))["run"])

@@ -119,7 +119,7 @@ def test_a_default_that_has_changed_is_named_and_refused(runs_dir: Path) -> None
     words = load(runs_dir / name / "config.yaml")["overrides"]
     words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
     with pytest.raises(
-        UserError, match=rf"optim\.clip was 2\.5 by default.*optim\.clip=2\.5 and name={name}"
+        UserError, match=rf"default of optim\.clip was 2\.5.*optim\.clip=2\.5 and name={name}"
     ):
         run_pretrain(compose("pretrain", [*words, f"runs_dir={runs_dir}"]))
 

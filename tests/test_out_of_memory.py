@@ -59,9 +59,9 @@ def test_out_of_memory_halves_the_micro_batch_and_begins_anew(
     run = train(tmp_path / "auto", AUTO, DROPS, "name=run")
     told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Out of mem")]
     assert len(told) == 2
-    assert "micro-batches of 8 images: starting anew with trainer.micro_batch_size=4" in told[0]
-    assert "micro-batches of 4 images: starting anew with trainer.micro_batch_size=2" in told[1]
-    assert "stochastic depth draws anew" in told[1]
+    assert "micro-batches of 8 images: restarting with trainer.micro_batch_size=4" in told[0]
+    assert "micro-batches of 4 images: restarting with trainer.micro_batch_size=2" in told[1]
+    assert "stochastic depth is drawn" in told[1]
     assert load(run / "config.yaml")["trainer"]["micro_batch_size"] == 2
     a, b = checkpoint(expected), checkpoint(run)
     assert_same(a["state_dict"], b["state_dict"])
@@ -77,7 +77,7 @@ def test_a_smaller_micro_batch_is_kept_on_resume(
     expected = train(tmp_path / "given", "trainer.micro_batch_size=4", "name=run")
     without_memory(monkeypatch, 4)
     stop = "callbacks.stop={_target_: tiny.StopAt, step: 4}"
-    with pytest.raises(UserError, match="the same command goes on"):
+    with pytest.raises(UserError, match="run the same command to resume"):
         train(tmp_path / "auto", AUTO, "name=run", stop)
     capfd.readouterr()
     run = train(tmp_path / "auto", AUTO, "name=run")
@@ -91,7 +91,7 @@ def test_out_of_memory_on_resume_goes_on_from_the_checkpoint(
 ) -> None:
     """On a smaller device: not from the seed."""
     stop = "callbacks.stop={_target_: tiny.StopAt, step: 4}"
-    with pytest.raises(UserError, match="the same command goes on"):
+    with pytest.raises(UserError, match="run the same command to resume"):
         train(tmp_path, AUTO, "name=run", stop)
     without_memory(monkeypatch, 4)
     run = train(tmp_path, AUTO, "name=run")
@@ -103,14 +103,10 @@ def test_out_of_memory_on_resume_goes_on_from_the_checkpoint(
 @pytest.mark.parametrize(
     ("options", "most", "said"),
     [
-        (
-            [AUTO, "method=dinov2"],
-            4,
-            r"KoLeo .* together, so that trainer\.micro_batch_size=4 changes",
-        ),
-        ([AUTO, "method.head.batch_norm=true"], 4, r"trainer\.micro_batch_size=4 changes"),
-        (["trainer.micro_batch_size=8"], 4, r"of 8 images: give a smaller trainer\.micro_batch"),
-        ([AUTO], 0, r"of 1 images: give a smaller trainer\.micro_batch_size"),
+        ([AUTO, "method=dinov2"], 4, r"KoLeo .* so trainer\.micro_batch_size=4 would change"),
+        ([AUTO, "method.head.batch_norm=true"], 4, r"trainer\.micro_batch_size=4 would change"),
+        (["trainer.micro_batch_size=8"], 4, r"of 8 images: set a smaller trainer\.micro_batch"),
+        ([AUTO], 0, r"of 1 images: set a smaller trainer\.micro_batch_size"),
     ],
 )
 def test_where_half_would_not_do_it_is_a_sentence(
@@ -136,7 +132,7 @@ def test_out_of_memory_later_in_a_run_is_a_sentence(
     monkeypatch.setattr(clock, "_WARM_UP", (1, 1, 0.0))
     monkeypatch.setattr(clock, "_MEASURED", (2, 0.0))
     monkeypatch.setattr(DINO, "after_step", late)
-    with pytest.raises(UserError, match=r"run ran out of memory: give trainer\.memory=low"):
+    with pytest.raises(UserError, match=r"run ran out of memory: set trainer\.memory=low"):
         train(tmp_path, AUTO, "callbacks.checkpoints.every_n_steps=4", "name=run")
     assert checkpoint(tmp_path / "run")["global_step"] == 4
 

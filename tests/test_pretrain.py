@@ -107,7 +107,7 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_one_that_was_not(
     options = ["trainer.max_steps=9", f"loader.num_workers={workers}"]
     whole = train(tmp_path / "whole", *options)
     stop = "callbacks.stop={_target_: tiny.StopAt, step: 4}"
-    with pytest.raises(UserError, match="the same command goes on"):
+    with pytest.raises(UserError, match="run the same command to resume"):
         train(tmp_path / "parts", *options, stop)
     (interrupted,) = (tmp_path / "parts").iterdir()
     assert checkpoint(interrupted)["global_step"] == 4
@@ -203,7 +203,7 @@ def test_finished_run_says_so_and_trains_no_further(
 def test_prolonging_a_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     """Schedules depend on the length, so a named run cannot be given more steps."""
     train(tmp_path, "name=fixed", "trainer.max_steps=2")
-    with pytest.raises(UserError, match="schedules depend on a run's length"):
+    with pytest.raises(UserError, match="schedules depend on the length of a run"):
         train(tmp_path, "name=fixed", "trainer.max_steps=4")
     with pytest.raises(UserError, match=r"was started with optim\.clip=3"):
         train(tmp_path, "name=fixed", "trainer.max_steps=2", "optim.clip=1.0")

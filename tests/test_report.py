@@ -140,9 +140,9 @@ def test_a_page_tells_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
         *("dino-lite pretrain data=shapes trainer.max_steps=500", "loader.batch_size 64"),
     ):
         assert words in text, words
-    assert "Before you believe it" not in text
+    assert "Caveats" not in text
     assert [attrs["alt"] for name, attrs in html.tags if name == "img"] == [
-        "Crops. What student and teacher saw in the first step, a row an image."
+        "Crops. Inputs of student and teacher in the first step, one row per image."
     ]
 
 
@@ -181,21 +181,21 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"results.json": None}, "The run is not finished: it stands at step 500"),
-        ({"results.json": None, "metrics.csv": None}, "it stands before its first logged step"),
+        ({"results.json": None}, "The run is not finished: it is at step 500"),
+        ({"results.json": None, "metrics.csv": None}, "it is before its first logged step"),
         ({"metrics.csv": None}, "metrics.csv cannot be read (No such file or directory)"),
         ({"environment.json": None}, "environment.json cannot be read"),
         ({"results.json": "{"}, "results.json cannot be read"),
         (
             {"metrics.csv": "step,loss,skipped\n1,2,0\n2,2,3\n3,2,0\n"},
-            "Up to 3 optimizer steps in a row had a gradient that is not finite",
+            "Up to 3 consecutive optimizer steps had a non-finite gradient",
         ),
         ({"crops.png": "no picture"}, "crops.png cannot be shown"),
         ({"bad_files.csv": "path,reason\na,b\nc,d\n"}, "2 images could not be read, and others"),
         ({"bad_files.csv": "path,reason\na,b\n"}, "1 image could not be read, and others"),
         (
             {"results.json": {"finished": True, "last": {"knn": result(9, unreadable=3)}}},
-            "k-NN top-1 (knn) leaves out 3 images that could not be read.",
+            "k-NN top-1 (knn) excludes 3 images that could not be read.",
         ),
         (
             {
@@ -204,17 +204,17 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
                     **{"knn_raw_pixels": 44.2, "knn_protocol": "k=20"},
                 }
             },
-            "17.60 %, is not above that of raw pixels (44.20 %) and the same network untrained "
-            "(17.90 %): as far as this can tell, nothing was learned yet.",
+            "17.60 %, is not above that of raw pixels (44.20 %) and the untrained network "
+            "(17.90 %): by this measure, nothing has been learned yet.",
         ),
     ],
 )
 def test_doubts_stand_first(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     """What is missing, unfinished or no better than nothing is said, and the page is whole."""
     _, text = told(write_run(tmp_path / "run", **changes))
-    assert "Before you believe it" in text
+    assert "Caveats" in text
     assert words in text
-    assert text.index(words) < text.rindex("What was run")
+    assert text.index(words) < text.rindex("Settings of the run")
 
 
 def test_alarms_are_sentences_with_their_step(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
     changes = {"environment.json": environment, "results.json": results}
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "photos: 7 images, no labels" in text
-    assert "Nothing was measured yet: dino-lite evaluate" in text
+    assert "No results yet: dino-lite evaluate" in text
     assert "1 h 6 min" in text
     assert "2,048 MiB" in text
 
@@ -338,7 +338,7 @@ def test_a_command_that_asks_for_something_else_is_not_shown(tmp_path: Path) -> 
     environment["request"]["seed"] = 5
     path.write_text(json.dumps(environment))
     _, text = told(checkpoint)
-    assert "The command line was not kept, or would ask for something else by now" in text
+    assert "The command line was not saved, or would give a different configuration now" in text
     assert "dino-lite pretrain data=shapes" not in text
     assert reproduce({"overrides": ["no.such=key"]}, {}) is None
 
@@ -442,7 +442,7 @@ def test_data_that_is_gone_costs_the_pictures_and_no_more(tmp_path: Path) -> Non
     root.rename(tmp_path / "elsewhere")
     path = run_report(compose("report", [f"checkpoint={run}", f"runs_dir={tmp_path}"]))
     _, text = read(path.read_text(encoding="utf-8"))
-    assert "Pictures of it could not be drawn: " in text
+    assert "Pictures could not be drawn: " in text
     assert "photos: 12 images" in text
 
 

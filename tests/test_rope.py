@@ -482,7 +482,7 @@ def test_a_run_trains_resumes_bit_equal_and_is_evaluated(tmp_path: Path) -> None
     options = ["trainer.max_steps=6", "backbone.drop_path=0.3", "trainer.micro_batch_size=5"]
     whole = Path(run_pretrain(request(tmp_path / "whole", *options))["run"])
     stop = "+callbacks.stop={_target_: tiny.StopAt, step: 3}"
-    with pytest.raises(UserError, match="the same command goes on"):
+    with pytest.raises(UserError, match="run the same command to resume"):
         run_pretrain(request(tmp_path / "parts", *options, stop))
     resumed = Path(run_pretrain(request(tmp_path / "parts", *options))["run"])
     assert whole.name.startswith("dino_shapes_rope_")

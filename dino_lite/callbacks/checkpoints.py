@@ -1,4 +1,4 @@
-"""What a run leaves behind to go on from: last.ckpt by the clock, best.ckpt by the k-NN."""
+"""Checkpoints of a run: last.ckpt at intervals, best.ckpt at the highest k-NN accuracy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dino_lite.settings.validate import checked
 
 
 class Checkpoints(Checkpoint):
-    """Writes checkpoints/last.ckpt and best.ckpt below `run_dir` (none given: the trainer's root).
+    """Writes checkpoints/last.ckpt and best.ckpt in `run_dir` (default: the trainer's root).
 
-    last: each `every_n_minutes` or `every_n_steps`, at the end, and when the run is interrupted.
-    best: whenever `knn` is higher than ever before in the run; that value travels in checkpoints.
-    A file is replaced whole or not at all, and holds the state between two optimizer steps: Ctrl-C
-    lets the running step end. (A second one does not; then the last regular file stays.)
+    last: every `every_n_minutes` or `every_n_steps`, at the end, and when the run is interrupted.
+    best: whenever `knn` reaches a new maximum, which is stored in checkpoints. Files are replaced
+    atomically and hold the state between two optimizer steps: on Ctrl-C the current step is
+    completed first. (A second Ctrl-C aborts it; the previous last.ckpt is kept.)
     """
 
     @checked
@@ -50,11 +50,11 @@ class Checkpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best k-NN of the run so far."""
+        """Restore the best k-NN so far."""
         self.best = state_dict["best"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; from now on Ctrl-C waits for the end of the step."""
+        """Start the timer, and install the SIGINT handler that waits for the end of the step."""
         self._saved_time, self._saved_at = time.monotonic(), trainer.global_step
         self._asked_to_stop, self._between_steps = False, True
         in_charge = threading.current_thread() is threading.main_thread()
@@ -66,7 +66,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here to the end of the step the state belongs to no step."""
+        """Mark the state as inconsistent until the end of the step."""
         self._between_steps = False
 
     def on_train_batch_end(
@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save what is due; then stop where that was asked for."""
+        """Save checkpoints that are due, then stop if an interrupt was requested."""
         self._between_steps = True
         self._save_best(trainer)
         if self._is_due(trainer, pl_module):
@@ -86,7 +86,7 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The end of the run."""
+        """Save the final state."""
         self._save_best(trainer)
         if trainer.global_step > 0:
             self._save(trainer, "last.ckpt")
@@ -95,18 +95,18 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Keep what was reached, where it is whole: rank 0 alone, as others may have ended."""
+        """Save the state if it is consistent: on rank 0 only, since other ranks may have exited."""
         self._give_back_handler()
         step = trainer.global_step
         if not (self._between_steps and trainer.is_global_zero and step > max(self._saved_at, 0)):
             return
         try:
             self._save(trainer, "last.ckpt", alone=True)
-        except UserError as error:  # the exception on its way says more
+        except UserError as error:  # the original exception is more important
             sys.stderr.write(f"{error}\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ctrl-C is what it was before."""
+        """Restore the previous SIGINT handler."""
         self._give_back_handler()
 
     def _is_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -115,7 +115,7 @@ class Checkpoints(Checkpoint):
         if self.every_n_minutes is None:
             return False
         waited = time.monotonic() - self._saved_time >= 60 * self.every_n_minutes
-        return bool(broadcast_value(float(waited), pl_module.device))  # saving takes all ranks
+        return bool(broadcast_value(float(waited), pl_module.device))  # all ranks must save
 
     def _save_best(self, trainer: pl.Trainer) -> None:
         knn = float(trainer.callback_metrics.get("knn", float("nan")))
@@ -124,7 +124,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def _save(self, trainer: pl.Trainer, name: str, alone: bool = False) -> None:
-        """Write beside the place of `name`, then put it there; takes all ranks unless `alone`."""
+        """Write `name` atomically; all ranks must call it unless `alone`."""
         folder = Path(self.run_dir or trainer.default_root_dir).expanduser() / "checkpoints"
         path, part = folder / name, folder / f".{name}.part"
         try:
@@ -139,7 +139,7 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 part.unlink(missing_ok=True)
             raise UserError(
-                f"Cannot write {path} ({error}): make room, then give the same command again."
+                f"Cannot write {path} ({error}): free disk space, then run the same command again."
             ) from error
         if name == "last.ckpt":
             self._saved_at, self._saved_time = trainer.global_step, time.monotonic()

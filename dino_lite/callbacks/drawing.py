@@ -1,4 +1,4 @@
-"""crops.png when a run begins, curves.png when it ends."""
+"""Draws crops.png at the start of a run and curves.png at its end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dino_lite.settings.validate import checked
 
 
 class Pictures(pl.Callback):
-    """Draws into `run_dir` (none given: the trainer's root) the crops of `num_images` images of the
-    first batch, and at the end the curves of its metrics.csv. A picture that cannot be drawn is a
-    line of text, not the run's end.
+    """Draws into `run_dir` (default: the trainer's root) the crops of `num_images` images of the
+    first batch, and at the end the curves in metrics.csv. If a picture cannot be drawn, prints the
+    reason and continues.
     """
 
     @checked
@@ -30,7 +30,7 @@ class Pictures(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Crops, batch_idx: int
     ) -> None:
-        """The run's first batch; a run that goes on keeps the picture it has."""
+        """Draw the first batch; a resumed run keeps its picture."""
         if self._has_seen_batch or not trainer.is_global_zero:
             return
         self._has_seen_batch = True
@@ -40,7 +40,7 @@ class Pictures(pl.Callback):
             _draw(lambda: crops_picture(batch, normalize, path, self.num_images))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The curves, once every logger has written what it holds."""
+        """Draw the curves, after all loggers have written their files."""
         if not trainer.is_global_zero or trainer.global_step == 0:
             return
         for logger in trainer.loggers:
@@ -56,4 +56,4 @@ def _draw(picture: Callable[[], None]) -> None:
     try:
         picture()
     except (UserError, OSError, ValueError) as error:
-        sys.stderr.write(f"A picture was left out: {error}\n")
+        sys.stderr.write(f"A picture was not drawn: {error}\n")

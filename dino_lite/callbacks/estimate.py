@@ -1,4 +1,4 @@
-"""What a run takes, measured on its own first steps and printed once."""
+"""Estimates the time and memory of a run from its first steps, and prints them once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ except ImportError:  # Windows
 
 
 class Measured(NamedTuple):
-    """A whole run as its first steps predict it; plain JSON as a dict.
+    """Prediction for a whole run from its first steps; JSON-serializable as a dict.
 
-    Of runs by steps `seconds` is predicted, of runs by the clock `steps` and `epochs`. `data_wait`
-    is the share of the time that rank 0 waited for data, `memory` the peak of its device, or of its
-    process on a CPU, in bytes. While some losses are `inactive`, a step takes longer later on.
+    Predicts `seconds` if the run is limited by steps, `steps` and `epochs` if it is limited by
+    time. `data_wait` is the fraction of time that rank 0 waited for data, `memory` the peak of its
+    device, or of its process on a CPU, in bytes. If any losses are `inactive`, later steps take
+    longer.
     """
 
     device: str
@@ -40,7 +41,7 @@ class Measured(NamedTuple):
     measured_at: tuple[int, float]  # step and seconds of training
 
     def line(self) -> str:
-        """One sentence."""
+        """The estimate as one line of text."""
         steps, epochs = _plural(self.steps, "step"), _plural(self.epochs, "epoch")
         if self.timed:
             most = "at most " if self.inactive else ""
@@ -60,9 +61,9 @@ class Measured(NamedTuple):
 
 
 class Estimate(pl.Callback):
-    """Prints one line on rank 0 as soon as the run's clock has measured a step: how long the run
-    takes (or how many steps its time is enough for), its speed and its memory. Keeps the same
-    numbers in `results`. Later evaluations and checkpoints add to the time.
+    """Prints one line on rank 0 as soon as the run's clock has measured the time per step: the
+    duration of the run (or how many steps fit into its time), its speed and its memory. The same
+    numbers are kept in `results`. Evaluations and checkpoints are not included in the time.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class Estimate(pl.Callback):
         batch: Crops,
         batch_idx: int,
     ) -> None:
-        """Print where enough steps are measured."""
+        """Print once enough steps have been measured."""
         clock = cast(Any, pl_module).clock
         if self.results or not trainer.is_global_zero:
             return
@@ -94,7 +95,7 @@ class Estimate(pl.Callback):
     ) -> Measured:
         module = cast(Any, pl_module)
         clock, device = module.clock, pl_module.device
-        step, each = trainer.global_step - 1, clock.seconds_per_step  # the clock saw it begin
+        step, each = trainer.global_step - 1, clock.seconds_per_step  # measured at the step's start
         left, spent = clock.seconds_left(step), clock.seconds - clock.warm_since[1]
         steps = clock.num_steps or step + round(left / each)
         on_cuda = device.type == "cuda"
@@ -114,8 +115,8 @@ class Estimate(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU the most that torch had allocated on `device`, else the most that this
-    process, without its workers, had resident; None where the system does not tell.
+    """Peak memory in bytes: on a GPU as allocated by torch on `device`, else the resident memory of
+    this process without its workers; None if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -132,7 +133,7 @@ def _plural(count: float, noun: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 25 min, 31 h, 12 days."""
+    """Seconds as text: 40 s, 25 min, 31 h, 12 days."""
     for unit, name, most in ((1, "s", 100), (60, "min", 100), (3600, "h", 72)):
         if seconds < most * unit:
             return f"{_round(seconds / unit)} {name}"
@@ -140,14 +141,14 @@ def _duration(seconds: float) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes to two digits, in MiB or GiB."""
+    """Bytes in MiB or GiB, with two significant digits."""
     if num_bytes < 2**30:
         return f"{_round(num_bytes / 2**20)} MiB"
     return f"{_round(num_bytes / 2**30)} GiB"
 
 
 def _round(value: float) -> str:
-    """Two digits, as 0.34, 5.1, 12,000; whole numbers up to 1,000 as they are."""
+    """Two significant digits: 0.34, 5.1, 12,000; whole numbers below 1,000 are not rounded."""
     if value == int(value) and value < 1000:
         return f"{value:.0f}"
     digits = float(f"{value:.2g}")

@@ -1,4 +1,4 @@
-"""Is the run alive? Statistics of what the step made anyway, and an alarm in a collapse."""
+"""Detects collapse: logs statistics of the outputs that a step computes anyway, and warns."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dino_lite.eval.collapse import Alarm, Look, collapse, health, look
 from dino_lite.settings.kinds import Size
 from dino_lite.settings.validate import checked
 
-_MOST_IMAGES = 256  # of rank 0's batch that a look takes in
-_WINDOW = 10  # looks over which prototypes are counted, and for which a collapse must last
-_EARLIEST = 0.1  # of the run: before that nearly constant features are no failure
-_LASTING = 0.05  # of the run that a collapse must last
+_MOST_IMAGES = 256  # of rank 0's batch in one sample
+_WINDOW = 10  # samples over which prototypes are counted; also the minimum length of a collapse
+_EARLIEST = 0.1  # fraction of the run before which nearly constant features are not a failure
+_LASTING = 0.05  # fraction of the run that a collapse must last
 
 
 class Health(pl.Callback):
-    """Logs `eval.health.health` of the match `reads`, and the `health_seconds` that took, each
-    `every_n_steps` optimizer steps (none given: as often as the trainer logs, in short runs
-    oftener).
+    """Logs `eval.collapse.health` of the match `reads`, and the time it took as `health_seconds`,
+    every `every_n_steps` optimizer steps (default: as often as the trainer logs, more often in
+    short runs).
 
-    Looks at what rank 0's step has made for its loss: nothing is computed anew, drawn or updated.
-    An alarm is said once a kind, and kept in `warnings`. `on_collapse`: "warn", or "stop" to end
-    the run, last.ckpt and all, with that sentence.
+    Reads what rank 0's step has computed for its loss; no forward pass is repeated, and neither
+    random state nor weights change. Each kind of alarm is printed once and kept in `warnings`.
+    `on_collapse`: "warn", or "stop" to end the run with that message, after saving last.ckpt.
     """
 
     @checked
@@ -46,11 +46,11 @@ class Health(pl.Callback):
         self._looks: deque[Look] = deque(maxlen=_WINDOW)
         self._now: Look | None = None
         self._seconds = 0.0
-        self._streak, self._since = 0, 0.0  # looks in a row with a collapse; where they began
-        self._ending: Alarm | None = None  # what ends the run before its next step
+        self._streak, self._since = 0, 0.0  # consecutive samples with a collapse; fraction at start
+        self._ending: Alarm | None = None  # ends the run before its next step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A teacher that is the student is known before the first step."""
+        """Check that no teacher shares weights with the student."""
         method = cast(Any, pl_module).method
         for name, teacher in method.teachers.items():
             if _storages(method.student) & _storages(teacher.module):
@@ -61,14 +61,14 @@ class Health(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Crops, batch_idx: int
     ) -> None:
-        """Ask for a look where one is due; after one, end the run where that was asked for: between
-        two steps, so that last.ckpt is whole.
+        """Request a sample if one is due. With `on_collapse="stop"`, end the run here, between two
+        steps, so that last.ckpt is consistent.
         """
         if self.on_collapse == "stop" and self._is_due(trainer.global_step, trainer):
             ending = broadcast_value(float(self._ending is not None), pl_module.device)
             if ending:
                 raise UserError(
-                    self._ending.text if self._ending else "the run has collapsed; rank 0 says how."
+                    self._ending.text if self._ending else "the run has collapsed; see rank 0."
                 )
         due = trainer.is_global_zero and self._is_due(trainer.global_step + 1, trainer)
         self._now, self._seconds = None, 0.0
@@ -82,7 +82,7 @@ class Health(pl.Callback):
         batch: Crops,
         batch_idx: int,
     ) -> None:
-        """Log what was seen, and judge it."""
+        """Log the statistics and check them for a collapse."""
         if self._now is None:
             return
         started = time.monotonic()
@@ -92,11 +92,11 @@ class Health(pl.Callback):
         if self._lasts(alarm, run_fraction(trainer, pl_module)) and alarm is not None:
             self._tell(trainer, alarm)
         values["health_seconds"] = self._seconds + time.monotonic() - started
-        for logger in trainer.loggers:  # log_dict would repeat them in every row that follows
+        for logger in trainer.loggers:  # log_dict would repeat them in all later rows
             logger.log_metrics(values, step=trainer.global_step - 1)
 
     def _look(self, outputs: StepOutputs) -> None:
-        """A micro-batch passes by."""
+        """Add the outputs of a micro-batch to the sample."""
         started, match = time.monotonic(), outputs.get(self.reads)
         room = _MOST_IMAGES - (0 if self._now is None else self._now.num_images)
         if match is None or room <= 0:
@@ -107,7 +107,7 @@ class Health(pl.Callback):
         self._seconds += time.monotonic() - started
 
     def _lasts(self, alarm: Alarm | None, fraction: float) -> bool:
-        """True where it is late enough, and has been so for long enough."""
+        """Whether the collapse is late enough in the run and has lasted long enough."""
         if alarm is None or fraction < _EARLIEST:
             self._streak = 0
             return False
@@ -119,20 +119,20 @@ class Health(pl.Callback):
         if alarm.kind not in {warning["kind"] for warning in self.warnings}:
             self.warnings.append({**alarm._asdict(), "step": trainer.global_step})
             if self.on_collapse == "stop":
-                self._ending = alarm  # said where the run ends
+                self._ending = alarm  # reported when the run ends
             elif trainer.is_global_zero:
                 tqdm.write(f"warning: {alarm.text}", file=sys.stderr)
 
     def _is_due(self, step: int, trainer: pl.Trainer) -> bool:
         if (every := self.every_n_steps) is None:
             every = max(1, cast(Any, trainer).log_every_n_steps)
-            if trainer.max_steps > 0:  # a short run must have time for a window of looks
+            if trainer.max_steps > 0:  # a short run must leave time for a window of samples
                 every = min(every, max(1, int(trainer.max_steps * _LASTING) // _WINDOW))
         return step % every == 0
 
 
 def _storages(module: nn.Module) -> set[int]:
-    """Where the parameters lie that lie somewhere."""
+    """Addresses of the parameters' storages, without those that have none."""
     return {p.untyped_storage().data_ptr() for p in module.parameters()} - {0}
 
 

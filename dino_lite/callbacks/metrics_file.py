@@ -1,4 +1,4 @@
-"""metrics.csv and TensorBoard events: what was logged, whole when a run is resumed."""
+"""Logs to metrics.csv and TensorBoard events, without duplicates after a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsFile(Logger):
-    """Lightning logger: a CSV at `path` sorted by step, and events beside it.
+    """Lightning logger: a CSV file at `path` sorted by step, and event files next to it.
 
-    What was logged at or after `resume_step` by an earlier session is dropped from both.
+    Entries that an earlier session logged at or after `resume_step` are dropped from both.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -24,7 +24,7 @@ class MetricsFile(Logger):
         self._writer: SummaryWriter | None = None
         self.rows: dict[int, dict[str, str]] = {}
         self._header: list[str] = []
-        self._fresh: list[int] = []  # steps that are not in the file yet
+        self._fresh: list[int] = []  # steps not yet in the file
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class MetricsFile(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing: config.yaml holds them."""
+        """Does nothing: hyperparameters are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -57,7 +57,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Append new rows; write the file anew where a column or an old row has changed."""
+        """Append new rows; rewrite the file if a column was added or an old row has changed."""
         known = set(self._header)
         appended = all(self.rows[at].keys() <= known for at in self._fresh)
         if not appended or len(set(self._fresh)) < len(self._fresh):
@@ -70,13 +70,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
+        """Write the remaining rows and close the event file."""
         if self._writer is not None:
             self._rewrite()
             self._writer.close()
 
     def _open(self) -> SummaryWriter:
-        """The event writer; the first call also takes over the rows of an earlier session."""
+        """The event writer; the first call also loads the rows of an earlier session."""
         if self._writer is None:
             self._writer = SummaryWriter(str(self.path.parent), purge_step=self.resume_step or None)
             if self.resume_step and self.path.is_file():

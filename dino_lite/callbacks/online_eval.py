@@ -1,4 +1,4 @@
-"""How good the teacher's features have become, asked now and then of the training images alone."""
+"""Evaluates the teacher's features at intervals during training, on training images only."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from dino_lite.eval.ridge import ridge_correct
 from dino_lite.settings.kinds import Positive, Share, Size, whole
 from dino_lite.settings.validate import checked
 
-_BATCH_SIZE = 256  # images at once through the backbone, without gradient
-_MOST_BYTES = 2**30  # of clean images held between two evaluations
+_BATCH_SIZE = 256  # images per forward pass, without gradients
+_MOST_BYTES = 2**30  # of decoded images kept between evaluations
 
 
 class OnlineEval(pl.Callback):
-    """Logs what the teacher's features of at most `max_images` clean training images are worth.
+    """Logs metrics of the teacher's features of at most `max_images` training images, without
+    augmentation.
 
-    With labels `knn`, top-1 in percent of a leave-one-out weighted k-NN, and `probe`, of a linear
-    classifier as `eval.ridge` has it; always `rankme` and `feature_std` of `eval.health`. Times
-    are `features_seconds`, `knn_seconds`, `probe_seconds`. Asked each `every` (a fraction of the
-    run), or where that is given each `every_n_steps` optimizer steps, and at the end. The images
-    are spread over the set; test images are never read, so that best.ckpt may be chosen by `knn`.
+    With labels: `knn`, top-1 in percent of a leave-one-out weighted k-NN, and `probe`, top-1 of
+    the linear classifier of `eval.ridge`. Always: `rankme` and `feature_std` (`eval.collapse`).
+    Times are `features_seconds`, `knn_seconds`, `probe_seconds`. Runs every `every` (a fraction of
+    the run), or every `every_n_steps` optimizer steps if given, and at the end. The images are
+    spaced evenly over the set. Test images are never read, so best.ckpt may be selected by `knn`.
     Rank 0 computes, the others wait.
     """
 
@@ -48,12 +49,12 @@ class OnlineEval(pl.Callback):
     ) -> None:
         self.every, self.every_n_steps, self.max_images = every, every_n_steps, max_images
         self.k, self.temperature = k, temperature
-        self._turn = 0  # how many times `every` has passed
+        self._turn = 0  # intervals passed so far
         self._asked_at = -1  # step of the last evaluation
-        self._source: Source | None = None  # the same images each time, decoded once if they fit
+        self._source: Source | None = None  # the evaluated images, in memory if they fit
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count where the run stands: it may go on from a checkpoint."""
+        """Count from the current step: the run may be resumed."""
         self._turn = self._turns(trainer, pl_module)
 
     def on_train_batch_end(
@@ -64,14 +65,14 @@ class OnlineEval(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Evaluate where it is time; all ranks see the same step and fraction."""
+        """Evaluate if due; all ranks see the same step and fraction."""
         turn = self._turns(trainer, pl_module)
         if turn > self._turn:
             self._turn = turn
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last figure belongs to the last weights."""
+        """Evaluate the final weights."""
         if trainer.global_step > 0:
             self._evaluate(trainer, pl_module)
 
@@ -88,7 +89,7 @@ class OnlineEval(pl.Callback):
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             backbone = cast(Any, pl_module).method.export_backbone()
-            # A data loader draws a seed from the global generator, which belongs to the training.
+            # A data loader draws a seed from the global generator, which must not affect training.
             with torch.random.fork_rng(devices=[]):
                 started = time.monotonic()
                 bank = self.features(backbone, clean_data(trainer), source)
@@ -98,11 +99,11 @@ class OnlineEval(pl.Callback):
             knn = broadcast_value(values.get("knn", math.nan), pl_module.device)
             trainer.callback_metrics["knn"] = torch.tensor(knn, dtype=torch.float64)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step - 1)  # the row of the step just done
+            logger.log_metrics(values, step=step - 1)  # the row of the step just completed
             logger.save()
 
     def features(self, backbone: Backbone, data: CleanData, source: Source) -> Features:
-        """Of the same images each time, decoded once if they fit."""
+        """Features of the same images each time, decoded once if they fit in memory."""
         if self._source is None:
             some = Subset(source, spread(len(source), self.max_images))
             fits = len(some) * len(data.normalize.mean) * data.size**2 <= _MOST_BYTES
@@ -110,8 +111,8 @@ class OnlineEval(pl.Callback):
         return extract(backbone, data, self._source, device_of(backbone))
 
     def measure(self, bank: Features, device: torch.device) -> dict[str, float]:
-        """The numbers; no rank where features are not finite, k-NN and probe then NaN. Neither of
-        them without labels, NaN with fewer than two classes.
+        """The metrics. If features are not finite, `rankme` and `feature_std` are absent, and `knn`
+        and `probe` NaN. The latter two are absent without labels, NaN with fewer than two classes.
         """
         values: dict[str, float] = {}
         finite = bool(torch.isfinite(bank.features).all())
@@ -134,7 +135,7 @@ class OnlineEval(pl.Callback):
 
 
 def clean_data(trainer: pl.Trainer) -> CleanData:
-    """The run's data as an evaluation sees it, at the size of the global crops."""
+    """The run's data without augmentation, at the size of the global crops."""
     data = cast(Any, trainer).datamodule
     return CleanData(
         data.splits, data.multi_crop.global_size, data.normalize, _BATCH_SIZE, data.num_workers
@@ -142,7 +143,9 @@ def clean_data(trainer: pl.Trainer) -> CleanData:
 
 
 def in_memory(source: Source, data: CleanData) -> ArraySource:
-    """The readable images of a source as `data` sees them: decoding may cost more than features."""
+    """The readable images of a source, preprocessed as `data` does, in memory: decoding may cost
+    more than extracting features.
+    """
     batches = list(data.read(source))
     images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).contiguous()
     labels = torch.cat([batch.labels for batch in batches]).numpy()

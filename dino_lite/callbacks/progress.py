@@ -1,4 +1,4 @@
-"""The state of the run in one line: a bar in a terminal, elsewhere a plain line now and then."""
+"""Progress of a run: a bar in a terminal, otherwise a line of text at intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
 
 
 class RunProgress(ProgressBar):
-    """Loss, k-NN, images/s, share of time waiting for data and time left, of the whole run.
+    """Shows loss, k-NN, images/s, fraction of time waiting for data, and time left of the run.
 
-    Works for runs measured by the clock as well as by steps. In a terminal it is redrawn at most
-    every `refresh_seconds`; where output goes to a file, a line is written every `line_seconds`.
+    Works for runs limited by time as well as by steps. In a terminal the bar is redrawn at most
+    every `refresh_seconds`; otherwise a line is written every `line_seconds`.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class RunProgress(ProgressBar):
         self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
         self._enabled = True
         self._bar: Any = None
-        self._shown = 0.0  # when something was shown last
-        self._began = 0.0  # when this process began to train
+        self._shown = 0.0  # time of the last update
+        self._began = 0.0  # time at which this process began to train
 
     def enable(self) -> None:
-        """Show it."""
+        """Enable output."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Print nothing: Lightning calls this on ranks other than 0."""
+        """Disable output: Lightning calls this on ranks other than 0."""
         self._enabled = False
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ class RunProgress(ProgressBar):
             self._bar = tqdm(
                 total=1.0, bar_format=_BAR, dynamic_ncols=True, file=sys.stderr, leave=True
             )
-            self._bar.monitor_interval = 0  # it is redrawn by us: no thread is needed
+            self._bar.monitor_interval = 0  # redrawn here, so no monitor thread is needed
 
     def on_train_batch_end(
         self,
@@ -63,14 +63,14 @@ class RunProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show the state now and then, not each step: reading the loss waits for the device."""
+        """Update at intervals, not every step: reading the loss synchronizes with the device."""
         pause = self.line_seconds if self._bar is None else self.refresh_seconds
         is_last = run_fraction(trainer, pl_module) >= 1  # on_train_end shows it
         if self._enabled and not is_last and time.monotonic() - self._shown >= pause:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the last line standing."""
+        """Show the final state."""
         if self._enabled and trainer.global_step > 0:
             self._show(trainer, pl_module)
         self._close()
@@ -78,7 +78,7 @@ class RunProgress(ProgressBar):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Make room for the message that follows."""
+        """Close the bar before the error message is printed."""
         self._close()
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,7 +125,7 @@ class RunProgress(ProgressBar):
 
 
 def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """Part of the run that is done, in [0, 1]: of its steps, or of its time if that is fixed."""
+    """Completed fraction of the run, in [0, 1]: of its steps, or of its time if limited by time."""
     clock = cast(Any, pl_module).clock
     if clock.max_seconds is None:
         return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))

@@ -1,4 +1,4 @@
-"""How fast the training goes, and how much of the time it waits for data."""
+"""Logs training speed and the fraction of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from dino_lite.settings.validate import checked
 
 
 class Throughput(pl.Callback):
-    """Logs `images_per_second` over all ranks and `data_wait`, the share of time waiting for data.
+    """Logs `images_per_second` over all ranks and `data_wait`, the fraction of time spent waiting
+    for data.
 
-    Both are means over the last `log_every` optimizer steps (none given: as often as the trainer
-    logs), with all that happened between them.
+    Both are means over the last `log_every` optimizer steps (default: as often as the trainer
+    logs), including evaluations and checkpoints between them.
     """
 
     @checked
@@ -37,7 +38,7 @@ class Throughput(pl.Callback):
         batch: Crops,
         batch_idx: int,
     ) -> None:
-        """Count; log at the end of a window."""
+        """Count images; log at the end of a window."""
         self._images += batch.num_images * trainer.world_size
         log_every = self.log_every or max(1, cast(Any, trainer).log_every_n_steps)
         if trainer.global_step % log_every:
@@ -46,7 +47,7 @@ class Throughput(pl.Callback):
         waited = min(1.0, (seconds_waited(trainer) - self._waited) / seconds)
         values = {"images_per_second": self._images / seconds, "data_wait": waited}
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        for logger in trainer.loggers:  # log_dict would repeat them in every row that follows
+        for logger in trainer.loggers:  # log_dict would repeat them in all later rows
             logger.log_metrics(values, step=trainer.global_step - 1)
         self._restart(trainer)
 

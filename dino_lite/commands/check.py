@@ -1,4 +1,4 @@
-"""`dino-lite check`: open the data → plan → look at every image → time a run's parts → report."""
+"""`dino-lite check`: open the data → plan → inspect every image → time a run → report."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ from dino_lite.runs.build import build
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import Run, write_json
 
-_TIMED_BATCH = 16  # images that are loaded at once for timing
+_TIMED_BATCH = 16  # images loaded for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")
-_LINE_SECONDS = 30  # between lines of progress where output is no terminal
-# Decisions that follow from number and size of the images.
+_LINE_SECONDS = 30  # between lines of progress if the output is not a terminal
+# Decisions that depend on the number and size of the images.
 _BY_DATA = (
     *("backbone.name", "augment.global_size", "augment.local_size", "backbone.patch_size"),
     *("method.head.num_prototypes", "method.momentum.base", "loader.batch_size"),
     *("trainer.max_epochs", "trainer.max_time"),
 )
 
-Found = dict[str, tuple[Int[np.ndarray, "n"], Inspected]]  # by split: which images, what was found
+Found = dict[str, tuple[Int[np.ndarray, "n"], Inspected]]  # by split: image indices, inspection
 
 
 def check(*overrides: str) -> dict[str, Any]:
-    """Look at the data as `dino-lite check OVERRIDES` does; returns what check.json holds."""
+    """Check the data as `dino-lite check OVERRIDES` does; returns the content of check.json."""
     return run_check(compose("check", overrides))
 
 
 def run_check(config: Config) -> dict[str, Any]:
-    """Print what was found and write it to `out`; "ok" is False where a run would fail."""
+    """Check the data, print the report and write it to `out`; "ok" is False if a run would fail."""
     started = time.monotonic()
     config = check_values(begin_config(absolute_paths(config)))
     if config["pack"]:
@@ -80,7 +80,7 @@ def run_check(config: Config) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = f"out={out} cannot be a folder ({error.strerror}): name another."
+        why = f"out={out} cannot be created ({error.strerror}): choose another folder."
         raise UserError(why) from error
     planned, facts, refusal = _plan(config, splits)
     hashing = find_spec("imagehash") is not None
@@ -110,13 +110,13 @@ def run_check(config: Config) -> dict[str, Any]:
 
 
 def _sources(splits: Splits) -> list[tuple[str, Source]]:
-    """The splits there are, by name."""
+    """The existing splits with their names."""
     named = [("train", splits.train), ("test", splits.test)]
     return [(name, source) for name, source in named if source is not None]
 
 
 def _plan(config: Config, splits: Splits) -> tuple[Plan | None, Facts | None, str]:
-    """What pretrain would settle, or the sentence with which it would refuse."""
+    """The plan and facts of pretrain, or the message of the error it would raise."""
     try:
         facts = gather_facts(config, splits)
         return plan(config, facts), facts, ""
@@ -125,10 +125,10 @@ def _plan(config: Config, splits: Splits) -> tuple[Plan | None, Facts | None, st
 
 
 def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
-    """Every image of every split, or as many of each as `max_images` says."""
+    """Inspect every image of every split, or `max_images` of each."""
     most, workers = config["max_images"], config["loader"]["num_workers"]
     asked = {name: spread(len(source), most or len(source)) for name, source in _sources(splits)}
-    if workers == "auto":  # unlike a run's, a check's workers have all cores to themselves
+    if workers == "auto":  # unlike in a run, workers may use all cores
         workers = num_cores()
     total = sum(map(len, asked.values()))
     with _progress(total) as progress:
@@ -142,7 +142,7 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
 
 
 def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
-    """The part of the report that is about single images and labels."""
+    """The part of the report about individual images and labels."""
     how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
     labels = f"data.labels={how}"
     if splits.train.labels is None:
@@ -155,17 +155,19 @@ def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
 
 
 def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[str, Any]:
-    """How fast the planned run would be fed and train; crops.png. Raises what pretrain raises."""
+    """Measure loading and training speed of the planned run; write crops.png. Raises UserError as
+    pretrain does.
+    """
     trainer, loader = config["trainer"], config["loader"]
     num_devices = trainer["devices"] * trainer["num_nodes"]
     batch_size = loader["batch_size"] // num_devices
     small = min(_TIMED_BATCH, batch_size)
     timed = put(put(config, "loader.num_workers", 0), "loader.batch_size", small)
     length = {"max_steps": 10**9, "max_epochs": None, "max_time": None}
-    # A graph for each of the sizes that are timed would take minutes.
+    # Compiling a graph for each timed size would take minutes.
     timed |= {"trainer": trainer | length | {"compile": False}, "callbacks": None}
     datamodule, module, _ = build(timed, facts, splits, Run(out))
-    datamodule.bad_files.path = None  # all of them are listed already
+    datamodule.bad_files.path = None  # they are listed already
     loaded = time_loading(datamodule)
     crops = datamodule.on_after_batch_transfer(loaded.batch, 0)
     crops_picture(crops, datamodule.normalize, out / "crops.png")
@@ -190,9 +192,9 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
 
 
 def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:
-    """Everything that is worth a sentence, errors first."""
+    """All findings, errors first."""
     if refusal:
-        yield Finding("error", f"dino-lite pretrain would end so: {refusal}")
+        yield Finding("error", f"dino-lite pretrain would fail: {refusal}")
     train, test = report["splits"]["train"], report["splits"].get("test")
     for name, split in report["splits"].items():
         yield from judge_files(name, split, config["loader"]["max_bad_fraction"])
@@ -207,7 +209,7 @@ def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Fin
 
 
 def _say(report: dict[str, Any], planned: Plan | None) -> None:
-    """The report, for people."""
+    """Print the report."""
     train = report["splits"]["train"]
     for name, split in report["splits"].items():
         print(split_table(name, split))
@@ -215,7 +217,7 @@ def _say(report: dict[str, Any], planned: Plan | None) -> None:
     print(duplicate_table(report["duplicates"]))
     if planned is not None:
         chosen = [d for d in planned.decisions if d.key in _BY_DATA and d.value is not None]
-        print("what a run of this data would settle (dino-lite pretrain, same keys):")
+        print("chosen automatically for a run on this data (dino-lite pretrain, same keys):")
         print(Plan(planned.config, chosen).table())
     if report["speed"] is not None:
         print(speed_table(report["speed"]))
@@ -225,7 +227,7 @@ def _say(report: dict[str, Any], planned: Plan | None) -> None:
 
 
 def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, groups: Groups) -> None:
-    """check.json, bad_files.csv and duplicates.csv; the latter two only if they list something."""
+    """Write check.json, and bad_files.csv and duplicates.csv if they are not empty."""
     write_json(out / "check.json", report)
     bad = [part["unreadable"] for part in report["splits"].values()]
     rows = [(image["path"], image["reason"]) for images in bad for image in images]
@@ -248,7 +250,7 @@ def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, grou
 
 
 def _pack(splits: Splits, folder: Path) -> None:
-    """Write the data as tar shards, and say how to train from them."""
+    """Write the data as tar shards, and print how to train on them."""
     with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
         shards = write_shards(splits, folder, progress=progress)
     print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")
@@ -256,7 +258,7 @@ def _pack(splits: Splits, folder: Path) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` images are done: a bar in a terminal, else a line now and then."""
+    """Show progress over `total` images: a bar in a terminal, otherwise a line at intervals."""
     if sys.stderr.isatty():
         with tqdm(total=total, unit="img", dynamic_ncols=True, leave=False) as bar:
             yield lambda num: bar.update(num) and None

@@ -1,4 +1,4 @@
-"""`dino-lite compare`: several backbones and their baselines, side by side on the same images."""
+"""`dino-lite compare`: evaluates several backbones and their baselines on the same images."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Row(NamedTuple):
 
 
 def compare(*overrides: str) -> dict[str, Any]:
-    """Compare as `dino-lite compare OVERRIDES` does; returns what out=FILE.json holds."""
+    """Compare as `dino-lite compare OVERRIDES` does; returns the content of out=FILE.json."""
     return run_compare(compose("compare", overrides))
 
 
 def run_compare(config: Config) -> dict[str, Any]:
-    """Print the table, and merge the results of each checkpoint into its results.json."""
+    """Evaluate, print the table, and merge the results of each checkpoint into its results.json."""
     config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     out = None if config["out"] is None else Path(config["out"])
@@ -62,11 +62,11 @@ def run_compare(config: Config) -> dict[str, Any]:
 
 
 def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subject]:
-    """Each checkpoint by its name, all on the data of the first."""
+    """Open each checkpoint, by name, all with the data of the first."""
     asked = config["checkpoints"]
     parts = several(asked) or ([asked] if asked else [])
     if not parts:
-        raise UserError("checkpoints= is missing: name those to compare, 'checkpoints=[A,B]'.")
+        raise UserError("checkpoints= is missing: list those to compare, 'checkpoints=[A,B]'.")
     found = {find_checkpoint(str(part), config["runs_dir"]): str(part) for part in parts}
     short = {checkpoint: _short_name(checkpoint, part) for checkpoint, part in found.items()}
     often = Counter(short.values())
@@ -82,7 +82,7 @@ def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subj
 
 
 def _short_name(checkpoint: Checkpoint, asked: str) -> str:
-    """A run's name (and which of its checkpoints, but for the last), or what was asked for."""
+    """The name of a run (and of its checkpoint, unless it is the last), else what the user gave."""
     if checkpoint.run is None:
         return asked
     name, which = checkpoint.run.folder.name, checkpoint.which
@@ -90,7 +90,7 @@ def _short_name(checkpoint: Checkpoint, asked: str) -> str:
 
 
 def elsewhere(subject: Subject) -> str | None:
-    """What a run was trained on, where that is not what it is measured on."""
+    """A note if a run was trained on other data than it is evaluated on, else None."""
     run = subject.checkpoint.run
     if run is None or not run.environment_file.is_file():
         return None
@@ -103,7 +103,7 @@ def elsewhere(subject: Subject) -> str | None:
 def measure_all(
     config: Config, subjects: dict[str, Subject], evaluations: dict[str, Any]
 ) -> list[Row]:
-    """Checkpoints first, then each distinct baseline, which is measured once."""
+    """Evaluate the checkpoints, and each distinct baseline once; baselines come last."""
     rows: list[Row] = []
     known: dict[tuple[str, str], Row] = {}
     for name, subject in subjects.items():
@@ -129,12 +129,12 @@ def measure_all(
 
 
 def as_json(told: dict[str, Any]) -> str:
-    """All of it."""
+    """The comparison as JSON."""
     return json.dumps(told, indent=2) + "\n"
 
 
 def as_csv(told: dict[str, Any]) -> str:
-    """A line for each row and evaluation."""
+    """The comparison as CSV: one line per row and evaluation."""
     text = io.StringIO()
     writer = csv.writer(text)
     titles = ("name", "checkpoint", "data", "image_size", "evaluation", "metric", "value")
@@ -153,7 +153,7 @@ def as_csv(told: dict[str, Any]) -> str:
 
 
 def as_markdown(told: dict[str, Any]) -> str:
-    """The table as it is printed."""
+    """The comparison as a Markdown table."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -169,7 +169,7 @@ def as_markdown(told: dict[str, Any]) -> str:
 
 
 def _cell(found: dict[str, Any] | None) -> str:
-    """Empty where a baseline was not measured."""
+    """A result with its interval; "" if a baseline was not measured."""
     if found is None:
         return ""
     return f"{amount(found)} ({interval(found)})" if found["interval"] else amount(found)

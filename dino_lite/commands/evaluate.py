@@ -1,4 +1,4 @@
-"""`dino-lite evaluate`: measure a frozen backbone on a data set by every evaluation asked for."""
+"""`dino-lite evaluate`: evaluates a frozen backbone on a data set by one or more evaluations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dino_lite.runs.subject import build_evaluations, open_subject, save_results
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
-    """Measure as `dino-lite evaluate OVERRIDES` does; returns the results by evaluation."""
+    """Evaluate as `dino-lite evaluate OVERRIDES` does; returns the results by evaluation."""
     return run_evaluate(compose("evaluate", overrides))
 
 
 def run_evaluate(config: Config) -> dict[str, Any]:
-    """Print all results and merge them into results.json beside the checkpoint."""
+    """Evaluate, print the results and merge them into the checkpoint's results.json."""
     config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
     subject = open_subject(config, evaluations)

@@ -1,5 +1,5 @@
-"""`dino-lite export`: the teacher's backbone in other formats, each loaded again and compared on
-real images.
+"""`dino-lite export`: writes the teacher's backbone in other formats, then loads each file and
+compares its outputs on real images.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
 
-_NUM_IMAGES = 8  # of the check
+_NUM_IMAGES = 8  # for the comparison
 
 
 def export(*overrides: str) -> dict[str, Any]:
-    """Export as `dino-lite export OVERRIDES` does; returns what was written, by format."""
+    """Export as `dino-lite export OVERRIDES` does; returns folder and largest error by format."""
     return run_export(compose("export", overrides))
 
 
 def run_export(config: Config) -> dict[str, Any]:
-    """Write every format asked for, and print how far its tokens are from the teacher's."""
+    """Write all formats, and print how much their tokens differ from the teacher's."""
     config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     folder = _folder(config, checkpoint)
@@ -37,7 +37,7 @@ def run_export(config: Config) -> dict[str, Any]:
     splits = open_data(asked_data(config, checkpoint, opened), opened)
     normalize = Normalize(opened.mean, opened.std)
     data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
-    images, _ = next(data.batches(splits.train, torch.device("cpu")))  # one at least is readable
+    images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
     written: dict[str, Any] = {}
     for name, node in config["format"].items():
         written[name] = instantiate(node)(
@@ -58,11 +58,11 @@ def run_export(config: Config) -> dict[str, Any]:
 
 
 def _folder(config: Config, checkpoint: Checkpoint) -> Path:
-    """Where exports are written: `out`, else the run's own folder."""
+    """The folder to write to: `out`, else a folder in the run."""
     if config["out"]:
         return Path(config["out"]).expanduser()
     if checkpoint.run is None:
-        raise UserError(f"{checkpoint} belongs to no run: name a folder to write to, out=FOLDER.")
+        raise UserError(f"{checkpoint} is not part of a run: give the folder to write, out=FOLDER.")
     return checkpoint.run.folder / "export"
 
 

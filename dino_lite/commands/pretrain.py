@@ -31,14 +31,14 @@ from dino_lite.runs.trust import targets
 
 
 def pretrain(*overrides: str) -> dict[str, Any]:
-    """Train as `dino-lite pretrain OVERRIDES` does; returns the run's results, its folder under
-    "run".
+    """Train as `dino-lite pretrain OVERRIDES` does; returns the results of the run, with its folder
+    as "run".
     """
     return run_pretrain(compose("pretrain", overrides))
 
 
 def run_pretrain(config: Config) -> dict[str, Any]:
-    """Train, or continue where the same request stopped."""
+    """Train, or resume the run of the same request."""
     config = check_values(absolute_paths(config))
     request = requested(config)
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
@@ -51,11 +51,11 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     if resuming:
         config = resume_config(run, planned.config, request, splits, is_auto)
         if run.is_trained():
-            say(f"{run.folder} is trained; dino-lite evaluate checkpoint={run.folder} measures it")
+            say(f"{run.folder} is trained; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
                 with run.locked():
                     checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
-                    # The command names the same classes.
+                    # The user's command names the same classes, so they are trusted.
                     trust = [*targets([planned.config["backbone"], planned.config["method"]])]
                     opened = open_backbone(checkpoint, trust)
                     return _finish(run, config, facts, splits, opened.backbone)
@@ -65,7 +65,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config["trainer"]["num_threads"])
     if facts.accelerator == "cpu":
         keep_freed_memory()
-    # A resumed run has weights of its own.
+    # A resumed run loads its own weights.
     started = {"checkpoint": None} if resuming else {}
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         quiet_lightning()
@@ -85,13 +85,13 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             return {}
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}
         run.add_results({"trained": True} | spent)
-        with alone():  # the other ranks are through
+        with alone():  # the other ranks have finished
             backbone = module.method.export_backbone().float()
             return _finish(run, config, facts, splits, backbone)
 
 
 def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
-    """The request, the configuration it became, and the data and machine it was settled for."""
+    """Write the planned configuration, and the request, data and machine it is based on."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
     known = {"data": data_card(splits, facts), "request": request}
@@ -101,7 +101,7 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 def _finish(
     run: Run, config: Config, facts: Facts, splits: Splits, backbone: Backbone
 ) -> dict[str, Any]:
-    """Make what the trained run lacks; returns its results."""
+    """Add missing pictures and baselines to the trained run; returns its results."""
     finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
     say(f"pictures, curves and results: {run.folder}")
     say(f"dino-lite report checkpoint={run.folder} shows them on one page")
@@ -109,7 +109,7 @@ def _finish(
 
 
 def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
-    """What will happen, before it does."""
+    """Print run, data, device and automatic decisions before training starts."""
     data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
     labels = f"{facts.num_classes} classes, {facts.num_test:,} test images"
     labels = labels if facts.num_classes else "no labels"
@@ -118,7 +118,7 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
         f"{facts.device_name}"
     )
     if planned.decisions and not resuming:
-        say(f"settled automatically (each can be given as KEY=VALUE):\n{planned.table()}")
+        say(f"chosen automatically (override any with KEY=VALUE):\n{planned.table()}")
 
 
 def say(text: str) -> None:

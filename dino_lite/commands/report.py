@@ -1,4 +1,4 @@
-"""`dino-lite report`: a run, or a backbone without one, on one HTML page."""
+"""`dino-lite report`: writes an HTML page about a run, or about a backbone without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def report(*overrides: str) -> Path:
 
 
 def run_report(config: Config) -> Path:
-    """Write the page beside the results, or to `out`."""
+    """Write the page next to the results, or to `out`."""
     config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     path = Path(config["out"] or _page_file(checkpoint)).absolute()
@@ -32,7 +32,7 @@ def run_report(config: Config) -> Path:
         try:
             _draw_missing(checkpoint, config)
         except UserError as error:
-            missing.append(f"Pictures of it could not be drawn: {error}")
+            missing.append(f"Pictures could not be drawn: {error}")
     story = read_story(checkpoint, config["trust"])
     story = story._replace(missing=[*story.missing, *missing])
     write_text(path, page(story, datetime.now()))
@@ -41,13 +41,13 @@ def run_report(config: Config) -> Path:
 
 
 def _page_file(checkpoint: Checkpoint) -> Path:
-    """Beside results.json and named after it: report.html, NAME.report.html."""
+    """The page next to results.json, named after it: report.html, NAME.report.html."""
     beside = checkpoint.results_file
     return beside.with_name(f"{beside.name.removesuffix('results.json')}report.html")
 
 
 def _draw_missing(checkpoint: Checkpoint, asked: Config) -> None:
-    """Draw the pictures that a run lacks, or that are older than its checkpoint, on its data."""
+    """Draw the pictures that are missing in a run or older than its checkpoint, from its data."""
     if checkpoint.run is None or checkpoint.path is None:
         return
     folder, saved = checkpoint.run.folder, checkpoint.path.stat().st_mtime

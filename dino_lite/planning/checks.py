@@ -1,4 +1,4 @@
-"""Refuses, before a run is paid for, a configuration that would fail or mislead later."""
+"""Validates a configuration before a run starts: rejects what would fail or mislead later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dino_lite.settings.kinds import (
 )
 from dino_lite.settings.validate import locate, settings_of, validated
 
-# What the words of `preset` mean: so many images.
+# Number of images that each name of `preset` stands for.
 PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
 
 
@@ -44,9 +44,9 @@ Duration = Annotated[
 
 
 class Trainer(NamedTuple):
-    """The group `trainer`: where and how long a run trains, and at what speed.
+    """The group `trainer`: device, length, precision and speed of a run.
 
-    Defaults of a group are for runs that were saved before the key existed: the old behavior.
+    Defaults of a group apply to runs saved before the key existed, and give the old behavior.
     """
 
     accelerator: Literal["cpu", "cuda", "mps"]
@@ -63,7 +63,7 @@ class Trainer(NamedTuple):
 
 
 class Loader(NamedTuple):
-    """The group `loader`: how images are read."""
+    """The group `loader`: how images are read and batched."""
 
     batch_size: Size
     num_workers: Count = 0
@@ -90,13 +90,13 @@ class Optim(NamedTuple):
 
 
 class Start(TypedDict, total=False):
-    """Keys of the group `backbone` beside those of the class that it names."""
+    """Keys of the group `backbone` that are not arguments of the backbone's class."""
 
     pretrained: str | None
 
 
 class Settings(TypedDict, total=False):
-    """Keys of the commands; groups that are not here name their constructor in `_target_`."""
+    """Keys of all commands; groups not listed here name their constructor in `_target_`."""
 
     trainer: Trainer
     loader: Loader
@@ -124,14 +124,15 @@ class Settings(TypedDict, total=False):
 
 
 def check_values(config: Config, auto: bool = True) -> Config:
-    """`config`, each value checked against the annotation of the constructor that takes it; whole
-    numbers written as 1e3 become ints.
+    """Check each value against the annotation of the constructor that takes it. Returns `config`
+    with integers written as floats (1e3) converted to int.
 
-    With `auto`, "auto" may stand for any value: a plan is to follow. Raises UserError naming the
-    first key that does not exist, or whose value is of the wrong kind or outside its range.
+    With `auto`, any value may be "auto", to be replaced by `plan`. Raises UserError naming the
+    first key that does not exist, or whose value has the wrong type or is out of range.
     """
     network = dict(config.get("backbone") or {})
-    start = {key: network.pop(key) for key in ("pretrained",) if key in network}  # no constructor's
+    # Not an argument of the constructor.
+    start = {key: network.pop(key) for key in ("pretrained",) if key in network}
     read = validated(Settings, config | ({"backbone": network} if network else {}), auto=auto)
     if start:
         read["backbone"] |= validated(Start, start, "backbone.")
@@ -139,8 +140,8 @@ def check_values(config: Config, auto: bool = True) -> Config:
 
 
 def mixes_images(config: Config) -> bool:
-    """Whether results depend on which images share a micro-batch: a loss or a head says so in its
-    `mixes_images` (a truth value, or a function of its settings), the backbone in its traits.
+    """Whether results depend on which images share a micro-batch. A loss or head declares it by
+    `mixes_images` (a bool, or a function of its settings), a backbone in its traits.
     """
     for node in _nodes([config["loss"], config["method"]]):
         says = getattr(locate(node["_target_"]), "mixes_images", False)
@@ -150,7 +151,7 @@ def mixes_images(config: Config) -> bool:
 
 
 def _nodes(value: Any) -> Iterator[Config]:
-    """What names a `_target_`, anywhere in `value`."""
+    """All nodes with a `_target_` in `value`, at any depth."""
     if isinstance(value, dict) and "_target_" in value:
         yield value
     if isinstance(value, dict | list):
@@ -159,7 +160,7 @@ def _nodes(value: Any) -> Iterator[Config]:
 
 
 def traits_of(config: Config) -> Traits:
-    """What the backbone's class says of its settings."""
+    """The traits that the backbone's class declares for its settings."""
     settings = dict(config["backbone"])
     family = locate(target := settings.pop("_target_"))
     if not (isinstance(family, type) and issubclass(family, Backbone)):
@@ -171,9 +172,9 @@ def traits_of(config: Config) -> Traits:
 
 
 def _check_uses(config: Config) -> None:
-    """Every weight is read by a loss: else several processes would wait for its gradient."""
+    """Check that every weight is used by a loss: otherwise DDP would wait for its gradient."""
     if not config["loss"]:
-        raise UserError("loss=[]: there is nothing to learn from; choose loss=[dino] or another.")
+        raise UserError("loss=[]: there is no loss to train on; choose loss=[dino] or another.")
     method, reads = config["method"], {loss["reads"] for loss in config["loss"].values()}
     masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
     if masks and not of_patches:
@@ -185,7 +186,7 @@ def _check_uses(config: Config) -> None:
         head = method.get(name)
         if used and head and head.get("num_prototypes") and match not in reads:
             if name == "head" and method.get("patch_head", 0) is None and "patch" in reads:
-                continue  # its prototypes are the patches'
+                continue  # patches share its prototypes
             raise UserError(
                 f"method.{name}: no loss reads its prototypes; set "
                 f"method.{name}.num_prototypes=0, or choose loss=[dino] or another that does."
@@ -193,18 +194,18 @@ def _check_uses(config: Config) -> None:
     serves = "head" if method.get("patch_head", 0) is None and masks else "patch_head"
     if (method.get(serves) or {}).get("batch_norm"):
         raise UserError(
-            f"method.{serves}.batch_norm=true: masked patches differ in number, and one alone has "
-            "no variance; leave it out."
+            f"method.{serves}.batch_norm=true: the number of masked patches varies, and a single "
+            "one has no variance; remove this setting."
         )
     if config["backbone"].get("mask_token") and not masks:
         raise UserError(
-            "backbone.mask_token=true: method.masking masks nothing; leave it out, or choose "
+            "backbone.mask_token=true: the method masks no patches; remove this setting, or choose "
             "method=dinov2."
         )
 
 
 def check(config: Config, facts: Facts) -> None:
-    """A planned configuration as a whole: refuse numbers that do not go together."""
+    """Check a planned configuration as a whole: reject combinations of values that do not fit."""
     patch, large, small = (
         get(config, key)
         for key in ("backbone.patch_size", "augment.global_size", "augment.local_size")
@@ -218,56 +219,56 @@ def check(config: Config, facts: Facts) -> None:
         if patch > size:
             raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")
         if size % patch:
-            raise UserError(f"{key}={size}: no multiple of backbone.patch_size={patch}.")
+            raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}.")
     _check_channels(config, facts)
     _check_uses(config)
     if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
-            f"augment.where=worker: PIL has no images of {facts.channels} channels; use device."
+            f"augment.where=worker: PIL does not support {facts.channels} channels; use device."
         )
     ranks = int(get(config, "trainer.devices")) * int(get(config, "trainer.num_nodes"))
     batch_size = get(config, "loader.batch_size")
     if batch_size % ranks:
         raise UserError(
-            f"loader.batch_size={batch_size}: it counts images over all {ranks} processes and must "
-            "divide by them."
+            f"loader.batch_size={batch_size} is the total over all {ranks} processes and must be "
+            "divisible by their number."
         )
     devices = get(config, "trainer.devices")
     if facts.accelerator == "cuda" and devices > facts.num_devices:
-        raise UserError(f"trainer.devices={devices}: this machine has {facts.num_devices}.")
+        raise UserError(f"trainer.devices={devices}: this machine has only {facts.num_devices}.")
     if get(config, "trainer.compile") and not facts.compiler:
         raise UserError(
-            "trainer.compile=true: torch.compile finds no C++ compiler (g++, or what CXX names; on "
-            "a GPU Triton as well); leave it out."
+            "trainer.compile=true: torch.compile finds no C++ compiler (g++, or the one named by "
+            "CXX; on a GPU also Triton); remove this setting."
         )
     _check_length(config, facts.num_images / batch_size)
 
 
 def _check_channels(config: Config, facts: Facts) -> None:
-    """The backbone and the normalization take the images as they are."""
+    """Check that backbone and normalization fit the number of channels."""
     in_chans = get(config, "backbone.in_chans")
     if in_chans != facts.channels:
         raise UserError(
-            f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; leave it "
-            f"out, or set data.channels={in_chans}."
+            f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; remove this "
+            f"setting, or set data.channels={in_chans}."
         )
     for key in ("normalize.mean", "normalize.std"):
         if len(values := get(config, key)) != facts.channels:
             raise UserError(
-                f"{key}={values}: a list of {facts.channels} numbers is needed, one for each "
-                "channel, or auto."
+                f"{key}={values}: must be a list of {facts.channels} numbers, one per channel, or "
+                "auto."
             )
 
 
 def _check_length(config: Config, steps_per_epoch: float) -> None:
-    """Exactly one measure of the run's length, and every warm-up within it."""
+    """Check that exactly one length is given, and that no span exceeds it."""
     measures = ("max_epochs", "max_steps", "max_time")
     given = {key: config["trainer"][key] for key in measures if config["trainer"][key] is not None}
     if len(given) != 1:
         named = " and ".join(f"trainer.{key}={value}" for key, value in given.items())
         raise UserError(
-            f"{named or 'The run has no length'}: give exactly one of trainer.max_epochs, "
-            "trainer.max_steps and trainer.max_time."
+            f"{named or 'The length of the run is not set'}: give exactly one of "
+            "trainer.max_epochs, trainer.max_steps and trainer.max_time."
         )
     ((measure, length),) = given.items()
     for key, span in leaves(config):
@@ -277,7 +278,7 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
             continue
         if measure == "max_time":
             raise UserError(
-                f"{key}={span}: a run measured by trainer.max_time knows fractions only, as 0.1."
+                f"{key}={span}: must be a fraction of the run with trainer.max_time, as in 0.1."
             )
         per = {
             "epoch": steps_per_epoch,

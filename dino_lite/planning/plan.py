@@ -1,5 +1,5 @@
-"""Settles every key that says "auto" from the facts of the data and the machine, and refuses what
-cannot work.
+"""Replaces every "auto" in a configuration by a value that follows from the data and the machine,
+and validates the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dino_lite.planning.rules import RULES
 
 
 class Decision(NamedTuple):
-    """One key that was settled, and why."""
+    """A value that was chosen automatically, and the reason."""
 
     key: str
     value: Any
@@ -26,19 +26,19 @@ class Decision(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A configuration without "auto", and how it came about."""
+    """A configuration without "auto", and the decisions that led to it."""
 
     config: Config
     decisions: list[Decision]
 
     def table(self) -> str:
-        """The decisions as lines of text."""
+        """The decisions as text, one per line."""
         width = max((len(f"{d.key}={d.value}") for d in self.decisions), default=0)
         return "\n".join(f"  {f'{d.key}={d.value}':{width}}  {d.reason}" for d in self.decisions)
 
 
 def open_splits(node: Config) -> Splits:
-    """The data set that the configuration `node` names."""
+    """Open the data set that `node` configures. Raises UserError if it does not return Splits."""
     splits: Any = instantiate(node)
     sources = [splits.train, splits.test] if isinstance(splits, Splits) else [splits]
     for source in sources:
@@ -52,7 +52,7 @@ def open_splits(node: Config) -> Splits:
 
 
 def gather_facts(config: Config, splits: Splits) -> Facts:
-    """Look at the data and at this machine."""
+    """Collect the facts of the data and of this machine."""
     wanted = pick_accelerator(get(config, "trainer.accelerator"), "trainer.accelerator")
     return Facts(
         source=splits.name,
@@ -67,8 +67,9 @@ def gather_facts(config: Config, splits: Splits) -> Facts:
 
 
 def plan(config: Config, facts: Facts) -> Plan:
-    """Pure: the same configuration and facts give the same plan. Rules are tried in order and may
-    read earlier ones.
+    """Replace every "auto" in `config`. A pure function of configuration and facts; rules are
+    applied in order and may read the results of earlier ones. Raises UserError if no rule covers a
+    key, or if the result is invalid.
     """
     config = check_values(config)
     decisions: list[Decision] = []
@@ -79,7 +80,7 @@ def plan(config: Config, facts: Facts) -> Plan:
     config = _settle(config, facts, RULES, decisions)
     left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
     if left:
-        raise UserError(f"{left[0]}=auto: nothing settles this key; give it a value.")
+        raise UserError(f"{left[0]}=auto: this key has no automatic value; set it explicitly.")
     check(config, facts)
     return Plan(config, decisions)
 
@@ -87,9 +88,9 @@ def plan(config: Config, facts: Facts) -> Plan:
 def _settle(
     config: Config, facts: Facts, rules: dict[str, Rule], decisions: list[Decision]
 ) -> Config:
-    """`config` with what `rules` make of its "auto"s, which are noted."""
+    """Apply `rules` to the keys of `config` that are "auto", and append to `decisions`."""
     for key, rule in rules.items():
-        if dict(leaves(config)).get(key) == "auto":  # another choice may not have the key
+        if dict(leaves(config)).get(key) == "auto":  # the key may not exist in another choice
             value, reason = rule(config, facts)
             config = put(config, key, value)
             decisions.append(Decision(key, value, reason))

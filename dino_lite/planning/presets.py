@@ -1,9 +1,9 @@
-"""What follows from how much data there is, and of which family the backbone is: `preset=`.
+"""Settings that depend on the number of images and the family of the backbone: `preset=`.
 
-`preset=auto` goes by the number of images there are; a word of `checks.PRESETS` takes the settings
-of a set of that size. Each of them can be given as KEY=VALUE all the same. All goes by the
-logarithm of that number: momentum is read off between sizes of published recipes, prototypes and
-epochs change in steps that are about even on it.
+`preset=auto` uses the number of images in the data; a name of `checks.PRESETS` stands for a fixed
+number. KEY=VALUE overrides any of the settings. They follow the logarithm of the number of images:
+momentum is interpolated between published recipes, prototypes and epochs change at thresholds that
+are about evenly spaced on that scale.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dino_lite.config import Config, config_dir, get, load
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import PRESETS, traits_of
 
-FEW, MANY = 20_000, 1_280_000  # up to here a set is small; ImageNet
+FEW, MANY = 20_000, 1_280_000  # images: the largest small set, and ImageNet
 
 
-Rule = Callable[[Config, Facts], tuple[Any, str]]  # what a key becomes, and why
+Rule = Callable[[Config, Facts], tuple[Any, str]]  # gives the value of a key, and the reason
 
 
 class Choice(NamedTuple):
-    """A file of a group of conf/, what stands in it, and why."""
+    """A choice in a config group: its name, its content, and the reason."""
 
     name: str
     node: Config
@@ -31,26 +31,28 @@ class Choice(NamedTuple):
 
 
 def num_images(config: Config) -> int:
-    """How many the settings are meant for."""
+    """The number of images that `preset` stands for."""
     preset = get(config, "preset")
     return PRESETS.get(preset) or int(preset)
 
 
 def on_log_scale(num: int, low: float, high: float) -> float:
-    """`low` up to FEW images, `high` from MANY on, between them in proportion to log(num)."""
+    """`low` up to FEW images, `high` from MANY, interpolated in log(num) between them."""
     part = (math.log(max(num, 1)) - math.log(FEW)) / (math.log(MANY) - math.log(FEW))
     return low + (high - low) * min(1.0, max(0.0, part))
 
 
 def choose_backbone(config: Config, facts: Facts) -> Choice | None:
-    """Of conf/backbone, where nothing was asked of it; None: it stays what it is, a ViT."""
+    """The convnet of conf/backbone if it suits data and machine, else None: a ViT. None as well if
+    any setting of the backbone was given.
+    """
     folder = config_dir() / "backbone"
     if config["backbone"] != load(folder / "auto.yaml"):
         return None
-    masks = config["method"].get("masking") is not None  # which a convnet cannot
+    masks = config["method"].get("masking") is not None  # not supported by a convnet
     if facts.accelerator != "cpu" or facts.source == "shapes" or masks:
         return None
-    reason = f"{num_images(config):,} images on a CPU: it learns there in minutes, a ViT does not"
+    reason = f"{num_images(config):,} images on a CPU: learns in minutes there, unlike a ViT"
     return Choice("convnet", load(folder / "convnet.yaml"), reason)
 
 
@@ -59,7 +61,7 @@ def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not traits.convolutional:
         return [0.4, 1.0], "DINO's"
     if traits.small:
-        return [0.6, 1.0], "a short run learns what is alike in large parts"
+        return [0.6, 1.0], "large crops, for a short run"
     return [0.14, 1.0], "DINO's for a ResNet-50"
 
 
@@ -68,7 +70,7 @@ def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     if not traits.convolutional:
         return [0.05, 0.4], "DINO's"
     if traits.small:
-        return [0.2, 0.6], "up to where global crops begin"
+        return [0.2, 0.6], "up to the smallest global crop"
     return [0.05, 0.14], "DINO's for a ResNet-50"
 
 
@@ -81,10 +83,10 @@ def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
 def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
     names = traits_of(config).names
     if names is None:
-        return "auto", "no rule"  # plan() refuses it
+        return "auto", "no rule"  # plan() rejects it
     if facts.accelerator == "cpu":
-        return names[0], "a small ViT that a CPU trains in minutes"
-    return names[1], "the paper's smallest"
+        return names[0], "a small ViT that trains in minutes on a CPU"
+    return names[1], "the smallest of the paper"
 
 
 def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
@@ -110,7 +112,7 @@ def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
     if traits.small:
         return 0.0, "a small network underfits"
     if not traits.drop_path:
-        return 0.0, "this network has none"
+        return 0.0, "not supported by this network"
     return 0.1, "DINO's"
 
 
@@ -120,7 +122,7 @@ def _rate(config: Config, facts: Facts) -> tuple[float, str]:
         return 5e-4, "DINO's"
     width = None if traits.convolutional else config["backbone"].get("embed_dim")
     rate = round(0.512 / width, 6) if width else 4e-3
-    return rate, "a short run of a narrow network takes more than DINO's"
+    return rate, "higher than DINO's, for a short run of a narrow network"
 
 
 def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
@@ -133,11 +135,11 @@ def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     value = round(on_log_scale(num_images(config), 0.99, 0.996), 4)
     if value == 0.996:
         return value, "DINO's"
-    return value, "a short run's teacher must follow faster than DINO's .996"
+    return value, "below DINO's 0.996: in a short run the teacher must follow faster"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.04, "DINO's default; 0.07 pays in runs of 300 epochs"
+    return 0.04, "DINO's default; 0.07 is better in runs of 300 epochs"
 
 
 def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
@@ -145,22 +147,22 @@ def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
         get(config, "trainer.max_epochs") != "auto" or get(config, "trainer.max_steps") is not None
     )
     if lengths_given or facts.accelerator != "cpu":
-        return None, "the run is measured in epochs or steps"
-    return ("4m" if facts.source == "shapes" else "30m"), "a CPU run is measured by the clock"
+        return None, "the run is limited by epochs or steps"
+    return ("4m" if facts.source == "shapes" else "30m"), "runs on a CPU are limited by time"
 
 
 def _max_epochs(config: Config, facts: Facts) -> tuple[int | None, str]:
     if get(config, "trainer.max_time") is not None or get(config, "trainer.max_steps") is not None:
-        return None, "the run is measured otherwise"
+        return None, "the run is limited by time or steps"
     num = num_images(config)
     steps = [(20_000, 800), (200_000, 400), (1_000_000, 200)]
     return next((e for limit, e in steps if num <= limit), 100), f"for {num:,} images"
 
 
 SIZE: dict[str, Rule] = {
-    "preset": lambda c, f: (f.num_images, "settings for so many; or tiny, small, medium, large")
+    "preset": lambda c, f: (f.num_images, "the number of images; or tiny, small, medium, large")
 }
-# Settled after the sizes of crops and before what hangs on the device.
+# Applied after the crop sizes and before the settings that depend on the device.
 RULES: dict[str, Rule] = {
     "augment.num_local": _num_local,
     "backbone.name": _backbone_name,

@@ -1,7 +1,7 @@
-"""A rule for every key that may say "auto": what it becomes, and why, from the facts of data and
-machine.
+"""One rule for every key that may be "auto": computes its value, and the reason, from the facts of
+data and machine.
 
-A rule reads the configuration as the rules before it have left it.
+A rule reads the configuration as earlier rules have left it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
 
 def _where(config: Config, facts: Facts) -> tuple[str, str]:
     if facts.channels not in (1, 3):
-        return "device", f"PIL has no images of {facts.channels} channels"
+        return "device", f"PIL does not support {facts.channels} channels"
     if facts.accelerator == "cpu" and facts.num_cores > 1:
-        return "worker", "beside the step on a core of its own, and exact"
-    return "device", "in batches there, many times faster than image by image"
+        return "worker", "in parallel with the step, and bit-exact"
+    return "device", "in batches, many times faster than one image at a time"
 
 
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
     size = get(config, "augment.global_size")
     if traits_of(config).convolutional:
-        return max(1, size // 8), "8 cells a side of a global crop"
+        return max(1, size // 8), "an 8x8 feature map of a global crop"
     if facts.source == "shapes":
-        return 8, "a pattern's period; 16 patches are quick"
+        return 8, "the period of the patterns; 16 patches are fast"
     patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
     patch = patch if size % patch == 0 else math.gcd(size, 16)
-    return patch, f"{(size // patch) ** 2} patches a global crop"
+    return patch, f"{(size // patch) ** 2} patches per global crop"
 
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -67,13 +67,13 @@ def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
     if facts.channels == 3:
-        return list(usual), "ImageNet's, which weights of others expect"
-    return list(measured), "measured on some of the images"
+        return list(usual), "ImageNet's, as published weights expect"
+    return list(measured), "measured on a sample of the images"
 
 
 def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
     width = get(config, "backbone.embed_dim")
-    return (None, "the model's own") if width is None else (max(1, width // 32), "32 wide each")
+    return (None, "the model's own") if width is None else (max(1, width // 32), "32 channels each")
 
 
 def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
@@ -87,15 +87,15 @@ def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
 def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
     if config["method"].get("masking"):
         return True, "the method masks patches"
-    return False, "the method masks nothing"
+    return False, "the method masks no patches"
 
 
 def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
     if facts.accelerator == "cpu":
-        size, why = 64, "many steps count more than large ones on a CPU"
+        size, why = 64, "on a CPU, more steps matter more than larger batches"
     else:
-        size, why = min(1024, 256 * devices), "256 a device, 1024 at most"
+        size, why = min(1024, 256 * devices), "256 per device, 1024 at most"
     return max(devices, size // devices * devices), why
 
 
@@ -105,27 +105,28 @@ def _num_workers(config: Config, facts: Facts) -> tuple[int, str]:
         spare = 1 if facts.num_cores > 1 else 0
         return max(
             spare, facts.num_cores // (4 * devices)
-        ), f"{facts.num_cores} cores, most of them for the model"
+        ), f"{facts.num_cores} cores, most of them used by the model"
     return max(1, facts.num_cores // devices - 1), f"{facts.num_cores} cores"
 
 
 def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
-    # Two threads that share two cores with a loader took up to seven times as long a step as one.
-    # No function of the workers: other sums round differently, and resume is exact to the bit.
+    # Two threads that shared two cores with a loader took up to seven times as long per step as
+    # one. Independent of the number of workers: the number of threads changes the order of
+    # summation, hence rounding, and resuming must be bit-exact.
     own = facts.num_cores // get(config, "trainer.devices")
-    return max(1, own - 1), f"{facts.num_cores} cores, one left to the loader"
+    return max(1, own - 1), f"{facts.num_cores} cores, one reserved for the loader"
 
 
 def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     rate, size, rule = (
         get(config, k) for k in ("optim.rate", "loader.batch_size", "optim.rate_rule")
     )
-    return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images a step, {rule}"
+    return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images per step, {rule}"
 
 
 def _constant(schedule: str) -> Any:
-    """A rule: the schedule's end is its base."""
-    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: it stays there")
+    """A rule that sets the end of a schedule to its base."""
+    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: constant")
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
@@ -137,8 +138,8 @@ def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
 
 
 def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
-    """Width, depth and tokens of a global crop of one of our transformers, None for all else. A
-    named model is built without storage for its numbers.
+    """Width, depth and tokens per global crop of a transformer of dino_lite, None for any other
+    backbone. A named model is built on the meta device, without memory for its weights.
     """
     backbone = config["backbone"]
     if not str(backbone["_target_"]).startswith("dino_lite.") or traits_of(config).convolutional:
@@ -149,18 +150,18 @@ def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 built = instantiate({k: v for k, v in backbone.items() if k != "pretrained"})
         except UserError:
-            return None  # building it for the run raises the same
+            return None  # building it for the run raises the same error
         width, depth = built.embed_dim, built.num_blocks
     return width, depth, _num_tokens(config, "augment.global_size")
 
 
 def _num_tokens(config: Config, size: str) -> int:
-    """Patches of a crop and its class token."""
+    """Tokens per crop: its patches and the class token."""
     return int((get(config, size) // get(config, "backbone.patch_size")) ** 2) + 1
 
 
-# Values of a global crop between two blocks (tokens x width) below which products are too small for
-# bfloat16 to pay on a CPU (docs/performance.md).
+# Activations per global crop between two blocks (tokens x width) below which matrix products are
+# too small to benefit from bfloat16 on a CPU (docs/performance.md).
 _SMALL_CROP = 2000
 
 
@@ -170,12 +171,12 @@ def _precision(config: Config, facts: Facts) -> tuple[str, str]:
     width = config["backbone"].get("embed_dim") if "patch_size" in config["backbone"] else None
     values = 0 if width is None else width * _num_tokens(config, "augment.global_size")
     if facts.accelerator == "cpu" and 0 < values < _SMALL_CROP:
-        return "32", "so small a network gains little from bfloat16 on a CPU"
+        return "32", "too small a network to benefit from bfloat16 on a CPU"
     return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
 
 
-_KEPT = 320 * 2**20  # bytes for the backward pass beyond which a CPU takes a batch in parts
-_KEPT_BYTES = {"bf16": 30, "32": 48, "64": 96}  # of a value between two blocks, by a block
+_KEPT = 320 * 2**20  # bytes of saved activations above which a CPU splits a batch
+_KEPT_BYTES = {"bf16": 30, "32": 48, "64": 96}  # saved per block, per activation between blocks
 
 
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -191,10 +192,10 @@ def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     if num_parts <= 1:
         return 0, "the whole batch"
     images = math.ceil(num_images / num_parts)
-    return images, f"{math.ceil(num_images / images)} parts, for less memory"
+    return images, f"{math.ceil(num_images / images)} micro-batches, to save memory"
 
 
-# Compiling takes one to three minutes and saves a tenth of each step (docs/performance.md).
+# Compiling takes one to three minutes and makes steps about 10 % faster (docs/performance.md).
 _COMPILED_STEPS, _COMPILED_SECONDS = 5000, 3600
 
 
@@ -204,22 +205,22 @@ def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
     if traits_of(config).convolutional:
         return False, "only a transformer's blocks are compiled"
     if facts.accelerator == "cpu" and get(config, "trainer.precision") != "bf16":
-        return False, "two percent in float32, for a minute of compiling"
+        return False, "saves only 2 % in float32, and compiling takes a minute"
     run = Clock.of(config["trainer"], facts.num_images, get(config, "loader.batch_size"))
     if (run.max_seconds or 0) < _COMPILED_SECONDS and (run.num_steps or 0) < _COMPILED_STEPS:
-        return False, "the run is too short to gain back the time of compiling"
-    return True, "blocks as one graph each"
+        return False, "the run is too short to recover the compile time"
+    return True, "each block as one graph"
 
 
 def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
     few = facts.num_images <= 100_000
-    return few, "minutes at most" if few else "hours for so many images: dino-lite evaluate does it"
+    return few, "takes minutes at most" if few else "would take hours: use dino-lite evaluate"
 
 
 RULES: dict[str, Any] = {
     "normalize.mean": lambda c, f: _by_channel(f, IMAGENET_MEAN, f.mean),
     "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
-    "backbone.in_chans": lambda c, f: (f.channels, "those of the images"),
+    "backbone.in_chans": lambda c, f: (f.channels, "the channels of the images"),
     "baselines": _baselines,
     "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
     "augment.global_size": _global_size,
@@ -229,13 +230,13 @@ RULES: dict[str, Any] = {
     "augment.where": _where,
     "backbone.num_heads": _num_heads,
     **{f"augment.{kind}.blur_radius": _blur_radius for kind in ("global_1", "global_2", "local")},
-    "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the global crop"),
+    "backbone.image_size": lambda c, f: (get(c, "augment.global_size"), "the size of global crops"),
     "method.head.hidden_dim": _hidden_dim,
     "method.head.bottleneck_dim": _bottleneck_dim,
     **{
         f"method.patch_head.{size}": lambda c, f, size=size: (
             get(c, f"method.head.{size}"),
-            "as the head of class tokens",
+            "same as the head for class tokens",
         )
         for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
     },

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: colors come from the page, values at the pointer from its script."""
+"""Curves as inline SVG; the page provides colors, and values at the pointer by its script."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dino_lite.eval.curves import running_mean
 from dino_lite.report.markup import Markup, folded, join, tag
 
 _WIDTH, _HEIGHT = 400, 190
-_LEFT, _TOP, _RIGHT, _BOTTOM = 46, 10, 392, 164  # the area of the curve
-_MOST = 240  # points drawn; of more, what lies between them as a pale band
-_FEW = 40  # up to which each gets a dot
+_LEFT, _TOP, _RIGHT, _BOTTOM = 46, 10, 392, 164  # plot area
+_MOST = 240  # points drawn; with more, the range between them is a pale band
+_FEW = 40  # points up to which each is drawn as a dot
 
 Points = Float[np.ndarray, "n 2"]
 
 
 class Group(NamedTuple):
-    """Curves that are read together; names may be patterns."""
+    """Related curves; `names` may be patterns."""
 
     title: str
     text: str
@@ -33,7 +33,7 @@ _GROUPS = (
     Group("Learning", "", ("loss", "knn", "probe", "*_loss", "loss_*", "knn_*", "probe_*")),
     Group(
         "Health",
-        "A collapsed run shows here first: entropy or spread at zero, few prototypes in use.",
+        "A collapse shows here first: entropy or standard deviation at zero, few prototypes used.",
         (
             *("teacher_entropy", "kl_to_uniform", "prototypes_used", "prototype_perplexity"),
             *("rankme", "feature_std", "embedding_std", "agreement", "center_norm", "grad_norm"),
@@ -59,12 +59,12 @@ _TITLES = {
     "weight_decay": "Weight decay",
     "momentum": "Momentum of the teacher",
     "teacher_temp": "Temperature of the teacher",
-    "images_per_second": "Images a second",
-    "data_wait": "Share of time waiting for data",
+    "images_per_second": "Images per second",
+    "data_wait": "Fraction of time waiting for data",
     "knn_seconds": "Seconds for k-NN",
     "probe_seconds": "Seconds for the linear probe",
     "features_seconds": "Seconds for the features of both",
-    "health_seconds": "Seconds for the health of a step",
+    "health_seconds": "Seconds for the health statistics",
     "prototype_perplexity": "Perplexity of the prototypes",
     "embedding_std": "Standard deviation of the embeddings",
 }
@@ -72,9 +72,9 @@ _UNDRAWN = ("step", "epoch", "progress")
 
 
 def curve_sections(curves: dict[str, Points]) -> Markup:
-    """All curves in groups; those nobody has a place for are folded at the end.
+    """All curves by group; those of no group are collapsed at the end.
 
-    A term of the loss that is all of it is not drawn twice.
+    A loss term that equals the total loss is not drawn again.
     """
     loss = curves.get("loss")
     left = {
@@ -111,8 +111,8 @@ def _grid(curves: dict[str, Points], large: bool) -> Markup:
 
 
 def line_chart(points: Points, name: str) -> Markup:
-    """One curve with axes, its last value above it; many points as their running mean on a band
-    from smallest to largest.
+    """One curve with axes and its last value above it. If there are many points, draws their
+    running mean on a band from minimum to maximum.
     """
     title = _TITLES.get(name, name.replace("_", " "))
     band, line = _thinned(points)
@@ -151,7 +151,7 @@ def line_chart(points: Points, name: str) -> Markup:
 
 
 class _Place(NamedTuple):
-    """Where values lie on the drawing."""
+    """Maps values to coordinates in the drawing."""
 
     left: float
     right: float
@@ -171,7 +171,7 @@ class _Place(NamedTuple):
 
 
 def _grid_lines(place: _Place, axis_x: list[float], axis_y: list[float]) -> list[Markup]:
-    """Lines of equal value, numbers at both axes."""
+    """Horizontal grid lines, and tick labels of both axes."""
     drawn = []
     for value in axis_y:
         if place.low <= value <= place.high:
@@ -189,7 +189,7 @@ def _grid_lines(place: _Place, axis_x: list[float], axis_y: list[float]) -> list
 
 
 def _thinned(points: Points) -> tuple[Float[np.ndarray, "b 2"], Float[np.ndarray, "l 2"]]:
-    """The band (empty where points are few), and the line."""
+    """The points of the band (empty if there are few points) and of the line."""
     if len(points) <= _FEW:
         return np.empty((0, 2)), points
     size = max(3, len(points) // 30) // 2 * 2 + 1
@@ -212,7 +212,7 @@ def _padded(values: Float[np.ndarray, "n"]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from below `low` to above `high`, about `count` steps of 1, 2 or 5."""
+    """Round numbers from below `low` to above `high`, about `count` steps of 1, 2 or 5 · 10^n."""
     rough = max(high - low, 1e-300) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
@@ -221,7 +221,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A value as people write it: 12,000, 49.7, 0.0423, 2e-6."""
+    """A value as text: 12,000, 49.7, 0.0423, 2e-6."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     size = abs(value)

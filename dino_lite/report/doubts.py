@@ -1,4 +1,4 @@
-"""What a reader should know before the numbers are believed."""
+"""Caveats that a reader should know before trusting the numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dino_lite.report.story import Result, Story, results_of
 
 
 def doubts(story: Story) -> list[str]:
-    """Sentences, the gravest first."""
+    """The caveats as sentences, most serious first."""
     return [
         *_unfinished(story),
         *_skipped(story),
@@ -29,7 +29,7 @@ def _unfinished(story: Story) -> Iterator[str]:
         if progress is not None:
             where += f" ({100 * progress[-1, 1]:.0f} %)"
     yield (
-        f"The run is not finished: it stands {where}. The command below goes on from its last "
+        f"The run is not finished: it is {where}. The command below resumes it from its last "
         "checkpoint."
     )
 
@@ -38,24 +38,24 @@ def _skipped(story: Story) -> Iterator[str]:
     skipped = story.curves.get("skipped")
     if skipped is not None and (most := int(skipped[:, 1].max())):
         yield (
-            f"Up to {most} optimizer step{'' if most == 1 else 's'} in a row had a gradient that "
-            "is not finite, and were skipped: a lower optim.rate or trainer.precision=32 may help."
+            f"Up to {most} consecutive optimizer step{'' if most == 1 else 's'} had a non-finite "
+            "gradient and were skipped: a lower optim.rate or trainer.precision=32 may help."
         )
 
 
 def _alarms(story: Story) -> Iterator[str]:
-    """What a run said while it trained (Run.add_warnings)."""
+    """Warnings that the run issued during training (Run.add_warnings)."""
     for warning in story.results.get("warnings") or ():
         yield f"At step {warning['step']:,}, {warning['text']}"
 
 
 def _learned(result: Result) -> Iterator[str]:
-    """Accuracies that are no better than without training."""
+    """Accuracies that do not exceed a baseline."""
     found = result.found
     if found.get("unit") != "%":
         return
     others = found.get("baselines") or {}
-    names = {"untrained": "the same network untrained", "raw pixels": "raw pixels"}
+    names = {"untrained": "the untrained network", "raw pixels": "raw pixels"}
     above = [
         f"{names.get(title, title)} ({other['value']:.2f} %)"
         for title, other in others.items()
@@ -64,7 +64,7 @@ def _learned(result: Result) -> Iterator[str]:
     if above:
         yield (
             f"{found['metric']} of the trained backbone, {found['value']:.2f} %, is not above "
-            f"that of {' and '.join(above)}: as far as this can tell, nothing was learned yet."
+            f"that of {' and '.join(above)}: by this measure, nothing has been learned yet."
         )
 
 
@@ -72,12 +72,12 @@ def _unreadable(story: Story) -> Iterator[str]:
     if story.bad_files:
         many = len(story.bad_files)
         yield (
-            f"{many:,} image{'' if many == 1 else 's'} could not be read, and others stood in: "
-            "bad_files.csv lists the reasons."
+            f"{many:,} image{'' if many == 1 else 's'} could not be read, and others were "
+            "used instead: bad_files.csv lists the reasons."
         )
     for result in results_of(story.results):
         if num := result.found.get("unreadable"):
             yield (
-                f"{result.found['metric']} ({result.name}) leaves out {num:,} "
+                f"{result.found['metric']} ({result.name}) excludes {num:,} "
                 f"image{'' if num == 1 else 's'} that could not be read."
             )

@@ -1,20 +1,21 @@
-"""HTML and SVG from calls: what is not markup already is escaped."""
+"""Builds HTML and SVG by function calls; text that is not Markup is escaped."""
 
 from __future__ import annotations
 
 from html import escape
 
-_EMPTY = ("img", "circle", "line", "path", "rect")  # elements that hold nothing
+_EMPTY = ("img", "circle", "line", "path", "rect")  # elements without content
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """A string of HTML, which is not escaped."""
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """An element; `class_` is class, `_` in a name is `-`, None and False leave an attribute out.
+    """An element. `class_` gives class, `_` in a name becomes `-`; attributes that are None or
+    False are omitted.
 
-    Children that are not Markup are escaped, and so is every value.
+    Children that are not Markup are escaped, and so are all values.
     """
     written = [name]
     for key, value in attributes.items():
@@ -29,13 +30,13 @@ def tag(name: str, *children: str, **attributes: object) -> Markup:
 
 
 def join(*children: str) -> Markup:
-    """Children one after the other."""
+    """Concatenate children."""
     parts = (part if isinstance(part, Markup) else escape(part) for part in children)
     return Markup("".join(parts))
 
 
 def table(head: list[str], rows: list[list[str]], numeric: int = 1) -> Markup:
-    """A table in a box that scrolls; columns from `numeric` on stand right."""
+    """A table in a scrollable box; columns from index `numeric` are right-aligned."""
 
     def cells(name: str, row: list[str]) -> Markup:
         return tag(
@@ -56,11 +57,11 @@ def table(head: list[str], rows: list[list[str]], numeric: int = 1) -> Markup:
 
 
 def listing(pairs: list[tuple[str, str]]) -> Markup:
-    """Terms and what they are; empty ones are left out."""
+    """A description list of (term, text) pairs; empty texts are omitted."""
     told = [tag("div", tag("dt", term), tag("dd", what)) for term, what in pairs if what]
     return tag("dl", *told) if told else Markup()
 
 
 def folded(title: str, *children: str) -> Markup:
-    """What is opened by who wants to see it."""
+    """A collapsed section."""
     return tag("details", tag("summary", title), *children)

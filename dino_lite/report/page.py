@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else."""
+"""The report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from dino_lite.report.thumbnails import find_pictures, picture_figures
 from dino_lite.report.worth import value_of, worth_section
 from dino_lite.version import __version__
 
-_LISTED = 20  # unreadable files
+_LISTED = 20  # unreadable files shown
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(story: Story, now: datetime) -> str:
-    """All of a story as HTML."""
+    """Render a story as HTML."""
     figures, unreadable = picture_figures(find_pictures(story.folder))
     warnings = doubts(story._replace(missing=[*story.missing, *unreadable]))
     sections = [
-        ("worth", "What it is worth", worth_section(results_of(story.results))),
-        ("curves", "How it went", _curves(story)),
+        ("worth", "Results", worth_section(results_of(story.results))),
+        ("curves", "Training curves", _curves(story)),
         (
             "pictures",
-            "What it sees",
+            "Pictures",
             tag("div", figures, class_="pictures") if figures else figures,
         ),
-        ("run", "What was run" if story.config else "What is known", _run_section(story)),
+        ("run", "Settings of the run" if story.config else "Metadata", _run_section(story)),
     ]
     shown = [(key, title, content) for key, title, content in sections if content]
     links = [tag("a", title, href=f"#{key}") for key, title, _ in shown]
@@ -50,7 +50,7 @@ def _section(key: str, title: str, content: Markup) -> Markup:
 
 
 def _headline(story: Story) -> Markup:
-    """Name, what it is in a line, and whether it is done."""
+    """Name, one-line description, and whether the run is finished."""
     state = Markup()
     if story.is_run:
         done = bool(story.results.get("finished"))
@@ -66,11 +66,11 @@ def _headline(story: Story) -> Markup:
 
 
 def _tiles(story: Story) -> Markup:
-    """The few numbers that people ask for first."""
+    """The most important numbers."""
     tiles: list[tuple[str, str, str]] = []
     results: dict[str, dict[str, Any]] = {}
     for result in results_of(story.results):
-        results.setdefault(result.name, result.found)  # of the last checkpoint, if there are more
+        results.setdefault(result.name, result.found)  # of the last checkpoint, if any
     for name, found in list(results.items())[:2]:
         others = (found.get("baselines") or {}).items()
         beside = ", ".join(f"{title} {value_of(o, found)}" for title, o in others)
@@ -93,7 +93,7 @@ def _tiles(story: Story) -> Markup:
 
 
 def _curves(story: Story) -> Markup:
-    told = "Over optimizer steps; the last value stands beside the name, others at the pointer."
+    told = "Over optimizer steps. The last value is next to the name; point at a curve for others."
     return (
         join(tag("p", told, class_="note"), drawn)
         if (drawn := curve_sections(story.curves))
@@ -109,14 +109,14 @@ def _doubts(warnings: list[str], story: Story) -> Markup:
     if rows:
         title = f"Images that could not be read, {len(rows)} of {len(story.bad_files):,}"
         told.append(folded(title, table(["path", "reason"], rows, numeric=2)))
-    return tag("aside", tag("h2", "Before you believe it"), *told, aria_label="Warnings")
+    return tag("aside", tag("h2", "Caveats"), *told, aria_label="Warnings")
 
 
 def _run_section(story: Story) -> Markup:
-    """Settings, data, machine, and the command that asks for the same again."""
+    """Settings, data, machine, and the command that reproduces the run."""
     parts = [_command(story), listing(_settings(story)), _classes(story), _automatic(story)]
     if story.config_text:
-        title = "Full configuration" if story.is_run else "What is written in it"
+        title = "Full configuration" if story.is_run else "Stored metadata"
         parts.append(folded(title, tag("pre", story.config_text, tabindex=0)))
     return join(*parts)
 
@@ -126,17 +126,17 @@ def _command(story: Story) -> Markup:
         return Markup()
     if story.command is None:
         told = (
-            "The command line was not kept, or would ask for something else by now: the full "
-            "configuration below is what was run."
+            "The command line was not saved, or would give a different configuration now: the "
+            "full configuration below is the one that was run."
         )
         return tag("p", told, class_="note")
     box = tag("div", tag("pre", story.command, tabindex=0, id="command"), class_="command")
-    told = "The same command finds this run again; with another name=… it trains anew."
-    return join(tag("h3", "To reproduce it"), box, tag("p", told, class_="note"))
+    told = "The same command resumes this run; with another name=… it starts a new one."
+    return join(tag("h3", "Reproduce this run"), box, tag("p", told, class_="note"))
 
 
 def _settings(story: Story) -> list[tuple[str, str]]:
-    """Terms and values, those that are known."""
+    """Terms and values; unknown values are empty."""
     at, machine = story.at, story.environment.get("machine") or {}
     versions = story.environment.get("versions") or {}
     about, git = story.about, str(story.environment.get("git") or "")[:12]
@@ -168,7 +168,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
         ("Seed", _text(at("seed"))),
         ("Device", " · ".join(_text(machine[k]) for k in ("device", "platform") if k in machine)),
         ("Cores", _text(machine.get("cores"))),
-        ("Speed", f"{number(float(last[-1, 1]))} images a second" if last is not None else ""),
+        ("Speed", f"{number(float(last[-1, 1]))} images per second" if last is not None else ""),
         ("Peak memory", f"{memory / 2**20:,.0f} MiB in the first steps" if memory else ""),
         ("dino_lite", " at commit ".join(filter(None, [story.environment.get("dino_lite"), git]))),
         ("Python", _text(story.environment.get("python"))),
@@ -177,7 +177,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
 
 
 def _classes(story: Story) -> Markup:
-    """Their names, where there are any."""
+    """Names of the classes, if any."""
     data = story.environment.get("data") or {}
     names = data.get("classes") or []
     more = int(data.get("num_classes") or 0) - len(names)
@@ -188,14 +188,14 @@ def _classes(story: Story) -> Markup:
 
 
 def _automatic(story: Story) -> Markup:
-    """What was asked for as auto, and what became of it."""
+    """The keys that were "auto" in the request, and their chosen values."""
     request = story.environment.get("request") or {}
     rows = [
         [key, _text(story.at(key))]
         for key, value in request.items()
         if value == "auto" and story.at(key) not in (None, "auto")
     ]
-    return folded("Settled automatically", table(["key", "value"], rows)) if rows else Markup()
+    return folded("Chosen automatically", table(["key", "value"], rows)) if rows else Markup()
 
 
 def _data(story: Story, long: bool = False) -> str:
@@ -206,7 +206,7 @@ def _data(story: Story, long: bool = False) -> str:
     if long and (size := data.get("size")):
         told.append(f"about {size[0]}×{size[1]} pixels, {size[2]} channels")
     if num := data.get("num_test"):
-        told.append(f"{num:,} for tests")
+        told.append(f"{num:,} test images")
     if "num_classes" in data:
         told.append(f"{data['num_classes']:,} classes" if data["num_classes"] else "no labels")
     return ", ".join(told)
@@ -217,7 +217,7 @@ def _method(story: Story) -> str:
 
 
 def _backbone(story: Story) -> str:
-    """Its name and sizes, as far as they are known."""
+    """Name and sizes of the backbone, as far as known."""
     spec = story.about.get("spec") or {}
     name, width, depth, patch = (
         story.at(f"backbone.{key}") or spec.get(key)
@@ -233,7 +233,7 @@ def _text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 12 min 5 s, 3 h 7 min."""
+    """Seconds as text: 42 s, 12 min 5 s, 3 h 7 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint: of its run, or of an export or a foreign file without one."""
+"""Collects what is known about a checkpoint: a run, an export or a third-party file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class Story(NamedTuple):
-    """All that a report tells; what is not known is empty."""
+    """The content of a report; unknown parts are empty."""
 
     title: str
-    folder: Path | None  # of the run or the export, where its pictures lie
+    folder: Path | None  # of the run or export, with its pictures
     is_run: bool
     config: Config
     config_text: str
@@ -38,10 +38,10 @@ class Story(NamedTuple):
     bad_files: list[list[str]]  # path, reason
     about: dict[str, Any]  # of a backbone without a run
     command: str | None
-    missing: list[str]  # what should have been there, in sentences
+    missing: list[str]  # sentences about parts that could not be read
 
     def at(self, key: str) -> Any:
-        """The configuration's value at a dotted key, None where there is none."""
+        """The value of the configuration at a dotted key, None if absent."""
         try:
             return get(self.config, key)
         except (KeyError, TypeError):
@@ -49,7 +49,7 @@ class Story(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One evaluation's result, and of which checkpoint it is ("last", "best", "")."""
+    """The result of one evaluation, and the checkpoint it belongs to ("last", "best" or "")."""
 
     name: str
     checkpoint: str
@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 
 def read_story(checkpoint: Checkpoint, trust: Trust = ()) -> Story:
-    """All that is known about a checkpoint; files that cannot be read are listed in `missing`."""
+    """Read everything known about a checkpoint; unreadable files are listed in `missing`."""
     run = checkpoint.run
     return _of_backbone(checkpoint, trust) if run is None else _of_run(run, trust)
 
@@ -120,11 +120,11 @@ def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
 
 
 def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = ()) -> str | None:
-    """The command line that asks for the same again, from any folder; None where it was not kept.
+    """The command line that reproduces a run, from any folder; None if it was not saved.
 
-    With `request`, what was asked for by dotted key, it is composed anew and compared with that:
-    None also where it would ask for something else by now, or for code of a package that `trust`
-    does not name.
+    If the original `request` is given (by dotted key), the command is composed again and compared
+    with it. Returns None if the result differs, or needs code of a package that `trust` does not
+    name.
     """
     words = []
     for override in config.get("overrides") or ():
@@ -151,7 +151,7 @@ def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = 
 
 
 def results_of(results: Mapping[str, Any]) -> list[Result]:
-    """Every evaluation in a results.json, those of the last checkpoint first."""
+    """All evaluations in a results.json, those of the last checkpoint first."""
     groups = {"last": results.get("last"), "": results} | dict(results)
     found = [
         Result(str(name), group, value)
@@ -167,7 +167,7 @@ def results_of(results: Mapping[str, Any]) -> list[Result]:
 
 
 def _is_result(value: Any) -> bool:
-    """Whether it is what an evaluation gives back; a part of one has no metric."""
+    """Whether `value` is the result of an evaluation; nested parts of a result have no metric."""
     return (
         isinstance(value, dict)
         and "metric" in value
@@ -176,7 +176,7 @@ def _is_result(value: Any) -> bool:
 
 
 def _floors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run measures of itself at its end, as a result."""
+    """The k-NN accuracies that a run measures at its end, as a result with baselines."""
     names = {"raw pixels": "knn_raw_pixels", "untrained": "knn_untrained"}
     return {
         "metric": "k-NN top-1",

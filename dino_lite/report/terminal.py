@@ -1,4 +1,4 @@
-"""Results in the terminal."""
+"""Prints results in the terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.text import Text
 
 from dino_lite.eval.results import amount, interval, short
 
-_WIDTH = 120  # columns, where the output is no terminal
+_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
-    """A row for each evaluation of each subject, its baselines below it; then what an evaluation
-    has to tell beside its one number.
+    """Print one row per evaluation and subject, with its baselines below it; then the protocol and
+    further details of each evaluation.
     """
     console = _console()
     names = list(subjects)
@@ -40,15 +40,15 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
             title = f"{name}, {key}" if name else key
             console.print(Text.assemble((title, "bold"), f": {found['protocol']}"))
             if found["unreadable"]:
-                told = f"  {found['unreadable']} images could not be read and are left out"
+                told = f"  {found['unreadable']} images could not be read and are excluded"
                 console.print(told, highlight=False)
             if found.get("table"):
                 console.print(_records(found["table"]))
 
 
 def print_comparison(rows: Sequence[Any]) -> None:
-    """A line for each of `rows` (name, checkpoint, image_size, results), a column for each
-    evaluation; then how they were measured, with those settings that hold for all.
+    """Print one line for each of `rows` (name, checkpoint, image_size, results), with one column
+    per evaluation; then the protocols, with the settings common to all rows.
     """
     console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -73,13 +73,13 @@ def print_comparison(rows: Sequence[Any]) -> None:
 
 
 def _console() -> Console:
-    """Where names are text: [final] and :smile: stand as they are."""
+    """A console without markup: [final] and :smile: in names are printed literally."""
     width = None if sys.stdout.isatty() else _WIDTH
     return Console(file=sys.stdout, width=width, markup=False, emoji=False)
 
 
 def _settings(*results: Mapping[str, Any]) -> str:
-    """Those settings that are the same in all `results`, as (k=20, …)."""
+    """The settings that are equal in all `results`, as " (k=20, …)"."""
     told = ", ".join(
         f"{key}={short(value)}"
         for key, value in results[0]["settings"].items()

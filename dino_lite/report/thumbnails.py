@@ -1,4 +1,4 @@
-"""Pictures of a run's folder, made small enough to travel inside the page."""
+"""Pictures of a run's folder, reduced in size and embedded in the page."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dino_lite.report.markup import Markup, join, tag
 
 _BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
 _TRIES = ((1800, 86), (1800, 72), (1400, 66), (1000, 60), (700, 50), (400, 40))  # width, quality
-_WIDE = 1.15  # times as wide as high: a line of its own
-_LARGEST = 200_000_000  # pixels; more is no picture of ours
+_WIDE = 1.15  # aspect ratio above which a picture gets its own line
+_LARGEST = 200_000_000  # pixels; larger files were not drawn by dino_lite
 
 
 class Kind(NamedTuple):
-    """What a picture shows, by the beginning of its name."""
+    """What pictures show whose file name starts with `name`."""
 
     name: str
     title: str
@@ -26,22 +26,22 @@ class Kind(NamedTuple):
 
 
 _KINDS = (
-    Kind("crops", "Crops", "What student and teacher saw in the first step, a row an image."),
-    Kind("attention", "Attention", "Where the class token looks in the last block."),
+    Kind("crops", "Crops", "Inputs of student and teacher in the first step, one row per image."),
+    Kind("attention", "Attention", "Attention of the class token in the last block."),
     Kind(
         "pca",
         "Patch features as colors",
-        "Three main directions of the patch tokens as red, green and blue: equal color, alike.",
+        "Three principal components of the patch tokens as red, green and blue.",
     ),
-    Kind("neighbors", "Nearest neighbors", "Images whose features are most alike."),
-    Kind("map", "Map of the images", "Features in two dimensions: near is alike."),
-    Kind("confusion", "Confusion", "Which class is taken for which by k-NN."),
-    Kind("segmentation", "Segmentation", "What a linear layer on patch tokens finds."),
+    Kind("neighbors", "Nearest neighbors", "Images with the most similar features."),
+    Kind("map", "Map of the images", "Features projected to two dimensions."),
+    Kind("confusion", "Confusion", "Confusion matrix of the k-NN classifier."),
+    Kind("segmentation", "Segmentation", "Predictions of a linear layer on patch tokens."),
 )
 
 
 class Picture(NamedTuple):
-    """A file and what it shows."""
+    """A picture file and its kind."""
 
     path: Path
     kind: Kind
@@ -61,8 +61,8 @@ def find_pictures(folder: Path | None) -> list[Picture]:
 
 
 def picture_figures(pictures: list[Picture]) -> tuple[Markup, list[str]]:
-    """A figure for each, which opens at full size where it is clicked; sentences on those that
-    cannot be read.
+    """A figure for each picture, enlarged by a click; and sentences about those that cannot be
+    read.
     """
     figures, unreadable = [], []
     for picture in pictures:
@@ -82,10 +82,12 @@ def picture_figures(pictures: list[Picture]) -> tuple[Markup, list[str]]:
 
 
 def data_uri(path: Path, most: int) -> tuple[str, int, int]:
-    """The picture as a data: address of at most about `most` bytes, its width and height."""
+    """The picture as a data: URI of at most about `most` bytes before encoding, with width and
+    height in pixels.
+    """
     with Image.open(path) as opened:
         if opened.width * opened.height > _LARGEST:
-            raise ValueError(f"{opened.width}x{opened.height} pixels are too many")
+            raise ValueError(f"too large, {opened.width}x{opened.height} pixels")
         image = opened.convert("RGB")
     for width, quality in _TRIES:
         small = image

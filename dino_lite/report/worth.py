@@ -1,4 +1,4 @@
-"""results.json as bars and tables."""
+"""Renders results.json as bars and tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dino_lite.report.charts import number
 from dino_lite.report.markup import Markup, folded, join, table, tag
 from dino_lite.report.story import Result
 
-_BAR, _HIGH = 240, 18  # pixels of a bar's box
+_BAR, _HIGH = 240, 18  # width and height of a bar in pixels
 _TITLES = ("value", "95 % interval", "train", "test", "seconds")
 
 
 class _Line(NamedTuple):
-    """A row of the table: what is measured, or a baseline of it."""
+    """A row of the table: a result, or one of its baselines."""
 
     title: str
     bar: Markup
@@ -24,9 +24,9 @@ class _Line(NamedTuple):
 
 
 def worth_section(results: list[Result]) -> Markup:
-    """Every evaluation beside its baselines, how it was measured, and what else it has to tell."""
+    """All evaluations with their baselines, protocols and further details."""
     if not results:
-        told = "Nothing was measured yet: dino-lite evaluate checkpoint=… writes results here."
+        told = "No results yet: dino-lite evaluate checkpoint=… adds them."
         return tag("p", told, class_="note")
     several = len({result.checkpoint for result in results}) > 1
     lines = [line for result in results for line in _lines(result, several)]
@@ -48,12 +48,12 @@ def worth_section(results: list[Result]) -> Markup:
     details = [_protocol(result, several) for result in results]
     return join(
         tag("div", body, class_="scroll worth", tabindex=0),
-        folded("How each was measured", *details),
+        folded("Protocols", *details),
     )
 
 
 def _lines(result: Result, several: bool) -> list[_Line]:
-    """The result, and below it its baselines."""
+    """The row of a result, followed by its baselines."""
     found = result.found
     entries = [(title_of(result, several), found), *(found.get("baselines") or {}).items()]
     values = [entry["value"] for _, entry in entries] + [
@@ -74,7 +74,7 @@ def _lines(result: Result, several: bool) -> list[_Line]:
 
 
 def title_of(result: Result, several: bool) -> str:
-    """The metric, where it was measured on other data that too, and of which checkpoint."""
+    """The metric, with the data if not the run's, and with the checkpoint if `several`."""
     _, at, data = result.name.partition("@")
     title = str(result.found.get("metric", result.name))
     title += f" on {data}" if at else ""
@@ -82,7 +82,7 @@ def title_of(result: Result, several: bool) -> str:
 
 
 def value_of(entry: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The value of a result or a baseline of it in the result's unit, on one line."""
+    """The value of a result, or of its baseline, in the result's unit, without line breaks."""
     told = amount({"value": entry["value"], "unit": str(found.get("unit", ""))})
     return told.replace(" ", "\u00a0")
 
@@ -92,7 +92,9 @@ def _interval(entry: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _bar(entry: Mapping[str, Any], most: float) -> Markup:
-    """A bar from 0 to the value, its interval as a thin line; the numbers stand beside it."""
+    """A bar from 0 to the value, with its interval as a whisker; hidden from screen readers, as the
+    numbers are next to it.
+    """
 
     def x(value: float) -> float:
         return round(_BAR * min(max(value / most, 0.0), 1.0), 1)

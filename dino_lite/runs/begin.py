@@ -1,4 +1,4 @@
-"""What a run starts from: fresh weights, those of a backbone in a file, or another run's."""
+"""Initial weights of a run: fresh ones, those of a pretrained backbone, or those of another run."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate
 
-# Of the backbone's settings, those that the weights of an earlier run do not fix.
+# Settings of the backbone that need not match the weights of the earlier run.
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
 
 
 def begin_config(config: Config) -> Config:
-    """`config` with the settings that must fit the weights of the run that `checkpoint` names, if
-    it names one: the backbone's, and those that the method inherits. `trust` is used here and left
-    out of the result: it is neither saved nor hashed.
+    """If `checkpoint` names a run, replace the settings that must match its weights: those of the
+    backbone, and those that the method inherits. `trust` is used here and removed from the result:
+    it is neither saved nor hashed.
     """
     config = dict(config)
     trust = config.pop("trust", None)
     method = locate(config["method"]["_target_"])
     if not config.get("checkpoint"):
         if (why := method.requires_weights(config["method"])) is not None:
-            raise UserError(f"{why}; name the run to begin with as checkpoint=, or start later.")
+            raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
     if locate(before["method"]["_target_"]) is not method:
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
-            "its method, as method=dinov2."
+            "the same method, as in method=dinov2."
         )
     new, old = config["backbone"], before["backbone"]
     own = {key: new[key] for key in _OF_THE_NEW_RUN if key in new and key in old}
     inherited = {k: before["method"][k] for k in method.inherits if k in before["method"]}
-    theirs = {*targets([old, inherited])} - {*targets(config)}  # the latter are the user's own
+    theirs = {*targets([old, inherited])} - {*targets(config)}  # the user named the latter
     demand_trust(theirs, trust, run.config_file)
     return config | {"backbone": old | own, "method": config["method"] | inherited}
 
 
 def build_method(config: Config) -> Method:
-    """The method of a planned configuration with the weights it starts from."""
+    """Build the method of a planned configuration with its initial weights."""
     method = fresh_method(config, config["backbone"].get("pretrained"))
     if config.get("checkpoint"):
         _begin_with(method, config["checkpoint"], config["runs_dir"])
@@ -59,20 +59,20 @@ def _run_to_begin_with(asked: str, runs_dir: str) -> tuple[Run, Path]:
     """The run that `checkpoint=` names, and its checkpoint file."""
     if asked == "latest":
         raise UserError(
-            "checkpoint=latest: name the run to begin with; when this one is resumed, it is the "
-            "latest itself."
+            "checkpoint=latest: name the run to start from; once this run is resumed, it would be "
+            "the latest itself."
         )
     checkpoint = find_checkpoint(asked, runs_dir)
     if checkpoint.run is None or checkpoint.path is None:
         raise UserError(
-            f"checkpoint={asked}: pretraining goes on from a run of dino_lite; to begin with the "
-            f"weights of a backbone alone set backbone.pretrained={asked}."
+            f"checkpoint={asked} is not a run of dino_lite; to start from the weights of a "
+            f"backbone, set backbone.pretrained={asked}."
         )
     return checkpoint.run, checkpoint.path
 
 
 def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
-    """Take over an earlier run's weights; positions are resampled where crops have another size."""
+    """Load the weights of an earlier run; position embeddings are resampled if the grid differs."""
     _, file = _run_to_begin_with(asked, runs_dir)
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
     for name, value in weights.items():

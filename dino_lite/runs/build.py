@@ -1,4 +1,4 @@
-"""The parts of a run from its planned configuration; nothing is written."""
+"""Builds the parts of a run from its planned configuration; writes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dino_lite.runs.run import Run
 def build(
     config: Config, facts: Facts, splits: Splits, run: Run
 ) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
-    """Data, method with its step, and callbacks."""
+    """Build the data module, the training module and the callbacks."""
     loader, module = Loader(**config["loader"]), build_module(config, facts)
     datamodule = DataModule(
         splits,
@@ -42,7 +42,7 @@ def build(
 
 
 def build_module(config: Config, facts: Facts) -> PretrainModule:
-    """Method and step, with the clock that measures the run."""
+    """Build the module of method and step, with the clock of the run."""
     trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
     step = functools.partial(
         Step,
@@ -69,5 +69,5 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
     clock = Clock.of(config["trainer"], facts.num_images, config["loader"]["batch_size"])
     optimizer = instantiate(config["optim"]["optimizer"])
     module = PretrainModule(method, step, optimizer, clock, groups)
-    module.bare_step()  # refuses what does not fit, now
+    module.bare_step()  # raises UserError now if the parts do not fit
     return module

@@ -1,4 +1,4 @@
-"""A checkpoint: the word a user gives is read once, and the backbone it names is opened."""
+"""Checkpoints: resolves what `checkpoint=` names, and opens its backbone."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TIMM = "timm:"
 
 
 class Checkpoint(NamedTuple):
-    """What `checkpoint=` names.
+    """A resolved `checkpoint=`.
 
-    A "run" has a file below runs/NAME/checkpoints, an "export" is the folder that `dino-lite
-    export` wrote, a "file" holds weights of any program (in a folder of Hugging Face's, the file
-    inside), "timm" is a model of timm by name, without a path.
+    "run": a file in runs/NAME/checkpoints. "export": a folder written by `dino-lite export`.
+    "file": weights of any program (for a Hugging Face folder, the file inside). "timm": a timm
+    model by name, without a path.
     """
 
     kind: Literal["run", "export", "file", "timm"]
@@ -43,20 +43,20 @@ class Checkpoint(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name of the file or folder, or timm:NAME."""
+        """Base name of the file or folder, or timm:NAME."""
         return self.name if self.path is None else self.path.name
 
     @property
     def which(self) -> str | None:
-        """ "last" or "best" where this is a run's, else None."""
+        """ "last" or "best" for a checkpoint of a run, else None."""
         return None if self.run is None or self.path is None else self.path.stem
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
-    """The checkpoint that a user's word names: a run (its last.ckpt), a .ckpt file, an export, a
-    file or folder of foreign weights, "timm:NAME", or "latest".
+    """Resolve what the user named: a run (its last.ckpt), a .ckpt file, an export, a file or folder
+    of third-party weights, "timm:NAME", or "latest".
 
-    Results of a timm model are kept in `runs_dir`. Raises UserError where there is nothing.
+    Results of a timm model are kept in `runs_dir`. Raises UserError if nothing matches.
     """
     if not checkpoint:
         raise UserError(
@@ -79,14 +79,14 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
         if (last := Run(candidate).last).is_file():
             return _of_path(last)
     raise UserError(
-        f"checkpoint={checkpoint}: this is no run, no file of weights and no exported folder."
+        f"checkpoint={checkpoint} is not a run, a file of weights or an exported folder."
     )
 
 
 def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
-    """The backbone of a checkpoint (a run's is the teacher's) and what is known about it.
+    """Open the backbone of a checkpoint (for a run, the teacher's) with its metadata.
 
-    Code of packages other than dino_lite is imported only from those that `trust` names.
+    Code from outside dino_lite is imported only from packages that `trust` names.
     """
     if checkpoint.path is None:
         return open_timm(checkpoint.name.removeprefix(_TIMM))
@@ -98,20 +98,20 @@ def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and plain values; never unpickles anything else."""
+    """Read a checkpoint's tensors and plain values; never unpickles other objects."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(content["state_dict"], dict)
     except Exception as error:
         raise UserError(
-            f"{path} is damaged or no checkpoint of dino_lite ({type(error).__name__}): "
-            "use best.ckpt beside it, or delete it to start the run anew."
+            f"{path} is damaged or not a checkpoint of dino_lite ({type(error).__name__}): use "
+            "best.ckpt next to it, or delete it to restart the run from scratch."
         ) from error
     return dict(content)
 
 
 def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict of the method in what `read_checkpoint` returned."""
+    """The state dict of the method, from the content returned by `read_checkpoint`."""
     return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
 
 
@@ -119,14 +119,14 @@ def _latest(runs_dir: Path) -> Path:
     runs = sorted(runs_dir.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not runs:
         raise UserError(
-            f"checkpoint=latest: there is no finished or running run in {runs_dir}; run "
+            f"checkpoint=latest: {runs_dir} contains no run with a checkpoint; start one with "
             "dino-lite pretrain."
         )
     return runs[-1]
 
 
 def _of_path(file: Path) -> Checkpoint:
-    """The checkpoint in a file: a run's where it lies in the run's folder of checkpoints."""
+    """The checkpoint in a file: of kind "run" if it is in the checkpoints folder of a run."""
     run = Run(file.parent.parent)
     if file.parent == run.checkpoints and run.config_file.is_file():
         return Checkpoint("run", str(file), file, run, run.results_file)
@@ -135,7 +135,7 @@ def _of_path(file: Path) -> Checkpoint:
 
 
 def _is_foreign(inside: Path) -> bool:
-    """Whether the folder that a file of weights lies in is timm's or Hugging Face's."""
+    """Whether the folder of a weights file was written by timm or Hugging Face."""
     about = read_about(inside)
     return inside.suffix == ".bin" or any(
         key in about for key in ("architecture", "architectures", "model_type")
@@ -150,7 +150,7 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
         method.load_state_dict(method_weights(content))
     except RuntimeError as error:
         raise UserError(
-            f"{file} does not fit {run.config_file}: keep checkpoints in their own run."
+            f"{file} does not match {run.config_file}: keep checkpoints in the folder of their run."
         ) from error
     return Opened(
         backbone=method.export_backbone().float().eval(),

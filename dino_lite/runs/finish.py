@@ -1,4 +1,4 @@
-"""What a trained run still lacks: pictures of what it learned, its k-NN beside the baselines."""
+"""Adds to a trained run its pictures, and its k-NN accuracy compared with the baselines."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.runs.run import Run
 
-_NUM_DRAWN = 2000  # training images among which neighbors are looked for
+_NUM_DRAWN = 2000  # training images searched for neighbors
 
 
 def finish(
     run: Run, config: Config, splits: Splits, backbone: Backbone, say: Callable[[str], None]
 ) -> None:
-    """Draw the pictures and measure the baselines that are missing, then mark the run as finished.
+    """Draw missing pictures, measure missing baselines, then mark the run as finished.
 
-    Whatever fails here leaves the run trained: the same command tries again.
+    If anything fails here, the run stays marked as trained, and the same command tries again.
     """
     if splits.test is not None and splits.test.labels is None:
         splits = splits._replace(test=None)

@@ -1,4 +1,4 @@
-"""A method with fresh weights, from a planned configuration."""
+"""Builds a method with fresh weights from a planned configuration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dino_lite.methods.method import Method
 
 
 def fresh_method(config: Config, pretrained: str | None = None) -> Method:
-    """The method of a planned configuration, weights drawn from its seed; those of the backbone are
-    read from the file `pretrained` where that is given.
+    """Build the method of a planned configuration, with weights drawn from its seed. If given,
+    `pretrained` names the file that the backbone's weights are read from.
     """
     torch.manual_seed(int(config["seed"]))
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}

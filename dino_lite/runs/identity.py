@@ -1,4 +1,4 @@
-"""What makes two runs the same run: the settings asked for, the name they hash to, the data."""
+"""Identity of a run: the requested settings, the name derived from their hash, and the data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import mixes_images
 
-# Keys that change how fast a run goes or what is shown of it, never its weights.
+# Keys that affect the speed of a run or what it reports, never its weights.
 _SPEED = (
     "name",
     "runs_dir",
     "trust",
-    "overrides",  # how the run was asked for, not what was asked for
+    "overrides",  # how the settings were given, not what they are
     "choices",
     "baselines",
     "callbacks",
@@ -39,13 +39,13 @@ _ABSENT = "(absent)"
 
 
 def is_speed(key: str) -> bool:
-    """True for a dotted key that may be planned anew when a run is resumed."""
+    """Whether a dotted key may be planned again when a run is resumed."""
     return any(key == speed or key.startswith(f"{speed}.") for speed in _SPEED)
 
 
 def absolute_paths(config: Config) -> Config:
-    """`config` with `~` and environment variables in paths expanded, and relative ones made
-    absolute where they exist.
+    """Expand `~` and environment variables in the paths of `config`, and make relative paths that
+    exist absolute.
     """
 
     def visit(node: Any, key: str) -> Any:
@@ -53,7 +53,7 @@ def absolute_paths(config: Config) -> Config:
             return {name: visit(value, f"{key}.{name}") for name, value in node.items()}
         if isinstance(node, str) and key in _FOLDERS:
             return str(Path(os.path.expandvars(node)).expanduser())
-        if isinstance(node, str) and key.endswith((".labels", ".out")):  # labels: or a word
+        if isinstance(node, str) and key.endswith((".labels", ".out")):  # labels may be a keyword
             return str(Path(os.path.expandvars(node)).expanduser())
         if key.endswith(".root"):
             return absolute(node)
@@ -66,7 +66,7 @@ def absolute_paths(config: Config) -> Config:
 
 
 def requested(config: Config) -> Config:
-    """Every composed setting that decides the weights, by dotted key: speed keys are left out."""
+    """Every composed setting that affects the weights, by dotted key: without speed keys."""
     request = {key: value for key, value in leaves(config) if not is_speed(key)}
     if mixes_images(config):
         request["trainer.micro_batch_size"] = get(config, "trainer.micro_batch_size")
@@ -81,7 +81,7 @@ def defaults() -> Config:
 
 def changed_from_defaults(request: Config) -> Config:
     """The settings of `request` that differ from a bare `dino-lite pretrain`, and the nodes that
-    only the latter has: a key that is new in the defaults changes nothing.
+    only the latter has. A key added to the defaults later does not change the result.
     """
     bare = defaults()
     changed = {key: value for key, value in request.items() if bare.get(key, _ABSENT) != value}
@@ -89,19 +89,19 @@ def changed_from_defaults(request: Config) -> Config:
     for key in bare.keys() - request.keys():
         missing = next(node for node in _nodes(key) if node not in present)
         parent = missing.rpartition(".")[0]
-        if f"{parent}._target_" not in changed:  # another class is expected to have other keys
+        if f"{parent}._target_" not in changed:  # another class has other keys
             changed[missing] = _ABSENT
     return changed
 
 
 def _nodes(key: str) -> list[str]:
-    """A dotted key's nodes from the top: a, a.b, a.b.c."""
+    """The nodes on the path to a dotted key, from the root: a, a.b, a.b.c."""
     parts = key.split(".")
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
-    """What a run is trained on: a digest that recognizes the images, and their kind."""
+    """Describe the data of a run: a digest that identifies the images, counts, size and classes."""
     return {
         "name": splits.name,
         "num_images": len(splits.train),
@@ -114,14 +114,14 @@ def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
 
 
 def run_name(config: Config, request: Config, facts: Facts) -> str:
-    """The folder's name: `name=`, or method_source_backbone_ and 6 hex digits over the settings
-    that differ from the defaults. The method is the chosen file of conf/method.
+    """Name of the run's folder: `name=`, or method_source_backbone_HASH with a hash of 6 hex digits
+    over the settings that differ from the defaults. The method is the choice in conf/method.
     """
     if config["name"] != "auto":
         name = str(config["name"])
         if not name or Path(name).name != name or name.startswith("."):
             raise UserError(
-                f"name={name}: a run's name is a folder's, without slashes and leading dots."
+                f"name={name}: must be the name of a folder, without slashes or a leading dot."
             )
         return name
     identity = json.dumps(changed_from_defaults(request), sort_keys=True)

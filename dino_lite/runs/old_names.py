@@ -1,10 +1,10 @@
-"""Configurations of runs made by earlier versions, in today's names."""
+"""Translates configurations of runs made by earlier versions to current names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Class paths, and names of matches (the value of a loss's `reads`), that have changed since.
+# Class paths, and names of matches (the values of a loss's `reads`), old to current.
 CLASSES = {
     "dino_lite.backbones.build.vit": "dino_lite.backbones.vit.ViT",
     "dino_lite.backbones.build.rope": "dino_lite.backbones.rope.RoPEViT",
@@ -15,7 +15,7 @@ MATCHES = {"koleo": "tokens"}
 
 
 def current(node: Any) -> Any:
-    """`node` of a saved configuration, nested or by dotted key, with old names replaced."""
+    """Replace old names in `node` of a saved configuration, nested or by dotted key."""
     if isinstance(node, list):
         return [current(each) for each in node]
     if not isinstance(node, dict):

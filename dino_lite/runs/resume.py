@@ -1,4 +1,4 @@
-"""Continuing a run: its saved configuration decides, and what would change results is refused."""
+"""Resuming a run: its saved configuration applies, and changes that affect results are rejected."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _MISSING = object()
 def resume_config(
     run: Run, planned: Config, request: Config, splits: Splits, is_auto: bool = False
 ) -> Config:
-    """The run's saved configuration with its speed keys planned anew. Where the size of micro-
-    batches `is_auto`, one that is smaller than planned was chosen for want of memory: it is kept.
+    """The saved configuration of the run, with speed keys from the new plan. If the micro-batch
+    size `is_auto`, a saved one below the planned one was chosen after running out of memory, and is
+    kept.
 
-    A key that the saved run lacks keeps its old behavior, the default in code. Raises UserError
-    where a setting or a default differs, the data has changed, or this machine lacks the precision.
+    A key missing from the saved run keeps its old behavior, the default in code. Raises UserError
+    if a setting or a default differs, the data has changed, or this machine lacks the precision.
     """
     before = read_json(run.environment_file)
     config: Config = current(load(run.config_file))
@@ -31,19 +32,19 @@ def resume_config(
         raise UserError(
             f"{run.folder} was trained on {data['num_images']} images, and the data has "
             "changed since (now "
-            f"{len(splits.train)} images): restore the data, or choose another name= to start anew."
+            f"{len(splits.train)} images): restore it, or choose another name= for a new run."
         )
     if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
         raise UserError(
-            f"{run.folder} was trained in bf16, which this machine lacks: resume it where it "
-            "was started."
+            f"{run.folder} was trained in bf16, which this machine does not support: resume it "
+            "where it was started."
         )
     key = "trainer.micro_batch_size"
     old, new = get(config, key), get(planned, key)
     if old != new and mixes_images(config):  # chosen by the plan, so not in the request
         raise UserError(
-            f"{run.folder} learns from images together, {key}={old}, not {new}: give the same to "
-            "continue it, or another name=."
+            f"{run.folder} was started with {key}={old}, not {new}, which changes its results: "
+            "give the same value to resume it, or another name=."
         )
     for name, value in leaves(planned):
         if is_speed(name):
@@ -55,7 +56,7 @@ def resume_config(
 def _check_request(
     run: Run, before: Config, request: Config, saved: Config, planned: Config
 ) -> None:
-    """Refuse the first setting of `request` that is not the saved run's, by name."""
+    """Raise UserError for the first setting of `request` that differs from the saved run."""
     chosen = changed_from_defaults(request)
     new_words = set(planned.get("overrides") or ()) - set(saved.get("overrides") or ())
     added = tuple(word.partition("=")[0].lstrip("+~") for word in new_words)
@@ -64,22 +65,22 @@ def _check_request(
         if old == new:
             continue
         if old is _MISSING and not any(key == word or key.startswith(f"{word}.") for word in added):
-            continue  # a key that is newer than the run
+            continue  # the key was added after the run was started
         if key.startswith("trainer.max_"):
-            why = "schedules depend on a run's length: train anew under another name="
+            why = "schedules depend on the length of a run: start a new run with another name="
         elif key not in chosen and old is not _MISSING and new is not _MISSING:
             raise UserError(
-                f"{run.folder} was started when {key} was {_shown(old)} by default, which is "
-                f"{_shown(new)} now: give {key}={_shown(old)} and name={run.folder.name} to "
-                "continue it, or another name= to start anew."
+                f"{run.folder} was started when the default of {key} was {_shown(old)}; it is now "
+                f"{_shown(new)}: give {key}={_shown(old)} and name={run.folder.name} to resume it, "
+                "or another name= for a new run."
             )
         else:
-            why = "give the same settings to continue it, or another name="
+            why = "give the same settings to resume it, or another name= for a new run"
         raise UserError(
             f"{run.folder} was started with {key}={_shown(old)}, not {_shown(new)}: {why}."
         )
 
 
 def _shown(value: Any) -> str:
-    """A value as a message gives it."""
+    """A value as shown in messages."""
     return "absent" if value is _MISSING else "null" if value is None else str(value)

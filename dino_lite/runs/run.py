@@ -1,4 +1,4 @@
-"""A run's folder: where its files lie, its lock, and JSON files that are written whole."""
+"""Folder of a run: paths, lock, and JSON files written atomically."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has none: two processes may then train one run
+except ImportError:  # Windows: no lock, so two processes may train the same run
     fcntl = None  # type: ignore[assignment]
 
 from dino_lite.contracts import UserError
 
 
 class Run:
-    """Paths of one run's folder, and the few files that are read and written whole."""
+    """Paths in the folder of a run, and access to its lock and results.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,9 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the run for this process; however it ends, the lock ends with it."""
+        """Lock the run for this process. The lock is released when the process exits, even on a
+        crash. Raises UserError if another process holds it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
             try:
@@ -50,11 +52,11 @@ class Run:
             yield
 
     def results(self) -> dict[str, Any]:
-        """results.json, empty where there is none yet."""
+        """Content of results.json, empty if there is none yet."""
         return read_json(self.results_file) if self.results_file.is_file() else {}
 
     def is_trained(self) -> bool:
-        """Whether training has ended; a finished run has its pictures and baselines as well."""
+        """Whether training is complete; a finished run also has its pictures and baselines."""
         results = self.results()
         return bool(results.get("trained") or results.get("finished"))
 
@@ -63,7 +65,7 @@ class Run:
         merge_json(self.results_file, lambda before: before | results)
 
     def add_warnings(self, warnings: list[dict[str, Any]]) -> None:
-        """Keep the latest of each kind under "warnings" in results.json."""
+        """Store the latest warning of each kind under "warnings" in results.json."""
 
         def merged(before: dict[str, Any]) -> dict[str, Any]:
             by_kind = {w["kind"]: w for w in [*before.get("warnings", []), *warnings]}
@@ -74,13 +76,13 @@ class Run:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` whole or not at all."""
+    """Write `content` atomically as JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all; what no file can hold becomes a question mark."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it as well
+    """Write `text` atomically as UTF-8; characters that cannot be encoded become "?"."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may write too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8", errors="replace")
@@ -90,8 +92,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Replace what a file holds (nothing, where it is not there) by what `change` makes of it; of
-    several processes each waits for the others.
+    """Replace the content of a file by `change(content)`, where the content of a missing file is
+    {}. Locked: concurrent processes wait for each other.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote."""
+    """Read a file written by `write_json`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

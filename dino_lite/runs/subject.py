@@ -1,4 +1,4 @@
-"""A checkpoint opened together with the data it is measured on."""
+"""Opens a checkpoint together with the data it is evaluated on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dino_lite.runs.trust import demand_trust, targets
 
 
 class Subject(NamedTuple):
-    """What is measured: a checkpoint's backbone and its features on a data set.
+    """What is evaluated: the backbone of a checkpoint and its features on a data set.
 
-    `data` is the configuration of that data set. `suffix` is appended to the names of results on
-    other data or at another size than the run's ("@name", "@64px"; else "").
+    `data` is the configuration of that data set. `suffix` is appended to the names of results if
+    data or image size differ from the run's ("@name", "@64px"; else "").
     """
 
     checkpoint: Checkpoint
@@ -35,14 +35,14 @@ class Subject(NamedTuple):
     store: FeatureStore
     data: Config
     suffix: str
-    notes: tuple[str, ...]  # how foreign weights matched
+    notes: tuple[str, ...]  # how third-party weights were matched
 
 
 def open_subject(
     config: Config, evaluations: Mapping[str, Evaluation], data: Config | None = None
 ) -> Subject:
-    """The backbone that `checkpoint` names on its device, with `data`; none given: the data that
-    the configuration asks for, or the run's own.
+    """Open the backbone that `checkpoint` names, on the device, with `data` (default: the data
+    given in the configuration, or the run's own).
     """
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
@@ -57,8 +57,8 @@ def open_subject(
     size = opened.image_size if config["image_size"] == "auto" else config["image_size"]
     if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
         raise UserError(
-            f"image_size={size}: a multiple of the backbone's patch size "
-            f"{backbone.patch_size} is needed."
+            f"image_size={size}: must be a multiple of the backbone's patch size, "
+            f"{backbone.patch_size}."
         )
     normalize = Normalize(opened.mean, opened.std)
     images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
@@ -72,7 +72,7 @@ def open_subject(
 
 
 def build_evaluations(config: Config) -> dict[str, Evaluation]:
-    """The evaluations that `eval` names, by name."""
+    """Build the evaluations listed in `eval`, by name."""
     evaluations = {n: instantiate(node) for n, node in (config.get("eval") or {}).items()}
     for name, each in evaluations.items():
         if not isinstance(each, Evaluation):
@@ -81,17 +81,17 @@ def build_evaluations(config: Config) -> dict[str, Evaluation]:
                 "dino_lite.contracts.Evaluation."
             )
     if not evaluations:
-        raise UserError("eval= names no evaluation: choose eval=knn.")
+        raise UserError("eval= lists no evaluation: choose one, as in eval=knn.")
     return evaluations
 
 
 def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config:
-    """The data configuration that the user asked for, else the run's own."""
+    """The data configuration given by the user, else the run's own."""
     asked: Config = config["data"]
     if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
         if opened.data is None:
             raise UserError(
-                f"{checkpoint} is no run and knows no data: give data.root=, or data=shapes."
+                f"{checkpoint} does not record its training data: give data.root=, or data=shapes."
             )
         demand_trust(targets(opened.data), config["trust"], checkpoint)
         return dict(opened.data)
@@ -101,19 +101,19 @@ def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config
 
 
 def open_data(asked: Config, opened: Opened) -> Splits:
-    """The data, which must have as many channels as the backbone takes."""
+    """Open the data. Raises UserError if its number of channels differs from the backbone's."""
     splits = open_splits(asked)
     found, in_chans = first_readable(splits.train).shape[2], opened.backbone.in_chans
     if found != in_chans:
         raise UserError(
-            f"{splits.name} has images of {found} channels, but the backbone takes "
-            f"{in_chans}: leave data.channels out, or choose other data."
+            f"The images of {splits.name} have {found} channels, but the backbone takes "
+            f"{in_chans}: remove data.channels, or choose other data."
         )
     return splits
 
 
 def save_results(results: Mapping[str, Any], subject: Subject) -> None:
-    """Merge `results` into the checkpoint's results.json; a run's under "last" or "best"."""
+    """Merge `results` into the checkpoint's results.json; for a run, under "last" or "best"."""
     checkpoint, own = subject.checkpoint, subject.store.data.splits.name
     named = {
         name + (subject.suffix if result["data"] == own else f"@{result['data']}"): result
@@ -122,7 +122,7 @@ def save_results(results: Mapping[str, Any], subject: Subject) -> None:
 
     def merged(before: dict[str, Any]) -> dict[str, Any]:
         existing = before if checkpoint.which is None else before.get(checkpoint.which, {})
-        for name, result in named.items():  # baselines measured before are kept
+        for name, result in named.items():  # keep baselines that were measured earlier
             old = existing.get(name, {})
             if "baselines" in old and old["protocol"] == result["protocol"]:
                 result.setdefault("baselines", old["baselines"])

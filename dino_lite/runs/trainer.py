@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with only the settings that are its own."""
+"""Builds Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def build_trainer(
     callbacks: list[pl.Callback],
     resuming: bool,
 ) -> pl.Trainer:
-    """A Lightning Trainer that is told only what it needs: precision, micro-batches and schedules
-    are the step's.
+    """Build a Lightning Trainer. Autocast, micro-batches and schedules are handled by the step, so
+    it gets none of these settings.
     """
     trainer = Trainer(**config["trainer"])
     ranks = trainer.devices * trainer.num_nodes
@@ -52,7 +52,7 @@ def build_trainer(
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says to every caller and none can follow."""
+    """Silence Lightning's messages that do not apply to dino_lite."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
         ".*is smaller than the logging interval.*",

@@ -1,4 +1,4 @@
-"""Training a run to its end, in smaller micro-batches where the memory asks for it."""
+"""Trains a run to its end, with smaller micro-batches if it runs out of memory."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def train(
     may_shrink: bool,
     say: Callable[[str], None],
 ) -> PretrainModule:
-    """Train what `build` makes of the planned `config`; returns the module, on the host.
+    """Train the run that `build` builds from the planned `config`. Returns the module, on the CPU.
 
-    Where one device has too little memory for the first steps and `may_shrink`, it is built anew
-    with half the micro-batch size, which config.yaml then keeps. Raises UserError where that does
-    not help, or where the user interrupts the run.
+    If a single device runs out of memory in the first steps and `may_shrink`, the run is built
+    again from scratch with half the micro-batch size, which is saved in config.yaml. Raises
+    UserError if that does not help, or if the user interrupts the run.
     """
     built = build(config)
     while not _fit(config, facts, run, *built, resuming):
-        del built  # its memory is needed
+        del built  # frees its memory
         gc.collect()
         if facts.accelerator == "cuda":
             torch.cuda.empty_cache()
@@ -60,14 +60,14 @@ def _fit(
     callbacks: list[pl.Callback],
     resuming: bool,
 ) -> bool:
-    """Train; False where the memory of the only device did not suffice for the first steps."""
+    """Train. Returns False if a run on one device ran out of memory in its first steps."""
     trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
     try:
         last = str(run.last) if resuming else None
         trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
-    except SystemExit:  # how Lightning ends after Ctrl-C
+    except SystemExit:  # raised by Lightning after Ctrl-C
         raise UserError(
-            f"{run.folder} was interrupted; the same command goes on from there."
+            f"{run.folder} was interrupted; run the same command to resume it."
         ) from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -75,8 +75,8 @@ def _fit(
         if trainer.world_size == 1 and module.clock.seconds_per_step is None:
             return False
         raise UserError(
-            f"{run.folder} ran out of memory: give trainer.memory=low or a smaller {_KEY}, and it "
-            "continues from its last checkpoint."
+            f"{run.folder} ran out of memory: set trainer.memory=low or a smaller {_KEY} to "
+            "resume it from its last checkpoint."
         ) from error
     finally:
         if trainer.is_global_zero:
@@ -87,8 +87,8 @@ def _fit(
 
 
 def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], None]) -> int:
-    """Half the micro-batch size that did not fit; refuses where that would change the result, where
-    the user gave the size, and below one image.
+    """Half of the micro-batch size that did not fit. Raises UserError if that would change the
+    result, if the user gave the size, or if it is one image already.
     """
     num_images = config["loader"]["batch_size"]
     old = config["trainer"]["micro_batch_size"] or num_images
@@ -96,18 +96,18 @@ def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], 
     failed = f"Out of memory in the first steps, with micro-batches of {old} images"
     if not may_shrink or old == 1:
         raise UserError(
-            f"{failed}: give a smaller {_KEY}, trainer.memory=low, or a smaller loader.batch_size "
-            "or backbone."
+            f"{failed}: set a smaller {_KEY}, trainer.memory=low, a smaller loader.batch_size, or "
+            "a smaller backbone."
         )
     if mixes_images(config):
         raise UserError(
-            f"{failed}: batch normalization, KoLeo or a coding rate looks at images together, so "
-            f"that {_KEY}={new} changes what is learned; give it all the same, or "
+            f"{failed}: batch normalization, KoLeo or a coding rate depends on all images of a "
+            f"micro-batch, so {_KEY}={new} would change the result; set it explicitly, or "
             "trainer.memory=low, or a smaller loader.batch_size."
         )
-    paths = "; stochastic depth draws anew for each micro-batch"
+    paths = "; stochastic depth is drawn for each micro-batch"
     say(
-        f"{failed}: starting anew with {_KEY}={new}, which adds up to the same gradient"
+        f"{failed}: restarting with {_KEY}={new}, which gives the same gradient"
         f"{paths if config['backbone'].get('drop_path') else ''}."
     )
     return int(new)

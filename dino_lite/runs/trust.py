@@ -1,4 +1,4 @@
-"""Saved configurations may name classes of any package: which of them may be imported."""
+"""Decides which classes named by a saved configuration may be imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dino_lite.settings.validate import locate
 
 
 def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in `node`, however deep."""
+    """Every `_target_` in `node`, at any depth."""
     if isinstance(node, dict):
         yield from [str(node["_target_"])] if "_target_" in node else []
         node = list(node.values())
@@ -19,8 +19,8 @@ def targets(node: Any) -> Iterator[str]:
 
 
 def demand_trust(names: Iterable[str], trust: Trust, where: object) -> None:
-    """Refuse targets of the saved configuration `where` that are code neither of dino_lite nor of
-    packages that `trust` names. None of that code is imported.
+    """Raise UserError for targets of the saved configuration `where` that belong neither to
+    dino_lite nor to a package that `trust` names. Their code is not imported.
     """
     for target in names:
         ours = target.startswith("dino_lite.") and getattr(locate(target), "__module__", None)
