@@ -22,6 +22,7 @@ import oracle
 from dino_lite import distributed
 from dino_lite.contracts import (
     LOGITS_BYTES,
+    Backbone,
     Crops,
     Progress,
     Prototypes,
@@ -342,7 +343,7 @@ def step_of(centering: Any, own: slice) -> dict[str, Tensor]:
 NUM_STEPS, NUM_IMAGES = 3, 4
 
 
-class Colors(nn.Module):
+class Colors(Backbone):
     """A backbone of one map from mean colors: quick to import, and all that a step needs."""
 
     embed_dim, num_blocks = 6, 0
@@ -351,7 +352,7 @@ class Colors(nn.Module):
         super().__init__()
         self.map = nn.Linear(3, self.embed_dim)
 
-    def forward(self, images: Tensor, cls_only: bool = False) -> Tokens:
+    def forward(self, images: Tensor, mask: Tensor | None = None, cls_only: bool = False) -> Tokens:
         cls = self.map(images.mean(dim=(2, 3)))
         return Tokens(cls=cls, patches=cls[:, None], registers=None, grid=(1, 1))
 

@@ -130,7 +130,7 @@ def test_a_run_without_the_observer_says_nothing(
 def test_several_processes_print_one_line(tmp_path: Path) -> None:
     """Images are those of all of them."""
     timed = ["trainer.max_steps=null", "trainer.max_time=6s", "optim.freeze_last_layer=0.1"]
-    result = command("pretrain", *tiny_command(tmp_path, *timed, "trainer.devices=2"))
+    result = command("pretrain", *tiny_command(tmp_path, *timed, "trainer.devices=2"), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = lines(result.stdout)
     assert line.endswith(" of memory each on 2 × cpu")

@@ -69,6 +69,11 @@ class Stripes(Backbone):
         first, *rest = name.split(".")
         return int(rest[0]) + 1 if first == "layers" else 0
 
+class Whole(Stripes):
+    def __init__(self):
+        super().__init__(patch_size=8)
+        self.spec = {}
+
 class Other(nn.Module):
     pass
 '''
@@ -194,7 +199,7 @@ def test_a_runs_own_word_about_trust_is_not_heard(run: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part", ["backbone", "method.head", "data"])
-@pytest.mark.parametrize("target", ["posix.getpid", "dino_lite.runs.os.getpid"])
+@pytest.mark.parametrize("target", ["posix.getpid", "dino_lite.machine.os.getpid"])
 def test_no_part_of_a_runs_configuration_names_other_code(
     run: Path, tmp_path: Path, part: str, target: str
 ) -> None:
@@ -417,18 +422,28 @@ def test_automatic_settings_of_a_family_that_declares_nothing(accelerator: str) 
     assert planned["augment"]["global_size"] % planned["backbone"]["patch_size"] == 0
 
 
-def test_a_name_that_no_family_settles_is_a_sentence() -> None:
-    """name=auto stands for something only where a family says for what."""
+def test_a_family_may_take_neither_patch_size_nor_channels() -> None:
+    """Its network then has one of each."""
+    node = {"_target_": "stripes.nets.Whole"}
+    config = compose("pretrain", []) | {"backbone": node}
+    planned = plan(config, facts()).config
+    assert planned["backbone"] == node
+    assert planned["augment"]["local_size"] < planned["augment"]["global_size"]
+
+
+def test_a_name_that_a_family_does_not_take_is_a_sentence() -> None:
+    """Also name=auto, which stands for something only where a family says for what."""
     config = compose("pretrain", [])
     node = _NODE | {"name": "auto", "patch_size": 8, "in_chans": 3}
-    with pytest.raises(UserError, match=r"backbone\.name=auto: this key has no automatic value"):
+    with pytest.raises(UserError, match=r"backbone\.name: there is no such key"):
         plan(config | {"backbone": node}, facts())
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Linear", "dino_lite.backbones.spec.build_backbone"])
 def test_a_target_that_is_no_backbone_is_refused_by_the_plan(target: str) -> None:
     """Functions too: what a family declares is read from its class."""
-    config = put(compose("pretrain", []), "backbone._target_", target)
+    keys = {"in_features": 3, "out_features": 3} if "Linear" in target else {"spec": {}}
+    config = compose("pretrain", []) | {"backbone": {"_target_": target} | keys}
     with pytest.raises(UserError, match=r"must name a class derived from dino_lite\.contracts"):
         plan(config, facts())
 

@@ -222,7 +222,7 @@ def test_an_export_and_its_file_open_as_what_they_are(tmp_path: Path) -> None:
         about = open_backbone(path)
         backbone = about.backbone
         assert isinstance(backbone, RoPEViT)
-        assert about["image_size"] == 32
+        assert about.image_size == 32
         torch.testing.assert_close(backbone(x).patches, source.eval()(x).patches)
     twin = RoPEViT(**SMALL, qkv_bias=True, mlp="swiglu", mask_token=True)  # type: ignore[arg-type]
     load_pretrained(twin, tmp_path / "out")

@@ -119,7 +119,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
 
 
 def told(checkpoint: Path) -> tuple[Text, str]:
-    return read(page(read_story(checkpoint), _NOW))
+    return read(page(read_story(find_checkpoint(str(checkpoint), "runs")), _NOW))
 
 
 def test_a_page_tells_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(tmp_path: Path) -> None:
                 assert str(attrs[key]).startswith(("data:", "#"))
     policies = [attrs["content"] for name, attrs in html.tags if "http-equiv" in attrs]
     assert policies[0].startswith("default-src 'none'")
-    assert "url(" not in page(read_story(tmp_path / "run" / "checkpoints" / "last.ckpt"), _NOW)
+    assert "url(" not in page(read_story(find_checkpoint(str(tmp_path / "run"), "runs")), _NOW)
 
 
 def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_source_from_outside_works_with_every_command(
     assert read_json(tmp_path / "runs" / "own" / "environment.json")["data"]["num_images"] == 24
 
     about = [f"eval=[{evaluation}]", "checkpoint=own", f"num_workers={num_workers}"]
-    run(evaluate.main, *about, "accelerator=cpu")
+    run(evaluate.main, *about, "accelerator=cpu", f"trust=[{OWN}]")
     found = read_json(tmp_path / "runs" / "own" / "results.json")["last"][evaluation]
     assert (found["data"], found["unreadable"]) == ("ramps", 0)
 

@@ -26,7 +26,7 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, write_json
 from dino_lite.runs.trainer import quiet_lightning
-from dino_lite.runs.training import train
+from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
 
 
@@ -51,7 +51,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     if resuming:
         config = resume_config(run, planned.config, request, splits, is_auto)
         if run.is_trained():
-            say(f"{run.folder} is trained; dino-lite evaluate checkpoint={run.folder} evaluates it")
+            state = "finished" if run.results().get("finished") else "trained"
+            say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
                 with run.locked():
                     checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
@@ -67,20 +68,17 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         keep_freed_memory()
     # A resumed run loads its own weights.
     started = {"checkpoint": None} if resuming else {}
+
+    def build_run(config: Config) -> Built:
+        return build(config | started, facts, splits, run)
+
+    built = build_run(config)  # what does not fit is refused before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         quiet_lightning()
         if rank() == 0:
             say_plan(planned, run, facts, resuming)
             write_run(run, config, request, facts, splits)
-        module = train(
-            config,
-            facts,
-            run,
-            lambda config: build(config | started, facts, splits, run),
-            resuming=resuming,
-            may_shrink=is_auto,
-            say=say,
-        )
+        module = train(config, facts, run, built, build_run, resuming, may_shrink=is_auto, say=say)
         if rank() != 0:
             return {}
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}

@@ -49,7 +49,7 @@ class Opened(NamedTuple):
     @property
     def notes(self) -> tuple[str, ...]:
         """How foreign weights matched, one clause each."""
-        return () if self.fit is None else self.fit.notes(self.backbone.spec)
+        return () if self.fit is None else self.fit.notes(self.backbone.stored_spec())
 
 
 def _summary(names: list[str], num_parts: int) -> str:

@@ -204,12 +204,15 @@ def _check_uses(config: Config) -> None:
         )
 
 
+def of_backbone(config: Config, name: str, otherwise: Any) -> Any:
+    """The backbone's setting `name`, or its constructor's default; `otherwise` if it takes none."""
+    return settings_of(config["backbone"]).get(name, otherwise)
+
+
 def check(config: Config, facts: Facts) -> None:
     """Check a planned configuration as a whole: reject combinations of values that do not fit."""
-    patch, large, small = (
-        get(config, key)
-        for key in ("backbone.patch_size", "augment.global_size", "augment.local_size")
-    )
+    patch = of_backbone(config, "patch_size", 1)
+    large, small = get(config, "augment.global_size"), get(config, "augment.local_size")
     sizes = {"augment.global_size": large}
     if get(config, "augment.num_local"):
         sizes["augment.local_size"] = small
@@ -246,7 +249,7 @@ def check(config: Config, facts: Facts) -> None:
 
 def _check_channels(config: Config, facts: Facts) -> None:
     """Check that backbone and normalization fit the number of channels."""
-    in_chans = get(config, "backbone.in_chans")
+    in_chans = of_backbone(config, "in_chans", facts.channels)
     if in_chans != facts.channels:
         raise UserError(
             f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; remove this "

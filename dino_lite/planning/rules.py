@@ -18,7 +18,7 @@ from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
-from dino_lite.planning.checks import mixes_images, traits_of
+from dino_lite.planning.checks import mixes_images, of_backbone, traits_of
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
 _PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}
@@ -56,8 +56,8 @@ def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
-    size, patch = get(config, "augment.global_size"), get(config, "backbone.patch_size")
-    traits = traits_of(config)
+    traits, size = traits_of(config), get(config, "augment.global_size")
+    patch = of_backbone(config, "patch_size", 1)
     if traits.convolutional and traits.small:
         return max(patch, size // 2 // patch * patch), "half the global crop"
     return max(
@@ -157,7 +157,7 @@ def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
 
 def _num_tokens(config: Config, size: str) -> int:
     """Tokens per crop: its patches and the class token."""
-    return int((get(config, size) // get(config, "backbone.patch_size")) ** 2) + 1
+    return int((get(config, size) // of_backbone(config, "patch_size", 1)) ** 2) + 1
 
 
 # Activations per global crop between two blocks (tokens x width) below which matrix products are
@@ -168,7 +168,7 @@ _SMALL_CROP = 2000
 def _precision(config: Config, facts: Facts) -> tuple[str, str]:
     if not facts.bf16:
         return "32", f"no native bfloat16 on {facts.device_name}"
-    width = config["backbone"].get("embed_dim") if "patch_size" in config["backbone"] else None
+    width = config["backbone"].get("embed_dim")
     values = 0 if width is None else width * _num_tokens(config, "augment.global_size")
     if facts.accelerator == "cpu" and 0 < values < _SMALL_CROP:
         return "32", "too small a network to benefit from bfloat16 on a CPU"

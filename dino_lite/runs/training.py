@@ -27,19 +27,19 @@ def train(
     config: Config,
     facts: Facts,
     run: Run,
-    build: Callable[[Config], Built],
-    *,
+    built: Built,
+    rebuild: Callable[[Config], Built],
     resuming: bool,
+    *,
     may_shrink: bool,
     say: Callable[[str], None],
 ) -> PretrainModule:
-    """Train the run that `build` builds from the planned `config`. Returns the module, on the CPU.
+    """Train `built`, which `rebuild` makes of a planned `config`. Returns the module, on the CPU.
 
     If a single device runs out of memory in the first steps and `may_shrink`, the run is built
     again from scratch with half the micro-batch size, which is saved in config.yaml. Raises
     UserError if that does not help, or if the user interrupts the run.
     """
-    built = build(config)
     while not _fit(config, facts, run, *built, resuming):
         del built  # frees its memory
         gc.collect()
@@ -47,7 +47,7 @@ def train(
             torch.cuda.empty_cache()
         config = put(config, _KEY, _smaller_micro_batch(config, may_shrink, say))
         save(config, run.config_file)
-        built = build(config)
+        built = rebuild(config)
     return built[1]
 
 
