@@ -1,7 +1,7 @@
-"""The nouns that every part of dino_lite shares, and nothing that computes.
+"""The interfaces and data types that all parts of dino_lite share.
 
-Letters in shapes, everywhere: B images, G global crops, L local crops, S student crops (G+L), T
-teacher crops (=G), N tokens, P patches, M masked patches, D feature width, E bottleneck width, K
+Dimensions in shapes: B images, G global crops, L local crops, S student crops (G+L), T teacher
+crops (=G), N tokens, P patches, M masked patches, D feature width, E bottleneck width, K
 prototypes, C channels, n rows of any kind.
 """
 
@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-Memory = Literal["high", "normal", "low"]  # how much is kept for the backward pass
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits held at once
+Memory = Literal["high", "normal", "low"]  # how much is saved for the backward pass
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # limit of logits held at once
 
 
 class UserError(Exception):
-    """What the user can mend, in one sentence: what is wrong, where, what to do. Exit code 2."""
+    """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
 class Progress(NamedTuple):
-    """Where a run stands: optimizer steps, or ticks of the clock when it is timed."""
+    """Progress of a run in optimizer steps, or in ticks of the clock if it is timed."""
 
     step: float
     total: float
@@ -34,18 +34,18 @@ class Progress(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Part of the run that is behind, in [0, 1]."""
+        """Completed fraction of the run, in [0, 1]."""
         return min(1.0, self.step / max(self.total, 1))
 
     @property
     def epoch(self) -> int:
-        """Index of the running epoch, from 0."""
+        """Index of the current epoch, from 0."""
         return int(self.step // max(self.steps_per_epoch, 1e-9))
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A number that follows the run: a rate, a decay, a momentum, a temperature, a weight."""
+    """A scalar that depends on progress: a rate, weight decay, momentum, temperature or weight."""
 
     def __call__(self, at: Progress) -> float: ...
 
@@ -108,25 +108,24 @@ class Splits(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` makes
-    floats of it on the device.
+    """The multi-crop batch of one rank, crop-major. uint8 until `photometric.Normalize` converts it
+    to floats on the device.
 
     `boxes`: top, left, height, width of each crop as fractions of its image. `draws`: the
-    photometric parameters that were (or are to be) applied, columns as `data.crops.COLUMNS` names
-    them. `extra`: further crops by name.
+    photometric parameters, with the columns `data.crops.COLUMNS`. `extra`: further crops by name.
     """
 
     globals_: Shaped[Tensor, "G B C H W"]
     locals_: Shaped[Tensor, "L B C h w"] | None
-    index: Int[Tensor, "B"]  # type: ignore[assignment]  # hides tuple.index, which nobody asks
+    index: Int[Tensor, "B"]  # type: ignore[assignment]  # hides tuple.index, which is unused
     labels: Int[Tensor, "B"] | None
     boxes: Float[Tensor, "S B 4"]
     draws: Float[Tensor, "S B A"]
-    extra: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never written to
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple's default, never modified
 
     @property
     def num_images(self) -> int:
-        """B, the images of this rank's batch."""
+        """B, the number of images in this rank's batch."""
         return self.globals_.shape[1]
 
     def part(self, start: int, stop: int) -> Crops:
@@ -144,7 +143,7 @@ class Crops(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a backbone makes of n images, after its last norm."""
+    """A backbone's output for n images, after its last norm."""
 
     cls: Float[Tensor, "n D"]
     patches: Float[Tensor, "n P D"]
@@ -155,21 +154,21 @@ class Tokens(NamedTuple):
 class Traits(NamedTuple):
     """What automatic settings depend on, known from a backbone's settings before it is built."""
 
-    convolutional: bool = False  # crops, patch size and rate of a ResNet
-    small: bool = False  # given by its sizes, for a CPU, and no published model
+    convolutional: bool = False  # use crops, patch size and learning rate of a ResNet
+    small: bool = False  # defined by sizes, for a CPU; not a published model
     drop_path: bool = True  # has stochastic depth
     mixes_images: bool = False  # in training, by batch normalization
-    names: tuple[str, str] | None = None  # what name=auto stands for: on a CPU, on other devices
+    names: tuple[str, str] | None = None  # the values of name=auto: on a CPU, on other devices
 
 
 class Backbone(nn.Module):
     """Images to tokens. Abstract.
 
-    `spec` holds the constructor's keywords, plain JSON, without those that only training needs:
-    `type(self)(**spec)` builds the same network with fresh weights.
+    `spec` holds the constructor's keywords as plain JSON, without those that affect training only:
+    `type(self)(**spec)` builds the same network with new weights.
     """
 
-    kind: ClassVar[str]  # names the class in files: module:Class, or a short name of ours
+    kind: ClassVar[str]  # identifies the class in files: module:Class, or a short name of ours
     spec: dict[str, Any]
     embed_dim: int
     patch_size: int
@@ -185,13 +184,11 @@ class Backbone(nn.Module):
 
     @classmethod
     def traits(cls, **settings: Any) -> Traits:
-        """What automatic settings ask of a backbone of these settings, of which some may still be
-        "auto".
-        """
+        """Traits of a backbone with these settings, some of which may still be "auto"."""
         return Traits(small=settings.get("embed_dim") is not None)
 
     def stored_spec(self) -> dict[str, Any]:
-        """`spec` with the class's kind: what files hold and `build_backbone` reads."""
+        """`spec` and `kind`, as stored in files and read by `build_backbone`."""
         return self.spec | {"kind": self.kind}
 
     def forward(
@@ -200,13 +197,13 @@ class Backbone(nn.Module):
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
     ) -> Tokens:
-        """Tokens after the last norm, a learned token in the place of patches in `mask`. With
-        `cls_only` what only patches need may be left out: they come back empty, P = 0.
+        """Tokens after the last norm; patches in `mask` are replaced by a learned token. With
+        `cls_only`, patches need not be computed: they are then empty, P = 0.
         """
         raise NotImplementedError
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens after each of `blocks` (negative: from the end), each through the last norm."""
+        """Tokens after each of `blocks` (negative: from the end) and the last norm."""
         raise NotImplementedError
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
@@ -218,50 +215,51 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def set_memory(self, memory: Memory, compiled: bool) -> None:
-        """Set what is kept for the backward pass and what is compiled; no result depends on it."""
+        """Set activation memory and compilation. Affects speed and memory only, not results."""
 
     def disable_noise(self) -> None:
-        """Draw no random numbers in training mode; DropPath and Dropout are set by the caller."""
+        """Disable randomness in training mode; the caller handles DropPath and Dropout."""
 
 
 class Prototypes(NamedTuple):
-    """K vectors of `length` along `direction`, not multiplied out: that would be two passes over
-    the largest matrix of a head. `length` None: `direction` as it is.
+    """K vectors with norms `length` along `direction` (any norm), kept separate: multiplying them
+    would take two passes over the largest matrix of a head. If `length` is None, the vectors are
+    the rows of `direction`.
     """
 
     direction: Float[Tensor, "K E"]
     length: Float[Tensor, "K 1"] | None = None
 
     def scale(self) -> Float[Tensor, "K 1"] | None:
-        """What `direction` is to be multiplied by; None: nothing."""
+        """Factors by which rows of `direction` are multiplied to give P; None: no scaling."""
         if self.length is None:
             return None
         norms: Tensor = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)
         return self.length / norms
 
     def rows(self) -> Float[Tensor, "K E"]:
-        """P, multiplied out: for tests and probes only."""
+        """P as one matrix: for tests and diagnostics only."""
         scale = self.scale()
         return self.direction if scale is None else self.direction * scale
 
 
 class Scores(NamedTuple):
-    """Student crops before the prototypes: row norms of `z` are 1."""
+    """Bottleneck vectors `z` of student crops, with unit norms, and the student's prototypes."""
 
     z: Float[Tensor, "S n E"]
     prototypes: Prototypes
 
     def logits(self) -> Float[Tensor, "S n K"]:
-        """z·Pᵀ, all of it at once: for tests and probes only."""
+        """z·Pᵀ as one tensor: for tests and diagnostics only."""
         return self.z @ self.prototypes.rows().T
 
 
 class Targets(NamedTuple):
-    """The teacher's distributions q = exp(z·Pᵀ/temp + row + col), never stored: recomputed where
-    they are needed.
+    """The teacher's distributions q = exp(z·Pᵀ/temp + row + col), recomputed when needed instead of
+    stored.
 
-    `pairs[t, s]` weighs the cross-entropy of student crop s against teacher crop t, `weight` the
-    images.
+    `pairs[t, s]` is the weight of the cross-entropy of student crop s with teacher crop t, `weight`
+    that of each image.
     """
 
     z: Float[Tensor, "T n E"]
@@ -273,7 +271,7 @@ class Targets(NamedTuple):
     weight: Float[Tensor, "n"]
 
     def probs(self) -> Float[Tensor, "T n K"]:
-        """q, all of it at once: for tests and probes only."""
+        """q as one tensor: for tests and diagnostics only."""
         logits = self.z @ self.prototypes.rows().T
         return (logits / self.temp + self.row[..., None] + self.col).exp()
 
@@ -284,8 +282,8 @@ class Targets(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Patches of the G global crops of n images as another network has them, on the student's grid,
-    and what each image weighs: the relations among them are held (Gram anchoring).
+    """Targets of Gram anchoring: another network's patches of the G global crops of n images, on
+    the student's grid, and the weight of each image.
     """
 
     patches: Float[Tensor, "G n P D"]
@@ -298,11 +296,10 @@ class Anchor(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The student's outputs and what they are compared with: the one argument of a loss.
+    """The student's outputs and their targets: the argument of a loss.
 
-    Both are whatever the losses that read this match understand: `Scores` or `Tokens`, against
-    `Targets` or an `Anchor`, or types of a method's own. Tokens of several crops of each image are
-    crop-major: rows "G*n".
+    `student` is `Scores` or `Tokens`, `target` is `Targets` or `Anchor`, or either is of a type
+    that a method and its losses define. Tokens of several crops are crop-major: rows "G*n".
     """
 
     student: object
@@ -311,7 +308,7 @@ class Match(NamedTuple):
 
 @runtime_checkable
 class Divisible(Protocol):
-    """What is made for a whole batch; `part` is that of images start to stop (exclusive)."""
+    """Targets of a whole batch; `part` selects those of images start to stop (exclusive)."""
 
     def part(self, start: int, stop: int) -> Any: ...
 
@@ -323,8 +320,8 @@ StepTargets = dict[str, Divisible]
 class Loss:
     """One term of the objective. Abstract.
 
-    `reads` names the Match it takes, one of the method's `provides`. With `cls_only` the loss needs
-    no patches of the `Tokens` it reads: the forward pass may skip them.
+    `reads` is the name of its Match, one of the method's `provides`. With `cls_only` the loss does
+    not use patches of the `Tokens` it reads, so the forward pass may skip them.
     """
 
     cls_only: ClassVar[bool] = False
@@ -334,8 +331,8 @@ class Loss:
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Whether the result depends on which images share a micro-batch, given the constructor's
-        keywords.
+        """Whether the result depends on how images are grouped in micro-batches, given the
+        constructor's keywords.
         """
         return False
 
@@ -345,10 +342,10 @@ class Loss:
 
 
 class Evaluation:
-    """Measures a frozen backbone on a data set; knows no method. Abstract.
+    """Measures a frozen backbone on a data set, independent of the method. Abstract.
 
-    `num_blocks`: how many of the last blocks it reads. `has_baselines`: whether its number means
-    something for raw pixels and untrained networks.
+    `num_blocks`: number of last blocks it reads. `has_baselines`: whether its result is meaningful
+    for raw pixels and untrained networks.
     """
 
     num_blocks: int = 1
@@ -359,5 +356,5 @@ class Evaluation:
         raise NotImplementedError
 
     def draw(self, backbone: Backbone, store: Any, path: Path) -> None:
-        """Write a picture of the result to `path`; evaluations without one leave this alone."""
+        """Write a picture of the result to `path`. Optional: override to provide one."""
         raise NotImplementedError

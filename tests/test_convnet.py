@@ -203,15 +203,15 @@ def test_what_a_convnet_has_not_is_said() -> None:
     ("settings", "words"),
     [
         ({"name": "vit_tiny_patch16_224"}, "cannot be built"),
-        ({"name": "regnetx_002", "norm": "batch"}, "no ResNet and no ConvNeXt"),
-        ({"name": "convnext_atto", "norm": "batch"}, "a ConvNeXt has layer"),
-        ({"name": "resnet18", "norm": "layer"}, "a ConvNeXt has layer"),
+        ({"name": "regnetx_002", "norm": "batch"}, "is not a timm ResNet or ConvNeXt"),
+        ({"name": "convnext_atto", "norm": "batch"}, "choose layer for a ConvNeXt"),
+        ({"name": "resnet18", "norm": "layer"}, "choose layer for a ConvNeXt"),
         ({"name": "no_such_net"}, "backbone.name=no_such_net"),
         ({"name": "resnet18", "patch_size": 5}, "8, 16 or 32"),
         ({"norm": "layer"}, "backbone.norm=layer"),
-        ({"widths": [16]}, "a number for each stage"),
+        ({"widths": [16]}, "one number per stage"),
         ({"patch_size": 6}, "a multiple of 4"),
-        ({"widths": None, "depths": None}, "a number for each stage"),
+        ({"widths": None, "depths": None}, "one number per stage"),
     ],
 )
 def test_what_cannot_be_built_is_refused(settings: dict[str, Any], words: str) -> None:

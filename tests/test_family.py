@@ -243,12 +243,12 @@ def test_an_export_is_measured_compared_and_reported(run: Path, exported: Path) 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("swin", r"kind=swin of a backbone is unknown: known are vit, rope, convnet, module:Class"),
-        (["vit"], "is unknown"),
-        ("stripes.nets:Other", r"is no subclass of dino_lite\.contracts\.Backbone"),
+        ("swin", r"unknown backbone kind=swin: known are vit, rope, convnet, and module:Class"),
+        (["vit"], "unknown backbone kind"),
+        ("stripes.nets:Other", r"is not a subclass of dino_lite\.contracts\.Backbone"),
         ("stripes.nets:Missing", "cannot be imported"),
         ("stripes.missing:Stripes", "install its package, or put it on PYTHONPATH"),
-        ("stripes.nets:", "cannot be imported|no subclass"),
+        ("stripes.nets:", "cannot be imported|not a subclass"),
         ("absent.nets:Stripes", r"package absent.*trust='\[absent\]'"),
     ],
 )
@@ -328,7 +328,7 @@ def within() -> Backbone:
         (Keeps, r"Keeps cannot be built from its own spec \(TypeError.*plain JSON"),
         (Lacks, r"Lacks has no attribute in_chans"),
         (within, r"Local cannot be imported by this name"),
-        (lambda: nn.Linear(1, 1), r"Linear is no backbone"),
+        (lambda: nn.Linear(1, 1), r"Linear is not a backbone"),
     ],
 )
 def test_a_spec_that_does_not_rebuild_its_backbone_is_a_sentence(build: Any, said: str) -> None:

@@ -53,7 +53,7 @@ def test_a_file_is_evaluated_and_its_results_lie_beside_it(
         *("a.pth.results.json", "b.pth.results.json"),
     }
     said = capsys.readouterr().out
-    assert "DINO's layout: all 30 of the backbone are there" in said
+    assert "all 30 weights loaded, from DINO's layout" in said
     assert "num_heads=2" in said
 
 

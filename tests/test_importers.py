@@ -101,7 +101,11 @@ def test_a_training_checkpoint_is_told_apart(tmp_path: Path) -> None:
     assert all(".backbone." not in name for name in opened.fit.unused if "teacher" in name)
     assert opened.fit.adapted == []
     text = " | ".join(opened.notes)
-    for words in ("DINO's layout: all 30 of the backbone", "num_heads=2", "left unused: student"):
+    for words in (
+        "all 30 weights loaded, from DINO's layout",
+        "num_heads=2",
+        "left unused: student",
+    ):
         assert words in text
     assert "student.module (31), teacher.head, dino_loss" in text
 
@@ -345,8 +349,8 @@ def pretend_download(monkeypatch: pytest.MonkeyPatch) -> list[VisionTransformer]
     [
         ("vit_of_dreams", "timm has no such model"),
         ("test_vit.of_dreams", "timm has no such model"),
-        ("resnet18.a1_in1k", "is no vision transformer"),
-        ("vit_base_patch16_clip_224.openai", "no plain vision transformer"),
+        ("resnet18.a1_in1k", "is not a vision transformer"),
+        ("vit_base_patch16_clip_224.openai", "not a plain vision transformer"),
     ],
 )
 def test_a_timm_model_that_is_none_of_ours_is_refused_before_it_is_downloaded(
@@ -544,7 +548,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "unknown heads": (
         spoiled(lambda w: None, embed_dim=24),
-        "how many heads a width of 24.*NAME.json beside",
+        "number of heads for a width of 24.*NAME.json next to",
     ),
     "another activation": (
         lambda folder: with_config(spoiled(lambda w: None)(folder), hidden_act="gelu_new"),

@@ -151,7 +151,12 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
     opened = open_weights(saved(as_hub(dict(theirs().state_dict())), tmp_path))
     text = " | ".join(opened.notes)
     for words in (
-        *("DINOv3's layout: all 37 of the backbone", "kind=rope", "num_heads=3", "qkv_bias=True"),
+        *(
+            "all 37 weights loaded, from DINOv3's layout",
+            "kind=rope",
+            "num_heads=3",
+            "qkv_bias=True",
+        ),
         *("left unused", "rope_embed", "local_cls_norm", "adapted: blocks.*.attn.qkv (4)"),
     ):
         assert words in text, words
@@ -273,11 +278,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"1 unknown.*rope_embed\.periods",
     ),
     "a second norm": (hub(cls_norm__weight=torch.ones(48)), r"1 unknown.*cls_norm\.weight"),
-    "no last norm": (without("norm.weight"), r"lacks norm\.weight.*DINOv3's, can be opened"),
+    "no last norm": (without("norm.weight"), r"lacks norm\.weight.*DINOv3 ViTs, can be opened"),
     "half an MLP": (without("blocks.1.mlp.fc1.bias"), r"1 weights missing.*blocks\.1\.mlp\.fc1"),
     "unknown heads": (
         lambda folder: with_config(without()(folder)),
-        "how many heads a width of 48.*NAME.json beside",
+        "number of heads for a width of 48.*NAME.json next to",
     ),
     "another width": (without(hidden_size=64), "hidden_size=64: it belongs to other weights"),
     "another activation": (without(hidden_act="relu"), "with gelu.*relu"),

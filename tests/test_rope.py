@@ -419,16 +419,16 @@ def test_the_spec_rebuilds_the_backbone(settings: dict[str, Any]) -> None:
     ("settings", "words"),
     [
         ({"name": "vit_of_dreams"}, "name=vit_of_dreams cannot be built: Unknown model"),
-        ({"name": "vit_small_patch16_224"}, "is no DINOv3 ViT.*vit_small_patch16_dinov3"),
-        ({"name": "eva02_tiny_patch14_224"}, "is no DINOv3 ViT"),
-        ({"name": "vit_base_patch16_sapiens2"}, "is no DINOv3 ViT"),
-        ({"name": "vit_small_patch16_rope_224"}, "is no DINOv3 ViT"),
-        ({"num_heads": 4}, "heads are 6 wide, and RoPE needs a multiple of 4"),
+        ({"name": "vit_small_patch16_224"}, "is not a DINOv3 ViT.*vit_small_patch16_dinov3"),
+        ({"name": "eva02_tiny_patch14_224"}, "is not a DINOv3 ViT"),
+        ({"name": "vit_base_patch16_sapiens2"}, "is not a DINOv3 ViT"),
+        ({"name": "vit_small_patch16_rope_224"}, "is not a DINOv3 ViT"),
+        ({"num_heads": 4}, "width of a head is 6, but RoPE needs a multiple of 4"),
         ({"num_heads": 5}, "cannot be built"),
         ({"mlp": "relu"}, "mlp=relu: it must be one of gelu, swiglu"),
         ({"embed_dims": 8}, "cannot be built.*embed_dims"),
-        ({"class_token": False, "global_pool": "avg"}, "is no DINOv3 ViT: leave out"),
-        ({"patch_drop_rate": 0.5}, "patch_drop_rate.* is no DINOv3 ViT: leave out"),
+        ({"class_token": False, "global_pool": "avg"}, "is not a DINOv3 ViT: change only"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate.* is not a DINOv3 ViT: change only"),
         ({"rope_rescale": 0.5}, "rope_rescale=0.5"),
         ({"rope_shift": -1.0}, "rope_shift=-1.0"),
     ],
@@ -442,7 +442,7 @@ def test_what_is_no_dinov3_is_a_sentence(settings: dict[str, Any], words: str) -
 
 def test_a_dinov3_asked_for_as_a_plain_vit_is_told_where_it_is() -> None:
     """backbone=auto with its name."""
-    with pytest.raises(UserError, match="for a DINOv3 one backbone=rope with this name"):
+    with pytest.raises(UserError, match="for a DINOv3 model, backbone=rope with this name"):
         ViT(NAMES[0])
 
 

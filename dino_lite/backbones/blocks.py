@@ -1,5 +1,5 @@
-"""Transformer blocks, and one pass through several: what is kept for the backward pass, what is
-dropped, and what the last block leaves out.
+"""Transformer blocks, and the forward pass through a sequence of them: activation memory,
+stochastic depth, and pruning of the last block's queries.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from dino_lite.settings.kinds import Must
 
 DropPathBy = Literal["sample", "batch"]
 DropRate = Annotated[float, Must("a number in [0, 1)", lambda rate: 0 <= rate < 1)]
-# What stochastic depth does to a half of a block: multiplies it by a number a sample, or lets only
-# these m samples through; None: nothing.
+# Stochastic depth on one residual branch: a factor per sample, or the indices of the m samples that
+# are kept; None: off.
 Drop = Float[Tensor, "n 1 1"] | Int64[Tensor, "m"] | None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), made of the layers of timm's block.
+    """x + attention(norm(x)), then x + MLP(norm(x)), built from the layers of a timm block.
 
     Layers have timm's names and order, and each is called as a module, so that hooks, adapters,
-    quantization, tracing and FSDP find an ordinary network. Two short cuts read a weight instead:
-    `slice_qkv` and `recompute`, which `run_blocks` takes in training where nobody can tell.
+    quantization, tracing and FSDP work as on any network. Two fast paths, `slice_qkv` and
+    `recompute`, read a weight instead of calling its layer; `run_blocks` enables them in training
+    where that has no visible effect.
     """
 
     def __init__(self, parts: Any) -> None:
@@ -48,8 +49,8 @@ class Block(nn.Module):
         slice_qkv: bool = False,
         recompute: bool = False,
     ) -> Float[Tensor, "n _ D"]:
-        """The block's output for the first `num_queries` tokens (None: all). Without `drops`
-        stochastic depth is drawn by the block's own DropPath, as in timm.
+        """Output for the first `num_queries` tokens (None: all). Without `drops`, stochastic depth
+        is drawn by the block's own DropPath, as in timm.
         """
 
         def attend(x: Tensor) -> Tensor:
@@ -65,7 +66,9 @@ class Block(nn.Module):
 
 
 def set_memory(network: nn.Module, memory: Memory, compiled: bool) -> None:
-    """Set how the backbones inside `network` go through their blocks; no result depends on it."""
+    """Set activation memory and compilation of all backbones in `network`. Affects speed and
+    memory only, not results.
+    """
     for part in network.modules():
         if isinstance(part, Backbone):
             part.set_memory(memory, compiled)
@@ -80,18 +83,19 @@ def run_blocks(
     drop_path_by: DropPathBy = "sample",
     rotation: Rotation | None = None,
 ) -> Float[Tensor, "n _ D"]:
-    """All blocks; of the last one only the first `last_queries` tokens, where that is given.
+    """Run all blocks; the last one computes only its first `last_queries` tokens (None: all).
 
-    `memory` says what is kept for the backward pass: high all, normal all but the output of the
-    MLP's activation, low the tokens between blocks. The rest is computed again. A compiled block
-    chooses for itself, where `memory` is not low. Evaluations, which have other sizes, are not
-    compiled. Short cuts are taken in training only: see `Block`.
+    `memory` selects the activations saved for the backward pass; the others are recomputed. high:
+    all; normal: all but the output of the MLP's activation; low: only the tokens between blocks.
+    In a compiled block the compiler decides, unless `memory` is low. Inference mode is never
+    compiled, since evaluations use other image sizes. For the fast paths see `Block`.
     """
     slopes = torch.is_grad_enabled()
     memory = memory if slopes else "high"
     compiled = compiled and not torch.is_inference_mode_enabled()
-    # A graph that has scales is another than one without: the first block, which never drops, gets
-    # ones where others draw. Parts of the batch are then scales too, and save nothing.
+    # Blocks with and without drop factors compile to different graphs. If any block drops, all get
+    # factors (ones in a block that never drops), also for drop path by batch, which then saves no
+    # computation.
     scales = compiled and not _share_a_graph(blocks, drop_path_by)
     for i, block in enumerate(blocks):
         parts = cast(Block, block)
@@ -115,9 +119,9 @@ def run_blocks(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """A block as one graph for each shape: all blocks of a network share it."""
-    # Sizes of crops x places in the network x student and teacher x sizes of micro-batches: torch
-    # would stop at eight, and go on without a graph.
+    """The compiled block: one graph per shape, shared by all blocks of a network."""
+    # Crop sizes x positions in the network x student and teacher x micro-batch sizes exceed torch's
+    # default limit of 8 graphs, beyond which it falls back to eager execution.
     settings: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
     setattr(settings, name, max(getattr(settings, name), 64))
@@ -131,7 +135,7 @@ def _call(block: nn.Module, *given: Any) -> Tensor:
 
 
 def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:
-    """Whether all blocks drop alike: none, or parts of one size."""
+    """Whether all blocks drop nothing, or all drop the same part of the batch."""
     probs = {_drop_prob(cast(Any, block).drop_path1) for block in blocks}
     return probs == {0.0} or (drop_path_by == "batch" and len(probs) == 1)
 
@@ -139,9 +143,10 @@ def _share_a_graph(blocks: Sequence[nn.Module], drop_path_by: str) -> bool:
 def draw_drops(
     block: Any, tokens: Tensor, drop_path_by: DropPathBy, scales: bool
 ) -> tuple[Drop, Drop]:
-    """What stochastic depth drops of the two halves of a block: by sample, each with probability p,
-    and the others count 1/(1 - p) times; by batch, all but m = max(⌊n·(1 - p)⌋, 1) samples, which
-    count n/m times (Oquab et al. 2023, section 5). `scales`: whatever is dropped, as factors.
+    """Draw stochastic depth for the two residual branches of a block. By sample: each sample is
+    dropped with probability p, the others are scaled by 1/(1 - p). By batch: exactly
+    m = max(⌊n·(1 - p)⌋, 1) samples are kept and scaled by n/m (Oquab et al. 2023, section 5). With
+    `scales` the result is always factors.
     """
     drops: list[Drop] = []
     num = len(tokens)
@@ -164,8 +169,8 @@ def _drop_prob(drop: Any) -> float:
 def _add(
     tokens: Tensor, branch: Callable[[Tensor], Tensor], x: Tensor, drop: Drop, path: nn.Module
 ) -> Tensor:
-    """tokens + branch(x), less what is dropped; what would be dropped by batch is not computed.
-    Without `drop` the block's own `path` decides.
+    """tokens + branch(x) with stochastic depth; the branch is computed only for the samples that
+    `drop` keeps. Without `drop` the block's own DropPath `path` is applied.
     """
     if drop is None:
         return tokens + cast(Tensor, path(branch(x)))

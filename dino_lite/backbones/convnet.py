@@ -1,4 +1,4 @@
-"""Convolutional networks: timm's ResNet and ConvNeXt, and a small ResNet for small images."""
+"""Convolutional networks: timm's ResNets and ConvNeXts, and a small ResNet for small images."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dino_lite.contracts import Backbone, Tokens, Traits, UserError
 from dino_lite.settings.kinds import Count, Size
 from dino_lite.settings.validate import checked
 
-_GROUP = 16  # channels that are normalized together
+_GROUP = 16  # channels per group of group normalization
 
 
 class ConvNet(Backbone):
-    """Stem → stages → last norm. Patch tokens are the cells of the last map, the class token is
-    their mean. With `fields` it is a pyramid instead (Lin et al. 2017): the means of fields x
-    fields parts of the last map, of twice as many a side of the stage before, and so on, side by
-    side, so that it stays known where things are.
+    """Stem → stages → last norm. Patch tokens are the cells of the last feature map, the class
+    token is their mean. With `fields`, the class token is a pyramid instead (cf. Lin et al. 2017),
+    which preserves spatial layout: the last map pooled to fields x fields, the map of the stage
+    before to twice that per side, and so on, concatenated.
 
-    `name` is a timm ResNet or ConvNeXt, or "resnet" with `widths` and `depths` of its stages, for
-    small images: no 7x7 convolution, no max-pooling (He et al. 2016, section 4.2). `patch_size` is
-    the stride of all stages together. `norm` is "batch", over all images at hand, so that
-    micro-batches change what is learned, or "group" (Wu & He 2018), image by image; a ConvNeXt has
-    its own, "layer". Blocks, to `intermediate`, are stages.
+    `name` is a timm ResNet or ConvNeXt, or "resnet" with the `widths` and `depths` of its stages:
+    a network for small images, without 7x7 convolution or max-pooling (He et al. 2016, section
+    4.2). `patch_size` is the total stride. `norm` is "batch" (statistics of the micro-batch, so
+    that the micro-batch size affects training), "group" (Wu & He 2018; per image), or "layer",
+    which every ConvNeXt has. In `intermediate`, blocks are stages.
     """
 
     kind = "convnet"
@@ -70,11 +70,11 @@ class ConvNet(Backbone):
             each = zip(parts.widths, sides, strict=True)
             self.embed_dim = sum(width * side**2 for width, side in each)
         self.num_blocks = len(self.stages)
-        self.to(memory_format=torch.channels_last)  # quicker
+        self.to(memory_format=torch.channels_last)  # faster
 
     @classmethod
     def traits(cls, name: str = "resnet", norm: str = "batch", **settings: Any) -> Traits:
-        """Small where it is given by widths; only a ConvNeXt has stochastic depth by default."""
+        """`small` if given by widths; only a ConvNeXt has stochastic depth by default."""
         return Traits(
             convolutional=True,
             small=name == "resnet",
@@ -88,24 +88,25 @@ class ConvNet(Backbone):
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
     ) -> Tokens:
-        """Tokens after the last norm; with `cls_only` no patches. Nothing can be masked."""
+        """Tokens after the last norm; with `cls_only` no patches. Masks are not supported."""
         if mask is not None:
             raise NotImplementedError("a convolutional network has no mask token: use a ViT")
         return self._tokens(self._maps(images), cls_only)
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens of the network as it were if it ended with each of the stages `blocks`, without
-        its last norm; negative numbers count from the last.
+        """Tokens after each of the stages `blocks`; negative numbers count from the last. Only the
+        last stage is followed by the last norm.
 
-        Narrower ones are filled up with zeros: neither a product nor a cosine sees them.
+        Narrower stages are padded with zeros to the full width, which leaves inner products and
+        cosines unchanged.
         """
         maps = self._maps(images)
         stages = [range(len(maps))[i] for i in blocks]
         return [self._tokens(maps[: i + 1]) for i in stages]
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
-        """Refused: there is none."""
-        raise UserError("a convolutional network has no attention to look at.")
+        """Raises UserError: convolutional networks have no attention."""
+        raise UserError("a convolutional network has no attention: choose a vision transformer.")
 
     def depth_of(self, name: str) -> int:
         """Layer of the parameter `name`: 0 stem, i+1 stage i, depth+1 the last norm."""
@@ -115,7 +116,7 @@ class ConvNet(Backbone):
         return 0 if first == "stem" else len(self.stages) + 1
 
     def _maps(self, images: Float[Tensor, "n C H W"]) -> list[Float[Tensor, "n _ _ _"]]:
-        """What each stage makes."""
+        """Feature maps after each stage."""
         x, maps = self.stem(images.contiguous(memory_format=torch.channels_last)), []
         for stage in self.stages:
             x = stage(x)
@@ -142,12 +143,12 @@ class ConvNet(Backbone):
         )
 
     def _sides(self, num: int) -> list[int]:
-        """Fields a side of the first `num` stages, whose last has `fields`."""
+        """Pooled size per side of each of the first `num` stages; the last has `fields`."""
         return [self.fields * 2**i for i in reversed(range(num))]
 
 
 class Parts(NamedTuple):
-    """What a network is made of, before it is one."""
+    """The parts from which a ConvNet is assembled."""
 
     stem: nn.Sequential
     stages: list[nn.Module]
@@ -156,7 +157,7 @@ class Parts(NamedTuple):
 
 
 def group_norm(channels: int, **settings: Any) -> nn.Module:
-    """Group normalization of 16 channels each."""
+    """Group normalization with 16 channels per group."""
     return nn.GroupNorm(max(1, channels // _GROUP), channels, **settings)
 
 
@@ -173,15 +174,17 @@ def _norm(name: str) -> Callable[..., nn.Module]:
 
 
 def _small(spec: dict[str, Any], drop_path: float) -> Parts:
-    """A ResNet of basic blocks; each stage but the first halves the map, the stem does the rest."""
+    """A ResNet of basic blocks. Each stage but the first has stride 2, the stem has the rest of the
+    total stride.
+    """
     widths, depths, patch = spec["widths"], spec["depths"], spec["patch_size"]
     stride, rest = divmod(patch, 2 ** max(0, len(widths) - 1))
     if not widths or len(widths) != len(depths) or rest or not stride or min(depths) < 1:
         raise UserError(
-            f"backbone: widths={widths} and depths={depths} need a number for each stage, and "
+            f"backbone: widths={widths} and depths={depths} must have one number per stage, and "
             f"patch_size={patch} must be a multiple of {2 ** max(0, len(widths) - 1)}."
         )
-    norm: Any = _norm(spec["norm"])  # timm asks for a class, a function serves
+    norm: Any = _norm(spec["norm"])  # timm's annotation is a class, but a function works
     kernel = max(3, 2 * stride - 1)
     conv = nn.Conv2d(spec["in_chans"], widths[0], kernel, stride, kernel // 2, bias=False)
     stem = nn.Sequential(conv, norm(widths[0]), nn.ReLU(inplace=True))
@@ -199,7 +202,7 @@ def _small(spec: dict[str, Any], drop_path: float) -> Parts:
             before = width
         stages.append(nn.Sequential(*blocks))
     for part in nn.Sequential(stem, *stages).modules():
-        if isinstance(part, nn.Conv2d):  # He et al. 2015, as timm starts its own
+        if isinstance(part, nn.Conv2d):  # He et al. 2015, as in timm's ResNet
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     return Parts(stem, stages, nn.Identity(), widths)
 
@@ -214,10 +217,12 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
     try:
         model: Any = timm.create_model(name, **settings)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = error if str(error) else "patch_size, the stride, is 8, 16 or 32"
+        reason = error if str(error) else "patch_size, the total stride, must be 8, 16 or 32"
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
     if isinstance(model, ConvNeXt) is not (norm == "layer"):
-        raise UserError(f"backbone.norm={norm}: a ConvNeXt has layer, a ResNet batch or group.")
+        raise UserError(
+            f"backbone.norm={norm}: choose layer for a ConvNeXt, batch or group for a ResNet."
+        )
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
         layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
@@ -226,11 +231,11 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
         last: Any = model.head.norm
         return Parts(model.stem, list(model.stages), last, _widths(model))
     raise UserError(
-        f"backbone.name={name} is no ResNet and no ConvNeXt of timm; choose such a name "
-        '(resnet50, convnext_tiny), or name="resnet" with widths and depths.'
+        f"backbone.name={name} is not a timm ResNet or ConvNeXt: choose one of those (resnet50, "
+        'convnext_tiny), or name="resnet" with widths and depths.'
     )
 
 
 def _widths(model: Any) -> list[int]:
-    """Channels of a timm model's four stages."""
+    """Channels of the four stages of a timm model."""
     return [int(stage["num_chs"]) for stage in model.feature_info][-4:]

@@ -1,4 +1,4 @@
-"""Attention and MLP of a transformer block: timm's layers, called as modules in our own forward."""
+"""Attention and MLP of a transformer block: timm's layers in a forward pass of our own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as every_module
 
-# Sines and cosines by which the queries and keys of the last P tokens, patches, are rotated.
+# Sines and cosines of the angles by which queries and keys of the P patch tokens, which come last,
+# are rotated.
 Rotation = tuple[Float[Tensor, "P d"], Float[Tensor, "P d"]]
-PLAIN_TOKENS = 128  # up to so many, plain attention is quicker on a CPU than the fused kernel
+PLAIN_TOKENS = 128  # up to this many, plain attention is faster on a CPU than the fused kernel
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention made of the layers of timm's."""
+    """Multi-head self-attention built from the layers of timm's `Attention`."""
 
     def __init__(self, parts: Any) -> None:
         super().__init__()
@@ -35,10 +36,10 @@ class Attention(nn.Module):
         num_queries: int | None = None,
         slice_qkv: bool = False,
     ) -> Float[Tensor, "n _ D"]:
-        """What the first `num_queries` tokens (None: all) gather from all of them.
+        """Attention output of the first `num_queries` tokens (None: all) over all tokens.
 
-        With `slice_qkv` the queries of the other tokens are not computed, which reads the weight
-        of `qkv` instead of calling it.
+        With `slice_qkv` the queries of the other tokens are not computed; this reads the weight of
+        `qkv` instead of calling it.
         """
         if num_queries is None or not slice_qkv:
             query, key, value = self._heads(self.qkv(tokens), 3)
@@ -56,19 +57,19 @@ class Attention(nn.Module):
     def weights(
         self, tokens: Float[Tensor, "n N D"], rotation: Rotation | None = None
     ) -> Float[Tensor, "n heads N N"]:
-        """Softmax weights of every token over all of them."""
+        """Softmax attention weights of every token over all tokens."""
         query, key, _ = self._heads(self.qkv(tokens), 3)
         query, key = prepare(self, query, key, rotation)
         return (query @ key.transpose(-2, -1) * self.scale).softmax(dim=-1)
 
     def _heads(self, packed: Float[Tensor, "n N _"], num: int) -> tuple[Tensor, ...]:
-        """`num` tensors "n heads N d" that lie side by side in `packed`."""
+        """Split `packed` into `num` tensors "n heads N d"."""
         apart = packed.view(*packed.shape[:2], num, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return apart.unbind(0)
 
 
 class MLP(nn.Module):
-    """Two linear layers and an activation, perhaps gated, made of the layers of timm's."""
+    """Two linear layers and an activation, optionally gated, from timm's `Mlp` or `GluMlp`."""
 
     def __init__(self, parts: Any) -> None:
         super().__init__()
@@ -78,8 +79,8 @@ class MLP(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "n N D"], recompute: bool = False
     ) -> Float[Tensor, "n N D"]:
-        """fc2(act(fc1(tokens))). With `recompute` the output of the activation is made again in
-        the backward pass, which reads the weight of `fc2` instead of calling it.
+        """fc2(act(fc1(tokens))). With `recompute` the output of the activation is recomputed in the
+        backward pass; this reads the weight of `fc2` instead of calling it.
         """
         hidden = self.fc1(tokens)
         if recompute:
@@ -88,7 +89,9 @@ class MLP(nn.Module):
         return cast(Tensor, self.fc2(self.activate(hidden)))
 
     def activate(self, hidden: Float[Tensor, "n N _"]) -> Float[Tensor, "n N _"]:
-        """act(x), or act(a)·b of x = [a, b]: SwiGLU, where act is SiLU (Shazeer 2020)."""
+        """act(x); if gated, act(a)·b with x = [a, b], which is SwiGLU if act is SiLU (Shazeer
+        2020).
+        """
         if not self.gated:
             return cast(Tensor, self.act(hidden))
         gate, value = hidden.chunk(2, dim=-1)
@@ -101,8 +104,9 @@ def attention(
     value: Float[Tensor, "n heads N d"],
     scale: float,
 ) -> Float[Tensor, "n heads M d"]:
-    """softmax(QKᵀ·scale)·V by the kernel that is quickest here (docs/performance.md)."""
-    jit: Any = torch.jit  # whose traces are checked without gradient: both take the same kernel
+    """softmax(QKᵀ·scale)·V with the fastest kernel for the device (docs/performance.md)."""
+    # torch.jit checks a trace without gradients, so the trace must use the kernel used there.
+    jit: Any = torch.jit
     slopes = torch.is_grad_enabled() and query.device.type == "cpu" and not jit.is_tracing()
     if slopes and (query.dtype == torch.bfloat16 or key.shape[2] <= PLAIN_TOKENS):
         return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
@@ -115,7 +119,7 @@ def prepare(
     key: Float[Tensor, "n heads N d"],
     rotation: Rotation | None,
 ) -> tuple[Float[Tensor, "n heads M d"], Float[Tensor, "n heads N d"]]:
-    """Queries and keys normalized where `attn` does that, then rotated."""
+    """Apply the query and key norms of `attn`, then the rotation, if any."""
     query, key = attn.q_norm(query), attn.k_norm(key)
     if rotation is None:
         return query, key
@@ -126,8 +130,8 @@ def prepare(
 def _rotate(
     x: Float[Tensor, "n heads M d"], rotation: Rotation, num_first: int
 ) -> Float[Tensor, "n heads M d"]:
-    """All but the first `num_first` tokens rotated in the planes of their features i and i + d/2
-    (RoPE, Su et al. 2021): in the rotation's precision, then in that of `x`.
+    """Rotate all but the first `num_first` tokens in the planes of features i and i + d/2 (RoPE, Su
+    et al. 2021). Computed in the precision of `rotation`, returned in that of `x`.
     """
     first, rest = x[:, :, :num_first], x[:, :, num_first:]
     if not rest.shape[2]:
@@ -139,8 +143,8 @@ def _rotate(
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a product with `layer.weight` is all that calling `layer` does: an nn.Linear, not a
-    subclass, with plain parameters and without hooks.
+    """Whether calling `layer` is equivalent to F.linear with its weight and bias: an nn.Linear, not
+    a subclass, with a plain parameter as weight and without hooks.
     """
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not has_hooks(layer)
 
@@ -149,14 +153,14 @@ _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees, or may change, what goes through `module`."""
+    """Whether `module` has hooks, global ones included, or a replaced `forward`."""
     own = any(getattr(module, f"_{name}") for name in _HOOKS) or "forward" in vars(module)
     return own or any(getattr(every_module, f"_global_{name}") for name in _HOOKS)
 
 
 class _ProjectAgain(torch.autograd.Function):
-    """layer(act(x)) that keeps x and makes act(x) once more in the backward pass: a quarter of a
-    block's memory for a fortieth of its time.
+    """layer(act(x)) that saves x and recomputes act(x) in the backward pass: saves a quarter of a
+    block's memory for 1/40 of its time.
     """
 
     @staticmethod

@@ -1,6 +1,4 @@
-"""DINOv3's vision transformer: no position is learned, each turns the queries and keys of its patch
-(RoPE).
-"""
+"""DINOv3's vision transformer: rotary position embedding (RoPE) instead of learned positions."""
 
 from __future__ import annotations
 
@@ -23,10 +21,11 @@ from dino_lite.contracts import Traits, UserError
 from dino_lite.settings.kinds import KeywordsOf, Must, NonNegative, Positive, Size
 from dino_lite.settings.validate import checked
 
-# A range of factors, from 1 / so much to so much.
+# Factors between 1/value and value.
 Factor = Annotated[float, Must("a number of at least 1", lambda factor: factor >= 1)]
 
-_DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there, the others zeros
+# Shared by all DINOv3 ViTs; the qkv biases are missing in the 7B model and zero in most others.
+_DINOV3: dict[str, Any] = {
     "num_registers": 4,
     "init_values": 1e-5,
     "norm_eps": 1e-5,
@@ -36,14 +35,14 @@ _DINOV3: dict[str, Any] = {  # of all its ViTs; those of 7B have no biases there
 
 
 class RoPEViT(Transformer):
-    """DINOv3's ViT (Siméoni et al. 2025, section 3.2) with its forward written out: mask → class
-    token and registers → blocks that turn patches' queries and keys → norm.
+    """DINOv3's ViT (Siméoni et al. 2025, section 3.2) with its own forward pass: mask → class token
+    and registers → blocks with rotated queries and keys of patches → norm.
 
-    `name` is a timm name, or "rope" with `embed_dim`, `depth`, `num_heads` given; `mlp`,
-    `mlp_ratio`, `num_registers`, `init_values`, `norm_eps`, `qkv_bias` and `rope_base` are the
-    named model's, or DINOv3's, where they are not given. Weights have ViT's names; keys have no
-    bias. Any image size that the patch divides is taken. Stochastic depth is ViT's. The student's
-    coordinates are moved in training as RotaryPositions says.
+    `name` is a timm name, or "rope" with `embed_dim`, `depth` and `num_heads`; `mlp`, `mlp_ratio`,
+    `num_registers`, `init_values`, `norm_eps`, `qkv_bias` and `rope_base` default to the named
+    model's or to DINOv3's. Parameter names are those of `ViT`; keys have no bias. Image sides may
+    be any multiple of the patch size. Stochastic depth is as in `ViT`. In training, the student's
+    coordinates are augmented as described in `RotaryPositions`.
     """
 
     kind = "rope"
@@ -73,13 +72,13 @@ class RoPEViT(Transformer):
         model = timm_vit("vit", **sizes, **without, drop_path_rate=drop_path, **made_of)
         if not is_plain(model):
             raise UserError(
-                f"backbone.name={name} with {', '.join(sorted(given))} is no DINOv3 ViT: leave out "
-                "what changes more than its sizes."
+                f"backbone.name={name} with {', '.join(sorted(given))} is not a DINOv3 ViT: change "
+                "only its sizes."
             )
         spec = {"name": name, **sizes, **given}
         uniform = drop_path if drop_path_uniform else None
         super().__init__(model, spec, mask_token, drop_path_by, uniform)
-        for token in (self.cls_token, self.register_tokens):  # timm's have a deviation of 1e-6
+        for token in (self.cls_token, self.register_tokens):  # timm's std is 1e-6
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         if qkv_bias:
@@ -90,11 +89,11 @@ class RoPEViT(Transformer):
 
     @classmethod
     def traits(cls, name: str = "rope", **settings: Any) -> Traits:
-        """Small where it is given by sizes."""
+        """`small` if given by sizes."""
         return Traits(small=name == "rope", names=("rope", "vit_small_patch16_dinov3"))
 
     def disable_noise(self) -> None:
-        """Move no coordinates."""
+        """Switch off the augmentation of coordinates."""
         self.positions.moves = False
 
     def embed(
@@ -106,19 +105,19 @@ class RoPEViT(Transformer):
         return torch.cat([*(t.expand(len(images), -1, -1) for t in first), patches], dim=1), grid
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
-        """How patches' queries and keys are turned in every block of one pass."""
+        """The rotation of patches' queries and keys, the same in every block of a pass."""
         rotation: Rotation = self.positions(grid, self.cls_token)
         return rotation
 
 
 class RotaryPositions(nn.Module):
-    """Places of patches as angles: 2π·coordinate/period, the coordinates of rows and of columns in
-    [−1, 1] whatever the grid, the periods from 1 to nearly `base`.
+    """Patch positions as angles 2π·coordinate/period; row and column coordinates are in [−1, 1] for
+    every grid, periods are geometrically spaced from 1 to just below `base`.
 
-    In training mode coordinates are moved, once a pass, by numbers of the global generator: shifted
-    by up to `shift`, rows and columns stretched by up to `jitter` each, and by up to `rescale`
-    together, as likely as shrunk (DINOv3, "RoPE-box jittering": rescale 2). 0, 1 and 1: not at all;
-    nor where `moves` is false, as in a teacher.
+    In training mode, coordinates are augmented once per pass with draws of the global generator:
+    rows and columns are each shifted by up to ±`shift` and scaled by a factor between 1/`jitter`
+    and `jitter`, then both by one factor between 1/`rescale` and `rescale` (DINOv3, "RoPE-box
+    jittering": rescale 2). 0, 1 and 1 switch this off, as does `moves=False` (teachers).
     """
 
     @checked
@@ -133,15 +132,16 @@ class RotaryPositions(nn.Module):
         super().__init__()
         if width % 4:
             raise UserError(
-                f"backbone.num_heads: heads are {width} wide, and RoPE needs a multiple of 4."
+                f"backbone.num_heads: the width of a head is {width}, but RoPE needs a multiple of "
+                "4: choose another number of heads."
             )
         self.width, self.base = width, base
         self.shift, self.jitter, self.rescale = shift, jitter, rescale
         self.moves = True
 
     def forward(self, grid: tuple[int, int], like: Tensor) -> Rotation:
-        """Sines and cosines for a grid, rows first; on the device of `like`, as precise as it and
-        never below float32, whatever autocast says.
+        """Sines and cosines for the patches of a grid in row-major order, on the device and in the
+        precision of `like`, at least float32 even under autocast.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         axes = [torch.arange(0.5, size, dtype=dtype, device=like.device) / size for size in grid]
@@ -155,8 +155,8 @@ class RotaryPositions(nn.Module):
         return angles.sin(), angles.cos()
 
     def _draw(self) -> Float[Tensor, "2 2"]:
-        """What is added to the two coordinates and what they are then multiplied by; drawn on the
-        host, so that all devices draw the same.
+        """Offsets and factors of the two coordinates; drawn on the CPU, so that the draws do not
+        depend on the device.
         """
         offset, factor = torch.zeros(2, dtype=torch.float32), torch.ones(2, dtype=torch.float32)
         if self.shift:
@@ -169,8 +169,8 @@ class RotaryPositions(nn.Module):
 
 
 class _UnbiasedKeys(nn.Module):
-    """Queries, keys and values at once, with a bias for all but keys. (Softmax ignores a key's bias
-    that does not depend on the place; a turned one does, and DINOv3 masks it.)
+    """A qkv projection with biases for queries and values only. (Softmax is invariant to a bias of
+    keys unless it is rotated by position; DINOv3 masks it.)
     """
 
     def __init__(self, qkv: nn.Linear) -> None:
@@ -182,16 +182,18 @@ class _UnbiasedKeys(nn.Module):
 
     @property
     def bias(self) -> Float[Tensor, "_"]:
-        """With zeros for keys."""
+        """The concatenated bias, zero for keys."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(self, x: Float[Tensor, "n N D"]) -> Float[Tensor, "n N _"]:
-        """As nn.Linear."""
+        """Equivalent to nn.Linear."""
         return F.linear(x, self.weight, self.bias)
 
 
 def sizes_of(name: str) -> dict[str, Any]:
-    """What timm's DINOv3 ViT `name` is made of, in the words of name="rope"; nothing is kept."""
+    """Keywords with which name="rope" has the architecture of timm's DINOv3 ViT `name`. The timm
+    model is built on the meta device.
+    """
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model: Any = timm.create_model(name, num_classes=0)
@@ -199,7 +201,7 @@ def sizes_of(name: str) -> dict[str, Any]:
         raise UserError(f"backbone.name={name} cannot be built: {error}.") from error
     if not is_dinov3(model):
         raise UserError(
-            f"backbone.name={name} is no DINOv3 ViT: choose such a timm name "
+            f"backbone.name={name} is not a DINOv3 ViT: choose the timm name of one "
             '(vit_small_patch16_dinov3), or name="rope" with its sizes.'
         )
     block = model.blocks[0]
@@ -218,7 +220,7 @@ def sizes_of(name: str) -> dict[str, Any]:
 
 
 def is_dinov3(model: Any) -> bool:
-    """True where our forward is that of the timm model."""
+    """Whether RoPEViT's forward pass is equivalent to that of the timm model."""
     rope: Any = getattr(model, "rope", None)
     return (
         isinstance(model, Eva)

@@ -1,4 +1,4 @@
-"""A backbone from its spec, and the proof that its spec rebuilds it."""
+"""Builds a backbone from its spec, and checks that a backbone's spec rebuilds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 
-Trust = Sequence[str] | None  # packages whose code may be imported because a file names it
+Trust = Sequence[str] | None  # packages that may be imported when a file names their code
 _FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (ViT, RoPEViT, ConvNet)}
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
 
@@ -30,26 +30,26 @@ def build_backbone(spec: dict[str, Any], trust: Trust = ()) -> Backbone:
 
 
 def is_trusted(name: str, trust: Trust) -> bool:
-    """Whether `trust` names the package of the dotted `name`, or a parent of it."""
+    """Whether `trust` contains the dotted `name` or one of its parent packages."""
     packages = [trust] if isinstance(trust, str) else trust or ()
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def untrusted(what: str, name: str) -> UserError:
-    """The refusal to import the dotted `name`, which `what` names."""
+    """The error to raise for a dotted `name` in `what` whose package is not trusted."""
     package = name.partition(".")[0]
     return UserError(
-        f"{what} names {name}, which is code of the package {package}: if you trust that package, "
+        f"{what} names {name}, code of the package {package}: if you trust that package, "
         f"allow its import with trust='[{package}]'."
     )
 
 
 def _import(kind: str, trust: Trust) -> type[Backbone]:
-    """The class that `kind`, "module:Class", names."""
+    """The class at `kind`, "module:Class". Raises UserError."""
     module, colon, name = kind.partition(":")
     if not colon:
         known = ", ".join(_FAMILIES)
-        raise UserError(f"kind={kind} of a backbone is unknown: known are {known}, module:Class.")
+        raise UserError(f"unknown backbone kind={kind}: known are {known}, and module:Class.")
     if not is_trusted(module, trust):
         raise untrusted("the backbone", f"{module}.{name}")
     try:
@@ -60,27 +60,27 @@ def _import(kind: str, trust: Trust) -> type[Backbone]:
             "put it on PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Backbone)):
-        raise UserError(f"{kind} is no subclass of dino_lite.contracts.Backbone.")
+        raise UserError(f"{kind} is not a subclass of dino_lite.contracts.Backbone.")
     return found
 
 
 def check_spec(backbone: Any) -> Backbone:
-    """`backbone`, if the class and spec that files keep of it build the same network again; else
-    UserError with the class and the first difference.
+    """Return `backbone` if its class and its spec, as files store them, rebuild the same network;
+    else raise UserError with the class and the first difference.
 
-    The second network has no storage where its class can be built on the meta device. No random
-    number of the caller is drawn.
+    The rebuilt network is on the meta device if its class can be built there. The state of the
+    random number generator is preserved.
     """
     family = type(backbone)
     named = f"{family.__module__}.{family.__qualname__}"
     if not isinstance(backbone, Backbone):
-        raise UserError(f"{named} is no backbone: derive it from dino_lite.contracts.Backbone.")
+        raise UserError(f"{named} is not a backbone: derive it from dino_lite.contracts.Backbone.")
     for name in ("spec", *_SIZES):
         if not hasattr(backbone, name):
             raise UserError(f"{named} has no attribute {name}: every Backbone sets it.")
     if family.kind not in _FAMILIES and _found(family.kind) is not family:
         raise UserError(
-            f"{named} cannot be imported by this name, so that no export could be loaded: define "
+            f"{named} cannot be imported by this name, so its exports could not be loaded: define "
             "the class at the top level of a module."
         )
     try:
@@ -88,20 +88,20 @@ def check_spec(backbone: Any) -> Backbone:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"{named} cannot be built from its own spec ({reason}): spec holds the constructor's "
-            "keywords, as plain JSON."
+            f"{named} cannot be built from its own spec ({reason}): spec must hold the "
+            "constructor's keywords, as plain JSON."
         ) from error
     different = _first_difference(backbone, twin)
     if different is not None:
         raise UserError(
-            f"{named}(**spec) builds another network, {different}: put every keyword that changes "
-            "the network into spec."
+            f"{named}(**spec) builds a different network, {different}: put every keyword that "
+            "changes the network into spec."
         )
     return backbone
 
 
 def _found(kind: str) -> Any:
-    """What "module:Class" names; None where nothing is there."""
+    """The object at "module:Class"; None if it cannot be imported."""
     try:
         return pkgutil.resolve_name(kind)
     except (ImportError, AttributeError, ValueError):
@@ -113,12 +113,12 @@ def _rebuild(family: type[Backbone], spec: dict[str, Any]) -> Backbone:
         try:
             with torch.device("meta"):
                 return family(**spec)
-        except Exception:  # reads values of tensors, which are not there: built with storage
+        except Exception:  # the constructor reads values of tensors, which meta tensors lack
             return family(**spec)
 
 
 def _first_difference(backbone: Backbone, twin: Backbone) -> str | None:
-    """What differs first between names and shapes of two networks, and their sizes."""
+    """The first difference between two networks: names and shapes of weights, then sizes."""
     own, other = ({n: tuple(v.shape) for n, v in b.state_dict().items()} for b in (backbone, twin))
     for name in [*own, *other]:
         if own.get(name) != other.get(name):

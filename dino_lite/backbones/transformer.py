@@ -1,4 +1,4 @@
-"""What all our vision transformers do, wherever their positions come from; and timm's parts."""
+"""Base class of the vision transformers, and how they are built from timm's layers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dino_lite.settings.validate import checked
 
 
 class Transformer(Backbone):
-    """Patches, class token and registers through blocks and a last norm. Abstract: subclasses say
-    how positions are added (`embed`, `rotation`).
+    """Patches, class token and registers → blocks → last norm. Abstract: subclasses define position
+    encoding (`embed`, `rotation`).
 
-    The layers are those of the timm model `model`. `mask_token`: whether there is a learned token
-    in the place of masked patches; it starts at zero. Stochastic depth is the model's, or that of
-    `drop_path_uniform` in every block.
+    Takes the layers of the timm model `model`. With `mask_token`, a learned token (initialized to
+    zero) replaces masked patches. Stochastic depth is the model's, or `drop_path_uniform` in every
+    block.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Transformer(Backbone):
         self.compiled = False
 
     def set_memory(self, memory: Memory, compiled: bool) -> None:
-        """Set what blocks keep for the backward pass, and whether they are compiled."""
+        """Set which activations blocks save (see `run_blocks`), and whether blocks are compiled."""
         self.memory, self.compiled = memory, compiled
 
     def forward(
@@ -71,9 +71,9 @@ class Transformer(Backbone):
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
     ) -> Tokens:
-        """Tokens after the last norm. Patches in `mask` are the mask token's before they get their
-        positions (masked image modeling). With `cls_only` the last block does nothing that only
-        patches and registers need: both come back empty.
+        """Tokens after the last norm. Patches in `mask` are replaced by the mask token before
+        positions are added (masked image modeling). With `cls_only` the last block computes only
+        the class token: patches and registers are empty.
         """
         tokens, grid = self.embed(images, mask)
         rotation = self.rotation(grid)
@@ -87,19 +87,20 @@ class Transformer(Backbone):
         raise NotImplementedError
 
     def rotation(self, grid: tuple[int, int]) -> Rotation | None:
-        """How patches' queries and keys are turned in every block of one pass; None: not at all."""
+        """Rotation of patches' queries and keys in every block of one pass; None: no rotation."""
         return None
 
     def patches(
         self, images: Float[Tensor, "n C H W"], mask: Bool[Tensor, "n P"] | None
     ) -> tuple[Float[Tensor, "n P D"], tuple[int, int]]:
-        """Patches without positions, the mask token in the place of those in `mask`; their grid."""
+        """Patch embeddings without positions, the mask token replacing those in `mask`, and their
+        grid. Raises UserError if the patch size does not divide the image size.
+        """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
                 f"images of {height}x{width} pixels do not divide into patches of "
-                f"{self.patch_size}: "
-                "choose a crop size that is a multiple of backbone.patch_size."
+                f"{self.patch_size}: choose crop sizes that are multiples of backbone.patch_size."
             )
         grid = (height // self.patch_size, width // self.patch_size)
         patches = self.patch_embed(images)
@@ -110,8 +111,8 @@ class Transformer(Backbone):
         return patches, grid
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """Tokens after each of `blocks`, in the order asked for; negative numbers count from the
-        last block.
+        """Tokens after each of `blocks` and the last norm, in the given order; negative numbers
+        count from the last block.
         """
         wanted = [range(len(self.blocks))[i] for i in blocks]
         tokens, grid = self.embed(images)
@@ -124,8 +125,8 @@ class Transformer(Backbone):
         return [found[i] for i in wanted]
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
-        """Softmax attention of the last block, rows sum to one; token 0 is the class token, the
-        next are registers, the last patches.
+        """Softmax attention of the last block; rows sum to one. Tokens in order: class token,
+        registers, patches.
         """
         tokens, grid = self.embed(images)
         rotation = self.rotation(grid)
@@ -169,8 +170,8 @@ def timm_vit(
     init_values: NonNegative | None = None,
     **architecture: Annotated[Any, KeywordsOf(VisionTransformer)],
 ) -> Any:
-    """The timm model whose parts we take, without classifier; `name` is timm's, or "vit" with its
-    sizes.
+    """The timm model, without classifier, that provides the layers. `name` is a timm name, or "vit"
+    with sizes. Raises UserError if timm cannot build it.
     """
     sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {k: v for k, v in (sizes | {"init_values": init_values}).items() if v is not None}
@@ -191,7 +192,7 @@ def timm_vit(
         reason = error if str(error) else type(error).__name__
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
     for part in model.modules():
-        if isinstance(part, GluMlp):  # timm starts half of it near zero, DINOv2 all alike
+        if isinstance(part, GluMlp):  # timm initializes the gate's half near zero, DINOv2 does not
             nn.init.trunc_normal_(part.fc1.weight, std=0.02)
             if part.fc1.bias is not None:
                 nn.init.zeros_(part.fc1.bias)
@@ -199,8 +200,8 @@ def timm_vit(
 
 
 def _swiglu(in_features: int, hidden_features: int, **settings: Any) -> GluMlp:
-    """DINOv2's gated MLP: two thirds of a plain one's width, so that it has as many weights, in
-    whole eights.
+    """DINOv2's gated MLP: two thirds of a plain MLP's width, for an equal number of weights,
+    rounded up to a multiple of 8.
     """
     width = (int(hidden_features * 2 / 3) + 7) // 8 * 8
     settings = settings | {"act_layer": nn.SiLU, "gate_last": False}
@@ -208,8 +209,8 @@ def _swiglu(in_features: int, hidden_features: int, **settings: Any) -> GluMlp:
 
 
 def is_plain(model: Any) -> bool:
-    """True where our forward is the model's own, positions apart: class token, registers, blocks,
-    last norm.
+    """Whether `Transformer`'s forward pass is equivalent to the timm model's, except for positions:
+    class token, registers, blocks, last norm.
     """
     return (
         isinstance(model, VisionTransformer)
@@ -225,7 +226,7 @@ def is_plain(model: Any) -> bool:
 
 
 def _is_plain_block(block: Any) -> bool:
-    """True where `blocks.Block` does what the block's own forward does."""
+    """Whether `blocks.Block` is equivalent to the timm block."""
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     return (
         type(block) is TimmBlock
@@ -240,10 +241,10 @@ def _is_plain_block(block: Any) -> bool:
 
 
 def mlp_of(width: int, hidden: int, gated: bool) -> dict[str, Any]:
-    """Kind and ratio of an MLP of `hidden` numbers between its two layers."""
+    """`timm_vit`'s keywords for an MLP whose second layer has `hidden` inputs."""
     if gated:
-        hidden = -(-hidden * 3 // 2)  # two thirds of it, in whole eights, are left
+        hidden = -(-hidden * 3 // 2)  # `_swiglu` takes two thirds of it, a multiple of 8
     ratio = hidden / width
-    if int(width * ratio) != hidden:  # as timm counts
+    if int(width * ratio) != hidden:  # as timm rounds
         ratio = (hidden + 0.5) / width
     return {"mlp": "swiglu" if gated else "gelu", "mlp_ratio": ratio}

@@ -1,5 +1,5 @@
-"""Vision transformer: timm's parts in our own forward, with the tokens, positions and drop path
-that DINO needs.
+"""Vision transformer: timm's layers in a forward pass of our own, with DINO's tokens, positions and
+drop path.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dino_lite.settings.validate import checked
 
 
 class ViT(Transformer):
-    """A timm vision transformer whose forward is written out: mask → positions → registers → blocks
-    → norm.
+    """A timm vision transformer with its own forward pass: mask → positions → registers → blocks →
+    norm.
 
-    `name` is a timm name, or "vit" with `embed_dim`, `depth`, `num_heads` given; state-dict keys
-    are timm's, which are those of DINO's releases. Any image size that the patch divides is taken:
-    positions are resampled. Stochastic depth `drop_path` grows linearly with depth (DINO, section
-    3.2), unless `drop_path_uniform`, and drops sample by sample or, with `drop_path_by` "batch", a
-    part of the batch, whose work is then saved (DINOv2, section 5). `position_offset` and
-    `position_antialias` are the reference's two ways of resampling positions (0.1 and false in
-    DINO's weights).
+    `name` is a timm name, or "vit" with `embed_dim`, `depth` and `num_heads`; state-dict keys are
+    timm's, which are also those of DINO's releases. Image sides may be any multiple of the patch
+    size: positions are resampled. Stochastic depth `drop_path` grows linearly with depth (DINO,
+    section 3.2) unless `drop_path_uniform`; it drops single samples or, with `drop_path_by`
+    "batch", a part of the batch, which saves its computation (DINOv2, section 5).
+    `position_offset` and `position_antialias` select how the references resample positions (0.1
+    and false for DINO's weights).
 
-    A DINOv2 ViT (sections 4 and 5) has LayerScale (`init_values`), perhaps `num_registers` tokens
-    without positions (Darcet et al. 2023; None: as many as the named model has), an `mlp` of two
-    thirds the width with a gate ("swiglu"), and a `mask_token`, which stands for masked patches.
+    Options of a DINOv2 ViT (sections 4 and 5): LayerScale (`init_values`), `num_registers` tokens
+    without positions (Darcet et al. 2023; None: as in the named model), a gated `mlp` of two thirds
+    the width ("swiglu"), and a `mask_token` that replaces masked patches.
     """
 
     kind = "vit"
@@ -65,7 +65,7 @@ class ViT(Transformer):
         }
         if image_size % patch_size:
             raise UserError(
-                f"backbone: image_size={image_size} is no multiple of patch_size={patch_size}."
+                f"backbone: image_size={image_size} must be a multiple of patch_size={patch_size}."
             )
         sizes: dict[str, Any] = {
             "img_size": image_size,
@@ -76,9 +76,9 @@ class ViT(Transformer):
         self.grid = (image_size // patch_size, image_size // patch_size)
         if not (is_plain(model) and _has_positions(model, self.grid[0] ** 2)):
             raise UserError(
-                f"backbone.name={name} is no plain vision transformer with one class token and "
-                'learned positions; choose such a timm name (vit_small_patch16_224) or name="vit" '
-                "with its sizes, or for a DINOv3 one backbone=rope with this name."
+                f"backbone.name={name} is not a plain vision transformer with one class token and "
+                "learned positions: choose the timm name of one (vit_small_patch16_224), "
+                'name="vit" with its sizes, or, for a DINOv3 model, backbone=rope with this name.'
             )
         uniform = drop_path if drop_path_uniform else None
         super().__init__(model, spec, mask_token, drop_path_by, uniform)
@@ -87,7 +87,7 @@ class ViT(Transformer):
 
     @classmethod
     def traits(cls, name: str = "vit", **settings: Any) -> Traits:
-        """Small where it is given by sizes."""
+        """`small` if given by sizes."""
         return Traits(small=name == "vit", names=("vit", "vit_small_patch16_224"))
 
     def embed(
@@ -103,8 +103,8 @@ class ViT(Transformer):
         return tokens, grid
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"]:
-        """Position embedding for `grid`: the learned one where it fits, else resampled (dino_family
-        notes, A06).
+        """Position embedding for `grid`: the learned one, resampled if its grid differs
+        (dino_family notes, A06).
         """
         if grid == self.grid:
             return self.pos_embed
@@ -115,13 +115,13 @@ class ViT(Transformer):
     def resample(
         self, learned: Float[Tensor, "1 rows columns D"], grid: tuple[int, int]
     ) -> Float[Tensor, "1 P D"]:
-        """A map of position vectors at `grid`, by this backbone's rule (bicubic)."""
+        """Resample a map of position vectors to `grid` by this backbone's rule (bicubic)."""
         cells = learned.permute(0, 3, 1, 2)  # 1 D rows columns
         size: dict[str, Any] = {"size": grid}
         if self.position_offset:
-            # The reference hands bicubic interpolation (cells + 0.1) / cells as scale, and the
-            # scale, not the sizes, places the samples: 11 % rms apart from resampling by size, so
-            # released weights need it.
+            # The reference passes (cells + 0.1) / cells to bicubic interpolation as scale, and
+            # samples are placed by the scale, not by the sizes. The result differs by 11 % rms from
+            # resampling by size, so released weights need it.
             own = cells.shape[-2:]
             size = {
                 "scale_factor": [
@@ -135,14 +135,14 @@ class ViT(Transformer):
 def _with_class_position(
     positions: nn.Parameter, cls_token: nn.Parameter, without: bool
 ) -> nn.Parameter:
-    """Positions "1 1+P D" of a model that has none for its class token: ours is zero there."""
+    """Positions "1 1+P D"; a model without one for its class token (`without`) gets zeros there."""
     if not without:
         return positions
     return nn.Parameter(torch.cat([torch.zeros_like(cls_token), positions.detach()], dim=1))
 
 
 def _has_positions(model: Any, cells: int) -> bool:
-    """True where patches have a learned position each, and registers, if there are any, none."""
+    """Whether each patch has a learned position, and registers, if any, have none."""
     return (
         model.pos_embed is not None
         and model.pos_embed.shape[1] == cells + (not model.no_embed_class)

@@ -1,4 +1,4 @@
-"""Names of a DINOv3 ViT's weights as its hub, timm and Hugging Face write them, in ours."""
+"""Renames the weights of DINOv3 ViTs from the names of its hub, timm and Hugging Face to ours."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 _PERIODS = "rope_embed.periods"
 BASE = 100.0  # of all DINOv3 models
-# What a backbone does without: the norm of local crops in training, heads of EUPE's distillation.
+# Not part of the backbone: the norm of local crops in training, heads of EUPE's distillation.
 _LEFT = ("local_cls_norm.", "projectors.")
 
 
 class Renamed(NamedTuple):
-    """Weights by our names, the names of what a backbone does without, and whose they were."""
+    """Weights by our names, and whose names they had."""
 
     owner: str
     weights: dict[str, Tensor]
-    left: list[str]
-    num_heads: int | None  # as RoPE's periods tell it
+    left: list[str]  # original names of what is not part of the backbone
+    num_heads: int | None  # derived from RoPE's periods, if any
 
 
 def rename(own: dict[str, Tensor]) -> Renamed | None:
-    """A DINOv3's weights by our names; None where these are no DINOv3's."""
+    """The weights of a DINOv3 ViT by our names; None if they are of another model."""
     if "pos_embed" in own:
         return None
     if any(".attention.o_proj." in name for name in own):
@@ -37,7 +37,7 @@ def rename(own: dict[str, Tensor]) -> Renamed | None:
 
 
 def _from_hub(own: dict[str, Tensor]) -> Renamed:
-    """DINOv3's own: the bias of keys is there and masked, gate and value lie apart."""
+    """DINOv3's hub: keys have a (masked) bias, gate and value of the MLP are separate layers."""
     weights: dict[str, Tensor] = {}
     left, periods = [], own.get(_PERIODS)
     for name, value in own.items():
@@ -49,7 +49,7 @@ def _from_hub(own: dict[str, Tensor]) -> Renamed:
             weights |= {f"{name[:-4]}q_bias": query, f"{name[:-4]}v_bias": bias}
             mask = own.get(f"{name}_mask")
             if (key if mask is None else key * mask.chunk(3)[1]).any():
-                weights[f"{name[:-4]}k_bias"] = key  # a name that nobody has: the fit refuses it
+                weights[f"{name[:-4]}k_bias"] = key  # no backbone has it, so loading will fail
         else:
             weights["register_tokens" if name == "storage_tokens" else name] = value
     num_heads = None if periods is None else own["cls_token"].shape[-1] // (4 * len(periods))
@@ -57,13 +57,13 @@ def _from_hub(own: dict[str, Tensor]) -> Renamed:
 
 
 def _is_usual(periods: Tensor) -> bool:
-    """True for RoPE's periods of base 100, as bfloat16 rounds them or better."""
+    """Whether `periods` are RoPE's for base 100, up to the rounding of bfloat16."""
     usual = BASE ** (torch.arange(len(periods)) / len(periods))
     return torch.allclose(periods.float(), usual, rtol=2**-7)
 
 
 def _from_timm(own: dict[str, Tensor]) -> Renamed:
-    """timm's Eva: biases beside their product, scales beside their halves of a block."""
+    """timm's Eva: biases are parameters of the attention, scales (gamma_1) of the block."""
     weights = {}
     for name, value in own.items():
         name = re.sub(r"\.attn\.([qv]_bias)$", r".attn.qkv.\1", name)
@@ -82,7 +82,7 @@ _HF_NAMES = (
 
 
 def _from_hugging_face(own: dict[str, Tensor]) -> Renamed:
-    """transformers' DINOv3ViTModel: queries, keys and values lie apart."""
+    """transformers' DINOv3ViTModel: queries, keys and values are separate layers."""
     weights: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for name, value in own.items():
@@ -94,7 +94,7 @@ def _from_hugging_face(own: dict[str, Tensor]) -> Renamed:
             weights[name] = value
         elif part[3] == "weight":
             apart.setdefault(f"{part[1]}.attn.qkv.weight", {})[part[2]] = value
-        elif part[2] != "k" or value.any():  # a key's bias: see _from_hub
+        elif part[2] != "k" or value.any():  # as in _from_hub
             weights[f"{part[1]}.attn.qkv.{part[2]}_bias"] = value
     for name, parts in apart.items():
         if len(parts) == 3:
@@ -106,7 +106,7 @@ def _from_hugging_face(own: dict[str, Tensor]) -> Renamed:
 
 
 def _gated(weights: dict[str, Tensor], gate: str, value: str, out: str) -> dict[str, Tensor]:
-    """The layers of an MLP by our names, gate and value, where there are both, in one."""
+    """Rename an MLP's layers to ours; gate and value, if it has both, are concatenated."""
     found: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         stem, mlp, rest = name.partition(".mlp.")

@@ -1,4 +1,4 @@
-"""Names of a transformer's weights as other programs write them, in ours; and what shapes tell."""
+"""Renames the weights of foreign transformers to ours, and reads a spec from their shapes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ LOOKED_FOR = (
     "looked for a class token and blocks as dino_lite, DINO, DINOv2, DINOv3, timm and Hugging Face "
     "name them, under any prefix"
 )
-STEM = "patch_embed.proj.weight"  # "D C p p": the one weight that knows the images' channels
+STEM = "patch_embed.proj.weight"  # "D C p p": the only weight that depends on image channels
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"teacher|(?:^|[._])ema[._]")
-_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and G (Zhai et al. 2022); others: 64 a head
+# Heads by width of ViT-H, g and G (Zhai et al. 2022); others have heads of width 64.
+_HEADS = {1280: 16, 1408: 16, 1664: 16}
 
 
 class Layout(NamedTuple):
-    """Whose names they are, and what their owner does that no shape tells: how positions are
-    resampled, what norms add to the variance (None: 1e-6), that there are none but RoPE.
+    """Whose names the weights have, and what cannot be read from shapes: how positions are
+    resampled, the epsilon of norms (None: 1e-6), whether positions are RoPE's.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Layout(NamedTuple):
     rope: bool = False
 
 
-# The offset and the antialiasing are dino_family's 1A.7 and 1B.5; by size: 0.
+# For offset and antialiasing see dino_family, 1A.7 and 1B.5; an offset of 0 resamples by size.
 DINO = Layout("DINO", 0.1, False)
 DINOV2 = Layout("DINOv2", 0.1, False)
 DINOV2_REGISTERS = Layout("DINOv2 with registers", 0.0, True)
@@ -48,27 +49,27 @@ HF_DINOV2_REGISTERS = Layout("Hugging Face Dinov2 with registers", 0.0, True)
 
 
 class Found(NamedTuple):
-    """A backbone in a file: its weights by our names, and the file's names that were not taken."""
+    """A backbone found in a file: its weights by our names."""
 
     layout: Layout
     prefix: str
     weights: dict[str, Tensor]
-    unused: list[str]
-    adapted: list[str]  # of ours, those whose values are not the file's as they stand
-    num_heads: int | None = None  # where it is told by more than the width
+    unused: list[str]  # the file's names that are not part of the backbone
+    adapted: list[str]  # our names of weights whose values differ from the file's
+    num_heads: int | None = None  # if known from more than the width
 
 
 def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | None:
-    """The backbone in `tensors`, the teacher's where there are several; None where there is none.
+    """The backbone in `tensors` (the teacher's if there are several), or None.
 
-    `about` is what config.json says. Weights of other tasks are unused; a name that nobody knows
-    stays as it is, for the fit to refuse.
+    `about` is the content of config.json. Heads for other tasks are unused; unknown names are kept,
+    so that loading them fails.
     """
     names = {name: _WRAPPERS.sub("", name) for name in tensors}
     anchors = [name.removesuffix("cls_token") for name in names.values() if _is_anchor(name)]
     if not anchors:
         return None
-    prefix = min(anchors, key=lambda name: not _AVERAGED.search(name))  # else the file's first
+    prefix = min(anchors, key=lambda name: not _AVERAGED.search(name))  # the teacher's, or first
     hugging_face = prefix.endswith("embeddings.")
     prefix = prefix.removesuffix("embeddings.")
     own = {
@@ -92,7 +93,8 @@ def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | 
         weights, layout = _from_plain(own), _plain_layout(own, unused, about)
     positions = weights.get("pos_embed")
     if positions is not None and isqrt(positions.shape[1]) ** 2 == positions.shape[1] > 1:
-        none = torch.zeros_like(weights["cls_token"])  # timm's registers and DeiT III
+        # No position for the class token: timm's ViTs with registers, DeiT III.
+        none = torch.zeros_like(weights["cls_token"])
         weights["pos_embed"] = torch.cat([none, positions], dim=1)
     if "mask_token" in weights and weights["mask_token"].ndim > 2:
         weights["mask_token"] = weights["mask_token"].reshape(1, -1)
@@ -107,10 +109,10 @@ def _is_anchor(name: str) -> bool:
 
 
 def _from_plain(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINO's, DINOv2's, timm's and our own names, which are almost the same."""
+    """The names of DINO, DINOv2, timm and dino_lite, which are almost identical."""
     weights = {}
     for name, value in own.items():
-        # DINOv2 keeps blocks in chunks for FSDP; the second number counts through.
+        # DINOv2 groups blocks in chunks for FSDP; the second number is the index over all chunks.
         name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
         name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         weights["register_tokens" if name == "reg_token" else name] = value
@@ -118,8 +120,8 @@ def _from_plain(own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain_layout(own: dict[str, Tensor], unused: list[str], about: dict[str, Any]) -> Layout:
-    """Whose: timm's are those without a class position, without DINOv2's mask token, or with a
-    classifier; the rest is DINO's, whose names timm's backbones alone share.
+    """Distinguish DINOv2 (registers, mask token or SwiGLU), timm (config.json of timm, classifier,
+    LayerScale, or no class position) and DINO (all others; timm's names are the same).
     """
     if "register_tokens" in own:
         return DINOV2_REGISTERS
@@ -155,7 +157,7 @@ _HF_BLOCK = (
 
 
 def _from_hugging_face(own: dict[str, Tensor]) -> tuple[dict[str, Tensor], Layout]:
-    """Hugging Face's names: queries, keys and values lie apart."""
+    """Hugging Face's names: queries, keys and values are separate layers."""
     weights: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for name, value in own.items():
@@ -185,17 +187,18 @@ def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -> dict[str, Any]:
-    """The backbone's spec as its shapes tell it, then `about` (Hugging Face's words), then
-    `overrides`. `asked` begins a message: "checkpoint=FILE".
+    """The spec of a backbone from the shapes of its weights, `about` (keys of Hugging Face's
+    config.json), and `overrides`; later ones take precedence. `asked` is the prefix of messages:
+    "checkpoint=FILE". Raises UserError.
     """
     weights, layout, first = found.weights, found.layout, "blocks.0."
     needed = [STEM, f"{first}attn.qkv.weight", f"{first}mlp.fc2.weight", "norm.weight"]
     missing = [n for n in ([] if layout.rope else ["pos_embed"]) + needed if n not in weights]
     if missing:
         raise UserError(
-            f"{asked} has a class token but lacks {' and '.join(missing)} (as {layout.name} names "
-            "them): only plain ViTs with learned positions and a last norm, and DINOv3's, can be "
-            "opened."
+            f"{asked} has a class token but lacks {' and '.join(missing)} (in {layout.name}'s "
+            "layout): only plain ViTs with learned positions and a last norm, and DINOv3 ViTs, can "
+            "be opened."
         )
     width, (hidden, gated) = weights["cls_token"].shape[-1], _mlp_shape(weights)
     cells = 0 if layout.rope else weights["pos_embed"].shape[1] - 1
@@ -220,7 +223,7 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
     if layout.rope:
         base = about.get("rope_theta", DINOV3_BASE)
         spec |= {"kind": "rope", "name": "rope", "rope_base": base}
-        spec["init_values"] = float(scaled)  # None would be DINOv3's
+        spec["init_values"] = float(scaled)  # None would mean DINOv3's default
     else:
         spec |= {
             "image_size": isqrt(cells) * patch,
@@ -233,21 +236,21 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
 def _check_architecture(
     weights: dict[str, Tensor], about: dict[str, Any], asked: str, cells: int, usual: str
 ) -> None:
-    """Refuse what is said of other weights, and what our transformers cannot be; `usual` is the
-    activation they have.
+    """Raise UserError if `about` contradicts the weights, or our transformers do not support the
+    architecture; `usual` is their activation.
     """
     width, patch = weights["cls_token"].shape[-1], weights[STEM].shape[-2:]
     for word in ("hidden_size", "embed_dim"):
         if about.get(word, width) != width:
             raise UserError(
-                f"{asked} is {width} wide, but what is written beside it says {word}="
+                f"{asked} has a width of {width}, but the JSON file next to it has {word}="
                 f"{about[word]}: it belongs to other weights; remove it."
             )
     act = about.get("hidden_act", usual)
     if isqrt(cells) ** 2 != cells or patch[0] != patch[1] or act != usual:
         raise UserError(
-            f"{asked} is no ViT of square patches in a square grid with {usual} ({cells} positions,"
-            f" patches of {tuple(patch)}, {act}), and others cannot be opened."
+            f"{asked} is not a ViT with {usual}, square patches and a square grid ({cells} "
+            f"positions, patches of {tuple(patch)}, {act}), and others cannot be opened."
         )
 
 
@@ -257,13 +260,13 @@ def _num_heads(found: Found, about: dict[str, Any], asked: str) -> int:
     told = about.get("num_attention_heads") or found.num_heads or usual.get(width)
     if (told is None and width % 64) or not isinstance(told, int | None):
         raise UserError(
-            f"{asked}: how many heads a width of {width} has cannot be told from the weights; "
-            'write {"num_attention_heads": N} into NAME.json beside the file NAME.'
+            f"{asked}: the number of heads for a width of {width} cannot be derived from the "
+            'weights; write {"num_attention_heads": N} into NAME.json next to the file NAME.'
         )
     return int(told or width // 64)
 
 
 def _mlp_shape(weights: dict[str, Tensor]) -> tuple[int, bool]:
-    """Numbers between an MLP's two layers, and whether as many more gate them."""
+    """Inputs of an MLP's second layer, and whether the MLP is gated."""
     hidden, first = weights["blocks.0.mlp.fc2.weight"].shape[1], "blocks.0.mlp.fc1.weight"
     return hidden, first in weights and weights[first].shape[0] == 2 * hidden

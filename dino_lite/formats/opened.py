@@ -1,4 +1,4 @@
-"""A backbone that was read from somewhere, and what is known about it."""
+"""A loaded backbone and its metadata."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from dino_lite.contracts import Backbone
 
 
 class Fit(NamedTuple):
-    """How a file's weights filled a backbone: whose names they have, how many there are, and the
-    names in the file that were left unused, and of those that had to be adapted.
-    """
+    """How a file's weights were loaded into a backbone."""
 
-    layout: str
+    layout: str  # whose names the file has
     num_weights: int
-    unused: list[str]
-    adapted: list[str]
+    unused: list[str]  # the file's names
+    adapted: list[str]  # our names of weights whose values had to be adapted
 
     def notes(self, spec: dict[str, Any]) -> tuple[str, ...]:
-        """Sentences: what matched, what did not, and the `spec` that was read from the shapes."""
+        """One clause each on what matched, the `spec`, and what was unused or adapted."""
         notes = [
-            f"weights in {self.layout}'s layout: all {self.num_weights} of the backbone are there",
+            f"all {self.num_weights} weights loaded, from {self.layout}'s layout",
             "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
         ]
         if self.unused:
@@ -33,11 +31,11 @@ class Fit(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A backbone in eval mode on the CPU, and how to use it.
+    """A backbone in eval mode on the CPU, with its metadata.
 
-    `mean` and `std` normalize pixels in [0, 1], one value per channel. `card` is plain JSON that
-    says what trained it. `data` is the data configuration of its run, `fit` how foreign weights
-    matched; each is None where it does not apply.
+    `mean` and `std` normalize pixels in [0, 1], one value per channel. `card` is plain JSON about
+    its training. `data` is the data configuration of its run, `fit` how foreign weights matched;
+    None if not applicable.
     """
 
     backbone: Backbone
@@ -50,12 +48,12 @@ class Opened(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about how foreign weights matched."""
+        """How foreign weights matched, one clause each."""
         return () if self.fit is None else self.fit.notes(self.backbone.spec)
 
 
 def _summary(names: list[str], num_parts: int) -> str:
-    """The first parts of names, without their last and with * for blocks' numbers, counted."""
+    """Counts of names, grouped by their first `num_parts` parts with * for block numbers."""
     split = [re.sub(r"\.\d+(?=\.)", ".*", name).split(".") for name in names]
     short = Counter(".".join(parts[:-1][:num_parts]) or parts[0] for parts in split)
     kinds = sorted(short.items(), key=lambda kind: -kind[1])

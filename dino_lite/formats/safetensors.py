@@ -1,4 +1,4 @@
-"""A backbone as two files, model.safetensors and config.json, and back without Hydra or a run."""
+"""Exports a backbone to model.safetensors and config.json, and loads it without Hydra or a run."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def export_safetensors(
 ) -> dict[str, Any]:
     """Write the backbone to `directory`, load it from there, and compare the tokens of `images`.
 
-    `images` are normalized floats, `card` (plain JSON) tells what trained it. Returns "directory",
-    "files" and "largest_difference"; raises RuntimeError where that is above 1e-5, since then the
-    files are not this backbone.
+    `images` are normalized floats; `card` (plain JSON) describes its training. Returns "directory",
+    "files" and "largest_difference". Raises RuntimeError if that exceeds 1e-5, and UserError if the
+    folder cannot be written.
     """
     directory = Path(directory).expanduser()
     # safetensors refuses tensors that share storage or are not contiguous
@@ -74,7 +74,7 @@ def export_safetensors(
     difference = largest_difference(backbone, again, images)
     if not difference <= _LARGEST_DIFFERENCE:
         raise RuntimeError(
-            f"the backbone loaded from {directory} differs by {difference:.2e} from that in memory"
+            f"the backbone loaded from {directory} differs by {difference:.2e} from the original"
         )
     return {
         "directory": str(directory),
@@ -84,7 +84,7 @@ def export_safetensors(
 
 
 def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
-    """The backbone that `export_safetensors` wrote, and what config.json says about it."""
+    """The backbone that `export_safetensors` wrote, with its metadata from config.json."""
     about = read_config(directory)
     mean, std = tuple(about["mean"]), tuple(about["std"])
     backbone, card = load_backbone(directory, trust), about.get("card") or {}
@@ -92,11 +92,10 @@ def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
 
 
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
-    """The backbone that `export_safetensors` wrote, in eval mode, on the CPU, precise as saved.
+    """The backbone that `export_safetensors` wrote: in eval mode, on the CPU, with saved dtypes.
 
-    Where its class is of another package than dino_lite, that package is imported only if `trust`
-    names it: importing runs its code. Raises UserError where that or anything else is wrong with
-    the folder.
+    If its class belongs to a package other than dino_lite, that package is imported, which runs its
+    code, only if `trust` names it. Raises UserError if it does not, or if the folder is invalid.
     """
     directory = Path(directory).expanduser()
     config = read_config(directory)
@@ -116,14 +115,14 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
         ) from error
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} does not fit the backbone that {CONFIG} beside it describes: "
+            f"{path} does not fit the backbone that {CONFIG} next to it describes: "
             "export both again, together."
         ) from error
     return backbone.eval()
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """What stands in the export's config.json: spec, sizes, mean, std and the card."""
+    """The content of an export's config.json: spec, sizes, mean, std and the card."""
     directory = Path(directory).expanduser()
     path = directory / CONFIG
     if not directory.is_dir():
@@ -151,7 +150,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def largest_difference(
     first: Backbone, second: Backbone, images: Float[Tensor, "n C H W"]
 ) -> float:
-    """Largest absolute difference of any token between two backbones given the same images."""
+    """Largest absolute difference between the tokens of two backbones for the same images."""
     device = next(first.parameters()).device
     one, two = (_tokens(network, images, device) for network in (first, second))
     pairs = zip(one, two, strict=True)
@@ -161,14 +160,14 @@ def largest_difference(
 def _tokens(
     backbone: Backbone, images: Float[Tensor, "n C H W"], device: torch.device
 ) -> list[Tensor]:
-    backbone = copy.deepcopy(backbone).eval().to(device)  # the given one keeps its mode and place
+    backbone = copy.deepcopy(backbone).eval().to(device)  # the original keeps its mode and device
     with torch.inference_mode():
         tokens = backbone(images.to(device, next(backbone.parameters()).dtype))
     return [part.cpu() for part in tokens[:3] if part is not None]  # cls, patches, registers
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place at once."""
+    """Write a file atomically: `write` fills a temporary file, which then replaces `path`."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)

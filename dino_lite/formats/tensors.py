@@ -1,4 +1,4 @@
-"""Tensors of a file, whoever wrote it, and what is told beside it: nothing is unpickled freely."""
+"""Reads the tensors of a file and its JSON metadata, without unpickling arbitrary objects."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dino_lite.contracts import UserError
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what a folder's file is called
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights file in a folder
 
 
 def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str, Tensor]:
     """All tensors of a .safetensors file, a torch file or a folder with one, by dotted name.
 
-    `key` is what the user set to `path`, for messages. A torch file may hold dictionaries of
-    tensors in one another, numbers, and the argparse.Namespace of DINO's training checkpoints.
+    `key` is the setting whose value is `path`, for messages. A torch file may contain nested
+    dictionaries of tensors, plain values, and the argparse.Namespace of DINO's training
+    checkpoints. Raises UserError.
     """
     file = weights_file(path)
     if not file.is_file():
@@ -35,13 +36,13 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
     except Exception as error:
         raise UserError(
             f"{key}={path} cannot be read as weights ({type(error).__name__}): it is damaged, or "
-            "not a .safetensors file nor one that torch.save made of tensors and plain values."
+            "neither a .safetensors file nor a torch.save file of tensors and plain values."
         ) from error
     return dict(_flat(content))
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file itself, or the one that holds the weights of a folder."""
+    """`path`, or the weights file in it if it is a folder."""
     file = Path(path).expanduser()
     if not file.is_dir():
         return file
@@ -50,8 +51,8 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_about(file: Path) -> dict[str, Any]:
-    """What is said of `file`: by config.json and preprocessor_config.json beside a file that is
-    called as they are in a folder of their own, by NAME.json beside any other.
+    """Metadata of `file`: the contents of config.json and preprocessor_config.json next to it if it
+    has one of the names `WEIGHTS`, else of NAME.json next to it.
     """
     about: dict[str, Any] = {}
     names = ("preprocessor_config.json", "config.json")
@@ -59,13 +60,13 @@ def read_about(file: Path) -> dict[str, Any]:
         try:
             content = json.loads((file.parent / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # not there, or somebody else's
+            continue  # missing, or not JSON
         about |= content if isinstance(content, dict) else {}
     return about
 
 
 def _flat(content: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    """Tensors in dictionaries in dictionaries; what is numbered (an optimizer's state) is left."""
+    """Tensors in nested dictionaries; entries with integer keys (optimizer state) are skipped."""
     if isinstance(content, Tensor) and prefix:
         return [(prefix[:-1], content)]
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Backbone weights from a file: whose they are is seen from their names, and all must fit."""
+"""Loads backbone weights from a file: the layout is detected from names, and all must fit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
-    """Fill `backbone` with the weights in `path`, strictly; another task's are left unused.
+    """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
-    A position embedding of another grid is resampled by the backbone's own rule; a first
-    convolution of RGB is adapted to other channels as timm does it. Anything else that does not fit
-    is refused: half-loaded weights are the worst kind.
+    A position embedding of another grid is resampled by the backbone's own rule; a patch embedding
+    of RGB images is adapted to other channels as in timm. Raises UserError if anything else does
+    not fit: no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
     if not isinstance(backbone, Transformer):
@@ -41,13 +41,14 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
 def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
     """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
 
-    Its architecture is read from shapes and from config.json beside the file; `overrides` (a
-    spec's keywords) say what neither tells. `key` is what the user set to `path`, for messages.
+    Its architecture is derived from shapes and from config.json next to the file; `overrides` are
+    keywords of the spec that take precedence. `key` is the setting whose value is `path`, for
+    messages. Raises UserError.
     """
     asked, file = f"{key}={path}", weights_file(path)
     tensors, about = read_tensors(path, key), read_about(file)
     found = _find(tensors, about, asked)
-    if found.prefix.startswith("state_dict.method."):  # ours: sizes and switches are the run's
+    if found.prefix.startswith("state_dict.method."):  # our checkpoint: the spec is in its run
         raise UserError(
             f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
         )
@@ -57,7 +58,10 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
 
 
 def open_timm(name: str) -> Opened:
-    """The timm model `name` with its published weights, downloaded unless the cache has them."""
+    """The timm model `name` with its published weights, downloaded unless cached.
+
+    Raises UserError if it does not exist, is unsupported or cannot be downloaded.
+    """
     asked = f"checkpoint=timm:{name}"
     try:
         told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
@@ -67,15 +71,15 @@ def open_timm(name: str) -> Opened:
         raise UserError(f"{asked}: timm has no such model: {error}.") from error
     stem: Any = getattr(model, "patch_embed", None)
     if not hasattr(stem, "patch_size"):
-        raise UserError(f"{asked} is no vision transformer, and others cannot be opened.")
+        raise UserError(f"{asked} is not a vision transformer, and others cannot be opened.")
     about = told.to_dict()
     own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
     spec = {"name": name, "patch_size": stem.patch_size[0], **own}
-    _empty(spec)  # refuses what is not ours before anything is downloaded
+    _empty(spec)  # raises UserError for unsupported models before downloading
     try:
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # of the network, the hub, its cache, or for want of weights
+    except Exception as error:  # from the network, the hub, its cache, or missing weights
         raise UserError(
             f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
             "this model no published weights?"
@@ -93,13 +97,13 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 
 def _empty(spec: dict[str, Any]) -> Transformer:
-    """The backbone of a spec without values; no random number is drawn."""
+    """The backbone of a spec on the meta device; the random state is preserved."""
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         backbone = build_backbone(spec)
     if not isinstance(backbone, Transformer):
         raise UserError(
-            f"a {type(backbone).__name__} cannot be opened by its file of weights alone: name the "
+            f"a {type(backbone).__name__} cannot be opened from its weights file alone: give the "
             "exported folder."
         )
     return backbone
@@ -122,8 +126,8 @@ def _open(
 
 
 def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
-    """Pixels a side that the weights were made for: the size of their positions where they have
-    some, else what is told, else DINOv3's 16 patches.
+    """Pixels per side for which the weights were trained: from learned positions if any, else from
+    `about`, else 16 patches as in DINOv3.
     """
     told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
     size = int(backbone.spec.get("image_size") or told)
@@ -131,12 +135,14 @@ def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
 
 
 def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
-    """Load what was found, adapted to channels and grid; all of it and nothing else, or nothing."""
+    """Load the weights of `found`, adapted to channels and grid, or raise UserError if any weight
+    is missing, unknown or of another shape.
+    """
     own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.unused)
     if "mask_token" not in own and weights.pop("mask_token", None) is not None:
         unused.append("mask_token")
     for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
-        if not weights[name].any():  # of most DINOv3 models: they are there, and zero
+        if not weights[name].any():  # most DINOv3 models have biases that are zero
             del weights[name]
             unused.append(name)
     if "pos_embed" in weights and isinstance(backbone, ViT):
@@ -165,8 +171,8 @@ def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
 
 
 def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
-    """The first convolution for `in_chans` channels: of RGB's weights the sum, for a gray image is
-    one repeated, or RGB's in turn, scaled so that as much comes out.
+    """Adapt the patch embedding from RGB to `in_chans` channels: the sum of RGB's weights for one
+    channel, else RGB's weights repeated and scaled by 3 / `in_chans`.
     """
     found = learned.shape[1] if learned.ndim == 4 else in_chans
     if found == in_chans:
@@ -181,7 +187,7 @@ def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
 
 
 def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
-    """Resample a [1, 1+cells, D] position embedding of a square grid to the backbone's grid."""
+    """Resample a position embedding "1 1+cells D" of a square grid to the backbone's grid."""
     cells = round((learned.shape[1] - 1) ** 0.5)
     if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:
         return learned
@@ -191,7 +197,7 @@ def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
 
 
 def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ...]]:
-    """Mean and std as our, timm's or Hugging Face's files say, else ImageNet's."""
+    """Mean and std from `about` (our, timm's or Hugging Face's keys), else ImageNet's."""
     about = about | (about.get("pretrained_cfg") or {})
     found = []
     for names, usual in ((("mean", "image_mean"), _MEAN), (("std", "image_std"), _STD)):

@@ -1,4 +1,4 @@
-"""SimDINO: crops of an image agree, and the coding rate keeps images apart. No prototypes."""
+"""SimDINO: alignment of an image's crops, and a coding rate that spreads images. No prototypes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dino_lite.settings.validate import checked
 
 
 def alignment(z: Float[Tensor, "S n E"], targets: Targets) -> Float[Tensor, ""]:
-    """Σ_n weight_n Σ_ts pairs_ts·½‖z_s − z_t‖²: of unit rows 1 − cosine. In at least float32.
+    """Σ_n weight_n Σ_ts pairs_ts·½‖z_s − z_t‖², where ½‖z_s − z_t‖² of unit rows is 1 − cosine.
+    Computed in at least float32.
 
-    Multiplied out, ½a_s‖z_s‖² + ½Σ_t pairs_ts‖z_t‖² − ⟨z_s, Σ_t pairs_ts·z_t⟩ with
-    a_s = Σ_t pairs_ts, so that no "T S n E" is held.
+    Expanded to ½a_s‖z_s‖² + ½Σ_t pairs_ts‖z_t‖² − ⟨z_s, Σ_t pairs_ts·z_t⟩ with a_s = Σ_t pairs_ts,
+    which avoids a "T S n E" tensor.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     ours, theirs = z.to(wide), targets.z.to(wide)
@@ -33,12 +34,12 @@ def alignment(z: Float[Tensor, "S n E"], targets: Targets) -> Float[Tensor, ""]:
 
 
 def coding_rate(z: Float[Tensor, "*crops n E"], eps: float) -> Float[Tensor, "*crops"]:
-    """R_ε = ½·logdet(I + E/(n·ε²)·ZᵀZ) of the n rows of each Z, in nats and at least float32.
+    """R_ε = ½·logdet(I + E/(n·ε²)·ZᵀZ) of the n rows of each Z, in nats, in at least float32.
 
-    About how many nats the rows take when each is told within a distance of ε; largest where their
-    directions are spread evenly (Yu et al. 2020, arXiv 2006.08558, section 2.1). Rows are not
-    centered. From the smaller of ZᵀZ and ZZᵀ, whose determinants are the same; not a number where
-    that matrix is beyond the precision (ε of 1e-3 and less in float32).
+    Approximates the nats needed to encode the rows up to an error of ε; largest if their directions
+    are spread evenly (Yu et al. 2020, arXiv 2006.08558, section 2.1). Rows are not centered.
+    Computed from the smaller of ZᵀZ and ZZᵀ, which give the same determinant; NaN if that matrix is
+    too ill-conditioned for the precision (ε ≤ 1e-3 in float32).
     """
     num, width = z.shape[-2:]
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -46,35 +47,35 @@ def coding_rate(z: Float[Tensor, "*crops n E"], eps: float) -> Float[Tensor, "*c
         rows = z.to(wide) * (math.sqrt(width / num) / eps)
         gram = rows.mT @ rows if width < num else rows @ rows.mT
         unit = torch.eye(min(num, width), dtype=wide, device=z.device)
-        factor, failed = torch.linalg.cholesky_ex(gram + unit)  # asks no device to wait
+        factor, failed = torch.linalg.cholesky_ex(gram + unit)  # does not synchronize
         half: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return half.masked_fill(failed > 0, math.nan)
 
 
 def rate_scale(num: int, width: int, eps: float) -> float:
-    """ε·√(n / (E·min(n, E))): the rate times this has a gradient by its n rows of at most ½.
+    """ε·√(n / (E·min(n, E))): scaled by this, the rate of n rows has a gradient norm of at most ½.
 
-    A singular value σ of Z has the slope aσ/(1 + aσ²) ≤ √a/2 with a = E/(n·ε²), and Z has
-    min(n, E) of them.
+    The derivative by a singular value σ of Z is aσ/(1 + aσ²) ≤ √a/2 with a = E/(n·ε²), and Z has
+    min(n, E) singular values.
     """
     return eps * math.sqrt(num / (width * min(num, width)))
 
 
 class CodingRateLoss(Loss):
-    """Adapter: alignment of the Match called `reads`, less `gamma` times the scaled coding rate of
-    the student's crops that are the teacher's too.
+    """Adapter: alignment of the Match named `reads`, minus `gamma` times the scaled coding rate of
+    the student's global crops.
 
-    A rate is that of one crop of `num_images` images, as they lie in the batch (fewer at its end);
-    rates are averaged over crops and, by the images' weights, over groups. So ranks and micro-
-    batches change nothing where they hold whole groups. Groups should be smaller than the
-    bottleneck is wide: else the rate asks for noise along every axis, and crops no longer agree.
-    `gamma=0` is alignment alone: SimDINOv2's masked patches.
+    A rate is computed for each crop of each group of `num_images` consecutive images (the last
+    group may be smaller); rates are averaged over crops and, by the images' weights, over groups.
+    Hence ranks and micro-batches do not affect the result if they contain whole groups. Groups
+    should be smaller than the bottleneck width: otherwise the rate favors noise along every axis at
+    the expense of alignment. `gamma=0` is alignment only, as for SimDINOv2's masked patches.
 
-    Source: SimDINO (Wu et al. 2025, arXiv 2502.10385): squared distances in place of the
-    cross-entropy, and the rate of the class token alone. From its authors' README and answers:
-    ε = 0.05 (0.05 to 1 made little difference) and a coefficient of 1, no centering, the rate of
-    each GPU's 64 images. Ours, as the paper's text was not at hand: a rate for each global crop,
-    and `rate_scale`.
+    Source: SimDINO (Wu et al. 2025, arXiv 2502.10385): squared distances instead of the
+    cross-entropy, and the coding rate of class tokens only. From its authors' README and answers:
+    ε = 0.05 (0.05 to 1 made little difference), a coefficient of 1, no centering, the rate of each
+    GPU's 64 images. Ours, as the paper's text was not available: a rate per global crop, and
+    `rate_scale`.
     """
 
     @checked
@@ -84,14 +85,14 @@ class CodingRateLoss(Loss):
         weight: Schedule,
         gamma: NonNegative = 1.0,
         eps: Positive = 0.05,
-        num_images: Annotated[int, whole(2)] = 64,  # one image alone has no rate
+        num_images: Annotated[int, whole(2)] = 64,  # a single image has no meaningful rate
     ) -> None:
         self.reads, self.weight = reads, weight
         self.gamma, self.eps, self.num_images = gamma, eps, num_images
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Whether micro-batches change the result: alignment alone is a sum over images."""
+        """True with the coding rate; alignment alone is a sum over images."""
         return bool(settings["gamma"] != 0)
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:

@@ -1,5 +1,5 @@
-"""Gram anchoring: how patches resemble each other is held where an earlier network has it, whatever
-becomes of the patches themselves (DINOv3, arXiv 2508.10104, section 4.2).
+"""Gram anchoring: keeps the similarities between patches close to those of an earlier network,
+while the features themselves may change (DINOv3, arXiv 2508.10104, section 4.2).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_lite.contracts import Anchor, Loss, Match, Schedule, Tokens
 
-MATRIX_BYTES = 64 * 2**20  # of the patches' matrices held at once
+MATRIX_BYTES = 64 * 2**20  # limit of the similarity matrices held at once
 
 
 def gram_distance(
     student: Float[Tensor, "n P D"], anchor: Float[Tensor, "n P A"], remove_negative: bool = False
 ) -> Float[Tensor, "n"]:
-    """Mean squared difference of the cosines of all pairs of patches, of each image.
+    """Mean squared difference of the cosine similarities of all pairs of patches, per image.
 
-    Computed in at least float32; widths D and A may differ. With `remove_negative`, cosines below 0
-    count as 0 in both. No gradient of `anchor`.
+    Computed in at least float32; widths D and A may differ. With `remove_negative`, negative
+    cosines of both are set to 0. `anchor` receives no gradient.
     """
     num, size = student.shape[:2]
     at_once = max(1, MATRIX_BYTES // (4 * size**2))
-    if num > at_once:  # made again in the backward pass: a few images' matrices are held at a time
+    if num > at_once:  # matrices of a few images at a time, recomputed in the backward pass
         parts = zip(torch.split(student, at_once), torch.split(anchor, at_once), strict=True)
         kept = [checkpoint(gram_distance, *p, remove_negative, use_reentrant=False) for p in parts]
         return torch.cat(kept)
@@ -43,8 +43,8 @@ def gram_distance(
 def regrid(
     patches: Float[Tensor, "n P D"], grid: tuple[int, int], wanted: tuple[int, int]
 ) -> Float[Tensor, "n Q D"]:
-    """Patches of another grid, by antialiased bicubic resampling in at least float32; before they
-    are normalized.
+    """Resample patches (not normalized) from `grid` to `wanted`: antialiased bicubic, in at least
+    float32.
     """
     if grid == wanted:
         return patches
@@ -55,10 +55,10 @@ def regrid(
 
 
 class GramLoss(Loss):
-    """Adapter: `gram_distance` of every global crop, the mean over crops, by the images' weights.
+    """Adapter: `gram_distance` averaged over global crops and, by their weights, over images.
 
-    Of the reference's forms this is the one its recipes use: the matrix of one image (`img_level`),
-    of unit rows (`normalized`), over all tokens.
+    This is the variant that the reference's recipes use: one matrix per image (`img_level`), of
+    unit rows (`normalized`), over all tokens.
     """
 
     def __init__(self, reads: str, weight: Schedule, remove_negative: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""KoLeo: images are pushed from their nearest neighbor, so that features fill the sphere (DINOv2,
-arXiv 2304.07193, section 4; Sablayrolles et al. 2018, arXiv 1806.03198).
+"""KoLeo: spreads features over the sphere by repelling nearest neighbors (DINOv2, arXiv 2304.07193,
+section 4; Sablayrolles et al. 2018, arXiv 1806.03198).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ _EPS = 1e-8  # DINOv2's
 def koleo(
     features: Float[Tensor, "n D"], weight: Float[Tensor, "n"], across_ranks: bool = False
 ) -> Float[Tensor, ""]:
-    """Σ_i weight_i·(−log(d_i + ε)), d_i = |x_i − x_nn(i) + ε|, x the features at length 1, ε = 1e-8
-    in every coordinate.
+    """Σ_i weight_i·(−log(d_i + ε)), d_i = ‖x_i − x_nn(i) + ε‖, with x the L2-normalized features
+    and ε = 1e-8, in d_i added to every coordinate.
 
-    x_nn(i) is the other row of the largest inner product, of this rank or of all; the choice has no
-    gradient, both rows of a pair have one. A lone row is its own neighbor: a constant. Computed in
-    at least float32: ε is nothing in half precision, and neighbors are close early in training.
+    x_nn(i) is the other row with the largest inner product, on this rank or (`across_ranks`) on
+    all. The choice has no gradient; both rows of a pair have one. A single row is its own neighbor,
+    which gives a constant. Computed in at least float32: ε vanishes in half precision, and
+    neighbors are close early in training.
     """
     wide = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
@@ -42,17 +43,17 @@ def koleo(
 
 
 class KoLeoLoss(Loss):
-    """Adapter: `koleo` of the class features of each global crop by itself, summed over crops.
+    """Adapter: `koleo` of the class features, separately for each global crop, summed over crops.
 
-    Neighbors are looked for among the images of a micro-batch, so its size changes the result; with
-    `across_ranks`, among those that all ranks have at the moment.
+    Neighbors are searched within the micro-batch (with `across_ranks`, within the current
+    micro-batches of all ranks), so the micro-batch size affects the result.
     """
 
     cls_only = True
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Neighbors are searched among the images of a micro-batch."""
+        """True: neighbors are searched within a micro-batch."""
         return True
 
     def __init__(self, reads: str, weight: Schedule, across_ranks: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""Cross-entropy between distributions over prototypes: DINO's loss, and the one kernel of those
-that resemble it.
+"""Cross-entropy between distributions over prototypes: DINO's and iBOT's loss, as a memory-saving
+kernel.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def prototype_cross_entropy(
     eq. 1 to 3).
 
     Equals the sum over all pairs (t, s) of pairs_ts·H(q_t, softmax(s)), because every q_t sums to
-    one: one logsumexp a student crop instead of one log-softmax a pair. Logits are made for `chunk`
-    images at once (0: as many as 64 MB hold, on a GPU 512), used for value and gradient, and
-    dropped. Computed in at least float32. Gradients of z and of the student's prototypes.
+    one: one logsumexp per student crop instead of one log-softmax per pair. Logits exist for
+    `chunk` images at a time (0: as many as fit 64 MiB, on a GPU 512 MiB), from which value and
+    gradient are computed. Computed in at least float32. Differentiable by z and the student's
+    prototypes.
     """
     prototypes = scores.prototypes
     value: Tensor = _CrossEntropy.apply(
@@ -43,12 +44,12 @@ def prototype_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made beside the value, while a chunk's logits are at hand: kept are tensors
-    of the inputs' sizes, and no "S n K".
+    """Computes the gradient together with the value, from one chunk of logits at a time, so that
+    tensors of the inputs' sizes are saved instead of "S n K".
 
     With p = softmax(s) and a_s = Σ_t pairs_ts: ∂/∂z_s = weight·(a_s·p_s − Σ_t pairs_ts·q_t)·P/temp,
-    and ⟨q_t, s⟩ = z_s·(q_t·P)/temp. So q_t·P "T n E" serves value and gradient, and distributions
-    of teacher and student are mixed as rows of E numbers instead of K.
+    and ⟨q_t, s⟩ = z_s·(q_t·P)/temp. So q_t·P "T n E" is used in value and gradient, and teacher and
+    student are paired in E dimensions instead of K.
     """
 
     @staticmethod
@@ -68,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         scales = ours.scale(), theirs.scale()
         total = torch.zeros((), dtype=wide, device=z.device)
         slope_z, slope_v = torch.empty_like(z, dtype=wide), None
-        # Logits are divided by temperatures of 0.04: no bfloat16.
+        # Logits are divided by temperatures such as 0.04: bfloat16 is too coarse.
         with torch.autocast(z.device.type, enabled=False):
             for start, stop in _chunks(z, targets, chunk):
                 part = targets.part(start, stop)
@@ -78,9 +79,9 @@ class _CrossEntropy(torch.autograd.Function):
                 slope_z[:, start:stop] = given
                 if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                     slope_v = weights @ rows if slope_v is None else slope_v.addmm_(weights, rows)
-                del weights  # before the next chunk's are made
+                del weights  # frees memory before the next chunk
         if slope_v is None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            slope_v = torch.zeros_like(v)  # no rows: DDP waits for a gradient of every parameter
+            slope_v = torch.zeros_like(v)  # no rows, but DDP waits for every parameter's gradient
         slope_g = None
         if slope_v is not None and ours.length is not None:
             slope_g = _through_norm_(slope_v, ours.direction, ours.length)
@@ -92,7 +93,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        # On the host the usual slope of 1 saves a pass over the prototypes; elsewhere asking waits.
+        # On the CPU, skip the multiplication by the usual gradient of 1, a pass over the
+        # prototypes; on other devices the comparison would synchronize.
         plain = slope.device.type == "cpu" and float(slope) == 1.0
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         slopes = [None if s is None else (s if plain else s * slope).to(dt) for s, dt in saved]
@@ -106,13 +108,13 @@ def _part(
     targets: Targets,
     temp: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "S n E"], Float[Tensor, "_ E"], Float[Tensor, "K _"]]:
-    """Value and slope of z for some images; and the two factors of scale·∂/∂P.
+    """Value and gradient of z for some images, and the two factors whose product is scale·∂/∂P.
 
-    Logits lie prototype-major, "K (S+T)*n": all three products of matrices are quickest so.
+    Logits are stored prototype-major, "K (S+T)*n", for which all three matrix products are fastest.
     """
     num_student, num_images, width = z.shape
     pairs, weight = targets.pairs.to(z), targets.weight.to(z)
-    pull = pairs.sum(0)  # S: how much each student crop is held to sum to one
+    pull = pairs.sum(0)  # S: a_s, the weight of each student crop's logsumexp
     columns = num_student * num_images
     logits = z.new_empty(len(v), columns + len(targets.z) * num_images)
     p, q = logits[:, :columns], logits[:, columns:]
@@ -141,11 +143,11 @@ def _part(
 def _through_norm_(
     slope: Float[Tensor, "K E"], direction: Float[Tensor, "K E"], length: Float[Tensor, "K 1"]
 ) -> Float[Tensor, "K 1"]:
-    """scale·∂/∂P becomes ∂/∂direction in place, for P = length·direction/|direction|; ∂/∂length
-    comes back (Salimans and Kingma 2016, eq. 3).
+    """Backward of weight normalization, P = length·direction/‖direction‖: converts scale·∂/∂P to
+    ∂/∂direction in place and returns ∂/∂length (Salimans and Kingma 2016, eq. 3).
     """
     lengths = []
-    step = len(slope) if slope.device.type != "cpu" else 4096  # rows that a cache holds
+    step = len(slope) if slope.device.type != "cpu" else 4096  # rows that fit the CPU's cache
     for i in range(0, len(slope), step):
         part, v = slope[i : i + step], direction[i : i + step]
         along = (part * v).sum(1, keepdim=True)
@@ -156,7 +158,7 @@ def _through_norm_(
 
 
 def _chunks(z: Tensor, targets: Targets, chunk: int) -> list[tuple[int, int]]:
-    """Bounds of the images whose logits are held at once."""
+    """First and end index of the images of each chunk."""
     num_images = z.shape[1]
     if not chunk:
         columns, num_prototypes = len(z) + len(targets.z), len(targets.prototypes.direction)
@@ -166,8 +168,8 @@ def _chunks(z: Tensor, targets: Targets, chunk: int) -> list[tuple[int, int]]:
 
 
 def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]:
-    """Weights of the mean over all pairs of a teacher crop and a different student crop (DINO,
-    Algorithm 1).
+    """Weights of the mean over all pairs of a teacher crop and a different student crop, in float64
+    (DINO, Algorithm 1).
     """
     pairs = torch.ones(num_teacher, num_student, dtype=torch.float64)
     pairs.fill_diagonal_(0.0)
@@ -175,7 +177,7 @@ def cross_view_pairs(num_teacher: int, num_student: int) -> Float[Tensor, "T S"]
 
 
 class PrototypeLoss(Loss):
-    """Adapter: cross-entropy of the Match called `reads`, student sharpened by `student_temp`."""
+    """Adapter: cross-entropy of the Match named `reads`, student sharpened by `student_temp`."""
 
     @checked
     def __init__(

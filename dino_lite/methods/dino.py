@@ -1,4 +1,4 @@
-"""DINO: a student matches its own running average across crops (Caron et al. 2021)."""
+"""DINO: a student predicts its own running average across crops (Caron et al. 2021)."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from dino_lite.settings.kinds import Fraction, Positive, Values
 
 
 class Student(nn.Module):
-    """Backbone and head: crops to bottleneck vectors. The teacher is another of the same make."""
+    """Backbone and head: crops to bottleneck vectors. The teacher has the same architecture."""
 
     def __init__(self, backbone: Backbone, head: DINOHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, groups: list[Float[Tensor, "_ n C _ _"]]) -> Float[Tensor, "S n E"]:
-        """Class features through the head: one backbone call per crop size, one head call."""
+        """Class tokens through the head: one backbone call per crop size, one head call."""
         cls = [self.backbone(crops.flatten(0, 1), cls_only=True).cls for crops in groups]
         return self.project(cls, groups[0].shape[1])
 
     def project(self, cls: list[Float[Tensor, "_ D"]], num_images: int) -> Float[Tensor, "S n E"]:
-        """Class features of all crops, crop-major, through the head."""
+        """Class tokens of all crops, crop-major, through the head."""
         z: Tensor = self.head(torch.cat(cls))  # S*n E
         return z.reshape(-1, num_images, z.shape[-1])
 
 
 class DINO(Method):
-    """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all of them.
+    """Algorithm 1 of arXiv 2104.14294: teacher on global crops, student on all crops.
 
-    `head` makes a projection head from the backbone's width. Provides the matches "embedding",
-    "tokens" (of the student's global crops) and, where the head has prototypes, the embedding again
-    as "cls".
+    `head` builds a projection head for the backbone's width. Provides the matches "embedding",
+    "tokens" (of the student's global crops) and, if the head has prototypes, "cls", which is the
+    embedding again.
     """
 
     inherits = ("head", "center_momentum")
@@ -79,13 +79,13 @@ class DINO(Method):
 
     @property
     def ema(self) -> EMATeacher:
-        """The one teacher."""
+        """The only teacher."""
         return cast(EMATeacher, self.teachers["ema"])
 
     @torch.no_grad()
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """The teacher's centered, sharpened distributions over the batch's global crops; without
-        prototypes its vectors alone.
+        """The teacher's centered, sharpened distributions for the global crops; without prototypes,
+        its bottleneck vectors only.
         """
         z = self.ema.module([crops.globals_])  # T n E
         targets = centered(
@@ -99,7 +99,7 @@ class DINO(Method):
         return {"embedding": targets}
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
-        """The student's scores for all crops of a micro-batch, beside its targets."""
+        """The student's scores for all crops of a micro-batch, matched with its targets."""
         student, globals_ = self.student, crops.globals_.flatten(0, 1)
         tokens: Tokens = student.backbone(globals_, cls_only=not self.needs_patches)
         cls = [tokens.cls]
@@ -111,18 +111,18 @@ class DINO(Method):
         return dict.fromkeys(self.provides, match) | {"tokens": Match(tokens, target)}
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Teacher and center follow, and the step is counted."""
+        """Update teacher and center, and count the step."""
         self.ema.after_step(self.student, at, ok)
         self.centering.after_step(ok)
         self.step += 1
 
     def schedules(self) -> dict[str, Schedule]:
-        """What moves with the run, by the name it is logged under."""
+        """Schedules by the name under which they are logged."""
         temp = {"teacher_temp": self.teacher_temp} if self.num_prototypes else {}
         return {"momentum": self.ema.momentum} | temp
 
     def export_backbone(self) -> Backbone:
-        """The teacher's backbone: it is the better one throughout training (DINO, figure 6)."""
+        """The teacher's backbone: it outperforms the student's in training (DINO, figure 6)."""
         backbone: Backbone = self.ema.module.backbone
         return backbone
 
@@ -135,8 +135,8 @@ def centered(
     pairs: Float[Tensor, "T S"],
     weight: Float[Tensor, "n"],
 ) -> Targets:
-    """A teacher's centered, sharpened distributions over its head's prototypes; where it has none,
-    its vectors alone.
+    """A teacher's centered, sharpened distributions over the prototypes of `head`; if it has none,
+    the bottleneck vectors only.
     """
     prototypes = head.prototypes()
     row, col = torch.zeros_like(z[..., 0]), z.new_zeros(0)

@@ -1,5 +1,5 @@
-"""DINOv2: DINO on class tokens, iBOT on masked patches, features spread by KoLeo (Oquab et al.
-2023); with Gram anchoring, DINOv3's objective (Siméoni et al. 2025).
+"""DINOv2: DINO on class tokens, iBOT on masked patches, KoLeo regularization (Oquab et al. 2023);
+with Gram anchoring, DINOv3's objective (Siméoni et al. 2025).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dino_lite.settings.kinds import Fraction, Positive, Values
 
 
 class Student(nn.Module):
-    """Backbone and heads, of class tokens and of patches; without the latter one serves both."""
+    """Backbone, head for class tokens, and head for patches (None: `head` is shared)."""
 
     def __init__(self, backbone: Backbone, head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Student(nn.Module):
 
     @property
     def of_patches(self) -> DINOHead:
-        """The head that patches go through."""
+        """The head for patches."""
         return self.head if self.patch_head is None else self.patch_head
 
 
 class Masked(NamedTuple):
-    """A batch's masks, and what the masked patches shall be: rows of `targets`, image by image."""
+    """A batch's masks, and the targets of its masked patches: one row each, image by image."""
 
     masks: Masks
     targets: Targets  # T = 1 and n = M: every masked patch of every crop is a row
@@ -66,12 +66,12 @@ class Masked(NamedTuple):
 class DINOv2(Method):
     """Section 4 of arXiv 2304.07193: the teacher sees whole global crops, the student masked ones.
 
-    `head` and `patch_head` make projection heads from the backbone's width (None: one serves both),
-    `centering` a centering from a number of prototypes, one for class tokens and one for patches.
-    Without `masking` there is no patch objective. `gram` makes the teacher that patches are
-    anchored to (DINOv3, section 4), from the backbone. Provides the matches "embedding", "tokens"
-    (of the student's global crops), with masks "patch_embedding", with a Gram teacher
-    "gram"; where heads have prototypes, embeddings again as "cls" and "patch".
+    `head` and `patch_head` (None: shared) build projection heads for the backbone's width,
+    `centering` builds a centering for a number of prototypes, once for class tokens and once for
+    patches. Without `masking` there is no patch objective. `gram` builds the Gram teacher from the
+    backbone (DINOv3, section 4). Provides the matches "embedding", "tokens" (of the student's
+    global crops), "patch_embedding" if masked, "gram" with a Gram teacher and, if the heads have
+    prototypes, "cls" and "patch", which are the embeddings again.
     """
 
     inherits = ("head", "patch_head", "centering", "masking")
@@ -120,24 +120,24 @@ class DINOv2(Method):
         }
         self.provides = tuple(name for name, is_there in offered.items() if is_there)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self._num_steps: int | None = None  # `step`, on the host
+        self._num_steps: int | None = None  # cached value of `step` on the host
         hook: Callable[..., Any] = self.register_load_state_dict_post_hook
         hook(_forget)
 
     @property
     def ema(self) -> EMATeacher:
-        """The teacher of class tokens and patches."""
+        """The teacher for class tokens and patches."""
         return cast(EMATeacher, self.teachers["ema"])
 
     @property
     def gram(self) -> SnapshotTeacher | None:
-        """The teacher of relations among patches."""
+        """The Gram teacher: its similarities between patches are the targets of Gram anchoring."""
         return cast("SnapshotTeacher | None", dict(self.teachers.items()).get("gram"))
 
     @torch.no_grad()
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """The teacher's distributions: over global crops by class token, over masked patches; and,
-        from its start on, the Gram teacher's patches.
+        """The teacher's distributions for global crops and for masked patches and, once it is
+        active, the Gram teacher's patches.
         """
         teacher, temp = self.ema.module, self.teacher_temp(at)
         globals_ = crops.globals_.flatten(0, 1)  # G*n C H W
@@ -157,7 +157,7 @@ class DINOv2(Method):
                 centered(z, teacher.of_patches, self.patch_centering, temp, one, masks.weight),
             )
         if self.gram is not None and self.gram.is_on(at):
-            # Where the data module delivers them, larger crops without distortions.
+            # Larger crops without photometric distortions, if the data module delivers them.
             anchors = crops.extra.get("gram", crops.globals_)
             tokens = self.gram.module(anchors.flatten(0, 1))
             patches = regrid(tokens.patches, tokens.grid, grid)
@@ -166,21 +166,19 @@ class DINOv2(Method):
         return found
 
     def _draw_masks(self, masking: BlockMasking, crops: Crops, grid: tuple[int, int]) -> Masks:
-        """This rank's part of the masks of all ranks' global crops, crop-major: the same as one
-        process has.
+        """This rank's part of the masks of all ranks' global crops, which are those of a
+        single-process run.
         """
         num_crops, num_images = crops.globals_.shape[:2]
         num_all, first = num_images * world_size(), num_images * rank()
-        if self._num_steps is None:  # waits for the device, once
+        if self._num_steps is None:  # synchronizes with the device, once
             self._num_steps = int(self.step)
         drawn = masking.draw(num_crops * num_all, grid, self._num_steps)  # G*B rows columns
         drawn = drawn.reshape(num_crops, num_all, -1)
         return masks_of(drawn[:, first : first + num_images], crops.globals_)
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
-        """The student's scores of all crops and of the patches that it did not see, beside their
-        targets.
-        """
+        """The student's scores for all crops and for masked patches, matched with their targets."""
         student, masked = self.student, cast("Masked | None", targets.get("patch_embedding"))
         mask = None if masked is None else masked.masks.mask.flatten(0, 1)  # G*n P
         whole = masked is not None or "gram" in targets or self.needs_patches
@@ -209,7 +207,7 @@ class DINOv2(Method):
         return outputs
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Teachers and centers follow, and the step is counted."""
+        """Update teachers and centers, and count the step."""
         self.ema.after_step(self.student, at, ok)
         if self.gram is not None:
             self.gram.after_step(self.ema.module.backbone, at, ok)
@@ -221,22 +219,22 @@ class DINOv2(Method):
 
     @classmethod
     def requires_weights(cls, settings: Mapping[str, Any]) -> str | None:
-        """Gram anchoring from the first step needs a network that has learned something."""
+        """Gram anchoring from the first step on requires trained weights."""
         if (settings.get("gram") or {}).get("start_step") != 0:
             return None
         return (
-            "method.gram.start_step=0 without checkpoint=: patches would be anchored to a network "
-            "that has learned nothing"
+            "method.gram.start_step=0 without checkpoint=: patches would be anchored to an "
+            "untrained network"
         )
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """As every method; the Gram teacher is the teacher that the run begins with."""
+        """As in `Method`; the Gram teacher starts as a copy of the loaded teacher."""
         super().begin(weights)
         if self.gram is not None:
             self.gram.module.load_state_dict(self.ema.module.backbone.state_dict())
 
     def schedules(self) -> dict[str, Schedule]:
-        """What moves with the run, by the name it is logged under."""
+        """Schedules by the name under which they are logged."""
         temp = {"teacher_temp": self.teacher_temp} if "cls" in self.provides else {}
         return {"momentum": self.ema.momentum} | temp
 
@@ -247,5 +245,5 @@ class DINOv2(Method):
 
 
 def _forget(method: nn.Module, keys: Any) -> None:
-    """What was known of `step` is no longer so: weights were loaded."""
+    """Invalidate the cached step after weights were loaded."""
     cast(DINOv2, method)._num_steps = None

@@ -1,4 +1,4 @@
-"""What every way to learn offers the step."""
+"""The interface between a training method and the optimizer step."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ from dino_lite.contracts import (
 
 
 class Method(nn.Module):
-    """A way to learn: who the student is, what it is held against, and what follows a step. No
-    Lightning, no loop.
+    """A training method: student, teachers, targets, and updates after a step. Abstract;
+    independent of Lightning and of the training loop.
 
-    Abstract. `teachers` maps roles ("ema") to Teachers; `step` counts optimizer steps.
+    `teachers` maps roles ("ema") to teachers; `step` counts optimizer steps.
     """
 
-    inherits: ClassVar[tuple[str, ...]] = ()  # settings that the weights of an earlier run fix
-    not_inherited: ClassVar[tuple[str, ...]] = ("step",)  # prefixes of weights that start anew
+    inherits: ClassVar[tuple[str, ...]] = ()  # settings that a start from an earlier run takes over
+    not_inherited: ClassVar[tuple[str, ...]] = (
+        "step",
+    )  # prefixes of weights that it does not load
 
-    provides: tuple[str, ...]
-    needs_patches = False  # a loss reads patches of the match "tokens": set by Step
+    provides: tuple[str, ...]  # names of the matches that losses may read
+    needs_patches = False  # set by Step: a loss reads patches of the match "tokens"
     student: nn.Module
     teachers: nn.ModuleDict
     step: Tensor
 
     def targets(self, crops: Crops, at: Progress) -> StepTargets:
-        """What the student shall match, for the whole batch and without gradient."""
+        """The student's targets for the whole batch, without gradient."""
         raise NotImplementedError
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
-        """The student's answer to a micro-batch beside the targets of the same images."""
+        """The student's outputs for a micro-batch, matched with the targets of the same images."""
         raise NotImplementedError
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Move teachers and centers; where `ok` is false (a skipped step) nothing may change."""
+        """Update teachers and centers, unless `ok` is false (a skipped step); count the step."""
         raise NotImplementedError
 
     @classmethod
     def requires_weights(cls, settings: Mapping[str, Any]) -> str | None:
-        """Why a run with these settings cannot start from fresh weights; None where it can."""
+        """Why a run with these settings cannot start from random weights; None if it can."""
         return None
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """Start from the state dict of an earlier run of this method; the step count starts at 0.
+        """Load the state dict of an earlier run of this method; the step count starts at 0.
 
-        Raises UserError where a weight is missing, unknown or of another shape.
+        Raises UserError if a weight is missing, unknown or of another shape.
         """
         own = {n: v for n, v in self.state_dict().items() if not n.startswith(self.not_inherited)}
         weights = {n: v for n, v in weights.items() if not n.startswith(self.not_inherited)}
@@ -63,13 +65,13 @@ class Method(nn.Module):
         wrong += sorted(weights.keys() - own.keys())
         if wrong:
             raise UserError(
-                f"{wrong[0]} is the first weight that differs; leave out what changes backbone or "
-                "heads."
+                f"{wrong[0]} is the first weight that differs; remove settings that change "
+                "backbone or heads."
             )
         self.load_state_dict(weights, strict=False)
 
     def schedules(self) -> dict[str, Schedule]:
-        """What moves with the run, by the name it is logged under."""
+        """Schedules by the name under which they are logged."""
         raise NotImplementedError
 
     def export_backbone(self) -> Backbone:

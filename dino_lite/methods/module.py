@@ -1,4 +1,4 @@
-"""The one LightningModule: hands every batch to `Step`, and logs what it returns."""
+"""The LightningModule: passes every batch to `Step` and logs the returned scalars."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ from dino_lite.methods.step import Step, Watch
 from dino_lite.nn.batch_norm import across_ranks
 from dino_lite.optim.param_groups import param_groups
 
-_CHECK_EVERY = (
-    50  # steps between looks at the count of skipped steps, which make the host wait for the device
-)
+_CHECK_EVERY = 50  # steps between checks of the number of skipped steps, each of which synchronizes
 
 
 class PretrainModule(pl.LightningModule):
     """Final. Manual optimization: one `training_step` is one optimizer step on the rank's whole
     batch.
 
-    `groups` makes parameter groups of the student, `optimizer` an optimizer of those; `step` makes
-    a Step of method and optimizer. With several ranks, batch normalization counts the images of
-    all of them.
+    `groups` builds the parameter groups of the student, `optimizer` an optimizer from those, `step`
+    a Step from method and optimizer. With several ranks, batch normalization is synchronized.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class PretrainModule(pl.LightningModule):
         self.automatic_optimization = False
         self.method, self.clock = method, clock
         self.make_step, self._make_optimizer, self._make_groups = step, optimizer, groups
-        self.watch: Watch | None = None  # a callback's, for the steps it wants to see
+        self.watch: Watch | None = None  # set by callbacks for the steps they observe
         self._step: Step | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -52,17 +49,17 @@ class PretrainModule(pl.LightningModule):
         return self._make_optimizer(self._make_groups(self.method.student))
 
     def bare_step(self) -> Step:
-        """The step without a trainer: of one process, with an optimizer of its own."""
+        """A step without a trainer: single process, with a new optimizer."""
         return self.make_step(self.method, optimizer=self.configure_optimizers())
 
     def on_train_start(self) -> None:
-        """Bind the step to this trainer: its backward, its wrapped optimizer, its gradient
-        exchange.
+        """Build the step with the trainer's backward, wrapped optimizer and gradient
+        synchronization.
         """
         if world_size() > 1:
             across_ranks(self.method)
-        # A plain backward lets ranks drift apart without an error; a raw optimizer leaves
-        # global_step at 0.
+        # With a plain backward, ranks would silently diverge; with an unwrapped optimizer,
+        # global_step would stay 0.
         self._step = self.make_step(
             self.method,
             optimizer=self.optimizers(),
@@ -78,7 +75,7 @@ class PretrainModule(pl.LightningModule):
         scalars = self._step(crops, at, self.watch)
         rates = {"progress": at.fraction, "learning_rate": self._step.learning_rate(at)}
         rates |= {name: schedule(at) for name, schedule in self.method.schedules().items()}
-        # Tensors on the host: Lightning would send floats to the device one by one, and wait.
+        # As CPU tensors: Lightning would copy floats to the device one by one, synchronizing.
         host = {name: torch.tensor(value) for name, value in rates.items()}
         self.log_dict({**scalars, **host}, batch_size=crops.num_images)
         if self._step.num_steps % _CHECK_EVERY == 0 or self.clock.done(at):
@@ -87,20 +84,20 @@ class PretrainModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def inactive_losses(self) -> list[str]:
-        """Names of the losses that no step has computed yet, as Gram anchoring before its start."""
+        """Names of the losses that no step has computed yet (Gram anchoring before its start)."""
         losses = {} if self._step is None else self._step.losses
         return [name for name in losses if name not in self.trainer.callback_metrics]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Training time so far travels with the weights."""
+        """Save the training time so far."""
         checkpoint["train_seconds"] = self.clock.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's training time."""
+        """Restore the training time."""
         self.clock.seconds = float(checkpoint.get("train_seconds", 0.0))
 
     def _no_sync(self) -> AbstractContextManager[object]:
-        """Hold gradients back until the last micro-batch, where the strategy exchanges any."""
+        """Suppress the strategy's gradient synchronization, if any, until the last micro-batch."""
         block: Callable[[], AbstractContextManager[object]] = getattr(
             self.trainer.strategy, "block_backward_sync", nullcontext
         )

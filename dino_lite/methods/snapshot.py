@@ -1,4 +1,4 @@
-"""A teacher that is another one as it once was."""
+"""A teacher that is a frozen snapshot of another teacher."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dino_lite.settings.validate import checked
 
 
 class SnapshotTeacher(nn.Module):
-    """Another teacher as it was when the run reached `start_step`, taken anew `every` so often,
-    `most` times in all (Gram anchoring: DINOv3, section 4.2). Without a start it is not used.
+    """A frozen snapshot of another teacher, taken at `start_step` and again every `every`, at most
+    `most` times (Gram anchoring: DINOv3, section 4.2). With `start_step=None` it is not used.
 
-    From a start of 0 on it is, at first, what the run began with. How often it was taken is kept
-    with the weights, so a resumed run goes on with the same.
+    With a start of 0, the first snapshot is the network with which the run begins. The number of
+    snapshots is saved with the weights, so a resumed run continues with the same snapshot.
     """
 
     taken: Tensor
@@ -38,26 +38,26 @@ class SnapshotTeacher(nn.Module):
         self.module: Any = nn.Identity() if start_step is None else frozen_copy(module)
         self.start_step, self.every, self.most = start_step, every, most
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))
-        self._known: int | None = None  # `taken`, on the host
+        self._known: int | None = None  # cached value of `taken` on the host
         hook: Callable[..., Any] = self.register_load_state_dict_post_hook
         hook(_forget)
 
     @property
     def is_used(self) -> bool:
-        """Whether it ever starts."""
+        """Whether a snapshot is ever taken."""
         return self.start_step is not None
 
     def is_on(self, at: Progress) -> bool:
-        """Whether it teaches at this step: it is due, and was taken (in a run by the clock, after
-        the step that found it due).
+        """Whether it is active at this step: a snapshot is due and was taken. (In a timed run, it
+        is taken after the first step at which it is due.)
         """
         return self._due(at.step, at) > 0 and self._count(at) > 0
 
     @torch.no_grad()
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Become a copy of `student`, which is the other teacher, where the next step asks for it.
+        """Take a snapshot of `student`, which is the other teacher, if one is due at the next step.
 
-        Also after a step that was skipped: the other teacher did not move then.
+        Also after a skipped step, which leaves the other teacher unchanged.
         """
         due = self._due(at.step + 1, at)
         if due > self._count(at):
@@ -66,13 +66,13 @@ class SnapshotTeacher(nn.Module):
             self._known = due
 
     def _count(self, at: Progress) -> int:
-        """How often it was taken; what the run begins with counts where it starts at once."""
-        if self._known is None:  # waits for the device, once
+        """Number of snapshots taken; with a start of 0, the initial weights count as one."""
+        if self._known is None:  # synchronizes with the device, once
             self._known = max(int(self.taken), self._due(0, at))
         return self._known
 
     def _due(self, step: float, at: Progress) -> int:
-        """How often it should have been taken before `step`."""
+        """Number of snapshots due before `step`."""
         if self.start_step is None:
             return 0
         since = step - span_steps(self.start_step, at)
@@ -83,5 +83,5 @@ class SnapshotTeacher(nn.Module):
 
 
 def _forget(teacher: nn.Module, keys: Any) -> None:
-    """What was known of `taken` is no longer so: weights were loaded."""
+    """Invalidate the cached count after weights were loaded."""
     cast(SnapshotTeacher, teacher)._known = None

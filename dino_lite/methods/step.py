@@ -1,4 +1,4 @@
-"""One optimizer step: targets, micro-batches, clip, freeze, update, teacher. No Lightning."""
+"""One optimizer step: targets, micro-batches, clipping, freezing, update, teachers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
 from dino_lite.optim.schedules import Span, span_steps
 
-Watch = Callable[[StepOutputs], None]  # an observer of what a micro-batch made
+Watch = Callable[[StepOutputs], None]  # an observer of a micro-batch's outputs
 
 
 class Step:
-    """Calling it with a batch of crops moves the method by exactly one optimizer step.
+    """Calling it with a batch of crops performs exactly one optimizer step.
 
-    Schedules are read at the step's own `Progress`. The teacher sees the whole batch once; the
-    student sees it in micro-batches of `micro_batch_size` images (0: whole), whose gradients add up
-    to the whole batch's. For `freeze_last_layer` the prototypes stand still: parameter groups that
-    are marked `last_layer` have a rate of 0 and gather moments (DINOv2), last layers in other
-    groups have no gradient (DINO). A gradient that is not finite skips the update and all that
-    follows it; `max_skipped` such steps in a row end the run. `backward` and `no_sync` are handed
-    in by whoever synchronizes ranks.
+    Schedules are evaluated at the step's own `Progress`. Teachers process the whole batch once; the
+    student processes micro-batches of `micro_batch_size` images (0: the whole batch), whose
+    gradients add up to the whole batch's. During `freeze_last_layer` the prototypes do not change:
+    parameter groups marked `last_layer` have a learning rate of 0 but accumulate optimizer moments
+    (DINOv2), last layers in other groups get no gradient (DINO). If a gradient is not finite, the
+    update and all that follows it are skipped; `max_skipped` consecutive skipped steps end the run.
+    `backward` and `no_sync` come from the strategy that synchronizes ranks.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Step:
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
         self.max_skipped, self.backward, self.no_sync = max_skipped, backward, no_sync
         self.skipped: Tensor | None = (
-            None  # steps in a row without a finite gradient; on the device
+            None  # consecutive steps without a finite gradient; on the device
         )
         self.num_steps = int(method.step)  # the host's copy of method.step
         self.clip_groups = clip_groups(method.student, clip_by)
@@ -71,14 +71,14 @@ class Step:
         self.last_layer = [p for p in last if p not in apart]
 
     def __call__(self, crops: Crops, at: Progress, watch: Watch | None = None) -> dict[str, Tensor]:
-        """Detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
+        """Returns detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
 
-        `watch` is shown what the losses read, of each micro-batch, and keeps its hands off it.
+        `watch` is called with the losses' inputs of each micro-batch and must not modify them.
         """
         frozen = at.step < span_steps(self.freeze_last_layer, at)
         self._write_rates(at, frozen)
-        # Drop path draws from the global generator: keyed by seed, step and rank, a resumed run
-        # draws the same paths.
+        # Drop path draws from the global generator. It is seeded by seed, step and rank, so that a
+        # resumed run draws the same paths.
         torch.manual_seed(hash((self.seed, self.num_steps, rank())))
         with self._autocast(crops):
             targets = self.method.targets(crops, at)
@@ -86,7 +86,7 @@ class Step:
         scalars = self._accumulate(crops, targets, at, watch)
         if frozen:
             for parameter in self.last_layer:
-                parameter.grad = None  # AdamW then skips it entirely: no moments, no decay
+                parameter.grad = None  # AdamW then skips the parameter: no moments, no decay
         gradients = [[p.grad for p in g if p.grad is not None] for g in self.clip_groups]
         norm = clip_gradients_(gradients, self.clip)
         ok = torch.isfinite(norm)
@@ -112,7 +112,7 @@ class Step:
     def _accumulate(
         self, crops: Crops, targets: StepTargets, at: Progress, watch: Watch | None
     ) -> dict[str, Tensor]:
-        """Backward through every micro-batch; ranks exchange gradients on the last."""
+        """Forward and backward pass of every micro-batch; the last one synchronizes gradients."""
         size = self.micro_batch_size or crops.num_images
         starts = range(0, crops.num_images, size)
         sums: dict[str, Tensor] = {}
@@ -128,8 +128,8 @@ class Step:
                     terms = {n: loss(outputs[loss.reads]) for n, loss in due.items()}
                     if not terms:
                         raise UserError(
-                            f"loss: none of {', '.join(self.losses)} is due at step "
-                            f"{self.num_steps}; add one that is, as loss.dino."
+                            f"loss: none of {', '.join(self.losses)} is active at step "
+                            f"{self.num_steps}; add one that is, such as loss.dino."
                         )
                     weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
                     total = torch.stack(weighted).sum()
@@ -139,8 +139,8 @@ class Step:
         return sums
 
     def _update(self, ok: Tensor) -> None:
-        """Optimizer step, or none where `ok` is false: fused optimizers read that on the device,
-        others ask the host.
+        """Optimizer step, skipped if `ok` is false: fused optimizers read it on the device, others
+        require a synchronization.
         """
         inner: Any = getattr(
             self.optimizer, "optimizer", self.optimizer
@@ -152,13 +152,13 @@ class Step:
             self.optimizer.step()
 
     def check(self) -> None:
-        """End the run when too many steps in a row were skipped. Waits for the device."""
+        """Raise UserError after too many consecutive skipped steps. Synchronizes."""
         if self.skipped is not None and int(self.skipped) >= self.max_skipped:
             raise UserError(
                 f"{int(self.skipped)} optimizer steps in a row had a gradient that is not "
                 "finite: the run has diverged; "
                 "lower optim.rate, lower optim.clip, or use trainer.precision=32, "
-                "and start anew or from best.ckpt."
+                "and start again from scratch or from best.ckpt."
             )
 
     def _count_skipped(self, ok: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How fast this machine feeds a run, and how fast it trains: each measured for a few seconds."""
+"""Measures the throughput of data loading and of training, for a few seconds each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_lite.methods.module import PretrainModule
 
 
 class Loading(NamedTuple):
-    """What one process without help delivers, and one of the batches it made."""
+    """Throughput of a single process without workers, and one of the batches it loaded."""
 
     images_per_second: float
     batch: Any
@@ -23,8 +23,8 @@ class Loading(NamedTuple):
 
 
 class Training(NamedTuple):
-    """One device's step on its whole batch; `largest` is None where that has room, else the largest
-    batch that had.
+    """Seconds per step of one device on its whole batch; `largest` is the largest batch that fitted
+    its memory, None if the whole batch does.
     """
 
     seconds_per_step: float
@@ -32,9 +32,9 @@ class Training(NamedTuple):
 
 
 def time_loading(datamodule: DataModule, seconds: float = 2.0) -> Loading:
-    """Read and crop batches in this process, as a worker would, after one that warms up.
+    """Load and crop batches in this process, as a worker would, after a warm-up batch.
 
-    `datamodule` has no workers and a small batch. Raises as its loader does.
+    `datamodule` must have no workers, and should have a small batch. Raises as its loader does.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
@@ -61,9 +61,10 @@ def time_training(
 ) -> Training:
     """Time optimizer steps on 2, 4, 8 … up to `batch_size` images, the device's share of a batch.
 
-    Once a step takes `longest` seconds, the last two say what the whole batch would: a step has a
-    fixed part (optimizer, teacher) and one that grows with its images. Moves the method and trains
-    it: build it anew to use it.
+    Once a step takes `longest` seconds, the time of the whole batch is extrapolated from the last
+    two sizes: a step has a fixed cost (optimizer, teacher) and one that is linear in the images.
+    Moves the method to `device` and trains it: discard it afterwards. Raises UserError if not even
+    the smallest batch fits the device's memory.
     """
     module.method.to(device)
     step = module.bare_step()
@@ -83,7 +84,7 @@ def time_training(
     while True:
         try:
             if not timed:
-                seconds(size)  # allocates, and makes the optimizer's state
+                seconds(size)  # warm-up: allocates memory and the optimizer's state
             timed += 1
             spent = seconds(size)
             spent = spent if spent > longest else min(spent, seconds(size))
@@ -114,14 +115,15 @@ def compare(
     num_images: int,
     num_epochs: float | None,
 ) -> dict[str, Any]:
-    """Images/s of loading, of training and of a run that does both, and its length in seconds.
+    """Images/s of loading, of training and of a run, and the run's length in seconds.
 
-    `batch_size` is a device's; workers and cores are those of all devices. Plain JSON.
+    `batch_size` is per device; `num_workers` and `num_cores` are totals over all devices. Returns
+    plain JSON.
     """
     one = loading.images_per_second
     trains = num_devices * batch_size / training.seconds_per_step
     feeds = one * (min(num_workers, num_cores) or num_devices)
-    # Without workers the training process loads, and then trains.
+    # Without workers, the training process alternates between loading and training.
     together = min(feeds, trains) if num_workers else 1 / (1 / feeds + 1 / trains)
     epoch = num_images / together
     return {
@@ -146,9 +148,10 @@ def compare(
 
 
 def _extrapolate(before: tuple[int, float], last: tuple[int, float], size: int) -> float:
-    """Seconds of `size` images from those of two smaller numbers.
+    """Seconds for `size` images, extrapolated linearly from two smaller (images, seconds).
 
-    The slope is kept between half the mean of the last and the mean itself: both are timed once.
+    The slope is bounded by the time per image of the larger batch and half of that, since each is
+    timed only once.
     """
     mean = last[1] / max(last[0], 1)
     slope = (last[1] - before[1]) / max(last[0] - before[0], 1)
@@ -156,14 +159,14 @@ def _extrapolate(before: tuple[int, float], last: tuple[int, float], size: int) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python raised it for want of memory, on any device."""
+    """Whether `error` is an out-of-memory error of torch or Python, on any device."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(word in str(error) for word in words)
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
+    """Synchronize with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

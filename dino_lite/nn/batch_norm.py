@@ -1,4 +1,4 @@
-"""Batch normalization over the images of all processes."""
+"""Batch normalization with statistics over all processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from dino_lite.distributed import all_reduce_sum, is_distributed, rank, world_si
 
 
 def across_ranks(module: nn.Module) -> None:
-    """Let all batch normalization within count the images of all processes, however many each has:
-    several processes then train as one does. Weights, statistics and their names stay. One of
-    another kind than torch's usual is refused.
+    """Convert, in place, all batch normalization in `module` to `BatchNorm`, so that several
+    processes train as one does, also with different numbers of images. Parameters, buffers and
+    their names stay. Raises UserError for other batch normalization than torch's BatchNorm1d and
+    BatchNorm2d with affine weights and running statistics.
     """
     for part in module.modules():
         usual = type(part) in (nn.BatchNorm1d, nn.BatchNorm2d) and part.affine
@@ -22,14 +23,15 @@ def across_ranks(module: nn.Module) -> None:
             part.__class__ = BatchNorm
         elif isinstance(part, _BatchNorm) and not isinstance(part, BatchNorm):
             raise UserError(
-                f"{type(part).__name__} in this network would normalize the images of each process "
-                "apart from the others': train it in one process, or choose another backbone."
+                f"{type(part).__name__} in this network cannot be synchronized across processes: "
+                "train in one process, or choose another backbone."
             )
 
 
 class BatchNorm(_BatchNorm):
-    """As torch's (Ioffe & Szegedy 2015) in one process, and in evaluation; in training the mean and
-    variance are those of all processes. (torch.nn.SyncBatchNorm needs a GPU.)
+    """Batch normalization (Ioffe & Szegedy 2015) that in training uses the mean and variance over
+    all processes; in a single process and in evaluation it is torch's. (torch.nn.SyncBatchNorm
+    requires a GPU.)
     """
 
     def forward(self, x: Float[Tensor, "n C *places"]) -> Float[Tensor, "n C *places"]:
@@ -39,9 +41,9 @@ class BatchNorm(_BatchNorm):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
         num = mean.new_full((1,), x.numel() / x.shape[1])
-        # No images have no mean; their rank takes part in the sums all the same, backward too.
+        # A rank without images has no mean, but must take part in the reductions, backward too.
         mean, var = (each.where(num > 0, 0.0) for each in (mean, var))
-        # Each process fills a row of its own among zeros, so that one sum tells all of them.
+        # Each process fills its own row of zeros, so that one all-reduce gathers all of them.
         own = torch.arange(world_size(), device=x.device)[:, None] == rank()
         rows = all_reduce_sum(torch.where(own, torch.cat([num, mean, var]), 0.0))
         nums, (means, vars_) = rows[:, :1], rows[:, 1:].chunk(2, dim=1)
@@ -56,7 +58,7 @@ class BatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: Float[Tensor, "C"], var: Float[Tensor, "C"]) -> None:
-        """The running statistics move toward a batch's."""
+        """Update the running statistics."""
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         self.num_batches_tracked += 1
@@ -65,4 +67,4 @@ class BatchNorm(_BatchNorm):
             running.lerp_(new.to(running), self.momentum)
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of places will do."""
+        """Accepts any number of spatial dimensions."""

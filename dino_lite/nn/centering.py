@@ -1,4 +1,4 @@
-"""How the teacher's logits are kept from agreeing on one prototype."""
+"""Centering of the teacher's logits, which prevents collapse to one prototype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dino_lite.settings.validate import checked
 
 class EMACentering(nn.Module):
     """Subtract a running mean of the teacher's logits (DINO, section 3.1, eq. 4): c ← m·c +
-    (1−m)·mean over all rows of all ranks, which may have different numbers of them, or none.
+    (1−m)·mean over the rows of all ranks, which may have different numbers of rows, or none.
 
-    A step uses the center of the steps before it; its own mean is kept in `batch_center` until the
-    step is known good.
+    A step uses the center of the previous steps; its own mean is held in `batch_center` until
+    `after_step`.
     """
 
     center: Tensor
@@ -36,13 +36,13 @@ class EMACentering(nn.Module):
         self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float
     ) -> tuple[Float[Tensor, "T n"], Float[Tensor, "K"]]:
         """Row and column terms of log softmax((z·Pᵀ − c) / temp), for `contracts.Targets`."""
-        # Cosines are divided by temp: no bfloat16.
+        # Cosines are divided by a small temperature: bfloat16 is too coarse.
         with torch.autocast(z.device.type, enabled=False):
             logits = _Logits(z, prototypes, temp)
             col = -self.center.to(logits.rows.dtype) / temp
             row = torch.cat([-part.add_(col[:, None]).logsumexp(0) for part in logits])
-            # The mean of logits is the logits of the mean: E numbers and the count of rows travel
-            # between the ranks instead of K.
+            # Logits are linear in z: ranks exchange the sum of z (E numbers) and the row count
+            # instead of K logits.
             rows = z.to(logits.rows.dtype).flatten(0, 1)
             total = all_reduce_sum_(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
             mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
@@ -53,23 +53,24 @@ class EMACentering(nn.Module):
 
     @torch.no_grad()
     def after_step(self, ok: Bool[Tensor, ""]) -> None:
-        """Fold the step's mean into the center, unless the step was skipped."""
+        """Update the center with the step's mean, unless the step was skipped."""
         moved = torch.lerp(self.batch_center, self.center, self.momentum)
         self.center.copy_(torch.where(ok, moved, self.center))
 
 
 class SinkhornKnopp(nn.Module):
-    """Give every prototype the same share of the rows of all crops and all ranks, and every row a
+    """Assign the rows of all crops and ranks to prototypes in equal shares, each row by a
     distribution (SwAV, arXiv 2006.09882, section 3.1; DINOv2, arXiv 2304.07193, section 4).
 
-    With s = z·Pᵀ/temp and row = 0 at first: col_k = −logsumexp_i(s_ik + row_i), then row_i =
-    −logsumexp_k(s_ik + col_k), `num_iterations` times. These are the logarithms of the paper's
-    divisions, so no exponential overflows. Its factors are left out: one that all prototypes share
-    (K, or the total at the start) moves all col_k alike, which the next row_i takes back; one that
-    all rows share (their number) moves all row_i alike, which the next col_k takes back, and the
-    last row_i makes every row sum to one as the paper's last product does.
+    With s = z·Pᵀ/temp and row = 0 initially, repeat `num_iterations` times:
+    col_k = −logsumexp_i(s_ik + row_i), then row_i = −logsumexp_k(s_ik + col_k). These are the
+    paper's normalizations in log space, so no exponential overflows. The paper's constant factors
+    cancel and are omitted: a factor common to all prototypes (K, or the initial total) shifts all
+    col_k alike, which the next row_i undoes; one common to all rows (their number) shifts all row_i
+    alike, which the next col_k undoes; and the last row_i makes every row sum to one, like the
+    paper's final product.
 
-    Nothing is kept from step to step: `num_prototypes` is taken because every centering is told.
+    Stateless: `num_prototypes` is unused, but part of every centering's signature.
     """
 
     @checked
@@ -87,8 +88,8 @@ class SinkhornKnopp(nn.Module):
             parts: Iterable[Tensor] = list(logits) if logits.fit else logits
             row = torch.zeros_like(logits.rows[:, 0])
             col = row.new_zeros(len(logits.direction))
-            # The first pass makes columns only, the last rows only; each other makes rows of the
-            # old column and, from them, its part of the next.
+            # Pass i updates rows from the current columns (i > 0), then accumulates the next
+            # columns (but in the last pass), so each pass computes the logits once.
             for i in range(self.num_iterations + 1):
                 mass = torch.full_like(col, -torch.inf)
                 for part, own in zip(parts, torch.split(row, logits.num_rows), strict=True):
@@ -98,18 +99,18 @@ class SinkhornKnopp(nn.Module):
                         mass = torch.logaddexp(mass, (part + own).logsumexp(1))
                 if i < self.num_iterations:
                     mass = all_reduce_logsumexp(mass)
-                    col = torch.where(mass == -torch.inf, 0.0, -mass)  # no rows: no share
+                    col = torch.where(mass == -torch.inf, 0.0, -mass)  # without any rows: 0
         return row.view(z.shape[:2]), col
 
     def after_step(self, ok: Bool[Tensor, ""]) -> None:
-        """Nothing follows a step."""
+        """Does nothing: stateless."""
 
 
 class _Logits:
-    """z·Pᵀ/temp in at least float32, `num_rows` rows at a time, made anew each time they are asked
-    for.
+    """Iterates over z·Pᵀ/temp in at least float32, `num_rows` rows at a time; every iteration
+    recomputes them.
 
-    They lie prototype-major, "K num_rows": the product is quickest so.
+    The layout is prototype-major, "K num_rows", for which the matrix product is fastest.
     """
 
     def __init__(self, z: Float[Tensor, "T n E"], prototypes: Prototypes, temp: float) -> None:

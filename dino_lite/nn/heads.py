@@ -1,4 +1,4 @@
-"""The projection head: features to the bottleneck, and the prototypes that wait there."""
+"""The projection head: an MLP to a bottleneck, and prototypes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dino_lite.settings.kinds import Count, Size
 
 
 class LastLayer(nn.Module):
-    """K rows of length `weight_g`, direction `weight_v`: weight normalization written out, so that
-    it can be copied.
+    """K prototypes with norms `weight_g` and directions `weight_v`: weight normalization written
+    out, so that the module can be deep-copied.
 
-    `learn_norm=False` holds the lengths at 1 (the reference's norm_last_layer=True). Keys are the
-    reference's.
+    `learn_norm=False` fixes the norms at 1 (the reference's norm_last_layer=True). State-dict keys
+    are the reference's.
     """
 
     def __init__(self, bottleneck_dim: int, num_prototypes: int, learn_norm: bool = False) -> None:
         super().__init__()
-        # The direction keeps a linear layer's default, U(±1/√E): the reference draws it after its
-        # own initializer ran.
+        # nn.Linear's default U(±1/√E), as in the reference, which creates this layer after its own
+        # initialization.
         self.weight_v = nn.Parameter(
             nn.Linear(bottleneck_dim, num_prototypes, bias=False).weight.detach()
         )
@@ -36,7 +36,7 @@ class LastLayer(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """K rows as a linear layer has them, of any length (DINOv3)."""
+    """K prototypes without weight normalization: the weight of a linear layer (DINOv3)."""
 
     def __init__(self, bottleneck_dim: int, num_prototypes: int) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class PlainLayer(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck of unit norm, then prototypes (DINO, section 3.1 and appendix C).
+    """MLP to an L2-normalized bottleneck, then prototypes (DINO, section 3.1 and appendix C).
 
-    `forward` stops at the bottleneck: logits are z·Pᵀ, and whoever needs them makes them where they
-    are needed. With `num_prototypes` 0 there are none, nor weights for them; `plain` ones are not
-    normalized.
+    `forward` returns the bottleneck z; losses and centering compute the logits z·Pᵀ themselves.
+    With `num_prototypes=0` the head has no prototypes. With `plain`, prototypes are not
+    weight-normalized.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class DINOHead(nn.Module):
 
     @staticmethod
     def mixes_images(settings: Mapping[str, Any]) -> bool:
-        """Batch normalization looks at all the images of a micro-batch."""
+        """True with batch normalization, whose statistics are those of a micro-batch."""
         return bool(settings["batch_norm"])
 
     def forward(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
-        # Unit norm in at least float32: half precision would leave norms off by 1e-3.
+        # Normalized in at least float32: half precision would give norms that are off by 1e-3.
         bottleneck = self.mlp(features)
         wide = bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32))
         return F.normalize(wide, dim=-1, eps=1e-12)
 
     def prototypes(self) -> Prototypes:
-        """The K prototypes."""
+        """The K prototypes; "0 E" if the head has none."""
         if self.last_layer is None:
             return Prototypes(next(self.parameters()).new_zeros(0, self.bottleneck_dim))
         prototypes: Prototypes = self.last_layer()

@@ -1,7 +1,7 @@
-"""Which patches the student does not see, and where they are in a batch.
+"""Block masking for masked image modeling.
 
-Masks are drawn on the host for the crops of all ranks and keyed by (seed, step): every rank draws
-the same and takes its own, and so does a resumed run. No loop goes over crops.
+Masks are drawn on the host for the crops of all ranks, keyed by (seed, step): every rank draws the
+same masks and uses its share, and a resumed run repeats them. Vectorized over crops.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dino_lite import draws
 from dino_lite.settings.kinds import Count, Fraction, Share, Size, rising
 from dino_lite.settings.validate import checked
 
-NUM_TRIES = 10  # rectangles tried before a crop gets no more blocks
+NUM_TRIES = 10  # candidate rectangles per block; if none fits, the crop gets no more blocks
 
 
 class BlockMasking:
-    """Masks of rectangles for a part of a batch's crops: DINOv2's (Oquab et al. 2023, section 4, as
-    in iBOT), the rectangles being those of BEiT (Bao et al. 2021, Algorithm 1).
+    """Block-wise masks for a fraction of a batch's crops, as in DINOv2 (Oquab et al. 2023, section
+    4, after iBOT), with the rectangles of BEiT (Bao et al. 2021, Algorithm 1).
 
-    `sample_prob` of the crops are masked, whichever; `ratio` is the part of their patches: it is
-    cut into equal slices, one for each masked crop, so that a batch has few and many alike. With
-    `exact` single patches complete what rectangles leave open; DINOv2 falls short there, by one
-    patch in fifteen crops. Rectangles are tried with `min_patches` or more, up to half the rows'
-    worth, their sides at a ratio from `min_aspect` to 1/`min_aspect`; what overlaps counts once.
+    A random fraction `sample_prob` of the crops is masked. The range `ratio` of masked fractions is
+    divided into equal intervals, one for each masked crop, so that every batch covers the range.
+    With `exact`, single patches make up for what rectangles miss (DINOv2 masks one patch fewer in
+    one of fifteen crops). A rectangle has at least `min_patches` patches, at most those of half the
+    rows, and an aspect ratio between `min_aspect` and 1/`min_aspect`; overlaps count once.
     """
 
     @checked
@@ -47,7 +47,7 @@ class BlockMasking:
     def draw(
         self, num_crops: int, grid: tuple[int, int], step: int
     ) -> Bool[np.ndarray, "num_crops rows columns"]:
-        """Masks of all crops of a step; none is masked where `sample_prob` leaves less than one."""
+        """Masks of all crops of a step; ⌊num_crops·sample_prob⌋ of them are not empty."""
         masks, num = np.zeros((num_crops, *grid), bool), int(num_crops * self.sample_prob)
         keys = draws.hashed(self.seed, draws.MASKS, step, np.arange(num_crops))
         crops = np.argsort(keys, kind="stable")[:num]
@@ -68,7 +68,7 @@ class BlockMasking:
         crops: Int64[np.ndarray, "n"],
         step: int,
     ) -> None:
-        """Mask rectangle after rectangle while some are `left` and a try succeeds."""
+        """Add rectangles to crops until no patches are `left` to mask or no candidate fits."""
         columns, still = np.arange(4 * NUM_TRIES), left.nonzero()[0]
         for block in count():
             if not len(still):
@@ -89,11 +89,11 @@ class BlockMasking:
         crops: Int64[np.ndarray, "n"],
         step: int,
     ) -> None:
-        """Mask as many single patches as are `left`, any alike."""
+        """Mask `left` further patches of each crop, chosen uniformly."""
         short, patches = left.nonzero()[0], np.arange(masked.shape[1] * masked.shape[2])
         cells = masked[short].reshape(len(short), len(patches))
         keys = draws.hashed(self.seed, draws.SINGLES, step, crops[short, None], patches)
-        keys[cells] = draws.MASK  # these come last
+        keys[cells] = draws.MASK  # the largest key: already masked patches sort last
         first = patches < left[short, None]
         order = np.argsort(keys, axis=1)
         np.put_along_axis(cells, order, np.take_along_axis(cells, order, 1) | first, 1)
@@ -107,10 +107,11 @@ def choose_block(
     min_patches: int,
     min_aspect: float,
 ) -> Bool[np.ndarray, "n rows columns"]:
-    """The first of the tried rectangles that adds a patch and no more than are `left`; none: empty.
+    """The first candidate rectangle that adds at least one patch and at most `left`; empty if there
+    is none.
 
-    It is smaller than the grid both ways, and has at most the patches of half the rows: that is
-    what `0.5 * image // patch * image // patch` comes to in the reference.
+    It is smaller than the grid in both directions and has at most the patches of half the rows,
+    which is the value of `0.5 * image // patch * image // patch` in the reference.
     """
     rows, columns = masked.shape[1:]
     budget = np.minimum(left, rows // 2 * columns)[:, None]  # n 1
@@ -133,7 +134,7 @@ def choose_block(
 def _span(
     u: Float[np.ndarray, "n tries"], length: Int[np.ndarray, "n tries"], size: int
 ) -> Float32[np.ndarray, "n tries size"]:
-    """1 in `length` cells of a row of `size`, anywhere in it; else 0."""
+    """1 in `length` consecutive cells of `size`, at a position given by `u`; else 0."""
     start = (u * (size - length + 1)).astype(int)[..., None]
     cells = np.arange(size, dtype=int)
     inside: np.ndarray = (cells >= start) & (cells < start + length[..., None])

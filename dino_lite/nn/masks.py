@@ -1,4 +1,4 @@
-"""Which patches of a batch the student does not see."""
+"""The masked patches of a batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Masks(NamedTuple):
     """Masks of the G global crops of n images, and the M masked patches, image by image."""
 
     mask: Bool[Tensor, "G n P"]
-    rows: Int[Tensor, "M"]  # among "G*n*P"
-    bounds: tuple[int, ...]  # n+1: masked patches before each image, and in all; on the host
-    weight: Float[Tensor, "M"]  # 1 / masked patches of its crop / (G·n)
+    rows: Int[Tensor, "M"]  # indices into "G*n*P"
+    bounds: tuple[int, ...]  # n+1: image i has the masked patches bounds[i] to bounds[i+1]
+    weight: Float[Tensor, "M"]  # 1 / (masked patches of its crop) / (G·n)
 
     def part(self, start: int, stop: int) -> Masks:
         """Images start to stop (exclusive), their weights as in the whole batch."""
@@ -24,7 +24,7 @@ class Masks(NamedTuple):
         _, num_images, num_patches = self.mask.shape
         rows = self.rows[first:last]
         crop = rows // (num_images * num_patches)
-        before = crop * (num_images - (stop - start)) + start  # images left out before a row
+        before = crop * (num_images - (stop - start)) + start  # omitted images before a row
         return Masks(
             self.mask[:, start:stop],
             rows - before * num_patches,
@@ -33,13 +33,13 @@ class Masks(NamedTuple):
         )
 
     def select(self, patches: Float[Tensor, "_ P D"]) -> Float[Tensor, "M D"]:
-        """The masked ones among the patches of all crops, rows crop-major "G*n"."""
+        """The masked ones of the patches of all crops, which are crop-major: "G*n P D"."""
         return patches.flatten(0, 1)[self.rows]
 
 
 def masks_of(mask: Bool[np.ndarray, "G n P"], like: Tensor) -> Masks:
-    """The noun of masks that lie on the host, on the device of `like` and in its precision; nothing
-    waits for it.
+    """`Masks` from masks on the host, on the device of `like`, with weights in its precision (at
+    least float32). Does not synchronize.
     """
     wide = torch.promote_types(like.dtype, torch.float32)
     counts = mask.sum(-1).T  # n G
@@ -47,7 +47,7 @@ def masks_of(mask: Bool[np.ndarray, "G n P"], like: Tensor) -> Masks:
     rows = (crop * mask.shape[1] + image) * mask.shape[2] + patch
     bounds = (0, *np.cumsum(counts.sum(1)).tolist())
     weight = np.repeat(1.0 / np.maximum(counts, 1).ravel() / counts.size, counts.ravel())
-    if wide != torch.float64:  # which some devices have not
+    if wide != torch.float64:  # some devices do not support float64
         weight = weight.astype(np.float32)
 
     def send(values: np.ndarray) -> Tensor:

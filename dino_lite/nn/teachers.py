@@ -1,4 +1,4 @@
-"""Who teaches: a running average of the student."""
+"""The EMA teacher: an exponential moving average of the student."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dino_lite.contracts import Backbone, Progress, Schedule
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy with storage of its own that takes no gradient and draws no random numbers; otherwise
-    in the mode it was in.
+    """A deep copy without gradients and without stochastic layers (DropPath, Dropout); train or
+    eval mode is kept.
     """
     twin = copy.deepcopy(module).requires_grad_(False)
     for part in twin.modules():
-        # The reference builds its teacher without stochastic depth and leaves it in train mode, so
-        # that batch normalization there uses the batch's own statistics.
+        # As in the reference, whose teacher has no stochastic depth and stays in train mode, so
+        # that its batch normalization uses batch statistics.
         if type(part).__name__ == "DropPath":
             part.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(part, nn.Dropout):
@@ -34,11 +34,11 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 def ema_(
     averages: Iterable[Tensor], values: Iterable[Tensor], momentum: float, ok: Bool[Tensor, ""]
 ) -> None:
-    """average ← m·average + (1−m)·value, in place; nothing where `ok` is false. Waits for no
-    device.
+    """average ← m·average + (1−m)·value, in place; unchanged if `ok` is false. Does not synchronize
+    with the device.
     """
     targets = list(averages)
-    if targets[0].device.type == "cpu":  # asking costs nothing here, a pass over the weights does
+    if targets[0].device.type == "cpu":  # reading `ok` is free here, another pass is not
         if ok:
             torch._foreach_lerp_(targets, list(values), 1.0 - momentum)
         return
@@ -49,8 +49,8 @@ def ema_(
 
 
 class EMATeacher(nn.Module):
-    """The student's running average (DINO, section 3.1): starts as its copy and moves after every
-    optimizer step.
+    """The student's running average (DINO, section 3.1): initialized as a copy and updated after
+    every optimizer step.
     """
 
     def __init__(self, student: nn.Module, momentum: Schedule) -> None:
@@ -59,5 +59,5 @@ class EMATeacher(nn.Module):
         self.momentum = momentum
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Move toward `student`; parameters only: batch-norm statistics are the teacher's own."""
+        """Update from `student`. Parameters only: batch-norm statistics are the teacher's own."""
         ema_(self.module.parameters(), student.parameters(), self.momentum(at), ok)

@@ -1,4 +1,4 @@
-"""LARS: every tensor moves by a share of its own length (You et al. 2017, arXiv 1708.03888)."""
+"""LARS: layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dino_lite.settings.kinds import Fraction, NonNegative, Positive
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS as DINO has it: μ ← momentum·μ + q·d, p ← p − lr·μ.
+    """LARS as used by DINO: μ ← momentum·μ + q·d, p ← p − lr·μ.
 
-    d is the gradient with weight_decay·p added, q the trust ratio eta·‖p‖/‖d‖ (1 where either norm
-    is 0). One-dimensional parameters, biases and norms, have neither: d is the gradient, q is 1.
-    Where `found_inf`, set from outside as for torch's fused optimizers, is not 0, a step changes
-    nothing. Nothing waits for the device.
+    d is the gradient plus weight_decay·p, q the trust ratio eta·‖p‖/‖d‖ (1 if either norm is 0).
+    One-dimensional parameters (biases, norms) have neither: d is the gradient, q is 1. If
+    `found_inf`, which is set externally as for torch's fused optimizers, is not 0, a step changes
+    nothing. Does not synchronize with the device.
     """
 
-    _step_supports_amp_scaling = True  # so `found_inf` comes as a tensor on the device
+    _step_supports_amp_scaling = True  # `found_inf` is then set as a tensor on the device
     found_inf: Tensor | None = None
 
     def __init__(
@@ -36,7 +36,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +64,7 @@ class LARS(torch.optim.Optimizer):
         rate: Any = -group["lr"]
         if self.found_inf is not None:
             bad = self.found_inf > 0
-            # Nothing times 0 is rid of NaN: chosen, not multiplied away.
+            # 0·NaN is NaN: selected by where, not masked by a factor.
             moved = [torch.where(bad, a, b) for a, b in zip(averages, moved, strict=True)]
             rate = (~bad).to(params[0].dtype) * rate
         torch._foreach_copy_(averages, moved)
@@ -75,7 +75,7 @@ class LARS(torch.optim.Optimizer):
 def _trusted(
     params: list[Tensor], gradients: list[Tensor], weight_decay: float, eta: float
 ) -> list[Tensor]:
-    """q·d of each."""
+    """q·d of each parameter."""
     slopes = list(torch._foreach_add(gradients, params, alpha=weight_decay))
     length, slope = (torch.stack(list(torch._foreach_norm(each))) for each in (params, slopes))
     trust = torch.where((length > 0) & (slope > 0), eta * length / slope, 1.0)

@@ -1,4 +1,4 @@
-"""Which parameters decay, how fast each learns, and how gradients are bounded."""
+"""Parameter groups (weight decay, learning-rate scale) and gradient clipping."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Learned tokens and positions are inputs, not maps: shrinking them means nothing. The references
-# decay them all the same.
+# Learned tokens and positions are inputs, not weights, and need no weight decay; the references
+# decay them nevertheless.
 TOKENS = ("cls_token", "pos_embed", "register_tokens", "mask_token", "weight_g")
 
 FreezeBy = Literal["gradient", "rate"]
@@ -25,15 +25,15 @@ def param_groups(
     patch_embed_scale: float = 1.0,
     freeze_by: FreezeBy = "gradient",
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer of what learns alike, decayed ones first. Biases and one-dimensional
-    parameters never decay.
+    """Parameter groups for an optimizer, those with weight decay first. Biases and one-dimensional
+    parameters never decay; parameters that require no gradient are left out.
 
-    `student` has its backbone as `.backbone`. `decay_tokens` decays learned tokens, positions and
-    the prototypes' lengths too, as DINO does. `layer_decay` and `patch_embed_scale` are those of
-    `rate_scale`. `freeze_by="rate"` sets last layers apart, so that `Step` can hold their rate at
-    0. Each group carries `rate_scale` (what the rate is multiplied by), `decay` (whether the
-    weight-decay schedule is written to it), `last_layer` (whether it was set apart) and the `names`
-    of its parameters. Parameters that require no gradient are left out.
+    `student` has its backbone as `.backbone`. With `decay_tokens`, learned tokens, positions and
+    the norms of prototypes decay too, as in DINO. For `layer_decay` and `patch_embed_scale` see
+    `rate_scale`. `freeze_by="rate"` puts last layers into separate groups, whose rate `Step` can
+    set to 0. Each group has `rate_scale` (factor of the learning rate), `decay` (whether the
+    weight-decay schedule applies), `last_layer` (whether it is such a separate group) and `names`
+    (of its parameters).
     """
     groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
@@ -60,16 +60,16 @@ def param_groups(
 
 
 def is_last_layer(name: str) -> bool:
-    """Whether a parameter is a head's prototypes."""
+    """Whether the parameter `name` belongs to the prototypes of a head."""
     return "last_layer" in name
 
 
 def rate_scale(
     student: Any, name: str, layer_decay: float, patch_embed_scale: float = 1.0
 ) -> float:
-    """What the rate of a student's parameter is multiplied by: 1 for heads and the backbone's last
-    norm, `layer_decay` once for each step down from there (Bao et al. 2021, appendix; DINOv2,
-    appendix B). The patch embedding's also by `patch_embed_scale`.
+    """Factor of a parameter's learning rate: 1 for heads and the backbone's last norm, times
+    `layer_decay` for each layer below (Bao et al. 2021, appendix; DINOv2, appendix B), and times
+    `patch_embed_scale` for the patch embedding.
     """
     part, _, inner = name.partition(".")
     if part != "backbone":
@@ -80,8 +80,9 @@ def rate_scale(
 
 
 def clip_groups(student: nn.Module, by: ClipBy) -> list[list[nn.Parameter]]:
-    """The trained parameters, those together whose gradients have a norm in common: all of them,
-    those of each child of `student` (as DINOv2's sharded modules have), or each for itself (DINO).
+    """Trained parameters, grouped by those whose gradients are clipped by a joint norm: all
+    ("global"), each child of `student` ("module", like DINOv2's sharded modules), or each parameter
+    ("parameter", DINO).
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -92,11 +93,11 @@ def clip_groups(student: nn.Module, by: ClipBy) -> list[list[nn.Parameter]]:
 
 
 def clip_gradients_(groups: Sequence[Sequence[Tensor]], limit: float) -> Float[Tensor, ""]:
-    """Scale each group of gradients down to an L2 norm of `limit`, in place; returns the norm of
-    all of them before that.
+    """Clip each group of gradients to an L2 norm of at most `limit`, in place; return the norm of
+    all gradients before clipping.
 
-    More than one group changes the direction of the step; `limit` 0 bounds nothing. Nothing waits
-    for the device.
+    With more than one group, clipping changes the direction of the step. `limit=0` disables
+    clipping. Does not synchronize with the device.
     """
     filled = [list(group) for group in groups if group]
     norms = torch._foreach_norm([gradient for group in filled for gradient in group])

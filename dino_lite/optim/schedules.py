@@ -1,6 +1,4 @@
-"""Every number that follows the run: warm-ups and cosines over optimizer steps, or over the clock
-of a timed run.
-"""
+"""Schedules: warm-ups and cosines over optimizer steps, or over the clock of a timed run."""
 
 from __future__ import annotations
 
@@ -19,13 +17,11 @@ _SPAN = re.compile(
 
 
 def parse_span(span: str) -> tuple[float, str]:
-    """ "10 epochs" is (10.0, "epoch"), "500 steps" is (500.0, "step"); UserError where it is
-    neither.
-    """
+    """Parse "10 epochs" to (10.0, "epoch") and "500 steps" to (500.0, "step"). Raises UserError."""
     match = _SPAN.fullmatch(span)
     if match is None:
         raise UserError(
-            f'{span!r} is no length of time: write a fraction of the run (0.1), "10 epochs" or '
+            f'{span!r} is not a duration: write a fraction of the run (0.1), "10 epochs" or '
             '"500 steps".'
         )
     return float(match[1]), "epoch" if match[2].lower().startswith("e") else "step"
@@ -35,7 +31,7 @@ def _is_span(span: Any) -> bool:
     return 0 <= span <= 1 if not isinstance(span, str) else _SPAN.fullmatch(span) is not None
 
 
-# A length of time within the run.
+# A duration within the run.
 Span = Annotated[
     float | int | str,
     Must('a fraction of the run in [0, 1], "10 epochs" or "500 steps"', _is_span),
@@ -43,7 +39,7 @@ Span = Annotated[
 
 
 def span_steps(span: Span, at: Progress) -> float:
-    """Length of `span` in steps of this run, capped by the run's length."""
+    """`span` in steps (ticks if timed) of this run, at most the run's length."""
     if isinstance(span, str):
         count, unit = parse_span(span)
         steps = count * (at.steps_per_epoch if unit == "epoch" else 1)
@@ -53,7 +49,7 @@ def span_steps(span: Span, at: Progress) -> float:
 
 
 class Constant:
-    """The same value always."""
+    """A constant value."""
 
     def __init__(self, value: Value) -> None:
         self.value = float(value)
@@ -65,9 +61,9 @@ class Constant:
 class Cosine:
     """Linear warm-up from `start` to `base`, then half a cosine to `end` (DINO, section 3.2; SGDR).
 
-    With `end_reached` (ours) the warm-up arrives at `base` on its last step plus one, and the last
-    step of the run has exactly `end`. Without it (the references): both ends of the warm-up are
-    included, so `base` comes twice, and the cosine stops one step short of `end`.
+    With `end_reached` (ours), `base` is reached on the first step after the warm-up and `end`
+    exactly on the last step. Without it (the references), the warm-up includes both of its ends, so
+    that `base` occurs twice, and the cosine stops one step short of `end`.
     """
 
     @checked
@@ -85,7 +81,7 @@ class Cosine:
     def __call__(self, at: Progress) -> float:
         warm = span_steps(self.warmup, at)
         if self.end_reached:
-            warm = min(warm, at.total - 1)  # the last step is the end's
+            warm = min(warm, at.total - 1)  # the last step has `end`
         if at.step < warm:
             last = (
                 warm if self.end_reached else warm - 1
@@ -97,11 +93,11 @@ class Cosine:
 
 
 class Warmup:
-    """Linear from `start` to `end` over `warmup`, both included, then `end`: the teacher
+    """Linear from `start` to `end`, both included, over `warmup`, then constant: the teacher
     temperature (DINO, appendix).
 
-    `per="epoch"` holds the value during an epoch, as DINO does; `per="step"` moves it each step, as
-    DINOv2 does.
+    The value changes every epoch with `per="epoch"`, as in DINO, or every step with `per="step"`,
+    as in DINOv2.
     """
 
     @checked
@@ -121,8 +117,8 @@ class Warmup:
 
 
 def scale_rate(rate: float, batch_size: int, rule: RateRule) -> float:
-    """Learning rate for `batch_size` images a step over all ranks: linear per 256 (DINO), sqrt per
-    1024 (DINOv2).
+    """Learning rate for `batch_size` images per step over all ranks: scaled linearly from 256
+    (DINO) or by the square root from 1024 (DINOv2).
     """
     if rule == "linear":
         return rate * batch_size / 256.0

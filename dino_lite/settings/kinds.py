@@ -1,6 +1,6 @@
-"""Annotations that say which values a setting may have: `drop_path: Fraction`.
+"""Annotations that constrain the values of a setting, such as `drop_path: Fraction`.
 
-They are plain `int`, `float` or `Sequence` to type checkers; `settings.validate` reads the rest.
+To type checkers they are plain `int`, `float` or `Sequence`; `settings.validate` checks the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 
 class Must(NamedTuple):
-    """Metadata of `Annotated`: `be` completes "it must be ...", `holds` tests values of the
+    """Metadata of `Annotated`: `be` completes "it must be ...", `holds` tests a value of the
     annotated type.
     """
 
@@ -20,13 +20,13 @@ class Must(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Metadata of a Schedule's annotation: what its numbers (each a `Value`) must be."""
+    """Metadata of a Schedule's annotation: `kind` annotates its numbers (each a `Value`)."""
 
     kind: Any
 
 
 class KeywordsOf:
-    """Metadata of `**keywords`: they are passed on to `takers`, whose annotations hold for them."""
+    """Metadata of `**keywords` that are passed on to `takers`, whose annotations apply."""
 
     def __init__(self, *takers: Any) -> None:
         self.takers = takers
@@ -56,11 +56,11 @@ Size = Annotated[int, whole(1)]
 Fraction = Annotated[float, within(0, 1)]
 Positive = Annotated[float, Must("a number above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Must("a number of at least 0", lambda value: value >= 0)]
-# A share that is not nothing, as the decay of rates from layer to layer.
+# A fraction above 0, such as layer-wise learning-rate decay.
 Share = Annotated[float, Must("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
-# A number of a schedule: what it may be is for whoever takes the schedule to say (`Values`).
+# A number of a schedule; the function that takes the schedule constrains it (`Values`).
 Value = Annotated[float, "value"]
-# Two of them, as the bounds of a random crop's area in parts of the image's.
+# Two of them, such as the bounds of a random crop's area as fractions of the image's.
 Shares = Annotated[
     Sequence[float],
     Must(

@@ -1,7 +1,7 @@
 """Checks settings against the annotations of the constructor that takes them, without calling it.
 
-`validated` reads a configuration so, before anything is built; `checked` makes a function read its
-own arguments so when it is called.
+`validated` checks a configuration before anything is built; `checked` makes a function check its
+own arguments when it is called.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PLAIN: dict[Any, tuple[type, str]] = {
 
 
 class Parameters(NamedTuple):
-    """Annotations and defaults of a function's keywords; `is_open`: it takes others as well."""
+    """Annotations and defaults of a function's keywords; `is_open` if it accepts any others."""
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
@@ -58,13 +58,13 @@ class _Refused(Exception):
 
 @functools.cache
 def locate(path: str) -> Any:
-    """The class or function at a dotted path (`_target_`); UserError where there is none."""
+    """The class or function at a dotted path (`_target_`). Raises UserError."""
     try:
         found = pydoc.locate(path)
     except pydoc.ErrorDuringImport as error:
         raise UserError(f"{path} cannot be imported: {error}.") from error
     if found is None:
-        raise UserError(f"{path} cannot be imported: code of your own must be on PYTHONPATH.")
+        raise UserError(f"{path} cannot be imported: your own code must be on PYTHONPATH.")
     return found
 
 
@@ -81,7 +81,7 @@ def parameters(target: Callable[..., Any]) -> Parameters:
         return Parameters(annotations, {}, True)
     try:
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # implemented in C
         return Parameters({}, {}, True)
     known = Parameters({}, {}, False)
     for name, parameter in signature.parameters.items():
@@ -100,7 +100,7 @@ def parameters(target: Callable[..., Any]) -> Parameters:
 
 
 def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `_target_` of `node` would be called with, its own defaults included."""
+    """The keywords for the `_target_` of `node`, including its defaults."""
     return parameters(locate(node["_target_"])).defaults | dict(node)
 
 
@@ -111,11 +111,11 @@ def validated(
     auto: bool = False,
     values: Any = Value,
 ) -> dict[str, Any]:
-    """`settings` as keywords of `target`, and so on below each `_target_` among them; whole
-    numbers written as 1e3 become ints.
+    """`settings` checked as keywords of `target`, recursively for each nested `_target_`. Whole
+    numbers written as floats (1e3) are converted to int where an int is required.
 
-    With `auto`, "auto" may stand for any value. `values` annotates the numbers of a schedule.
-    Raises UserError naming the key (below `prefix`) where `target` has no such keyword, or its
+    With `auto`, "auto" is allowed for any value. `values` annotates the numbers of a schedule.
+    Raises UserError with the key (`prefix` prepended) if `target` has no such keyword or its
     annotation does not allow the value.
     """
     known, read = parameters(target), {}
@@ -134,7 +134,7 @@ def validated(
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, but arguments that its annotations do not allow are a UserError."""
+    """Decorate `function` to raise UserError for arguments that its annotations do not allow."""
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
@@ -150,14 +150,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _marks(hint: Any, kind: type[R]) -> list[R]:
-    """The metadata of this kind in an annotation."""
+    """All metadata of type `kind` in an annotation."""
     if get_origin(hint) in (Union, types.UnionType):
         return [mark for each in get_args(hint) for mark in _marks(each, kind)]
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind)]
 
 
 def _setting(hint: Any, value: Any, key: str, auto: bool) -> Any:
-    """`value`, as `hint` allows it."""
+    """`value`, checked against `hint`. Raises UserError with `key`."""
     if auto and isinstance(value, str) and value == "auto":
         return value
     if isinstance(value, dict) and "_target_" in value:
@@ -170,7 +170,7 @@ def _setting(hint: Any, value: Any, key: str, auto: bool) -> Any:
 
 
 def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
-    """As `_setting`, of what has no `_target_`; raises _Refused."""
+    """Like `_setting`, for values without `_target_`; raises _Refused."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         musts = _marks(hint, Must)
@@ -200,7 +200,7 @@ def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
 
 
 def _read_plain(kind: type, value: Any) -> Any:
-    """A truth value, number, text or null; a whole float is an int where one is needed."""
+    """A bool, number, string or null; a whole float is converted where an int is required."""
     allowed, name = _PLAIN[kind]
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -212,7 +212,7 @@ def _read_plain(kind: type, value: Any) -> Any:
 
 
 def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto: bool) -> Any:
-    """A list, a group of keys or an object, each with what is in it."""
+    """A list, a mapping or an object, with its contents."""
     is_class = isinstance(kind, type)
     is_record = is_typeddict(kind) or (is_class and hasattr(kind, "_fields"))
     if is_record and isinstance(value, dict):
@@ -250,7 +250,7 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
 
 
 def _shown(value: Any) -> str:
-    """As YAML has it."""
+    """`value` in YAML notation."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     if value is None or isinstance(value, bool):
