@@ -264,9 +264,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--photos", type=Path, metavar="DIR", help="use these photographs")
     parser.add_argument("--small", type=Path, metavar="FILE", help=".npz with x_train, uint8")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the part done on the device"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile the device part")
     options = parser.parse_args()
     needed = [options.photos or SHARED / "imagenet_fullres_64.zip"]
     needed += [options.small or SHARED / "cifar10_webp.npz"]

@@ -268,12 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--rounds", type=int, default=10, help="after two warm-up rounds")
-    parser.add_argument(
-        "--config", nargs="+", metavar="NAME", help="instead of those for this machine"
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="images per step, instead of its own"
-    )
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="default: those for the device")
+    parser.add_argument("--batch", type=int, metavar="N", help="overrides the batch size")
     parser.add_argument("--whole", action="store_true", help="dino-lite pretrain, start to end")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="photographs for --whole")
     options = parser.parse_args(arguments)
