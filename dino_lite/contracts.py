@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
+Trust = Sequence[str] | None  # packages that may be imported when a file names their code
 Memory = Literal["high", "normal", "low"]  # how much is saved for the backward pass
 LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # limit of logits held at once
 

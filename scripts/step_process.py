@@ -27,9 +27,9 @@ from dino_lite.config import Config, compose, get, instantiate, put
 from dino_lite.contracts import Crops, Progress, Splits
 from dino_lite.machine import Facts, keep_freed_memory
 from dino_lite.methods.step import Step
-from dino_lite.methods.timing import wait_for
 from dino_lite.planning.plan import gather_facts, plan
 from dino_lite.runs.build import build_module
+from dino_lite.runs.timing import wait_for
 
 NUM_BATCHES = 2  # prepared and used alternately
 

@@ -15,9 +15,9 @@ from typing import Any
 from step_process import Setup, build_ours, noise_crops, planned
 
 from dino_lite.contracts import Crops, Progress
-from dino_lite.methods.timing import wait_for
 from dino_lite.runs.build import build
 from dino_lite.runs.run import Run
+from dino_lite.runs.timing import wait_for
 from dino_lite.runs.trainer import build_trainer, quiet_lightning
 
 _NOT_TIMED = ("online_eval", "pictures", "checkpoints")  # they run rarely

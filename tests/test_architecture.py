@@ -46,6 +46,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "runs/build.py",
         "runs/trainer.py",
         "runs/training.py",
+        "runs/metrics_file.py",
     ),
     "lightning": (),  # the same library by another name: one is enough
     "timm": ("backbones/*", "formats/weights.py"),

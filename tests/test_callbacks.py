@@ -22,7 +22,6 @@ from dino_lite.callbacks import online_eval, throughput
 from dino_lite.callbacks.checkpoints import Checkpoints
 from dino_lite.callbacks.drawing import Pictures
 from dino_lite.callbacks.health import Health
-from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.callbacks.online_eval import OnlineEval
 from dino_lite.callbacks.progress import RunProgress, duration
 from dino_lite.callbacks.throughput import Throughput
@@ -45,6 +44,7 @@ from dino_lite.methods.step import Step
 from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
+from dino_lite.runs.metrics_file import MetricsFile
 from images import Broken
 
 pytestmark = [

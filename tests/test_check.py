@@ -29,11 +29,11 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.summary import split_table
-from dino_lite.methods import timing
-from dino_lite.methods.timing import Loading, Training, compare
 from dino_lite.planning.plan import gather_facts, plan
+from dino_lite.runs import timing
 from dino_lite.runs.build import build
 from dino_lite.runs.run import Run
+from dino_lite.runs.timing import Loading, Training, compare
 from images import sentence
 from tiny import TINY, photos, tiny
 

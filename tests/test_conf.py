@@ -125,7 +125,7 @@ def test_losses_are_a_list_as_evaluations_are() -> None:
 def test_keys_that_a_method_does_not_take_are_a_sentence() -> None:
     """Another method's, before anything is built."""
     config = compose("pretrain", ["+method.gram=null"])
-    with pytest.raises(UserError, match=r"^method\.gram: there is no such key; known are"):
+    with pytest.raises(UserError, match=r"^method\.gram: there is no such key; choose one of"):
         plan(config, facts())
 
 

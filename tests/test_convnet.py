@@ -246,7 +246,7 @@ def test_a_run_trains_measures_and_draws(
     assert (run / "pca.png").is_file()
     assert (run / "neighbors.png").is_file()
     assert not (run / "attention.png").exists()
-    assert "attention.png was left out" in capsys.readouterr().out
+    assert "attention.png was not drawn" in capsys.readouterr().out
     assert "knn_trained" in json.loads((run / "results.json").read_text())
     asked = [f"checkpoint={run}", f"runs_dir={tmp_path}"]
     measured = run_evaluate(compose("evaluate", [*asked, "eval=[knn,linear]"]))

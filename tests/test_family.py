@@ -458,3 +458,15 @@ def test_a_run_begins_with_another_of_the_same_family(run: Path, tmp_path: Path)
         begun = begin_config(config)
         assert begun["backbone"]["_target_"] == _NODE["_target_"]
         assert "trust" not in begun
+
+
+def test_a_start_whose_method_is_foreign_is_refused_unseen(run: Path, tmp_path: Path) -> None:
+    """The method's class is compared by name."""
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    os.link(run / "checkpoints" / "last.ckpt", copy / "checkpoints" / "last.ckpt")
+    saved = put(load(run / "config.yaml"), "method._target_", "stripes.nets.Method")
+    save(saved, copy / "config.yaml")
+    with pytest.raises(UserError, match=r"is a run of stripes\.nets\.Method"):
+        begin_config(tiny(tmp_path, f"checkpoint={copy}"))
+    assert not imported()

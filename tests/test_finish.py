@@ -73,7 +73,7 @@ def test_a_picture_that_fails_blocks_nothing(
     with monkeypatch.context() as patch:
         patch.setitem(gallery.QUICK, "pca", failing)
         run = train(tmp_path)
-    assert "pca.png was left out: no such font" in capsys.readouterr().out
+    assert "pca.png was not drawn: no such font" in capsys.readouterr().out
     assert state(run)["finished"]
     assert not (run / "pca.png").exists()
     train(tmp_path)

@@ -71,7 +71,7 @@ def test_one_picture_that_fails_costs_no_other(tmp_path: Path) -> None:
     drawn = draw_all(PIXELS, store(labeled=False), tmp_path, say=told.append)
     assert list(drawn) == [name for name in PICTURES if name != "confusion"]
     assert len(told) == 1
-    assert told[0].startswith("confusion.png was left out: a confusion matrix needs labels")
+    assert told[0].startswith("confusion.png was not drawn: a confusion matrix needs labels")
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(drawn)
 
 

@@ -28,7 +28,7 @@ from dino_lite.data.sources import ArraySource
 from dino_lite.data.statistics import why_no_labels
 from dino_lite.data.subset import Subset
 from dino_lite.eval.store import content_key
-from dino_lite.methods import timing
+from dino_lite.runs import timing
 from dino_lite.runs.run import read_json
 from test_features import vit
 from tiny import TINY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ import torch
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Trust, UserError
 
-Trust = Sequence[str] | None  # packages that may be imported when a file names their code
 _FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (ViT, RoPEViT, ConvNet)}
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
 

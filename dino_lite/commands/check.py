@@ -42,13 +42,13 @@ from dino_lite.data.summary import class_table, duplicate_table, speed_table, sp
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
 from dino_lite.methods.clock import Clock
-from dino_lite.methods.timing import compare, time_loading, time_training
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import Run, write_json
+from dino_lite.runs.timing import compare, time_loading, time_training
 
 _TIMED_BATCH = 16  # images loaded for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")

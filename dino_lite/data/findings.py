@@ -146,7 +146,7 @@ def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
 
 
 def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
-    """The bottleneck of a run and how to remove it, from `methods.timing.compare`."""
+    """The bottleneck of a run and how to remove it, from `runs.timing.compare`."""
     loading, training = speed["loading"], speed["training"]
     batch = speed["batch_size_per_device"]
     if training["largest_batch"] is not None:

@@ -70,7 +70,7 @@ def duplicate_table(duplicates: dict[str, Any]) -> str:
 
 
 def speed_table(speed: dict[str, Any]) -> str:
-    """Speed of loading and training, from `methods.timing.compare`."""
+    """Speed of loading and training, from `runs.timing.compare`."""
     loading, training = speed["loading"], speed["training"]
     rows = [
         (

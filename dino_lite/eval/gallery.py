@@ -45,7 +45,7 @@ def draw_all(
         try:
             picture(backbone, store, path)
         except Exception as error:  # a picture is never worth a run
-            say(f"{path.name} was left out: {error}")
+            say(f"{path.name} was not drawn: {error}")
             continue
         drawn[name] = path
     return drawn

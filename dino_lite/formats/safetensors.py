@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dino_lite.backbones.spec import Trust, build_backbone
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.backbones.spec import build_backbone
+from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.version import __version__
 

@@ -27,14 +27,20 @@ def begin_config(config: Config) -> Config:
     """
     config = dict(config)
     trust = config.pop("trust", None)
-    method = locate(config["method"]["_target_"])
+    target = config["method"]["_target_"]
+    method = locate(target)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(
+            f"method._target_={target} must name a class derived from "
+            "dino_lite.methods.method.Method."
+        )
     if not config.get("checkpoint"):
         if (why := method.requires_weights(config["method"])) is not None:
             raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
-    if locate(before["method"]["_target_"]) is not method:
+    if before["method"]["_target_"] != target:  # compared by name: importing it would run its code
         raise UserError(
             f"checkpoint={config['checkpoint']} is a run of {before['method']['_target_']}: choose "
             "the same method, as in method=dinov2."

@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dino_lite.backbones.spec import Trust
 from dino_lite.config import load
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Trust, UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
 from dino_lite.formats.tensors import read_about, weights_file

@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
-from dino_lite.callbacks.metrics_file import MetricsFile
 from dino_lite.config import Config
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
+from dino_lite.runs.metrics_file import MetricsFile
 from dino_lite.runs.run import Run
 
 

@@ -13,9 +13,9 @@ from dino_lite.contracts import UserError
 from dino_lite.data.datamodule import DataModule
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
-from dino_lite.methods.timing import is_out_of_memory
 from dino_lite.planning.checks import mixes_images
 from dino_lite.runs.run import Run
+from dino_lite.runs.timing import is_out_of_memory
 from dino_lite.runs.trainer import build_trainer
 
 Built = tuple[DataModule, PretrainModule, list[pl.Callback]]

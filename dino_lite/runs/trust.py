@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dino_lite.backbones.spec import Trust, is_trusted, untrusted
+from dino_lite.backbones.spec import is_trusted, untrusted
+from dino_lite.contracts import Trust
 from dino_lite.settings.validate import locate
 
 

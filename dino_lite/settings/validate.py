@@ -126,7 +126,7 @@ def validated(
             continue
         if name not in known.hints and not known.is_open:
             near = difflib.get_close_matches(name, known.hints, n=1)
-            others = f"known are {', '.join(sorted(known.hints))}."
+            others = f"choose one of {', '.join(sorted(known.hints))}."
             others = f"did you mean {prefix}{near[0]}?" if near else others
             raise UserError(f"{key}: there is no such key; {others}")
         read[name] = _setting(values if hint == Value else hint, value, key, auto)
