@@ -83,7 +83,8 @@ def test_a_run_prints_one_line_and_keeps_the_numbers(
     assert kept["measured_at"][0] == 3
     assert kept["seconds"] > kept["measured_at"][1] > 0
     assert 0 <= kept["data_wait"] <= 1
-    assert 10**8 < kept["memory"] <= peak_memory(torch.device("cpu"))  # that of this process
+    # That of this process; the kernel's counter is exact to some pages.
+    assert 10**8 < kept["memory"] <= 1.01 * (peak_memory(torch.device("cpu")) or 0)
     left = [line.rpartition(" · ")[2] for line in out.splitlines() if " · " in line]
     assert left[0] == "measuring"
     assert re.fullmatch(r"\d+:\d\d left", left[4])

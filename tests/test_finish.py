@@ -36,7 +36,7 @@ def test_what_is_missing_is_made_by_the_same_command_without_training(
     assert train(tmp_path) == run
     assert (run / "pca.png").is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert "is trained" in capsys.readouterr().out
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_a_failure_after_training_leaves_a_trained_run(

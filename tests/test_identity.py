@@ -57,6 +57,20 @@ def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
+    "choice", ["method=dinov2", "method=dinov3", "backbone=convnet", "loss=gram"]
+)
+def test_a_new_default_key_of_another_choice_keeps_the_name(choice: str) -> None:
+    """Where the file of that choice repeats the constructor's default, as a new key does."""
+    config = compose("pretrain", [choice])
+    bare, request = identity.defaults(), requested(config)
+    repeated = [key for key in request.keys() - bare.keys() if key not in changed(choice)]
+    assert repeated
+    for key in repeated:
+        older = {other: value for other, value in request.items() if other != key}
+        assert changed_from_defaults(older) == changed_from_defaults(request)
+
+
+@pytest.mark.parametrize(
     "override", ["seed=1", "optim.clip=1.5", "~loss.dino", "backbone=convnet", "method=dinov2"]
 )
 def test_what_changes_the_weights_changes_the_name(override: str) -> None:

@@ -14,6 +14,7 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import mixes_images
+from dino_lite.settings.validate import locate, parameters
 
 # Keys that affect the speed of a run or what it reports, never its weights.
 _SPEED = (
@@ -81,17 +82,26 @@ def defaults() -> Config:
 
 def changed_from_defaults(request: Config) -> Config:
     """The settings of `request` that differ from a bare `dino-lite pretrain`, and the nodes that
-    only the latter has. A key added to the defaults later does not change the result.
+    exist only in the latter. A new key with a default changes nothing: neither in the bare run, nor
+    in another choice, if its value there is the constructor's own default.
     """
     bare = defaults()
-    changed = {key: value for key, value in request.items() if bare.get(key, _ABSENT) != value}
+    changed = {k: v for k, v in request.items() if bare.get(k, _default(request, k)) != v}
     present = {node for key in request for node in _nodes(key)}
     for key in bare.keys() - request.keys():
         missing = next(node for node in _nodes(key) if node not in present)
         parent = missing.rpartition(".")[0]
-        if f"{parent}._target_" not in changed:  # another class has other keys
+        if f"{parent}._target_" not in changed:  # another class is expected to have other keys
             changed[missing] = _ABSENT
     return changed
+
+
+def _default(request: Config, key: str) -> Any:
+    """The default of a dotted key in the constructor that takes it."""
+    parent, _, name = key.rpartition(".")
+    target = request.get(f"{parent}._target_")
+    found = _ABSENT if target is None else parameters(locate(target)).defaults.get(name, _ABSENT)
+    return list(found) if isinstance(found, tuple) else found
 
 
 def _nodes(key: str) -> list[str]:
