@@ -17,8 +17,10 @@ CODE = '''
 
 import torch
 
+from dino_lite.contracts import Loss
 
-class VarianceLoss:
+
+class VarianceLoss(Loss):
     mixes_images = True
 
     def __init__(self, reads, weight, gamma):
