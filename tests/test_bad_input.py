@@ -77,6 +77,7 @@ def test_impossible_values(tmp_path: Path, override: str) -> None:
     assert key.rpartition(".")[2] in sentence or key in sentence
 
 
+@pytest.mark.slow
 def test_command_line_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
     """No traceback, no file, no partial run."""
     for arguments in (["data.root=nowhere"], ["trainer.max_epoch=3"]):

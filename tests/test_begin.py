@@ -56,6 +56,7 @@ def test_high_resolution_adaptation_goes_on_where_the_run_stood(first: Path) -> 
     assert "gram" in lines[0].split(",")
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_run(first: Path) -> None:
     """Student, heads and teacher as they were, the count of steps not; the Gram teacher is the
     teacher; positions come to the new grid.

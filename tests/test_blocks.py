@@ -294,11 +294,13 @@ def whole_step() -> None:
     assert 0 < trained <= 2 * 2 * 2 + 2
 
 
+@pytest.mark.slow
 def test_a_whole_step_compiles_few_graphs_and_evaluations_none() -> None:
     """Crops of two sizes, stochastic depth, uneven micro-batches: below torch's limit."""
     apart(whole_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -93,6 +93,7 @@ def five_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(runs_dir, f"data.root={root}", *FIVE, data="folder")
 
 
+@pytest.mark.slow
 def test_one_channel_from_the_file_to_the_export(gray_run: Path) -> None:
     """Luma is normalized as it was measured."""
     config = check_run(gray_run, 1)
@@ -137,6 +138,7 @@ def test_a_backbone_of_rgb_is_the_start_of_one_of_five(five_run: Path, tmp_path:
     torch.testing.assert_close(after["patch_embed.proj.weight"], wanted)
 
 
+@pytest.mark.slow
 def test_data_of_a_users_own_come_in_the_backbones_channels(
     gray_run: Path, five_run: Path, tmp_path: Path
 ) -> None:

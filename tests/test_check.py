@@ -288,6 +288,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     return 0
 
 
+@pytest.mark.slow
 def test_exit_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -307,6 +307,7 @@ def test_a_run_is_called_by_the_choice_of_its_method(tmp_path: Path) -> None:
     assert run_name(planned, request, known) == name.removeprefix("sim")
 
 
+@pytest.mark.slow
 def test_a_run_logs_numbers_and_none_of_prototypes(tmp_path: Path) -> None:
     """Its loss, the spread of embeddings and the momentum (it resumes in test_methods.py)."""
     run = Path(run_pretrain(asked(tmp_path))["run"])
@@ -317,6 +318,7 @@ def test_a_run_logs_numbers_and_none_of_prototypes(tmp_path: Path) -> None:
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_by_the_command_line(tmp_path: Path) -> None:
     """Every weight has a gradient, so none waits for another; the run has its method's name."""
     groups = ["method=simdino", "loss=[simdino]", "method.head.num_prototypes=0"]

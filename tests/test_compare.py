@@ -55,6 +55,7 @@ def test_checkpoints_and_baselines_stand_side_by_side(
         assert kept["baselines"]["untrained"]["value"] == told["rows"][3]["results"]["knn"]["value"]
 
 
+@pytest.mark.slow
 def test_equal_baselines_are_measured_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for two networks alike; others of another size, and each then says whose it is."""
     drawn: list[str] = []

@@ -159,6 +159,7 @@ def test_every_evaluation_builds(name: str) -> None:
     assert isinstance(evaluations[name], Evaluation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str, tmp_path: Path) -> None:
     """Each experiment composes, plans and gives data, method and optimizer step on the embedded

@@ -55,6 +55,7 @@ def fill(backbone: ConvNet, model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------ forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (32, 96)])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto"])
 def test_named_models_give_timms_features(name: str, size: tuple[int, int]) -> None:

@@ -230,6 +230,7 @@ def disagreement(method: DINO, crops: Crops) -> Tensor:
     return -(q[0][:, None] * q[1].log()).sum(dim=-1)
 
 
+@pytest.mark.slow
 def test_sixty_steps_teach_it_which_crops_are_of_one_image() -> None:
     """From noisy crops of four patterns, without labels: answers to two images drift apart."""
     method, crops, patterns = (

@@ -323,6 +323,7 @@ def test_micro_batches_make_the_same_step(centering: Any, micro_batch_size: int)
         torch.testing.assert_close(value, others[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_forty_steps_on_one_batch_lower_every_loss() -> None:
     """Class tokens, masked patches and the spread of features."""
     method, crops = tiny_dinov2().double(), images(6, 2)

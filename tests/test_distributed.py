@@ -47,6 +47,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list
     return {name: (codes[name], (folder / name).read_text().splitlines()) for name in _CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["never joined", "joined", "left already"])
 def test_a_process_leaves_its_group_before_its_interpreter_ends(
     ended: dict[str, tuple[int, list[str]]], case: str

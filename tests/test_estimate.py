@@ -90,6 +90,7 @@ def test_a_run_prints_one_line_and_keeps_the_numbers(
     assert re.fullmatch(r"\d+:\d\d left", left[4])
 
 
+@pytest.mark.slow
 def test_a_timed_run_has_no_more_time_left_than_its_budget(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_timed_run_has_no_more_time_left_than_its_budget(
     assert kept["steps"] > 3
 
 
+@pytest.mark.slow
 def test_a_loss_that_begins_later_makes_it_a_bound(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_run_without_the_observer_says_nothing(
     assert "estimate" not in json.loads((run / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_several_processes_print_one_line(tmp_path: Path) -> None:
     """Images are those of all of them."""
     timed = ["trainer.max_steps=null", "trainer.max_time=6s", "optim.freeze_last_layer=0.1"]

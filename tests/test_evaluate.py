@@ -29,6 +29,7 @@ def evaluated(run: Path, *overrides: str) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_a_result_says_all_that_is_needed_to_trust_it(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,8 @@ from dino_lite.runs.identity import requested
 from test_conf import facts
 from tiny import tiny, tiny_command
 
+pytestmark = pytest.mark.slow
+
 _CODE = '''
 import torch
 from torch import nn

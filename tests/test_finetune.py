@@ -17,6 +17,7 @@ from test_features import half_broken, images
 QUICK = {"num_epochs": 4, "batch_size": 12, "rate": 0.02}
 
 
+@pytest.mark.slow
 def test_it_learns_on_a_copy() -> None:
     """The backbone that was given has its weights, its mode and no gradient."""
     backbone = small_vit(drop_path=0.5).train()
@@ -31,6 +32,7 @@ def test_it_learns_on_a_copy() -> None:
     assert all(p.grad is None for p in backbone.parameters())
 
 
+@pytest.mark.slow
 def test_the_whole_network_is_trained() -> None:
     """All parameters of the copy move, frozen ones too; the global generator is left alone."""
     backbone = small_vit().requires_grad_(False)

@@ -13,6 +13,8 @@ from dino_lite.eval import gallery
 from dino_lite.runs import finish
 from tiny import tiny, train
 
+pytestmark = pytest.mark.slow
+
 PICTURES = ("attention.png", "pca.png", "neighbors.png")
 
 

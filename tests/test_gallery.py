@@ -82,6 +82,7 @@ def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     assert list(draw_all(PIXELS, FeatureStore(data), tmp_path)) == list(PICTURES)
 
 
+@pytest.mark.slow
 def test_pretrain_and_evaluate_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run ends with the quick ones; evaluate draws all into `pictures`, and names them."""
     run = train(tmp_path)

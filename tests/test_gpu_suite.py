@@ -36,6 +36,7 @@ def pretender(tmp_path: Path) -> Path:
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_sentence(root: Path, tmp_path: Path) -> None:
     """Exit status 2, and nothing is written."""

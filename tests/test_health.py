@@ -187,6 +187,7 @@ def warnings_of(run: Path) -> list[dict[str, Any]]:
 KINDS = ("one_prototype", "uniform_teacher", "constant_features")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_collapse_stops_the_run_with_its_sentence(tmp_path: Path, kind: str) -> None:
     """Before its end; last.ckpt is kept, and results.json knows why."""
@@ -208,6 +209,7 @@ def test_a_short_run_is_watched_by_default(tmp_path: Path) -> None:
     assert [w["kind"] for w in warnings_of(train(tmp_path, *options))] == ["uniform_teacher"]
 
 
+@pytest.mark.slow
 def test_all_processes_stop_together(tmp_path: Path) -> None:
     """What rank 0 sees ends the others too, between the same two steps."""
     options = [*QUICK[:1], STOP, *PLANTED["uniform_teacher"], "trainer.max_steps=60"]
@@ -219,6 +221,7 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
     assert checkpoint(run)["global_step"] == warnings_of(run)[0]["step"]
 
 
+@pytest.mark.slow
 def test_an_aliased_teacher_is_known_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_what_was_asked_for_is_what_differs() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command finds its run after an update that adds a key with a default."""
     for words in ([], ["optim.clip=1.5"], ["backbone=convnet"], ["~loss.dino"]):

@@ -150,6 +150,7 @@ def ranks() -> list[dict[str, Any]]:
     return on_ranks(2, two_ranks)
 
 
+@pytest.mark.slow
 def test_across_ranks_two_processes_are_one_with_the_joint_batch(
     ranks: list[dict[str, Any]],
 ) -> None:

@@ -109,6 +109,7 @@ def test_masks_are_those_of_the_algorithm() -> None:
     assert edges(ours).mean() < 0.75 * edges(single).mean()
 
 
+@pytest.mark.slow
 def test_any_crop_may_be_masked_and_any_much() -> None:
     """Over 1000 steps each of 8 crops is masked in half of them, and as much as the others."""
     masking = BlockMasking()

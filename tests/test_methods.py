@@ -16,6 +16,8 @@ from ranks import command
 from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command
 
+pytestmark = pytest.mark.slow
+
 METHODS = sorted(path.stem for path in (config_dir() / "method").glob("*.yaml"))
 # Beside the tiny run's: no prototypes where a method has none, and Gram anchoring from half on.
 WITH = {

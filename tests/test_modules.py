@@ -209,6 +209,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_a_traced_backbone_answers_alike(root: Path) -> None:
     """torch.jit.trace, on other images than those it was traced with; in a process of its own,
     since checked shapes take sizes, which are tensors in a trace, for errors.

@@ -68,6 +68,7 @@ def test_nearest_equals_sorting_everything(
     assert torch.equal(similarity, exact.gather(1, index))
 
 
+@pytest.mark.slow
 def test_thousands_of_rows_without_equals_are_sorted_too() -> None:
     """Over several tiles and hundreds of groups, the best first, last and spread."""
     generator = torch.Generator().manual_seed(0)

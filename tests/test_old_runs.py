@@ -74,6 +74,7 @@ def test_an_old_run_is_evaluated_and_exported_by_command(name: str, runs_dir: Pa
     assert run_export(compose("export", words))["safetensors"]["largest_difference"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dino_interrupted", "dinov2_interrupted"])
 def test_an_old_interrupted_run_is_continued_to_the_end(
     name: str, runs_dir: Path, expected: dict[str, torch.Tensor]
@@ -100,6 +101,7 @@ def test_a_new_run_begins_with_an_old_one(start: str, runs_dir: Path) -> None:
     assert results["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["dino_vit", "dinov3_rope"])
 def test_an_old_export_is_a_start(start: str, runs_dir: Path) -> None:
     """`backbone.pretrained=` takes it."""

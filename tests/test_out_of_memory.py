@@ -18,6 +18,8 @@ from dino_lite.methods.step import Step
 from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command, train
 
+pytestmark = pytest.mark.slow
+
 
 def without_memory(
     monkeypatch: pytest.MonkeyPatch, most: int, error: BaseException | None = None

@@ -60,6 +60,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, conf: Path, *words: str) -> None:
     main()
 
 
+@pytest.mark.slow
 def test_it_is_measured_with_baselines_beside_ours(
     outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

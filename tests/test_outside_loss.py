@@ -55,6 +55,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_it_beside_the_methods_own(
     outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def config_dir_seen_by(site: Path, elsewhere: Path) -> Path:
     return Path(said.stdout.strip())
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_config_and_nothing_else(tmp_path: Path) -> None:
     """The wheel is the package with conf/ inside it, and this is the conf/ that it reads."""
     site = tmp_path / "site"
@@ -63,6 +64,7 @@ def test_wheel_holds_every_module_and_config_and_nothing_else(tmp_path: Path) ->
     assert config_dir_seen_by(site, tmp_path) == site / "dino_lite" / "conf"
 
 
+@pytest.mark.slow
 def test_editable_install_reads_the_configs_of_the_checkout(tmp_path: Path) -> None:
     """Edited configs take effect from any folder, whatever copy lies in site-packages."""
     with zipfile.ZipFile(build("editable", tmp_path)) as wheel:

@@ -116,6 +116,7 @@ def _drop(paths: list[Paths], answer: Any) -> None:
     gc.collect()
 
 
+@pytest.mark.slow
 @fork_is_fine
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_workers_read_the_list_and_leave_its_files(files: Path, how: str) -> None:
@@ -133,6 +134,7 @@ def test_workers_read_the_list_and_leave_its_files(files: Path, how: str) -> Non
     assert list(paths) == [b"a/b", b"a/c"]
 
 
+@pytest.mark.slow
 def test_no_file_outlives_its_process(tmp_path: Path) -> None:
     """Also where that dies of an exception."""
     code = (

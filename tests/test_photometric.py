@@ -183,6 +183,7 @@ def compiled_is_plain() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     """Without a break, and with the plain function's results (no code is generated here)."""
     apart(compiled_is_plain)

@@ -51,6 +51,7 @@ def assert_same(a: Any, b: Any, where: str = "", tolerance: float = 0.0) -> None
         assert a == b, where
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_that_is_promised(run: Path) -> None:
     """Configuration, metrics, events, checkpoints, pictures, results and environment lie in the
     run's folder.

@@ -133,6 +133,7 @@ def test_a_dead_network_ends_the_run(served: Served, num_workers: int) -> None:
     assert sum(served.asked.values()) <= 1 + most * max(1, num_workers)
 
 
+@pytest.mark.slow
 def test_a_short_outage_costs_one_failure_not_the_run(served: Served) -> None:
     """Files that are asked for together and fail together count once; then all is well again."""
     opener = remote.Remote()
@@ -234,6 +235,7 @@ def jpeg() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_s3(bucket: dict[str, Any], num_workers: int) -> None:
     """The list and its images, in workers also after the parent has read some."""

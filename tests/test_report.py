@@ -285,6 +285,7 @@ def test_every_known_picture_is_taken_and_no_other(tmp_path: Path) -> None:
     assert names == ["crops", "attention", "pca", "map_2", "confusion"]
 
 
+@pytest.mark.slow
 def test_a_large_picture_is_made_small(tmp_path: Path) -> None:
     """It keeps to its bytes and its shape; a small one is left as large as it is."""
     noise = np.random.default_rng(0).integers(0, 256, (1500, 3000, 3), dtype=np.uint8)

@@ -19,6 +19,8 @@ from dino_lite.commands.report import run_report
 from dino_lite.config import compose
 from test_report import result, write_run
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -11,6 +11,7 @@ import torch
 from dino_lite.eval.results import amount, bootstrap, percent, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num", "share"), [(50, 0.5), (1000, 0.9), (20_000, 0.3)])
 def test_the_interval_is_that_of_a_binomial(num: int, share: float) -> None:
     """For right and wrong answers theory knows it: 1.96 standard errors on each side."""

@@ -35,6 +35,7 @@ def loops(queries: Features, bank: Features, leave_one_out: bool) -> list[tuple[
     return found
 
 
+@pytest.mark.slow
 @given(
     num_queries=st.integers(1, 9),
     num_bank=st.integers(1, 40),

@@ -77,6 +77,7 @@ def store(train: Any, test: Any = None) -> FeatureStore:
     return FeatureStore(CleanData(Splits(train, test, "set"), 16, Normalize(), 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_test", [True, False])
 @pytest.mark.parametrize("name", ["raw pixels", "vit"])
 def test_the_table_holds_every_corruption(name: str, with_test: bool) -> None:

@@ -163,6 +163,7 @@ def test_class_features_alone_are_those_of_a_whole_pass(settings: dict[str, Any]
     assert alone.grid == whole.grid == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"), [("small", 21.6), ("base", 85.6), ("large", 303.1), ("7b", 6_716.0)]
 )

@@ -138,6 +138,7 @@ def as_it_is(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return pairs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # few cores
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

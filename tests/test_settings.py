@@ -116,6 +116,7 @@ def requests() -> dict[str, Config]:
     return found
 
 
+@pytest.mark.slow
 def test_every_value_outside_of_what_its_constructor_says_is_refused_by_key() -> None:
     """Numbers, truth values, choices and lists of every configuration, wherever they stand; and
     what is allowed passes.

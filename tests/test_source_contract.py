@@ -82,6 +82,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(OWN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_workers", "labeled", "evaluation"), [(0, False, "duplicates"), (2, True, "knn")]
 )

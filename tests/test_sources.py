@@ -17,6 +17,7 @@ from dino_lite.data.sources import ArraySource
 from images import fill, sentence
 
 
+@pytest.mark.slow
 def test_auto_without_root_is_the_embedded_set() -> None:
     """The first run needs no data."""
     splits = open_auto()

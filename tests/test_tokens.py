@@ -75,6 +75,7 @@ def test_patches_are_computed_where_a_loss_reads_them(
     assert all(torch.isfinite(value) for value in scalars.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "dinov2"])
 def test_koleo_is_a_term_of_any_method(method: str, tmp_path: Path) -> None:
     """By the list of losses on the command line."""
