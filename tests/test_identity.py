@@ -58,7 +58,7 @@ def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "choice", ["method=dinov2", "method=dinov3", "backbone=convnet", "loss=gram"]
+    "choice", ["method=dinov2", "method=dinov3", "backbone=convnet", "loss=[dino,koleo]"]
 )
 def test_a_new_default_key_of_another_choice_keeps_the_name(choice: str) -> None:
     """Where the file of that choice repeats the constructor's default, as a new key does."""
