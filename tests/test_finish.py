@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dino_lite.commands.pretrain import run_pretrain
+from dino_lite.contracts import UserError
 from dino_lite.eval import gallery
 from dino_lite.runs import finish
 from tiny import tiny, train
@@ -80,3 +81,20 @@ def test_a_picture_that_fails_blocks_nothing(
     assert not (run / "pca.png").exists()
     train(tmp_path)
     assert (run / "pca.png").is_file()
+
+
+def test_a_run_that_is_trained_again_keeps_nothing_of_before(tmp_path: Path) -> None:
+    """Its checkpoint was deleted: results and pictures are those of the new weights."""
+    run = train(tmp_path)
+    planted = state(run) | {"knn_trained": 99.99, "last": {"knn": {"value": 1.0}}}
+    (run / "results.json").write_text(json.dumps(planted))
+    (run / "pca.png").write_bytes(b"old")
+    (run / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(UserError, match="interrupted"):
+        train(tmp_path, "callbacks.stop={_target_: tiny.StopAt, step: 3}")
+    assert not (run / "results.json").exists()
+    assert not (run / "pca.png").exists()
+    assert train(tmp_path) == run
+    assert {"knn_trained", "last"} & state(run).keys() == set()
+    assert state(run)["steps"] == 8
+    assert (run / "pca.png").read_bytes() != b"old"

@@ -85,3 +85,13 @@ def test_the_order_of_overrides_and_the_machine_do_not_matter(tmp_path: Path) ->
     one = compose("pretrain", ["seed=1", "optim.clip=1.5"])
     two = compose("pretrain", ["optim.clip=1.5", "seed=1", f"runs_dir={tmp_path}"])
     assert name_of(one) == name_of(two)
+
+
+def test_a_group_in_place_of_a_value_is_a_difference() -> None:
+    """And a value in place of a group."""
+    bare = identity.defaults()
+    without = {key: value for key, value in bare.items() if key != "seed"}
+    assert changed_from_defaults(without | {"seed.a": 1}) == {"seed.a": 1}
+    request = {k: value for k, value in bare.items() if not k.startswith("optim.weight_decay")}
+    found = changed_from_defaults(request | {"optim.weight_decay": 0.1})
+    assert found["optim.weight_decay"] == 0.1

@@ -154,3 +154,37 @@ def test_old_names_are_replaced_wherever_they_stand() -> None:
         "loss.koleo.reads": "tokens",
     }
     assert current({"name": "koleo"}) == {"name": "koleo"}
+
+
+def continued(runs_dir: Path, name: str, *more: str) -> list[str]:
+    """The command that began an old run, with its overrides and `more`."""
+    words = load(runs_dir / name / "config.yaml")["overrides"]
+    words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
+    return [*words, f"runs_dir={runs_dir}", *more]
+
+
+def test_a_forgotten_override_is_not_called_a_default(runs_dir: Path) -> None:
+    """It was asked for then, and is not now."""
+    name = "dino_interrupted"
+    words = [word for word in continued(runs_dir, name) if not word.startswith("seed=")]
+    with pytest.raises(UserError, match=r"was started with seed=3, not 0: give the same settings"):
+        run_pretrain(compose("pretrain", words))
+
+
+def test_a_resumed_run_is_known_by_its_first_request(runs_dir: Path) -> None:
+    """Keys that are newer than the run are not added to it."""
+    name = "dino_interrupted"
+    file = runs_dir / name / "environment.json"
+    environment = json.loads(file.read_text())
+    del environment["request"]["optim.decay_tokens"]
+    file.write_text(json.dumps(environment))
+    run_pretrain(compose("pretrain", continued(runs_dir, name)))
+    assert json.loads(file.read_text())["request"] == environment["request"]
+
+
+def test_a_callback_that_was_removed_stays_removed(runs_dir: Path) -> None:
+    """Callbacks are those of the command, none of the saved run's."""
+    name = "dino_interrupted"
+    run_pretrain(compose("pretrain", continued(runs_dir, name, "~callbacks.pictures")))
+    saved = load(runs_dir / name / "config.yaml")
+    assert {"pictures", "stop"} & saved["callbacks"].keys() == set()

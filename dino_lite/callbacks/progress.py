@@ -112,8 +112,12 @@ class RunProgress(ProgressBar):
     ) -> str:
         if fraction >= 1:
             return f"{duration(time.monotonic() - self._began)} in all"
-        left = cast(Any, pl_module).clock.seconds_left(trainer.global_step)
-        return "measuring" if left is None else f"{duration(left)} left"
+        module = cast(Any, pl_module)
+        left = module.clock.seconds_left(trainer.global_step)
+        if left is None:
+            return "measuring"
+        least = "at least " if module.clock.max_seconds is None and module.inactive_losses() else ""
+        return f"{least}{duration(left)} left"
 
     def _is_terminal(self) -> bool:
         return sys.stderr.isatty()

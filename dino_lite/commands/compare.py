@@ -73,7 +73,7 @@ def open_subjects(config: Config, evaluations: dict[str, Any]) -> dict[str, Subj
     subjects: dict[str, Subject] = {}
     data = None
     for checkpoint, name in short.items():
-        subject = open_subject(config | {"checkpoint": found[checkpoint]}, evaluations, data)
+        subject = open_subject(config, checkpoint, evaluations, data)
         if subject.notes:
             print("\n".join(subject.notes), flush=True)
         subjects[name if often[name] == 1 else str(checkpoint)] = subject

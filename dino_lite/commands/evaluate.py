@@ -13,6 +13,7 @@ from dino_lite.eval.gallery import PICTURES, draw_on_all_ranks
 from dino_lite.eval.measure import beside, comparable, measure
 from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_results
+from dino_lite.runs.checkpoint import find_checkpoint
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import build_evaluations, open_subject, save_results
 
@@ -26,7 +27,8 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     """Evaluate, print the results and merge them into the checkpoint's results.json."""
     config = check_values(absolute_paths(config), auto=False)
     evaluations = build_evaluations(config)
-    subject = open_subject(config, evaluations)
+    checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
+    subject = open_subject(config, checkpoint, evaluations)
     data = subject.store.data
     if rank() == 0:
         title = f"{subject.checkpoint} on {data.splits.name}, {data.size} pixels"

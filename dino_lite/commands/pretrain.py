@@ -15,6 +15,7 @@ from dino_lite import config as cfg
 from dino_lite.config import Config, command, compose, get
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
+from dino_lite.eval.gallery import PICTURES
 from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
@@ -24,7 +25,7 @@ from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.finish import finish
 from dino_lite.runs.identity import absolute_paths, data_card, requested, run_name
 from dino_lite.runs.resume import resume_config
-from dino_lite.runs.run import Run, write_json
+from dino_lite.runs.run import Run, read_json, write_json
 from dino_lite.runs.trainer import quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
@@ -72,11 +73,13 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     def build_run(config: Config) -> Built:
         return build(config | started, facts, splits, run)
 
-    built = build_run(config)  # what does not fit is refused before anything is written
+    built = [build_run(config)]  # errors are raised before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         quiet_lightning()
         if rank() == 0:
             say_plan(planned, run, facts, resuming)
+            if not resuming:
+                run.clear([*PICTURES, "crops", "curves"])
             write_run(run, config, request, facts, splits)
         module = train(config, facts, run, built, build_run, resuming, may_shrink=is_auto, say=say)
         if rank() != 0:
@@ -92,6 +95,8 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
     """Write the planned configuration, and the request, data and machine it is based on."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cfg.save(config, run.config_file)
+    if run.last.is_file():  # resumed: newer keys are not part of it
+        request = read_json(run.environment_file)["request"]
     known = {"data": data_card(splits, facts), "request": request}
     write_json(run.environment_file, environment(facts) | known)
 

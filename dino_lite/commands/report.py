@@ -58,9 +58,8 @@ def _draw_missing(checkpoint: Checkpoint, asked: Config) -> None:
         if not files[name].is_file() or files[name].stat().st_mtime < saved
     }
     if missing:
-        words = [f"checkpoint={checkpoint}", f"runs_dir={asked['runs_dir']}"]
-        config = compose("evaluate", [quote_override(each) for each in words])
-        subject = open_subject(config | {"trust": asked["trust"]}, {})
+        config = compose("evaluate", [quote_override(f"runs_dir={asked['runs_dir']}")])
+        subject = open_subject(config | {"trust": asked["trust"]}, checkpoint, {})
         drawn = draw_all(subject.backbone, subject.store, folder, missing, print)
         print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 

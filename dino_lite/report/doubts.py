@@ -22,6 +22,9 @@ def doubts(story: Story) -> list[str]:
 def _unfinished(story: Story) -> Iterator[str]:
     if not story.is_run or story.results.get("finished"):
         return
+    if story.results.get("trained"):
+        yield "Pictures or baselines are missing: the command below adds them without training."
+        return
     steps, progress = (story.curves.get(name) for name in ("loss", "progress"))
     where = "before its first logged step"
     if steps is not None:

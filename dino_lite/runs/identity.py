@@ -17,7 +17,7 @@ from dino_lite.planning.checks import mixes_images
 from dino_lite.settings.validate import locate, parameters
 
 # Keys that affect the speed of a run or what it reports, never its weights.
-_SPEED = (
+SPEED = (
     "name",
     "runs_dir",
     "trust",
@@ -41,7 +41,7 @@ _ABSENT = "(absent)"
 
 def is_speed(key: str) -> bool:
     """Whether a dotted key may be planned again when a run is resumed."""
-    return any(key == speed or key.startswith(f"{speed}.") for speed in _SPEED)
+    return any(key == speed or key.startswith(f"{speed}.") for speed in SPEED)
 
 
 def absolute_paths(config: Config) -> Config:
@@ -89,7 +89,9 @@ def changed_from_defaults(request: Config) -> Config:
     changed = {k: v for k, v in request.items() if bare.get(k, _default(request, k)) != v}
     present = {node for key in request for node in _nodes(key)}
     for key in bare.keys() - request.keys():
-        missing = next(node for node in _nodes(key) if node not in present)
+        missing = next((node for node in _nodes(key) if node not in present), None)
+        if missing is None:  # a group here, whose keys are compared
+            continue
         parent = missing.rpartition(".")[0]
         if f"{parent}._target_" not in changed:  # another class is expected to have other keys
             changed[missing] = _ABSENT

@@ -8,6 +8,7 @@ from typing import Any
 CLASSES = {
     "dino_lite.backbones.build.vit": "dino_lite.backbones.vit.ViT",
     "dino_lite.backbones.build.rope": "dino_lite.backbones.rope.RoPEViT",
+    "dino_lite.callbacks.pictures.Pictures": "dino_lite.callbacks.drawing.Pictures",
 }
 MATCHES = {"koleo": "tokens"}
 

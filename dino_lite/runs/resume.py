@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from dino_lite.config import Config, get, leaves, load, put
+from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.planning.checks import mixes_images
-from dino_lite.runs.identity import changed_from_defaults, is_speed
+from dino_lite.runs.identity import SPEED, changed_from_defaults
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
 
@@ -46,9 +47,9 @@ def resume_config(
             f"{run.folder} was started with {key}={old}, not {new}, which changes its results: "
             "give the same value to resume it, or another name=."
         )
-    for name, value in leaves(planned):
-        if is_speed(name):
-            config = put(config, name, value)
+    for name in SPEED:  # a group as a whole: what was removed stays removed
+        with suppress(KeyError):
+            config = put(config, name, get(planned, name))
     keeps = is_auto and old and (not new or old < new)
     return put(config, key, old) if keeps else config
 
@@ -58,17 +59,20 @@ def _check_request(
 ) -> None:
     """Raise UserError for the first setting of `request` that differs from the saved run."""
     chosen = changed_from_defaults(request)
-    new_words = set(planned.get("overrides") or ()) - set(saved.get("overrides") or ())
-    added = tuple(word.partition("=")[0].lstrip("+~") for word in new_words)
-    for key in sorted(before.keys() | request.keys()):
+    words, old_words = (set(config.get("overrides") or ()) for config in (planned, saved))
+    # What the user named comes before what follows from it by interpolation.
+    keys = sorted(
+        before.keys() | request.keys(), key=lambda k: (not _names(words | old_words, k), k)
+    )
+    for key in keys:
         old, new = before.get(key, _MISSING), request.get(key, _MISSING)
         if old == new:
             continue
-        if old is _MISSING and not any(key == word or key.startswith(f"{word}.") for word in added):
+        if old is _MISSING and not _names(words - old_words, key):
             continue  # the key was added after the run was started
         if key.startswith("trainer.max_"):
             why = "schedules depend on the length of a run: start a new run with another name="
-        elif key not in chosen and old is not _MISSING and new is not _MISSING:
+        elif _MISSING not in (old, new) and key not in chosen and not _names(old_words, key):
             raise UserError(
                 f"{run.folder} was started when the default of {key} was {_shown(old)}; it is now "
                 f"{_shown(new)}: give {key}={_shown(old)} and name={run.folder.name} to resume it, "
@@ -79,6 +83,12 @@ def _check_request(
         raise UserError(
             f"{run.folder} was started with {key}={_shown(old)}, not {_shown(new)}: {why}."
         )
+
+
+def _names(overrides: set[str], key: str) -> bool:
+    """Whether one of `overrides` sets `key`, or a group that contains it."""
+    nodes = {word.partition("=")[0].lstrip("+~") for word in overrides}
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
 def _shown(value: Any) -> str:

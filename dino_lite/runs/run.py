@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Run:
         """Whether training is complete; a finished run also has its pictures and baselines."""
         results = self.results()
         return bool(results.get("trained") or results.get("finished"))
+
+    def clear(self, pictures: Iterable[str]) -> None:
+        """Remove results and `pictures` of an earlier training in this folder."""
+        for path in (self.results_file, *(self.folder / f"{name}.png" for name in pictures)):
+            path.unlink(missing_ok=True)
 
     def add_results(self, results: dict[str, Any]) -> None:
         """Merge `results` into results.json."""

@@ -18,7 +18,7 @@ from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
 from dino_lite.planning.plan import open_splits
-from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
+from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
 from dino_lite.runs.trust import demand_trust, targets
 
@@ -39,14 +39,16 @@ class Subject(NamedTuple):
 
 
 def open_subject(
-    config: Config, evaluations: Mapping[str, Evaluation], data: Config | None = None
+    config: Config,
+    checkpoint: Checkpoint,
+    evaluations: Mapping[str, Evaluation],
+    data: Config | None = None,
 ) -> Subject:
     """Open the backbone that `checkpoint` names, on the device, with `data` (default: the data
     given in the configuration, or the run's own).
     """
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
-    checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     opened = open_backbone(checkpoint, config["trust"])
     backbone = opened.backbone
     if data is None:

@@ -27,28 +27,30 @@ def train(
     config: Config,
     facts: Facts,
     run: Run,
-    built: Built,
+    built: list[Built],
     rebuild: Callable[[Config], Built],
     resuming: bool,
     *,
     may_shrink: bool,
     say: Callable[[str], None],
 ) -> PretrainModule:
-    """Train `built`, which `rebuild` makes of a planned `config`. Returns the module, on the CPU.
+    """Train the one element of `built`, which `rebuild` builds again from a planned `config`.
+    Returns the module, on the CPU.
 
     If a single device runs out of memory in the first steps and `may_shrink`, the run is built
     again from scratch with half the micro-batch size, which is saved in config.yaml. Raises
     UserError if that does not help, or if the user interrupts the run.
     """
-    while not _fit(config, facts, run, *built, resuming):
-        del built  # frees its memory
+    parts = built.pop()  # the only reference, so that its memory can be freed
+    while not _fit(config, facts, run, *parts, resuming):
+        del parts
         gc.collect()
         if facts.accelerator == "cuda":
             torch.cuda.empty_cache()
         config = put(config, _KEY, _smaller_micro_batch(config, may_shrink, say))
         save(config, run.config_file)
-        built = rebuild(config)
-    return built[1]
+        parts = rebuild(config)
+    return parts[1]
 
 
 def _fit(
