@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_lite import pretrain
+from dino_lite.commands import pretrain as command
 from dino_lite.config import load
 from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.methods import clock
@@ -70,6 +72,24 @@ def test_out_of_memory_halves_the_micro_batch_and_begins_anew(
     assert_same(a["optimizer_states"], b["optimizer_states"])
     metrics = [(folder / "metrics.csv").read_text().count("\n") for folder in (expected, run)]
     assert metrics[0] == metrics[1]
+
+
+def test_the_first_try_is_freed_before_the_second_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short, two modules would need twice as much."""
+    build, alive, modules = command.build, [], []
+
+    def counted(*arguments: Any) -> Any:
+        alive.append(sum(module() is not None for module in modules))
+        built = build(*arguments)
+        modules.append(weakref.ref(built[1]))
+        return built
+
+    monkeypatch.setattr(command, "build", counted)
+    without_memory(monkeypatch, 4)
+    train(tmp_path, AUTO)
+    assert alive == [0, 0]
 
 
 def test_a_smaller_micro_batch_is_kept_on_resume(
