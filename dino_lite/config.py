@@ -113,8 +113,8 @@ def asked(config: Config, overrides: Sequence[str], choices: Mapping[str, Any]) 
     chosen = {group: choices[group] for group in ("method",) if group in choices}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
     if config.get("trust") and len(kept) == len(overrides):
-        told = "is set in a configuration file: set it on the command line instead."
-        raise UserError(f"trust={config['trust']} {told}")
+        why = "is set in a configuration file: set it on the command line instead."
+        raise UserError(f"trust={config['trust']} {why}")
     return config | {"overrides": kept, "choices": chosen}
 
 
