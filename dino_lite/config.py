@@ -101,16 +101,21 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = hydra.compose(primary, quoted, return_hydra_config=True)
-            return to_plain(config) | asked(quoted, config.hydra.runtime.choices)
+            return asked(to_plain(config), quoted, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, primary, quoted)) from None
 
 
-def asked(overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
-    """What the user requested: the overrides except `trust`, and the choice in conf/method."""
+def asked(config: Config, overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
+    """`config` with the overrides except `trust`, and with the choice in conf/method. Raises
+    UserError if a file sets `trust`, and no override does.
+    """
     chosen = {group: choices[group] for group in ("method",) if group in choices}
     kept = [each for each in overrides if each.partition("=")[0].lstrip("+") != "trust"]
-    return {"overrides": kept, "choices": chosen}
+    if config.get("trust") and len(kept) == len(overrides):
+        why = "is set in a configuration file: set it on the command line instead."
+        raise UserError(f"trust={config['trust']} {why}")
+    return config | {"overrides": kept, "choices": chosen}
 
 
 def to_plain(config: DictConfig) -> Config:
@@ -206,7 +211,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
         def job(config: DictConfig) -> None:
             with user_errors():
                 given = HydraConfig.get()
-                function(to_plain(config) | asked(given.overrides.task, given.runtime.choices))
+                function(asked(to_plain(config), given.overrides.task, given.runtime.choices))
 
         def main() -> None:
             with user_errors():
@@ -217,8 +222,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
                     overrides.append(_search_in(flags.config_dir))
                 if not (flags.multirun or flags.config_name or (flags.config_dir and searched)):
                     compose(primary, overrides)  # reports errors in one sentence, unlike Hydra
-            folder = str(config_dir())
-            hydra.main(version_base="1.3", config_path=folder, config_name=primary)(job)()
+            hydra.main(str(config_dir()), primary, version_base="1.3")(job)()
 
         return main
 
@@ -227,9 +231,8 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Report a UserError, a full disk or an unwritable folder in one line and exit with code 2.
-
-    Ctrl-C exits with code 130.
+    """Report a UserError, a full disk or an unwritable folder in one line and exit with code 2;
+    after Ctrl-C, exit with code 130.
     """
     try:
         yield

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,17 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.commands.compare import run_compare
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
+from dino_lite.commands.pretrain import main as pretrain_main
+from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.commands.report import run_report
-from dino_lite.config import Config, compose, get, load, put, save
+from dino_lite.config import Config, compose, config_dir, get, load, put, save
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.eval.baselines import untrained
 from dino_lite.planning.plan import plan
+from dino_lite.report.story import reproduce
 from dino_lite.runs.begin import begin_config, build_method
 from dino_lite.runs.identity import requested
+from dino_lite.runs.trust import demand_trust
 from test_conf import facts
 from tiny import tiny, tiny_command
 
@@ -88,6 +93,7 @@ in_chans: auto
 drop_path: auto
 """
 _NODE = {"_target_": "stripes.nets.Stripes", "width": 16, "depth": 2}
+_VIT = "dino_lite.backbones.vit.ViT"
 _REFUSED = r"stripes\.nets.*package stripes.*trust='\[stripes\]'"
 
 
@@ -188,6 +194,20 @@ def test_a_report_imports_nothing_that_overrides_name(run: Path, tmp_path: Path)
     assert not imported()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method._target_=stripes.nets.Stripes"],
+        ["method.head._target_=stripes.nets.Stripes"],
+        ["hydra.searchpath=[pkg://stripes]"],
+    ],
+)
+def test_reproducing_a_run_imports_nothing_that_any_group_names(words: list[str]) -> None:
+    """Unless the package is trusted."""
+    assert reproduce({"overrides": words}, {}) is None
+    assert not imported()
+
+
 def test_a_runs_own_word_about_trust_is_not_heard(run: Path, tmp_path: Path) -> None:
     """A configuration that came with a checkpoint cannot trust itself."""
     copy = tmp_path / "run"
@@ -212,6 +232,88 @@ def test_no_part_of_a_runs_configuration_names_other_code(
     save(put(load(run / "config.yaml"), f"{part}._target_", target), copy / "config.yaml")
     with pytest.raises(UserError, match=rf"names {target}"):
         run_evaluate(asked("evaluate", copy, "[stripes]"))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "dino_lite.settings.validate.locate", "path": "stripes.nets"},
+        {
+            "_target_": "dino_lite.backbones.spec.build_backbone",
+            "spec": {"kind": "stripes.nets:Stripes"},
+            "trust": ["stripes"],
+        },
+        {"_target_": "dino_lite.commands.pretrain.pretrain"},
+        {"_target_": "dino_lite.config.instantiate", "config": _NODE},
+        {"_target_": "dino_lite.eval.pictures_map.import_module", "name": "stripes"},
+    ],
+)
+@pytest.mark.parametrize("part", ["backbone", "method", "method.head"])
+def test_a_runs_configuration_names_no_function_of_ours(
+    run: Path, tmp_path: Path, part: str, node: Config
+) -> None:
+    """It may import what its arguments name."""
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    os.link(run / "checkpoints" / "last.ckpt", copy / "checkpoints" / "last.ckpt")
+    saved = put(load(run / "config.yaml"), "backbone", {"_target_": _VIT, "patch_size": 8})
+    save(put(saved, part, node), copy / "config.yaml")
+    with pytest.raises(UserError, match=rf"names {node['_target_']}"):
+        run_evaluate(asked("evaluate", copy, "[]"))
+    assert not imported()
+
+
+@pytest.mark.parametrize("part", ["backbone", "method"])
+def test_a_saved_backbone_or_method_is_a_class_of_its_kind(
+    run: Path, tmp_path: Path, part: str
+) -> None:
+    """Another class of dino_lite is not built in its place."""
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    os.link(run / "checkpoints" / "last.ckpt", copy / "checkpoints" / "last.ckpt")
+    node = {"_target_": "dino_lite.losses.koleo.KoLeoLoss"}
+    save(put(load(run / "config.yaml"), part, node), copy / "config.yaml")
+    with pytest.raises(UserError, match=rf"{part}\._target_=dino_lite.*must name a class derived"):
+        run_evaluate(asked("evaluate", copy))
+
+
+def test_every_target_of_conf_is_harmless() -> None:
+    """Saved runs of every choice in conf/ are opened without trust."""
+    files = [path for path in config_dir().rglob("*.yaml") if path.parent.name != "format"]
+    found = {name for path in files for name in re.findall(r"_target_: ([\w.]+)", path.read_text())}
+    assert {"torch.optim.SGD", "dino_lite.data.builtin.open_builtin", _VIT} <= found
+    demand_trust(found, (), "conf")
+
+
+def test_a_run_whose_saved_configuration_names_other_code_is_not_resumed(tmp_path: Path) -> None:
+    """Only what the user's own configuration names, or trust, is imported."""
+    config = tiny(tmp_path, "name=own", "baselines=false")
+    folder = Path(run_pretrain(config)["run"])
+    saved = load(folder / "config.yaml")
+    save(put(saved, "callbacks.other", _NODE), folder / "config.yaml")
+    with pytest.raises(UserError, match=_REFUSED):
+        run_pretrain(config)
+    assert not imported()
+    assert run_pretrain(config | {"trust": ["stripes"]})["finished"]
+
+
+def test_trust_in_a_file_of_the_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key is for the command line only, where it replaces the value of a file."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ntrust: [stripes]\n"
+    (tmp_path / "experiment" / "shared.yaml").write_text(text)
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=shared"]
+    with pytest.raises(UserError, match=r"trust=\['stripes'\] is set in a configuration file"):
+        compose("pretrain", words)
+    assert compose("pretrain", [*words, "trust=[other]"])["trust"] == ["other"]
+    line = ["dino-lite", "--config-dir", str(tmp_path), "experiment=shared", "checkpoint=none"]
+    for flags in ([], ["--multirun"]):
+        monkeypatch.setattr(sys, "argv", [*line, *flags])
+        with pytest.raises(SystemExit):
+            pretrain_main()
+        assert "is set in a configuration file" in capsys.readouterr().err
 
 
 def test_an_export_is_loaded_where_its_package_is_trusted(exported: Path) -> None:

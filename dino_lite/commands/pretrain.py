@@ -43,6 +43,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     config = check_values(absolute_paths(config))
     request = requested(config)
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
+    trust = config.get("trust")
     config = begin_config(config)
     splits = open_splits(config["data"])
     facts = gather_facts(config, splits)
@@ -50,7 +51,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     run = Run(Path(config["runs_dir"]).expanduser() / run_name(planned.config, request, facts))
     resuming = run.last.is_file()
     if resuming:
-        config = resume_config(run, planned.config, request, splits, is_auto)
+        config = resume_config(run, planned.config, request, splits, is_auto, trust)
         if run.is_trained():
             state = "finished" if run.results().get("finished") else "trained"
             say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")

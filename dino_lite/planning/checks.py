@@ -21,7 +21,7 @@ from dino_lite.settings.kinds import (
     Size,
     Values,
 )
-from dino_lite.settings.validate import locate, settings_of, validated
+from dino_lite.settings.validate import locate, locate_class, settings_of, validated
 
 # Number of images that each name of `preset` stands for.
 PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
@@ -162,12 +162,8 @@ def _nodes(value: Any) -> Iterator[Config]:
 def traits_of(config: Config) -> Traits:
     """The traits that the backbone's class declares for its settings."""
     settings = dict(config["backbone"])
-    family = locate(target := settings.pop("_target_"))
-    if not (isinstance(family, type) and issubclass(family, Backbone)):
-        raise UserError(
-            f"backbone._target_={target} must name a class derived from "
-            "dino_lite.contracts.Backbone."
-        )
+    family = locate_class(settings, "backbone", Backbone)
+    del settings["_target_"]
     return family.traits(**settings)
 
 

@@ -122,8 +122,8 @@ def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = 
     """The command line that reproduces a run, from any folder; None if it was not saved.
 
     If the original `request` is given (by dotted key), the command is composed again and compared
-    with it. Returns None if the result differs, or needs code of a package that `trust` does not
-    name.
+    with it. Returns None if the result differs, if it needs code of a package that `trust` does not
+    name, or if an override sets a key of Hydra.
     """
     words = []
     for override in config.get("overrides") or ():
@@ -135,10 +135,12 @@ def reproduce(config: Config, request: Mapping[str, Any] | None, trust: Trust = 
             whole = f"[{','.join(paths)}]" if isinstance(known, list) else paths[0]
             spoken = f"{spoken.partition('=')[0]}={whole}"
         words.append(spoken)
+    if any(word.lstrip("+~").startswith("hydra") for word in words):
+        return None  # hydra.searchpath may import a package
     if request is not None:
         try:
             composed = compose("pretrain", words)
-            demand_trust(targets([composed["backbone"], composed["loss"]]), trust, "overrides")
+            demand_trust(targets(composed), trust, "overrides")
             again = requested(absolute_paths(composed))
         except UserError:
             return None

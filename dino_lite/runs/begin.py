@@ -14,7 +14,7 @@ from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
-from dino_lite.settings.validate import locate
+from dino_lite.settings.validate import locate_class
 
 # Settings of the backbone that need not match the weights of the earlier run.
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
@@ -28,12 +28,7 @@ def begin_config(config: Config) -> Config:
     config = dict(config)
     trust = config.pop("trust", None)
     target = config["method"]["_target_"]
-    method = locate(target)
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise UserError(
-            f"method._target_={target} must name a class derived from "
-            "dino_lite.methods.method.Method."
-        )
+    method = locate_class(config["method"], "method", Method)
     if not config.get("checkpoint"):
         if (why := method.requires_weights(config["method"])) is not None:
             raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")

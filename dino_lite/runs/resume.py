@@ -6,28 +6,37 @@ from contextlib import suppress
 from typing import Any
 
 from dino_lite.config import Config, get, load, put
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Splits, Trust, UserError
 from dino_lite.planning.checks import mixes_images
 from dino_lite.runs.identity import SPEED, changed_from_defaults
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
+from dino_lite.runs.trust import demand_trust, targets
 
 _MISSING = object()
 
 
 def resume_config(
-    run: Run, planned: Config, request: Config, splits: Splits, is_auto: bool = False
+    run: Run,
+    planned: Config,
+    request: Config,
+    splits: Splits,
+    is_auto: bool = False,
+    trust: Trust = (),
 ) -> Config:
     """The saved configuration of the run, with speed keys from the new plan. If the micro-batch
     size `is_auto`, a saved one below the planned one was chosen after running out of memory, and is
     kept.
 
     A key missing from the saved run keeps its old behavior, the default in code. Raises UserError
-    if a setting or a default differs, the data has changed, or this machine lacks the precision.
+    if a setting or a default differs, the data has changed, this machine lacks the precision, or
+    the saved configuration names code that neither `planned` nor `trust` does.
     """
     before = read_json(run.environment_file)
     config: Config = current(load(run.config_file))
     _check_request(run, current(before["request"]), request, config, planned)
+    # The user's own configuration names the targets of `planned`.
+    demand_trust({*targets(config)} - {*targets(planned)}, trust, run.config_file)
     data = before["data"]
     if (data["num_images"], data["digest"]) != (len(splits.train), splits.train.digest()):
         raise UserError(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from torch.optim import Optimizer
 
 from dino_lite.backbones.spec import is_trusted, untrusted
 from dino_lite.contracts import Trust
 from dino_lite.settings.validate import locate
+
+# The packages of dino_lite whose classes configurations name.
+_PARTS = r"dino_lite\.(backbones|callbacks|data|eval|losses|methods|nn|optim)"
+_OPENER = r"dino_lite\.data\.\w+\.open_\w+"
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -20,10 +27,22 @@ def targets(node: Any) -> Iterator[str]:
 
 
 def demand_trust(names: Iterable[str], trust: Trust, where: object) -> None:
-    """Raise UserError for targets of the saved configuration `where` that belong neither to
-    dino_lite nor to a package that `trust` names. Their code is not imported.
+    """Raise UserError for targets of the saved configuration `where` that are neither parts of
+    dino_lite nor of a package that `trust` names. Their code is not imported.
     """
     for target in names:
-        ours = target.startswith("dino_lite.") and getattr(locate(target), "__module__", None)
-        if not is_trusted(target, trust) and not str(ours).startswith("dino_lite."):
+        if not is_trusted(target, trust) and not _is_harmless(target):
             raise untrusted(str(where), target)
+
+
+def _is_harmless(target: str) -> bool:
+    """Whether `target` is a class or a data opener of dino_lite that configurations name, or an
+    optimizer of torch. Other functions of dino_lite may import what their arguments name.
+    """
+    if not re.fullmatch(rf"torch\.optim\.\w+|{_PARTS}\.\w+\.\w+", target):
+        return False
+    found = locate(target)
+    home = str(getattr(found, "__module__", ""))
+    if isinstance(found, type):
+        return issubclass(found, Optimizer) or re.match(rf"{_PARTS}\.", home) is not None
+    return re.fullmatch(_OPENER, target) is not None and target.startswith(f"{home}.")

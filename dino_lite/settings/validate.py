@@ -68,6 +68,19 @@ def locate(path: str) -> Any:
     return found
 
 
+def locate_class(node: Mapping[str, Any], key: str, base: type[R]) -> type[R]:
+    """The class that `_target_` of `node` names, derived from `base`. Raises UserError with `key`
+    if it names something else.
+    """
+    found = locate(node["_target_"])
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"{key}._target_={node['_target_']} must name a class derived from "
+            f"{base.__module__}.{base.__qualname__}."
+        )
+    return found
+
+
 @functools.cache
 def parameters(target: Callable[..., Any]) -> Parameters:
     """The keywords of a function, class, NamedTuple or TypedDict."""
