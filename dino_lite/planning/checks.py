@@ -112,14 +112,17 @@ def _check_uses(config: Config) -> None:
         )
 
 
-def of_backbone(config: Config, name: str, otherwise: Any) -> Any:
-    """The backbone's setting `name`, or its constructor's default; `otherwise` if it takes none."""
-    return settings_of(config["backbone"]).get(name, otherwise)
+def setting(config: Config, key: str, otherwise: Any = None) -> Any:
+    """The value at a dotted key of a node with a `_target_`, or its default there; `otherwise` if
+    the target takes no such key.
+    """
+    parent, _, name = key.rpartition(".")
+    return settings_of(get(config, parent)).get(name, otherwise)
 
 
 def check(config: Config, facts: Facts) -> None:
     """Check a planned configuration as a whole: reject combinations of values that do not fit."""
-    patch = of_backbone(config, "patch_size", 1)
+    patch = setting(config, "backbone.patch_size", 1)
     large, small = get(config, "augment.global_size"), get(config, "augment.local_size")
     sizes = {"augment.global_size": large}
     if get(config, "augment.num_local"):
@@ -133,7 +136,7 @@ def check(config: Config, facts: Facts) -> None:
             raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}.")
     _check_channels(config, facts)
     _check_uses(config)
-    if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
+    if setting(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
             f"augment.where=worker: PIL does not support {facts.channels} channels; use device."
         )
@@ -157,16 +160,16 @@ def check(config: Config, facts: Facts) -> None:
 
 def _check_channels(config: Config, facts: Facts) -> None:
     """Check that backbone and normalization fit the number of channels."""
-    in_chans = of_backbone(config, "in_chans", facts.channels)
+    in_chans = setting(config, "backbone.in_chans", facts.channels)
     if in_chans != facts.channels:
         raise UserError(
             f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; remove this "
             f"setting, or set data.channels={in_chans}."
         )
-    for key in ("normalize.mean", "normalize.std"):
-        if len(values := get(config, key)) != facts.channels:
+    for name in ("mean", "std"):
+        if len(values := config["normalize"].get(name, [])) != facts.channels:
             raise UserError(
-                f"{key}={values}: must be a list of {facts.channels} numbers, one per channel, or "
+                f"normalize.{name}={values}: must be a list of {facts.channels} numbers, one per channel, or "
                 "auto."
             )
 
