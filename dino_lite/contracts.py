@@ -26,6 +26,10 @@ class UserError(Exception):
     """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
+class MatchError(TypeError):
+    """A loss reads a Match whose student or target it cannot compare."""
+
+
 class Progress(NamedTuple):
     """Progress of a run in optimizer steps, or in ticks of the clock if it is timed."""
 

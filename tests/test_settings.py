@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import pytest
 
 from dino_lite.config import Config, compose, config_dir, get, load, put
-from dino_lite.contracts import Match, Schedule, UserError
+from dino_lite.contracts import Loss, Match, Schedule, UserError
 from dino_lite.optim.schedules import Constant, Cosine
-from dino_lite.planning import checks
-from dino_lite.planning.checks import Settings, check_values, mixes_images
+from dino_lite.planning import checks, groups
+from dino_lite.planning.checks import check_values, mixes_images
+from dino_lite.planning.groups import Settings
 from dino_lite.planning.plan import plan
 from dino_lite.settings.kinds import (
     Count,
@@ -152,8 +153,8 @@ def test_every_number_of_a_configuration_has_a_constructor_that_annotates_it() -
 
 def test_no_table_by_key_is_left() -> None:
     """A second statement of what a key may be would drift from the first."""
-    tree = ast.parse(Path(checks.__file__).read_text())
-    tables = [n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign)]
+    trees = [ast.parse(Path(str(module.__file__)).read_text()) for module in (checks, groups)]
+    tables = [n for t in trees for n in t.body if isinstance(n, ast.Assign | ast.AnnAssign)]
     texts = [n.value for t in tables for n in ast.walk(t) if isinstance(n, ast.Constant)]
     assert not [text for text in texts if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", str(text))]
 
@@ -321,3 +322,140 @@ def test_numbers_of_a_schedule_are_bounded_by_whoever_takes_it() -> None:
     with pytest.raises(UserError, match=r"^rate\.base=2.0: it must be a number in \[0, 1\]"):
         validated(Taker, {"size": 1, "rate": node})
     assert Cosine(2.0, 0.0).base == 2.0
+
+
+# ---------------------------------------------------------------------------------- missing keys
+
+
+class HasDefault(Loss):
+    """A loss whose `reads` is its constructor's default."""
+
+    def __init__(self, weight: Schedule, reads: str = "cls") -> None:
+        self.reads, self.weight = reads, weight
+
+
+class HasAttribute(Loss):
+    """A loss whose `reads` belongs to its class."""
+
+    reads = "cls"
+
+    def __init__(self, weight: Schedule) -> None:
+        self.weight = weight
+
+
+def nodes(config: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dotted key of everything in a configuration: values, and nodes below the top."""
+    for name, value in config.items():
+        if prefix:
+            yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from nodes(value, f"{prefix}{name}.")
+
+
+def without(config: Config, key: str) -> Config:
+    """A copy of a configuration without a key."""
+    parent, _, name = key.rpartition(".")
+    return put(config, parent, {k: v for k, v in get(config, parent).items() if k != name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_run_without_a_key_is_planned_or_refused_in_one_sentence(name: str) -> None:
+    """Whichever key is missing; a sentence names a key."""
+    config, refused = requests()[name], {}
+    for key in nodes({k: v for k, v in config.items() if k not in ("choices", "data")}):
+        try:
+            plan(without(config, key), facts())
+        except UserError as error:
+            refused[key] = str(error)
+    assert {"method.momentum", "method.head", "optim.learning_rate"} <= refused.keys()
+    assert not [said for said in refused.values() if "\n" in said]
+
+
+@pytest.mark.parametrize(
+    ("key", "missing"),
+    [
+        ("method.momentum", "method.momentum"),
+        ("method.head", "method.head"),
+        ("method.head.num_prototypes", "method.head.num_prototypes"),
+        ("method.head.hidden_dim", ""),
+        ("method.momentum.base", "method.momentum.base"),
+        ("method._target_", "method._target_"),
+        ("backbone._target_", "backbone._target_"),
+        ("optim.learning_rate", "optim.learning_rate"),
+        ("optim.learning_rate._target_", "optim.learning_rate._target_"),
+        ("optim.optimizer._target_", "optim.optimizer._target_"),
+        ("trainer.accelerator", "trainer.accelerator"),
+        ("loader.batch_size", "loader.batch_size"),
+        ("normalize.mean", ""),
+        ("loss.dino.reads", "loss.dino.reads"),
+        ("trainer.max_time", ""),
+        ("trainer.compile", ""),
+        ("optim.clip", ""),
+    ],
+)
+def test_a_missing_key_is_named_unless_it_has_a_default(key: str, missing: str) -> None:
+    """Before anything reads it. A partial node may lack what its caller passes."""
+    said = refusal(without(requests()["dino"], key))
+    assert said.startswith(f"{missing}: this key is missing" if missing else "")
+    assert bool(said) is bool(missing)
+
+
+@pytest.mark.parametrize("name", ["normalize", "backbone", "trainer", "callbacks", "preset"])
+def test_a_missing_group_is_named(name: str) -> None:
+    """Deleted by an override."""
+    assert refusal(compose("pretrain", [f"~{name}"])) == (
+        f"~{name}: the key {name} is required; omit ~{name}."
+    )
+
+
+def test_missing_keys_of_the_trainer_get_their_defaults() -> None:
+    """So that later code may read them."""
+    config = check_values(compose("pretrain", ["~trainer.max_time", "~trainer.compile"]))
+    assert get(config, "trainer.max_time") is None
+    assert get(config, "trainer.compile") is False
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optim.optimizer", None, "=null: it must be a group of keys with a _target_."),
+        ("callbacks.online_eval", 3, "=3: it must be a group of keys with a _target_, or null."),
+        ("callbacks.online_eval", None, ""),
+        ("augment.global_1", None, "=null: it must be a group of keys."),
+        ("augment.global_1", 3, "=3: it must be a group of keys."),
+        ("loss.x", {"_target_": "dino_lite.losses.koleo.KoLeoLoss"}, ".reads: this key is missing"),
+    ],
+)
+def test_a_group_of_keys_is_not_replaced_by_a_value(key: str, value: Any, said: str) -> None:
+    """Null removes a callback."""
+    answer = refusal(put(requests()["dino"], key, value))
+    assert answer.startswith(f"{key}{said}" if said else "")
+    assert bool(answer) is bool(said)
+
+
+def test_a_target_without_keys_is_said_to_take_none() -> None:
+    """Instead of an empty list of choices."""
+    config = put(requests()["dino"], "loss.dino._target_", "os.getpid")
+    assert refusal(config).endswith("there is no such key; os.getpid takes no keys.")
+
+
+@pytest.mark.parametrize("name", ["HasDefault", "HasAttribute"])
+def test_a_loss_may_name_its_match_in_code(name: str) -> None:
+    """By its constructor's default, or by its class."""
+    config = requests()["dino"]
+    node = {"_target_": f"{__name__}.{name}", "weight": get(config, "loss.dino.weight")}
+    assert plan(put(config, "loss", {"own": node}), facts()).decisions
+
+
+def test_a_loss_that_names_no_match_is_refused() -> None:
+    """A function that is no loss."""
+    with pytest.raises(UserError, match=r"^loss\.x: os\.getpid does not name the match"):
+        plan(put(requests()["dino"], "loss.x", {"_target_": "os.getpid"}), facts())
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
+def test_gpu_is_an_alias_of_cuda(command: str) -> None:
+    """It was accepted before values were checked."""
+    key = "trainer.accelerator" if command == "pretrain" else "accelerator"
+    check_values(compose(command, [f"{key}=gpu"]), auto=command == "pretrain")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import oracle
-from dino_lite.contracts import Crops, Progress, UserError
+from dino_lite.contracts import Crops, Loss, Progress, UserError
+from dino_lite.losses.koleo import KoLeoLoss
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
@@ -223,6 +224,19 @@ def test_a_loss_that_reads_what_is_not_made_is_refused() -> None:
         UserError, match=r"loss\.ibot reads 'patch', but DINO provides embedding, tokens, cls\."
     ):
         Step(method, {"ibot": PrototypeLoss("patch", Constant(1.0))}, optimizer, **rates)
+
+
+@pytest.mark.parametrize(
+    "loss", [KoLeoLoss("cls", Constant(1.0)), PrototypeLoss("tokens", Constant(1.0))]
+)
+def test_a_loss_that_cannot_compare_its_match_is_refused_by_key(loss: Loss) -> None:
+    """In the first step, which shows the types of the method's matches."""
+    method = tiny_dino()
+    optimizer = torch.optim.SGD(param_groups(method.student), lr=1.0)
+    rates = {"learning_rate": Constant(1.0), "weight_decay": Constant(0.0)}
+    step = Step(method, {"own": loss}, optimizer, **rates)
+    with pytest.raises(UserError, match=rf"^loss\.own\.reads={loss.reads}: .* choose another"):
+        step(random_crops(dtype=torch.float64), START)
 
 
 # -------------------------------------------------------------------------- the frozen last layer

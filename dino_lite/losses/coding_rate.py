@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Loss, Match, Schedule, Scores, Targets
+from dino_lite.contracts import Loss, Match, MatchError, Schedule, Scores, Targets
 from dino_lite.settings.kinds import NonNegative, Positive, whole
 from dino_lite.settings.validate import checked
 
@@ -98,7 +98,7 @@ class CodingRateLoss(Loss):
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         scores, targets = match.student, match.target
         if not isinstance(scores, Scores) or not isinstance(targets, Targets):
-            raise TypeError(f"{self.reads}: a coding rate loss compares Scores with Targets")
+            raise MatchError(f"{self.reads}: a coding rate loss compares Scores with Targets")
         total = alignment(scores.z, targets)
         if not self.gamma:
             return total

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dino_lite.contracts import Anchor, Loss, Match, Schedule, Tokens
+from dino_lite.contracts import Anchor, Loss, Match, MatchError, Schedule, Tokens
 
 MATRIX_BYTES = 64 * 2**20  # limit of the similarity matrices held at once
 
@@ -67,7 +67,7 @@ class GramLoss(Loss):
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         student, anchor = match.student, match.target
         if not isinstance(student, Tokens) or not isinstance(anchor, Anchor):
-            raise TypeError(f"{self.reads}: Gram anchoring compares Tokens with an Anchor")
+            raise MatchError(f"{self.reads}: Gram anchoring compares Tokens with an Anchor")
         theirs = anchor.patches.flatten(0, 1)
         distance = gram_distance(student.patches, theirs, self.remove_negative)
         by_image = distance.view(anchor.patches.shape[:2]).mean(0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.contracts import Loss, Match, Schedule, Targets, Tokens
+from dino_lite.contracts import Loss, Match, MatchError, Schedule, Targets, Tokens
 from dino_lite.distributed import all_gather_rows
 
 _EPS = 1e-8  # DINOv2's
@@ -61,7 +61,7 @@ class KoLeoLoss(Loss):
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         if not isinstance(match.student, Tokens) or not isinstance(match.target, Targets):
-            raise TypeError(f"{self.reads}: KoLeo reads Tokens, and the weights of Targets")
+            raise MatchError(f"{self.reads}: KoLeo reads Tokens, and the weights of Targets")
         weight = match.target.weight
         crops = match.student.cls.view(len(match.target.z), len(weight), -1)  # G n D
         return torch.stack([koleo(crop, weight, self.across_ranks) for crop in crops]).sum()

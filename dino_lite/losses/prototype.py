@@ -15,6 +15,7 @@ from dino_lite.contracts import (
     LOGITS_BYTES,
     Loss,
     Match,
+    MatchError,
     Prototypes,
     Schedule,
     Scores,
@@ -187,5 +188,5 @@ class PrototypeLoss(Loss):
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         if not isinstance(match.student, Scores) or not isinstance(match.target, Targets):
-            raise TypeError(f"{self.reads}: a prototype loss compares Scores with Targets")
+            raise MatchError(f"{self.reads}: a prototype loss compares Scores with Targets")
         return prototype_cross_entropy(match.student, match.target, self.student_temp, self.chunk)

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_lite.contracts import Crops, Loss, Progress, Schedule, StepOutputs, StepTargets, UserError
+from dino_lite.contracts import (
+    Crops,
+    Loss,
+    Match,
+    MatchError,
+    Progress,
+    Schedule,
+    StepOutputs,
+    StepTargets,
+    UserError,
+)
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
@@ -125,7 +135,7 @@ class Step:
                     if watch is not None:
                         watch(outputs)
                     due = {n: x for n, x in self.losses.items() if x.reads in outputs}
-                    terms = {n: loss(outputs[loss.reads]) for n, loss in due.items()}
+                    terms = {n: _term(n, loss, outputs[loss.reads]) for n, loss in due.items()}
                     if not terms:
                         raise UserError(
                             f"loss: none of {', '.join(self.losses)} is active at step "
@@ -164,3 +174,11 @@ class Step:
     def _count_skipped(self, ok: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=ok.device)
         return torch.where(ok, zero, (zero if self.skipped is None else self.skipped) + 1)
+
+
+def _term(name: str, loss: Loss, match: Match) -> Tensor:
+    """The loss of a match. Raises UserError if it cannot compare such a match."""
+    try:
+        return loss(match)
+    except MatchError as error:
+        raise UserError(f"loss.{name}.reads={error}; choose another match.") from error

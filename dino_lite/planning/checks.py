@@ -3,140 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Any
 
 from dino_lite.config import Config, get, leaves
-from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule, Traits, UserError
+from dino_lite.contracts import Backbone, Traits, UserError
 from dino_lite.machine import Facts
-from dino_lite.methods.clock import seconds
-from dino_lite.optim.param_groups import ClipBy, FreezeBy
-from dino_lite.optim.schedules import RateRule, Span, parse_span
-from dino_lite.settings.kinds import (
-    Count,
-    Fraction,
-    Must,
-    NonNegative,
-    Positive,
-    Share,
-    Size,
-    Values,
-)
-from dino_lite.settings.validate import locate, locate_class, settings_of, validated
-
-# Number of images that each name of `preset` stands for.
-PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
-
-
-Preset = Annotated[
-    int | str,
-    Must(
-        f"one of {', '.join(PRESETS)}, or a number of images",
-        lambda size: size in PRESETS or (isinstance(size, int) and size > 0),
-    ),
-]
-Precision = Annotated[
-    int | str,
-    Must("32, bf16 or 64 (fp16 overflows in DINO)", lambda kind: str(kind) in ("32", "bf16", "64")),
-]
-Duration = Annotated[
-    float | str, Must('a positive time as "90s", "30m" or "2h"', lambda time: seconds(time) > 0)
-]
-
-
-class Trainer(NamedTuple):
-    """The group `trainer`: device, length, precision and speed of a run.
-
-    Defaults of a group apply to runs saved before the key existed, and give the old behavior.
-    """
-
-    accelerator: Literal["cpu", "cuda", "mps"]
-    devices: Size = 1
-    num_nodes: Size = 1
-    max_epochs: Positive | None = None
-    max_steps: Size | None = None
-    max_time: Duration | None = None
-    precision: Precision = "32"
-    num_threads: Size = 1
-    micro_batch_size: Count = 0
-    memory: Memory = "normal"
-    compile: bool = False
-
-
-class Loader(NamedTuple):
-    """The group `loader`: how images are read and batched."""
-
-    batch_size: Size
-    num_workers: Count = 0
-    draft: bool = False
-    max_bad_fraction: Fraction = 0.05
-
-
-class Optim(NamedTuple):
-    """The group `optim`: the optimizer, its schedules and parameter groups, and clipping."""
-
-    optimizer: Any
-    rate: NonNegative
-    rate_rule: RateRule
-    learning_rate: Annotated[Schedule, Values(NonNegative)]
-    weight_decay: Annotated[Schedule, Values(NonNegative)]
-    decay_tokens: bool = False
-    layer_decay: Share = 1.0
-    patch_embed_scale: NonNegative = 1.0
-    clip: NonNegative = 3.0
-    clip_by: ClipBy = "global"
-    freeze_last_layer: Span = 0.0
-    freeze_by: FreezeBy = "gradient"
-    max_skipped: Size = 20
-
-
-class Start(TypedDict, total=False):
-    """Keys of the group `backbone` that are not arguments of the backbone's class."""
-
-    pretrained: str | None
-
-
-class Settings(TypedDict, total=False):
-    """Keys of all commands; groups not listed here name their constructor in `_target_`."""
-
-    trainer: Trainer
-    loader: Loader
-    optim: Optim
-    loss: dict[str, Loss]
-    eval: dict[str, Evaluation] | None
-    callbacks: dict[str, Any] | None
-    name: str
-    runs_dir: str
-    checkpoint: str | None
-    trust: list[str] | str | None
-    preset: Preset
-    seed: Count
-    baselines: bool
-    accelerator: Literal["auto", "cpu", "cuda", "mps"]
-    features_dir: str | None
-    image_size: Size | Literal["auto"]
-    batch_size: Size
-    num_workers: Count
-    max_images: Size | None
-    draw: bool
-    out: str | None
-    pack: str | None
-    pictures: str | None
+from dino_lite.optim.schedules import parse_span
+from dino_lite.planning.groups import RECORDS, Settings, Start
+from dino_lite.settings.validate import locate, locate_class, parameters, settings_of, validated
 
 
 def check_values(config: Config, auto: bool = True) -> Config:
     """Check each value against the annotation of the constructor that takes it. Returns `config`
     with integers written as floats (1e3) converted to int.
 
-    With `auto`, any value may be "auto", to be replaced by `plan`. Raises UserError naming the
-    first key that does not exist, or whose value has the wrong type or is out of range.
+    With `auto`, any value may be "auto", to be replaced by `plan`. Keys missing from the groups
+    `trainer`, `loader` and `optim` get their defaults. Raises UserError naming the first key that
+    does not exist or is missing, or whose value has the wrong type or is out of range.
     """
+    for word in config.get("overrides") or ():
+        name = word.partition("=")[0].removeprefix("~")
+        if word.startswith("~") and name in parameters(Settings).hints and name not in config:
+            raise UserError(f"~{name}: the key {name} is required; omit ~{name}.")
     network = dict(config.get("backbone") or {})
     # Not an argument of the constructor.
     start = {key: network.pop(key) for key in ("pretrained",) if key in network}
     read = validated(Settings, config | ({"backbone": network} if network else {}), auto=auto)
     if start:
         read["backbone"] |= validated(Start, start, "backbone.")
-    return read
+    defaults = {name: parameters(kind).defaults for name, kind in RECORDS.items() if name in read}
+    return read | {name: values | read[name] for name, values in defaults.items()}
 
 
 def mixes_images(config: Config) -> bool:
@@ -167,11 +63,23 @@ def traits_of(config: Config) -> Traits:
     return family.traits(**settings)
 
 
+def _read_by(name: str, loss: Config) -> str:
+    """The name of the match that a loss reads: its setting `reads`, or its class's attribute."""
+    target = locate(loss["_target_"])
+    reads = settings_of(loss).get("reads") or getattr(target, "reads", None)
+    if not isinstance(reads, str):
+        raise UserError(
+            f"loss.{name}: {loss['_target_']} does not name the match that it reads; it must be a "
+            "dino_lite.contracts.Loss with the keyword or class attribute `reads`."
+        )
+    return reads
+
+
 def _check_uses(config: Config) -> None:
     """Check that every weight is used by a loss: otherwise DDP would wait for its gradient."""
     if not config["loss"]:
         raise UserError("loss=[]: there is no loss to train on; choose loss=[dino] or another.")
-    method, reads = config["method"], {loss["reads"] for loss in config["loss"].values()}
+    method, reads = config["method"], set(map(_read_by, config["loss"], config["loss"].values()))
     masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
     if masks and not of_patches:
         raise UserError(
@@ -200,14 +108,17 @@ def _check_uses(config: Config) -> None:
         )
 
 
-def of_backbone(config: Config, name: str, otherwise: Any) -> Any:
-    """The backbone's setting `name`, or its constructor's default; `otherwise` if it takes none."""
-    return settings_of(config["backbone"]).get(name, otherwise)
+def setting(config: Config, key: str, otherwise: Any = None) -> Any:
+    """The value at a dotted key of a node with a `_target_`, or its default there; `otherwise` if
+    the target takes no such key.
+    """
+    parent, _, name = key.rpartition(".")
+    return settings_of(get(config, parent)).get(name, otherwise)
 
 
 def check(config: Config, facts: Facts) -> None:
     """Check a planned configuration as a whole: reject combinations of values that do not fit."""
-    patch = of_backbone(config, "patch_size", 1)
+    patch = setting(config, "backbone.patch_size", 1)
     large, small = get(config, "augment.global_size"), get(config, "augment.local_size")
     sizes = {"augment.global_size": large}
     if get(config, "augment.num_local"):
@@ -221,7 +132,7 @@ def check(config: Config, facts: Facts) -> None:
             raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}.")
     _check_channels(config, facts)
     _check_uses(config)
-    if get(config, "augment.where") == "worker" and facts.channels not in (1, 3):
+    if setting(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
             f"augment.where=worker: PIL does not support {facts.channels} channels; use device."
         )
@@ -245,16 +156,16 @@ def check(config: Config, facts: Facts) -> None:
 
 def _check_channels(config: Config, facts: Facts) -> None:
     """Check that backbone and normalization fit the number of channels."""
-    in_chans = of_backbone(config, "in_chans", facts.channels)
+    in_chans = setting(config, "backbone.in_chans", facts.channels)
     if in_chans != facts.channels:
         raise UserError(
             f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; remove this "
             f"setting, or set data.channels={in_chans}."
         )
-    for key in ("normalize.mean", "normalize.std"):
-        if len(values := get(config, key)) != facts.channels:
+    for name in ("mean", "std"):
+        if len(values := config["normalize"].get(name, [])) != facts.channels:
             raise UserError(
-                f"{key}={values}: must be a list of {facts.channels} numbers, one per channel, or "
+                f"normalize.{name}={values}: must be a list of {facts.channels} numbers, one per channel, or "
                 "auto."
             )
 

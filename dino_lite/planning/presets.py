@@ -1,6 +1,6 @@
 """Settings that depend on the number of images and the family of the backbone: `preset=`.
 
-`preset=auto` uses the number of images in the data; a name of `checks.PRESETS` stands for a fixed
+`preset=auto` uses the number of images in the data; a name of `groups.PRESETS` stands for a fixed
 number. KEY=VALUE overrides any of the settings. They follow the logarithm of the number of images:
 momentum is interpolated between published recipes, prototypes and epochs change at thresholds that
 are about evenly spaced on that scale.
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from dino_lite.config import Config, config_dir, get, load
 from dino_lite.machine import Facts
-from dino_lite.planning.checks import PRESETS, traits_of
+from dino_lite.planning.checks import traits_of
+from dino_lite.planning.groups import PRESETS
 
 FEW, MANY = 20_000, 1_280_000  # images: the largest small set, and ImageNet
 

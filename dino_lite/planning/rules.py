@@ -18,7 +18,7 @@ from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
-from dino_lite.planning.checks import mixes_images, of_backbone, traits_of
+from dino_lite.planning.checks import mixes_images, setting, traits_of
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
 _PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}
@@ -57,7 +57,7 @@ def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     traits, size = traits_of(config), get(config, "augment.global_size")
-    patch = of_backbone(config, "patch_size", 1)
+    patch = setting(config, "backbone.patch_size", 1)
     if traits.convolutional and traits.small:
         return max(patch, size // 2 // patch * patch), "half the global crop"
     return max(
@@ -72,7 +72,7 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
 
 
 def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
-    width = get(config, "backbone.embed_dim")
+    width = setting(config, "backbone.embed_dim")
     return (None, "the model's own") if width is None else (max(1, width // 32), "32 channels each")
 
 
@@ -157,7 +157,7 @@ def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
 
 def _num_tokens(config: Config, size: str) -> int:
     """Tokens per crop: its patches and the class token."""
-    return int((get(config, size) // of_backbone(config, "patch_size", 1)) ** 2) + 1
+    return int((get(config, size) // setting(config, "backbone.patch_size", 1)) ** 2) + 1
 
 
 # Activations per global crop between two blocks (tokens x width) below which matrix products are
@@ -235,7 +235,7 @@ RULES: dict[str, Any] = {
     "method.head.bottleneck_dim": _bottleneck_dim,
     **{
         f"method.patch_head.{size}": lambda c, f, size=size: (
-            get(c, f"method.head.{size}"),
+            setting(c, f"method.head.{size}"),
             "same as the head for class tokens",
         )
         for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")

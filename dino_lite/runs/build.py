@@ -16,7 +16,7 @@ from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
-from dino_lite.planning.checks import Loader, Optim, Trainer
+from dino_lite.planning.groups import Loader, Optim, Trainer
 from dino_lite.runs.begin import build_method
 from dino_lite.runs.run import Run
 

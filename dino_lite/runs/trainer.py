@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite.config import Config
 from dino_lite.machine import Facts
-from dino_lite.planning.checks import Trainer
+from dino_lite.planning.groups import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.metrics_file import MetricsFile
 from dino_lite.runs.run import Run

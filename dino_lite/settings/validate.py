@@ -45,11 +45,16 @@ _PLAIN: dict[Any, tuple[type, str]] = {
 
 
 class Parameters(NamedTuple):
-    """Annotations and defaults of a function's keywords; `is_open` if it accepts any others."""
+    """Annotations and defaults of a function's keywords; `is_open` if it accepts any others.
+
+    `required` are its own keywords without a default, in order; those of functions that it passes
+    keywords on to are not among them, since it may set them itself.
+    """
 
     hints: dict[str, Any]
     defaults: dict[str, Any]
     is_open: bool
+    required: tuple[str, ...] = ()
 
 
 class _Refused(Exception):
@@ -96,7 +101,7 @@ def parameters(target: Callable[..., Any]) -> Parameters:
         signature = inspect.signature(target)
     except (TypeError, ValueError):  # implemented in C
         return Parameters({}, {}, True)
-    known = Parameters({}, {}, False)
+    known, required = Parameters({}, {}, False), []
     for name, parameter in signature.parameters.items():
         hint = annotations.get(name, Any)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -107,9 +112,11 @@ def parameters(target: Callable[..., Any]) -> Parameters:
                 known = Parameters(hints, defaults, known.is_open or each.is_open)
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             known.hints[name] = hint
-            if parameter.default is not inspect.Parameter.empty:
+            if parameter.default is inspect.Parameter.empty:
+                required.append(name)
+            else:
                 known.defaults[name] = parameter.default
-    return known
+    return known._replace(required=tuple(required))
 
 
 def settings_of(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,13 +130,15 @@ def validated(
     prefix: str = "",
     auto: bool = False,
     values: Any = Value,
+    num_given: int | None = 0,
 ) -> dict[str, Any]:
     """`settings` checked as keywords of `target`, recursively for each nested `_target_`. Whole
     numbers written as floats (1e3) are converted to int where an int is required.
 
     With `auto`, "auto" is allowed for any value. `values` annotates the numbers of a schedule.
-    Raises UserError with the key (`prefix` prepended) if `target` has no such keyword or its
-    annotation does not allow the value.
+    `num_given` is the number of required keywords that the caller of `target` adds (None: unknown).
+    Raises UserError with the key (`prefix` prepended) if `target` has no such keyword or requires
+    one that is missing, or if its annotation does not allow the value.
     """
     known, read = parameters(target), {}
     for name, value in settings.items():
@@ -140,9 +149,14 @@ def validated(
         if name not in known.hints and not known.is_open:
             near = difflib.get_close_matches(name, known.hints, n=1)
             others = f"choose one of {', '.join(sorted(known.hints))}."
+            others = others if known.hints else f"{settings.get('_target_')} takes no keys."
             others = f"did you mean {prefix}{near[0]}?" if near else others
             raise UserError(f"{key}: there is no such key; {others}")
         read[name] = _setting(values if hint == Value else hint, value, key, auto)
+    missing = [name for name in known.required if name not in settings]
+    if num_given is not None and "_args_" not in settings and missing[num_given:]:
+        key = f"{prefix}{missing[num_given]}"
+        raise UserError(f"{key}: this key is missing and has no default; give it a value.")
     return read
 
 
@@ -169,13 +183,22 @@ def _marks(hint: Any, kind: type[R]) -> list[R]:
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind)]
 
 
+def _arity(hint: Any) -> int | None:
+    """The number of arguments in an annotation `Callable[[...], ...]`; None if it has none."""
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return next((n for n in map(_arity, get_args(hint)) if n is not None), None)
+    given = get_args(hint)[0] if get_origin(hint) is Callable else None
+    return len(given) if isinstance(given, list) else None
+
+
 def _setting(hint: Any, value: Any, key: str, auto: bool) -> Any:
     """`value`, checked against `hint`. Raises UserError with `key`."""
     if auto and isinstance(value, str) and value == "auto":
         return value
     if isinstance(value, dict) and "_target_" in value:
-        numbers = [mark.kind for mark in _marks(hint, Values)]
-        return validated(locate(value["_target_"]), value, f"{key}.", auto, *numbers)
+        numbers = next((mark.kind for mark in _marks(hint, Values)), Value)
+        num_given = _arity(hint) if value.get("_partial_") else 0
+        return validated(locate(value["_target_"]), value, f"{key}.", auto, numbers, num_given)
     try:
         return _read(hint, value, key, auto)
     except _Refused as refused:
@@ -232,6 +255,8 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
         return validated(kind, value, f"{key}.", auto)
     if is_record and isinstance(value, kind):  # built already
         return kind(**validated(kind, value._asdict(), f"{key}."))
+    if is_record and isinstance(value, str | Real | list | None):
+        raise _Refused("a group of keys")
     if is_class and issubclass(kind, os.PathLike):
         if not isinstance(value, str | os.PathLike):
             raise _Refused("a path")
@@ -257,7 +282,9 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
     if is_group and isinstance(value, str | Real | list | None):
         raise _Refused("a group of keys")
     ours = str(getattr(kind, "__module__", "")).startswith("dino_lite.")
-    if (ours or kind is Callable) and isinstance(value, str | Real | list | dict | None):
+    if (ours or kind is Callable) and isinstance(value, dict):
+        raise UserError(f"{key}._target_: this key is missing; it must name a class or function.")
+    if (ours or kind is Callable) and isinstance(value, str | Real | list | None):
         raise _Refused("a group of keys with a _target_")
     return value
 

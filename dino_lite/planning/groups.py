@@ -1,0 +1,133 @@
+"""The keys of a configuration: groups without a `_target_`, and keys of all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+
+from torch.optim import Optimizer
+
+from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.methods.clock import seconds
+from dino_lite.methods.method import Method
+from dino_lite.optim.param_groups import ClipBy, FreezeBy
+from dino_lite.optim.schedules import RateRule, Span
+from dino_lite.settings.kinds import (
+    Count,
+    Fraction,
+    Must,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Values,
+)
+
+# Number of images that each name of `preset` stands for.
+PRESETS = {"tiny": 2_000, "small": 20_000, "medium": 200_000, "large": 1_280_000}
+
+Accelerator = Literal["cpu", "cuda", "gpu", "mps"]  # gpu: cuda
+Node = Callable[..., Any]  # a group with a _target_
+Preset = Annotated[
+    int | str,
+    Must(
+        f"one of {', '.join(PRESETS)}, or a number of images",
+        lambda size: size in PRESETS or (isinstance(size, int) and size > 0),
+    ),
+]
+Precision = Annotated[
+    int | str,
+    Must("32, bf16 or 64 (fp16 overflows in DINO)", lambda kind: str(kind) in ("32", "bf16", "64")),
+]
+Duration = Annotated[
+    float | str, Must('a positive time as "90s", "30m" or "2h"', lambda time: seconds(time) > 0)
+]
+
+
+class Trainer(NamedTuple):
+    """The group `trainer`: device, length, precision and speed of a run.
+
+    Defaults of a group apply to runs saved before the key existed, and give the old behavior.
+    """
+
+    accelerator: Accelerator
+    devices: Size = 1
+    num_nodes: Size = 1
+    max_epochs: Positive | None = None
+    max_steps: Size | None = None
+    max_time: Duration | None = None
+    precision: Precision = "32"
+    num_threads: Size = 1
+    micro_batch_size: Count = 0
+    memory: Memory = "normal"
+    compile: bool = False
+
+
+class Loader(NamedTuple):
+    """The group `loader`: how images are read and batched."""
+
+    batch_size: Size
+    num_workers: Count = 0
+    draft: bool = False
+    max_bad_fraction: Fraction = 0.05
+
+
+class Optim(NamedTuple):
+    """The group `optim`: the optimizer, its schedules and parameter groups, and clipping."""
+
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    rate: NonNegative
+    rate_rule: RateRule
+    learning_rate: Annotated[Schedule, Values(NonNegative)]
+    weight_decay: Annotated[Schedule, Values(NonNegative)]
+    decay_tokens: bool = False
+    layer_decay: Share = 1.0
+    patch_embed_scale: NonNegative = 1.0
+    clip: NonNegative = 3.0
+    clip_by: ClipBy = "global"
+    freeze_last_layer: Span = 0.0
+    freeze_by: FreezeBy = "gradient"
+    max_skipped: Size = 20
+
+
+class Start(TypedDict, total=False):
+    """Keys of the group `backbone` that are not arguments of the backbone's class."""
+
+    pretrained: str | None
+
+
+class Settings(TypedDict, total=False):
+    """Keys of all commands."""
+
+    data: Node
+    augment: Node
+    normalize: Node
+    backbone: Callable[..., Backbone]
+    method: Callable[[Backbone], Method]
+    trainer: Trainer
+    loader: Loader
+    optim: Optim
+    loss: dict[str, Loss]
+    eval: dict[str, Evaluation] | None
+    callbacks: dict[str, Node | None] | None
+    format: dict[str, Node]
+    name: str
+    runs_dir: str
+    checkpoint: str | None
+    trust: list[str] | str | None
+    preset: Preset
+    seed: Count
+    baselines: bool
+    accelerator: Accelerator | Literal["auto"]
+    features_dir: str | None
+    image_size: Size | Literal["auto"]
+    batch_size: Size
+    num_workers: Count
+    max_images: Size | None
+    draw: bool
+    out: str | None
+    pack: str | None
+    pictures: str | None
+
+
+RECORDS = {"trainer": Trainer, "loader": Loader, "optim": Optim}
