@@ -155,8 +155,8 @@ class Tokens(NamedTuple):
 class Traits(NamedTuple):
     """What automatic settings depend on, known from a backbone's settings before it is built.
 
-    A backbone with batch normalization must set `mixes_images`: a run that does not know of it would
-    change its micro-batch size, and with it its results, when memory runs out.
+    A backbone with batch normalization must set `mixes_images` (checked when a run starts): else a
+    run that is out of memory would reduce its micro-batch size, which changes the results.
     """
 
     convolutional: bool = False  # use crops, patch size and learning rate of a ResNet

@@ -350,7 +350,7 @@ def within() -> Backbone:
         (lambda: Steps(act="sigmoid"), r"Steps\(\*\*spec\) builds a different network, whose cls"),
         (
             lambda: Steps(step=4),
-            r"Steps\(\*\*spec\) builds a different network, whose \w+ of the same image",
+            r"Steps\(\*\*spec\) builds a different network, whose \w+ of the",
         ),
         (Widens, r"Widens.*layers\.0\.weight is \(5, 5\) and not \(4, 4\)"),
         (Renames, r"Renames cannot be built from its own spec \(TypeError.*size"),

@@ -67,9 +67,9 @@ def check_spec(backbone: Any) -> Backbone:
     """Return `backbone` if its class and its spec, as files store them, rebuild the same network;
     else raise UserError with the class and the first difference.
 
-    A family of ours is rebuilt on the meta device, and names and shapes of weights and the sizes are
-    compared. Of another family, whose spec may lack a keyword that changes no shape, the tokens of a
-    small image are compared too, with equal weights. The random state and training modes are
+    Compares names and shapes of weights, and sizes; our own families are rebuilt on the meta
+    device. For other families, whose spec may lack a keyword that changes no shape, also compares
+    the tokens of two small images with the same weights. The random state and training modes are
     preserved.
     """
     family = type(backbone)
@@ -128,16 +128,14 @@ def _first_difference(backbone: Backbone, twin: Backbone) -> str | None:
 
 
 def _different_tokens(backbone: Backbone, twin: Backbone) -> str | None:
-    """Whether, with the weights of `backbone`, `twin` computes other tokens, as part of a sentence.
-    None too if `backbone` itself cannot compute those of an image of 2x2 patches.
+    """The first difference between tokens of images of 2x2 patches if `twin` has the weights of
+    `backbone`; None also if `backbone` raises for these images.
     """
     like = next(backbone.parameters(), torch.empty(0))
     twin.to(like).load_state_dict(backbone.state_dict())
     side = 2 * backbone.patch_size
-    draws = torch.randn(
-        2, backbone.in_chans, side, side, generator=torch.Generator().manual_seed(0)
-    )
-    images = draws.to(like)
+    fixed = torch.Generator().manual_seed(0)
+    images = torch.randn(2, backbone.in_chans, side, side, generator=fixed).to(like)
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
         try:

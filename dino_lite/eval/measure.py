@@ -32,7 +32,7 @@ def comparable(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
 def beside(
     results: Mapping[str, dict[str, Any]], baselines: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """`results` with those of each baseline added under "baselines" where the evaluation has them."""
+    """`results` with those of each baseline under "baselines", if the evaluation has them."""
     return {
         name: found
         | {
