@@ -157,7 +157,11 @@ class Tokens(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What automatic settings depend on, known from a backbone's settings before it is built."""
+    """What automatic settings depend on, known from a backbone's settings before it is built.
+
+    A backbone with batch normalization must set `mixes_images` (checked when a run starts): else a
+    run that is out of memory would reduce its micro-batch size, which changes the results.
+    """
 
     convolutional: bool = False  # use crops, patch size and learning rate of a ResNet
     small: bool = False  # defined by sizes, for a CPU; not a published model
@@ -190,7 +194,7 @@ class Backbone(nn.Module):
     @classmethod
     def traits(cls, **settings: Any) -> Traits:
         """Traits of a backbone with these settings, some of which may still be "auto"."""
-        return Traits(small=settings.get("embed_dim") is not None)
+        return Traits()
 
     def stored_spec(self) -> dict[str, Any]:
         """`spec` and `kind`, as stored in files and read by `build_backbone`."""

@@ -126,7 +126,7 @@ def test_the_abstract_backbone_does_nothing() -> None:
     backbone.disable_noise()
     assert not backbone.takes_masks
     assert Backbone.traits(width=8) == Traits()
-    assert Backbone.traits(embed_dim="auto") == Traits(small=True)
+    assert Backbone.traits(embed_dim=768) == Traits()
 
 
 def test_the_abstract_method_does_nothing() -> None:

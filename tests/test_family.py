@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dino_lite
 from dino_lite.backbones.convnet import ConvNet
@@ -28,7 +28,7 @@ from dino_lite.commands.pretrain import main as pretrain_main
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.commands.report import run_report
 from dino_lite.config import Config, compose, config_dir, get, load, put, save
-from dino_lite.contracts import Backbone, UserError
+from dino_lite.contracts import Backbone, Tokens, Traits, UserError
 from dino_lite.eval.baselines import untrained
 from dino_lite.planning.plan import plan
 from dino_lite.report.story import reproduce
@@ -412,6 +412,23 @@ class Keeps(Narrow):
         self.spec = {"width": width, "act": act}
 
 
+class Steps(Narrow):
+    """A network whose spec lacks the arguments that change no weight."""
+
+    def __init__(self, width: int = 4, act: str = "relu", step: int = 8) -> None:
+        super().__init__(width)
+        self.spec = {"width": width}
+        self.act = act
+        self.stem = nn.Conv2d(3, width, 8, step)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor, mask: Any = None, cls_only: bool = False) -> Tokens:
+        cells = self.stem(images)
+        tokens = self.drop(self.layers[0](cells.flatten(2).transpose(1, 2)))
+        tokens = getattr(torch, self.act)(tokens)
+        return Tokens(tokens.mean(1), tokens, None, (cells.shape[2], cells.shape[3]))
+
+
 class Lacks(Narrow):
     def __init__(self) -> None:
         super().__init__()
@@ -432,6 +449,11 @@ def within() -> Backbone:
     [
         (lambda: Forgets(depth=2), r"Forgets.*layers\.1\.weight is missing and not \(4, 4\)"),
         (lambda: Counts(blocks=3), r"Counts.*num_blocks is 1 and not 3"),
+        (lambda: Steps(act="sigmoid"), r"Steps\(\*\*spec\) builds a different network, whose cls"),
+        (
+            lambda: Steps(step=4),
+            r"Steps\(\*\*spec\) builds a different network, whose \w+ of the",
+        ),
         (Widens, r"Widens.*layers\.0\.weight is \(5, 5\) and not \(4, 4\)"),
         (Renames, r"Renames cannot be built from its own spec \(TypeError.*size"),
         (Keeps, r"Keeps cannot be built from its own spec \(TypeError.*plain JSON"),
@@ -453,7 +475,6 @@ SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 @pytest.mark.parametrize(
     "build",
     [
-        Narrow,
         lambda: ViT(**SIZES, image_size=16, drop_path=0.2),
         lambda: RoPEViT(**SIZES, qkv_bias=True),
         lambda: ConvNet(widths=(8, 16), depths=(1, 1), patch_size=8, drop_path=0.1),
@@ -486,6 +507,49 @@ def test_a_family_that_cannot_be_built_without_storage_is_proven_with_it() -> No
     state = torch.get_rng_state()
     assert check_spec(backbone) is backbone
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_comparing_tokens_changes_nothing() -> None:
+    """Neither modes of single modules, nor weights, nor the generator; noise is not compared."""
+    backbone = Steps()
+    backbone.drop.eval()
+    modes = [part.training for part in backbone.modules()]
+    weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+    state = torch.get_rng_state()
+    assert check_spec(backbone) is backbone
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.training for part in backbone.modules()] == modes
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+class Wide(Narrow):
+    def __init__(self, embed_dim: int = 768, drop_path: float = 0.0) -> None:
+        super().__init__(embed_dim)
+
+
+class Mixes(Steps):
+    """With batch normalization, which its traits do not declare."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width)
+        self.norm = nn.SyncBatchNorm(width)
+
+
+class Declares(Mixes):
+    @classmethod
+    def traits(cls, **settings: Any) -> Traits:
+        return Traits(mixes_images=True)
+
+
+def test_batch_normalization_that_traits_do_not_declare_is_refused(tmp_path: Path) -> None:
+    """Otherwise a run that is out of memory would change its results without a word."""
+    config = plan(tiny(tmp_path, "trainer.max_time=null"), facts(source="shapes")).config
+    node = {"_target_": f"{__name__}.Mixes", "width": 4}
+    with pytest.raises(UserError, match=r"Mixes contains batch norm.*mixes_images=True") as caught:
+        build_method(config | {"backbone": node})
+    assert "\n" not in str(caught.value)
+    build_method(config | {"backbone": node | {"_target_": f"{__name__}.Declares"}})
 
 
 def test_a_run_whose_backbone_its_spec_does_not_rebuild_never_starts(tmp_path: Path) -> None:
@@ -541,6 +605,14 @@ def test_a_name_that_a_family_does_not_take_is_a_sentence() -> None:
     node = _NODE | {"name": "auto", "patch_size": 8, "in_chans": 3}
     with pytest.raises(UserError, match=r"backbone\.name: there is no such key"):
         plan(config | {"backbone": node}, facts())
+
+
+def test_a_width_does_not_make_a_family_a_small_one() -> None:
+    """A large network of another package gets DINO's stochastic depth and rate."""
+    node = {"_target_": f"{__name__}.Wide", "embed_dim": 768, "drop_path": "auto"}
+    planned = plan(compose("pretrain", []) | {"backbone": node}, facts(accelerator="cuda")).config
+    assert planned["backbone"]["drop_path"] == 0.1
+    assert planned["optim"]["rate"] == 5e-4
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Linear", "dino_lite.backbones.spec.build_backbone"])

@@ -75,6 +75,17 @@ def test_one_picture_that_fails_costs_no_other(tmp_path: Path) -> None:
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(drawn)
 
 
+def test_a_failure_without_text_is_named_by_its_type(tmp_path: Path) -> None:
+    """Instead of an empty reason."""
+
+    def fails(*given: Any) -> None:
+        raise NotImplementedError
+
+    told: list[str] = []
+    assert draw_all(PIXELS, store(), tmp_path, {"attention": fails}, told.append) == {}
+    assert told == ["attention.png was not drawn: NotImplementedError"]
+
+
 def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     """In a split of which one cannot be read, all pictures are drawn."""
     source = first_broken(stripes(24))

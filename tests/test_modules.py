@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dino_lite.backbones.blocks import run_blocks
-from dino_lite.backbones.layers import is_bare
+from dino_lite.backbones.layers import UnbiasedKeys, is_bare
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
@@ -181,6 +181,10 @@ def test_a_layer_is_bare_only_where_nobody_can_tell() -> None:
         layer = nn.Linear(2, 2)
         change(layer)
         assert not is_bare(layer)
+    keys = UnbiasedKeys(nn.Linear(2, 6, bias=False))
+    assert is_bare(keys)
+    parametrize.register_parametrization(keys, "q_bias", nn.Identity())
+    assert not is_bare(keys)
     everywhere = nn.modules.module.register_module_forward_hook(lambda *given: None)
     assert not is_bare(nn.Linear(2, 2))
     everywhere.remove()
@@ -264,6 +268,31 @@ def test_short_cuts_answer_as_the_modules_do() -> None:
         part.register_forward_hook(lambda *given: None)
     for name, slope in slopes(backbone, cls_only=True).items():
         torch.testing.assert_close(slope, quick[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_class_token_alone_takes_no_queries_of_other_tokens(
+    family: str, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation and the teacher's forward pass too; a hook gets the whole projection."""
+    backbone, rows = make(family).eval(), []
+    linear = F.linear
+
+    def seen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append((x.shape[1], len(weight)))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", seen)
+    with torch.set_grad_enabled(enabled):
+        quick = answer(backbone, cls_only=True)
+        few, width = (1, 16), backbone.embed_dim
+        assert rows.count(few) >= 1
+        assert sum(size == 3 * width for _, size in rows) == 2
+        backbone.blocks[-1].attn.qkv.register_forward_hook(lambda *given: None)
+        rows.clear()
+        torch.testing.assert_close(answer(backbone, cls_only=True), quick)
+        assert sum(size == 3 * width for _, size in rows) == 3
 
 
 def test_a_block_called_alone_is_a_step_of_the_pass() -> None:

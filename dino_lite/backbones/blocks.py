@@ -29,8 +29,8 @@ class Block(nn.Module):
 
     Layers have timm's names and order, and each is called as a module, so that hooks, adapters,
     quantization, tracing and FSDP work as on any network. Two fast paths, `slice_qkv` and
-    `recompute`, read a weight instead of calling its layer; `run_blocks` enables them in training
-    where that has no visible effect.
+    `recompute` (in training), read a weight instead of calling its layer; `run_blocks` enables them
+    if the layer is bare (`layers.is_bare`), so that this has no visible effect.
     """
 
     def __init__(self, parts: Any) -> None:
@@ -90,8 +90,7 @@ def run_blocks(
     In a compiled block the compiler decides, unless `memory` is low. Inference mode is never
     compiled, since evaluations use other image sizes. For the fast paths see `Block`.
     """
-    slopes = torch.is_grad_enabled()
-    memory = memory if slopes else "high"
+    memory = memory if torch.is_grad_enabled() else "high"
     compiled = compiled and not torch.is_inference_mode_enabled()
     # Blocks with and without drop factors compile to different graphs. If any block drops, all get
     # factors (ones in a block that never drops), also for drop path by batch, which then saves no
@@ -100,7 +99,7 @@ def run_blocks(
     for i, block in enumerate(blocks):
         parts = cast(Block, block)
         queries = last_queries if i == len(blocks) - 1 else None
-        slice_qkv = queries is not None and slopes and block.training and is_bare(parts.attn.qkv)
+        slice_qkv = queries is not None and is_bare(parts.attn.qkv)
         recompute = (
             memory == "normal"
             and not compiled

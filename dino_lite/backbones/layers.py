@@ -98,6 +98,28 @@ class MLP(nn.Module):
         return cast(Tensor, self.act(gate) * value)
 
 
+class UnbiasedKeys(nn.Module):
+    """A qkv projection with biases for queries and values only. (Softmax is invariant to a bias of
+    keys unless it is rotated by position; DINOv3 masks it.)
+    """
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.weight = qkv.in_features, qkv.weight
+        self.q_bias, self.v_bias = (
+            nn.Parameter(qkv.weight.new_zeros(qkv.in_features)) for _ in range(2)
+        )
+
+    @property
+    def bias(self) -> Float[Tensor, "_"]:
+        """The concatenated bias, zero for keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, x: Float[Tensor, "n N D"]) -> Float[Tensor, "n N _"]:
+        """Equivalent to nn.Linear."""
+        return F.linear(x, self.weight, self.bias)
+
+
 def attention(
     query: Float[Tensor, "n heads M d"],
     key: Float[Tensor, "n heads N d"],
@@ -143,10 +165,11 @@ def _rotate(
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether calling `layer` is equivalent to F.linear with its weight and bias: an nn.Linear, not
-    a subclass, with a plain parameter as weight and without hooks.
+    """Whether calling `layer` is equivalent to F.linear with its weight and bias: an nn.Linear or
+    UnbiasedKeys, not a subclass, with a plain parameter as weight and without hooks.
     """
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not has_hooks(layer)
+    linear = type(layer) in (nn.Linear, UnbiasedKeys)
+    return linear and type(layer.weight) is nn.Parameter and not has_hooks(layer)
 
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")

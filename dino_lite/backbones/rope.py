@@ -12,10 +12,9 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dino_lite.backbones.blocks import DropPathBy, DropRate
-from dino_lite.backbones.layers import Rotation
+from dino_lite.backbones.layers import Rotation, UnbiasedKeys
 from dino_lite.backbones.transformer import Transformer, is_plain, mlp_of, timm_vit
 from dino_lite.contracts import Traits, UserError
 from dino_lite.settings.kinds import KeywordsOf, Must, NonNegative, Positive, Size
@@ -83,7 +82,7 @@ class RoPEViT(Transformer):
                 nn.init.normal_(token, std=0.02)
         if qkv_bias:
             for block in self.blocks:
-                block.attn.qkv = _UnbiasedKeys(block.attn.qkv)
+                block.attn.qkv = UnbiasedKeys(block.attn.qkv)
         width = self.embed_dim // self.blocks[0].attn.num_heads
         self.positions = RotaryPositions(width, base, rope_shift, rope_jitter, rope_rescale)
 
@@ -166,28 +165,6 @@ class RotaryPositions(nn.Module):
                 logs = torch.empty(num, dtype=torch.float32)
                 factor = factor * logs.uniform_(-math.log(most), math.log(most)).exp()
         return torch.stack([offset, factor])
-
-
-class _UnbiasedKeys(nn.Module):
-    """A qkv projection with biases for queries and values only. (Softmax is invariant to a bias of
-    keys unless it is rotated by position; DINOv3 masks it.)
-    """
-
-    def __init__(self, qkv: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.weight = qkv.in_features, qkv.weight
-        self.q_bias, self.v_bias = (
-            nn.Parameter(qkv.weight.new_zeros(qkv.in_features)) for _ in range(2)
-        )
-
-    @property
-    def bias(self) -> Float[Tensor, "_"]:
-        """The concatenated bias, zero for keys."""
-        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-
-    def forward(self, x: Float[Tensor, "n N D"]) -> Float[Tensor, "n N _"]:
-        """Equivalent to nn.Linear."""
-        return F.linear(x, self.weight, self.bias)
 
 
 def sizes_of(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import Backbone, Trust, UserError
+from dino_lite.contracts import Backbone, Tokens, Trust, UserError
 
 _FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (ViT, RoPEViT, ConvNet)}
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
@@ -66,8 +67,10 @@ def check_spec(backbone: Any) -> Backbone:
     """Return `backbone` if its class and its spec, as files store them, rebuild the same network;
     else raise UserError with the class and the first difference.
 
-    The rebuilt network is on the meta device if its class can be built there. The state of the
-    random number generator is preserved.
+    Compares names and shapes of weights, and sizes; our own families are rebuilt on the meta
+    device. For other families, whose spec may lack a keyword that changes no shape, also compares
+    the tokens of two small images with the same weights. The random state and training modes are
+    preserved.
     """
     family = type(backbone)
     named = f"{family.__module__}.{family.__qualname__}"
@@ -76,13 +79,16 @@ def check_spec(backbone: Any) -> Backbone:
     for name in ("spec", *_SIZES):
         if not hasattr(backbone, name):
             raise UserError(f"{named} has no attribute {name}: every Backbone sets it.")
-    if family.kind not in _FAMILIES and _found(family.kind) is not family:
+    ours = family.kind in _FAMILIES
+    if not ours and _found(family.kind) is not family:
         raise UserError(
             f"{named} cannot be imported by this name, so its exports could not be loaded: define "
             "the class at the top level of a module."
         )
     try:
-        twin = _rebuild(family, json.loads(json.dumps(backbone.spec)))
+        spec = json.loads(json.dumps(backbone.spec))
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if ours else nullcontext():
+            twin = family(**spec)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
@@ -90,6 +96,8 @@ def check_spec(backbone: Any) -> Backbone:
             "constructor's keywords, as plain JSON."
         ) from error
     different = _first_difference(backbone, twin)
+    if different is None and not ours:
+        different = _different_tokens(backbone, twin)
     if different is not None:
         raise UserError(
             f"{named}(**spec) builds a different network, {different}: put every keyword that "
@@ -106,15 +114,6 @@ def _found(kind: str) -> Any:
         return None
 
 
-def _rebuild(family: type[Backbone], spec: dict[str, Any]) -> Backbone:
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                return family(**spec)
-        except Exception:  # the constructor reads values of tensors, which meta tensors lack
-            return family(**spec)
-
-
 def _first_difference(backbone: Backbone, twin: Backbone) -> str | None:
     """The first difference between two networks: names and shapes of weights, then sizes."""
     own, other = ({n: tuple(v.shape) for n, v in b.state_dict().items()} for b in (backbone, twin))
@@ -126,3 +125,50 @@ def _first_difference(backbone: Backbone, twin: Backbone) -> str | None:
         if getattr(backbone, name) != getattr(twin, name):
             return f"whose {name} is {getattr(twin, name)} and not {getattr(backbone, name)}"
     return None
+
+
+def _different_tokens(backbone: Backbone, twin: Backbone) -> str | None:
+    """The first difference between tokens of images of 2x2 patches if `twin` has the weights of
+    `backbone`; None also if `backbone` raises for these images.
+    """
+    like = next(backbone.parameters(), torch.empty(0))
+    twin.to(like).load_state_dict(backbone.state_dict())
+    side = 2 * backbone.patch_size
+    fixed = torch.Generator().manual_seed(0)
+    images = torch.randn(2, backbone.in_chans, side, side, generator=fixed).to(like)
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        try:
+            own = _evaluated(backbone, images)
+        except Exception:  # for example, it needs larger images
+            return None
+        torch.set_rng_state(state)
+        try:
+            other = _evaluated(twin, images)
+        except Exception as error:
+            return f"whose forward pass raises {type(error).__name__}"
+    for name, mine, its in zip(Tokens._fields, own, other, strict=True):
+        if not _close(mine, its):
+            return f"whose {name} of the same image with the same weights differ"
+    return None
+
+
+def _evaluated(backbone: Backbone, images: torch.Tensor) -> Tokens:
+    """Tokens in evaluation mode, without gradients; the modes of all modules are restored."""
+    modes = [(part, part.training) for part in backbone.modules()]
+    try:
+        with torch.no_grad():
+            return backbone.eval()(images)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _close(mine: Any, its: Any) -> bool:
+    """Whether two fields of `Tokens` are equal, tensors up to the rounding of single precision."""
+    if not (isinstance(mine, torch.Tensor) and isinstance(its, torch.Tensor)):
+        return not (isinstance(mine, torch.Tensor) or isinstance(its, torch.Tensor)) and mine == its
+    if mine.shape != its.shape:
+        return False
+    largest = mine.abs().max().item() if mine.numel() else 0.0
+    return torch.allclose(mine, its, rtol=0, atol=1e-6 * largest, equal_nan=True)

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     images: UInt8[Tensor, "b C H W"]
     labels: Int[Tensor, "b"]
-    index: Int[Tensor, "b"]  # type: ignore[assignment]  # hides tuple.index, which nobody asks
+    index: Int[Tensor, "b"]  # type: ignore[assignment]  # hides tuple.index, which is unused
     bad: list[tuple[int, str]]
 
 

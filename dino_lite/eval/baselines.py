@@ -1,6 +1,4 @@
-"""What a backbone is compared with before it may be called trained: raw pixels, and itself without
-training.
-"""
+"""Baselines of an evaluation: raw pixels, and the same network with untrained weights."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from dino_lite.eval.store import FeatureStore
 
 
 class Baseline(NamedTuple):
-    """What a backbone is compared with; baselines of equal `key` have equal results."""
+    """A network to compare a backbone with; baselines of equal `key` have equal results."""
 
     title: str
     key: str
@@ -30,10 +28,10 @@ class Baseline(NamedTuple):
 
 
 class RawPixels(Backbone):
-    """The backbone that learned nothing: an image's class token is the image itself at size x size
-    pixels less the mean image, a patch token the patch's pixels.
+    """Pixels as tokens, without learning: the class token is the image at size x size pixels minus
+    the mean image, a patch token is the pixels of its patch.
 
-    `normalize` is that of the images it will get: their scale a channel is undone.
+    `normalize` is the normalization of its input images, whose scale per channel is undone.
     """
 
     num_blocks = 1
@@ -55,7 +53,7 @@ class RawPixels(Backbone):
         mask: Bool[Tensor, "n P"] | None = None,
         cls_only: bool = False,
     ) -> Tokens:
-        """Pixels as tokens; there is nothing to mask."""
+        """Pixels as tokens; `mask` is ignored."""
         images = images * self.scale
         size = (self.size, self.size)
         small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
@@ -65,17 +63,17 @@ class RawPixels(Backbone):
         return Tokens(small.flatten(1) - self.mean, patches, None, grid)
 
     def intermediate(self, images: Float[Tensor, "n C H W"], blocks: list[int]) -> list[Tokens]:
-        """The same for each block that is asked for."""
+        """The same tokens for each of `blocks`."""
         tokens = self(images)
         return [tokens for _ in blocks]
 
     def attention(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n heads N N"]:
-        """To every token alike: pixels look at nothing."""
+        """Uniform weights 1/N, since there is no attention."""
         num = 1 + images.shape[2] * images.shape[3] // self.patch_size**2
         return images.new_full((len(images), 1, num, num), 1 / num)
 
     def depth_of(self, name: str) -> int:
-        """There is one layer."""
+        """Layer 0, the only one."""
         return 0
 
 
@@ -88,7 +86,7 @@ def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixel
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
-    """The same network with fresh weights drawn from `seed`, where the backbone lives."""
+    """The same network with fresh weights drawn from `seed`, on the same device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(backbone)(**backbone.spec)
@@ -110,7 +108,7 @@ def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> 
 
 
 def baseline_table(results: dict[str, Any]) -> str:
-    """What `knn_against_baselines` returned, as lines of text."""
+    """The results of `knn_against_baselines` as lines of text."""
     rows = [
         ("raw pixels", "knn_raw_pixels"),
         ("untrained network", "knn_untrained"),

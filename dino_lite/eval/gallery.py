@@ -37,7 +37,7 @@ def draw_all(
 ) -> dict[str, Path]:
     """Draw `pictures` (default: all) as NAME.png into `folder`; returns the paths of those drawn.
 
-    A failure skips only that picture; its reason is passed to `say`.
+    A failure skips only that picture; the exception's text, or else its type, is passed to `say`.
     """
     drawn = {}
     for name, picture in (PICTURES if pictures is None else pictures).items():
@@ -45,7 +45,7 @@ def draw_all(
         try:
             picture(backbone, store, path)
         except Exception as error:  # a picture is never worth a run
-            say(f"{path.name} was not drawn: {error}")
+            say(f"{path.name} was not drawn: {str(error) or type(error).__name__}")
             continue
         drawn[name] = path
     return drawn

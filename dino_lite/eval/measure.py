@@ -1,4 +1,4 @@
-"""Evaluations of one backbone on one data set, and of what it is compared with."""
+"""Evaluations of one backbone, and of its baselines, on one data set."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def measure(
         started, data = time.monotonic(), store.data
         found = evaluation(backbone, store)
         about = {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
-        found = about | found  # one that brings its own images says so
+        found = about | found  # an evaluation with images of its own sets these keys itself
         results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
     return results
 
 
 def comparable(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
-    """Those whose number says something beside that of a baseline."""
+    """The evaluations whose results are compared with those of the baselines."""
     return {name: each for name, each in evaluations.items() if each.has_baselines}
 
 
 def beside(
     results: Mapping[str, dict[str, Any]], baselines: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """`results` with those of each baseline under "baselines", as far as they are compared."""
+    """`results` with those of each baseline under "baselines", if the evaluation has them."""
     return {
         name: found
         | {

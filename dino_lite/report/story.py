@@ -177,7 +177,7 @@ def _is_result(value: Any) -> bool:
 
 
 def _floors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The k-NN accuracies that a run measures at its end, as a result with baselines."""
+    """The k-NN accuracy in results.json, with raw pixels and the untrained network as baselines."""
     names = {"raw pixels": "knn_raw_pixels", "untrained": "knn_untrained"}
     return {
         "metric": "k-NN top-1",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lite.backbones.spec import check_spec
 from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Backbone
+from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.weights import load_pretrained
 from dino_lite.methods.method import Method
+from dino_lite.planning.checks import traits_of
 from dino_lite.settings.validate import locate_class
 
 
@@ -22,8 +24,23 @@ def fresh_method(config: Config, pretrained: str | None = None) -> Method:
     torch.manual_seed(int(config["seed"]))
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
     make_method, backbone = instantiate(config["method"]), check_spec(instantiate(network))
+    _check_mixing(backbone, config)
     if pretrained:
         load_pretrained(backbone, pretrained)
     method = make_method(backbone=backbone)
     assert isinstance(method, Method)
     return method.double() if str(config["trainer"]["precision"]) == "64" else method
+
+
+def _check_mixing(backbone: Backbone, config: Config) -> None:
+    """Check that a backbone with batch normalization declares it, since its results depend on the
+    micro-batch size. Raises UserError.
+    """
+    mixes = any(isinstance(part, _BatchNorm) for part in backbone.modules())
+    if mixes and not traits_of(config).mixes_images:
+        family = type(backbone)
+        raise UserError(
+            f"{family.__module__}.{family.__qualname__} contains batch normalization, but its "
+            "traits have mixes_images=False: let its class method traits return "
+            "Traits(mixes_images=True) for these settings."
+        )
