@@ -169,8 +169,8 @@ def _check_channels(config: Config, facts: Facts) -> None:
     for name in ("mean", "std"):
         if len(values := config["normalize"].get(name, [])) != facts.channels:
             raise UserError(
-                f"normalize.{name}={values}: must be a list of {facts.channels} numbers, one per channel, or "
-                "auto."
+                f"normalize.{name}={values}: must be a list of {facts.channels} numbers, one "
+                "per channel, or auto."
             )
 
 
