@@ -236,7 +236,7 @@ def test_a_loss_that_cannot_compare_its_match_is_refused_by_key(loss: Loss) -> N
     rates = {"learning_rate": Constant(1.0), "weight_decay": Constant(0.0)}
     step = Step(method, {"own": loss}, optimizer, **rates)
     with pytest.raises(UserError, match=rf"^loss\.own\.reads={loss.reads}: .* choose another"):
-        step(random_crops(dtype=torch.float64), START)
+        step(random_crops(), START)
 
 
 # -------------------------------------------------------------------------- the frozen last layer
