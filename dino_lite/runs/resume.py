@@ -33,7 +33,8 @@ def resume_config(
     the saved configuration names code that neither `planned` nor `trust` does.
     """
     before = read_json(run.environment_file)
-    config: Config = current(load(run.config_file))
+    # Callbacks are those of this command.
+    config: Config = current(load(run.config_file)) | {"callbacks": planned["callbacks"]}
     _check_request(run, current(before["request"]), request, config, planned)
     # The user's own configuration names the targets of `planned`.
     demand_trust({*targets(config)} - {*targets(planned)}, trust, run.config_file)
