@@ -41,6 +41,13 @@ def runs_dir(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def continued(runs_dir: Path, name: str, *more: str) -> list[str]:
+    """The command that began an old run, with its overrides and `more`."""
+    words = load(runs_dir / name / "config.yaml")["overrides"]
+    words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
+    return [*words, f"runs_dir={runs_dir}", *more]
+
+
 def assert_tokens(backbone: Any, name: str, expected: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         tokens = backbone(expected["images"])
@@ -80,9 +87,7 @@ def test_an_old_interrupted_run_is_continued_to_the_end(
     name: str, runs_dir: Path, expected: dict[str, torch.Tensor]
 ) -> None:
     """By the command that began it and its name, to what it would have come to then."""
-    words = load(runs_dir / name / "config.yaml")["overrides"]
-    words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
-    results = run_pretrain(compose("pretrain", [*words, f"runs_dir={runs_dir}"]))
+    results = run_pretrain(compose("pretrain", continued(runs_dir, name)))
     assert results["steps"] == 8
     backbone = open_backbone(find_checkpoint(name, runs_dir)).backbone
     with torch.no_grad():
@@ -118,12 +123,10 @@ def test_a_default_that_has_changed_is_named_and_refused(runs_dir: Path) -> None
     environment = json.loads(file.read_text())
     environment["request"]["optim.clip"] = 2.5
     file.write_text(json.dumps(environment))
-    words = load(runs_dir / name / "config.yaml")["overrides"]
-    words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
     with pytest.raises(
         UserError, match=rf"default of optim\.clip was 2\.5.*optim\.clip=2\.5 and name={name}"
     ):
-        run_pretrain(compose("pretrain", [*words, f"runs_dir={runs_dir}"]))
+        run_pretrain(compose("pretrain", continued(runs_dir, name)))
 
 
 def test_a_key_that_the_saved_run_lacks_keeps_its_old_behavior(runs_dir: Path) -> None:
@@ -136,8 +139,7 @@ def test_a_key_that_the_saved_run_lacks_keeps_its_old_behavior(runs_dir: Path) -
     config = load(runs_dir / name / "config.yaml")
     del config["method"]["head"]["learn_norm"]
     save(config, runs_dir / name / "config.yaml")
-    words = [w for w in config["overrides"] if not w.startswith(("runs_dir", "+callbacks.stop"))]
-    words.append(f"runs_dir={runs_dir}")
+    words = continued(runs_dir, name)
     with pytest.raises(UserError, match=r"learn_norm=absent, not True"):
         run_pretrain(compose("pretrain", [*words, "method.head.learn_norm=true"]))
     assert run_pretrain(compose("pretrain", words))["steps"] == 8
@@ -154,13 +156,6 @@ def test_old_names_are_replaced_wherever_they_stand() -> None:
         "loss.koleo.reads": "tokens",
     }
     assert current({"name": "koleo"}) == {"name": "koleo"}
-
-
-def continued(runs_dir: Path, name: str, *more: str) -> list[str]:
-    """The command that began an old run, with its overrides and `more`."""
-    words = load(runs_dir / name / "config.yaml")["overrides"]
-    words = [word for word in words if not word.startswith(("runs_dir", "+callbacks.stop"))]
-    return [*words, f"runs_dir={runs_dir}", *more]
 
 
 def test_a_forgotten_override_is_not_called_a_default(runs_dir: Path) -> None:
