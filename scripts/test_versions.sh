@@ -18,8 +18,8 @@ export PIP_CONSTRAINT="$DINO_LITE_CONSTRAINTS" # overrides one in pip's own conf
 failed=0
 for kind in "${kinds[@]}"; do
     : >"$DINO_LITE_CONSTRAINTS"
-    if [ "$kind" = oldest ]; then # pin every dependency to its lower bound
-        sed -nE 's/^ *"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' "$root/pyproject.toml" | sort -u >"$DINO_LITE_CONSTRAINTS"
+    if [ "$kind" = oldest ]; then # pin the dependencies of the package, not those of the tests, to their lower bounds
+        sed -n '/^dependencies = \[/,/^\]/p' "$root/pyproject.toml" | sed -nE 's/^ *"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*/\1==\3/p' >"$DINO_LITE_CONSTRAINTS"
     fi
     python="$("$root/scripts/install.sh" test)"
     echo "$kind:" $("$python" -m pip freeze | grep -E '^(numpy|pytorch-lightning|timm|torch|torchvision)==')
