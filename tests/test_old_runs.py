@@ -48,6 +48,16 @@ def continued(runs_dir: Path, name: str, *more: str) -> list[str]:
     return [*words, f"runs_dir={runs_dir}", *more]
 
 
+def older_than(run: Path, key: str) -> dict[str, Any]:
+    """Take a key out of the request that a run has saved; returns what is left of it."""
+    file = run / "environment.json"
+    environment: dict[str, Any] = json.loads(file.read_text())
+    request: dict[str, Any] = environment["request"]
+    del request[key]
+    file.write_text(json.dumps(environment))
+    return request
+
+
 def assert_tokens(backbone: Any, name: str, expected: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         tokens = backbone(expected["images"])
@@ -132,10 +142,7 @@ def test_a_default_that_has_changed_is_named_and_refused(runs_dir: Path) -> None
 def test_a_key_that_the_saved_run_lacks_keeps_its_old_behavior(runs_dir: Path) -> None:
     """A run that is older than a key is continued; one that asks for the key is refused."""
     name = "dino_interrupted"
-    file = runs_dir / name / "environment.json"
-    environment = json.loads(file.read_text())
-    del environment["request"]["method.head.learn_norm"]
-    file.write_text(json.dumps(environment))
+    older_than(runs_dir / name, "method.head.learn_norm")
     config = load(runs_dir / name / "config.yaml")
     del config["method"]["head"]["learn_norm"]
     save(config, runs_dir / name / "config.yaml")
@@ -169,12 +176,10 @@ def test_a_forgotten_override_is_not_called_a_default(runs_dir: Path) -> None:
 def test_a_resumed_run_is_known_by_its_first_request(runs_dir: Path) -> None:
     """Keys that are newer than the run are not added to it."""
     name = "dino_interrupted"
-    file = runs_dir / name / "environment.json"
-    environment = json.loads(file.read_text())
-    del environment["request"]["optim.decay_tokens"]
-    file.write_text(json.dumps(environment))
+    request = older_than(runs_dir / name, "optim.decay_tokens")
     run_pretrain(compose("pretrain", continued(runs_dir, name)))
-    assert json.loads(file.read_text())["request"] == environment["request"]
+    environment = json.loads((runs_dir / name / "environment.json").read_text())
+    assert environment["request"] == request
 
 
 def test_a_callback_that_was_removed_stays_removed(runs_dir: Path) -> None:

@@ -39,20 +39,20 @@ def mixes_images(config: Config) -> bool:
     """Whether results depend on which images share a micro-batch. A loss or head declares it by
     `mixes_images` (a bool, or a function of its settings), a backbone in its traits.
     """
-    for node in _nodes([config["loss"], config["method"]]):
+    for node in target_nodes([config["loss"], config["method"]]):
         says = getattr(locate(node["_target_"]), "mixes_images", False)
         if says(settings_of(node)) if callable(says) else says:
             return True
     return traits_of(config).mixes_images
 
 
-def _nodes(value: Any) -> Iterator[Config]:
+def target_nodes(value: Any) -> Iterator[Config]:
     """All nodes with a `_target_` in `value`, at any depth."""
     if isinstance(value, dict) and "_target_" in value:
         yield value
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _nodes(each)
+            yield from target_nodes(each)
 
 
 def traits_of(config: Config) -> Traits:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dino_lite.backbones.spec import is_trusted, untrusted
 from dino_lite.contracts import Trust
+from dino_lite.planning.checks import target_nodes
 from dino_lite.settings.validate import locate
 
 # The packages of dino_lite whose classes configurations name.
@@ -17,13 +18,9 @@ _PARTS = r"dino_lite\.(backbones|callbacks|data|eval|losses|methods|nn|optim)"
 _OPENER = r"dino_lite\.data\.\w+\.open_\w+"
 
 
-def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in `node`, at any depth."""
-    if isinstance(node, dict):
-        yield from [str(node["_target_"])] if "_target_" in node else []
-        node = list(node.values())
-    for part in node if isinstance(node, list) else ():
-        yield from targets(part)
+def targets(value: Any) -> Iterator[str]:
+    """Every `_target_` in `value`, at any depth."""
+    return (str(node["_target_"]) for node in target_nodes(value))
 
 
 def demand_trust(names: Iterable[str], trust: Trust, where: object) -> None:
