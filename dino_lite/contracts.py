@@ -105,11 +105,17 @@ class Source(ABC):
 
 
 class Splits(NamedTuple):
-    """A data set. Pretraining reads `train` only; `test` is None where there is one split."""
+    """A data set. Pretraining reads `train` only; `test` is None where there is one split.
+
+    `left_out`: sentences that count what `root` holds besides, each with the key that takes it in.
+    `labels_from`: where the labels come from, or why there are none ("the folders cat, dog").
+    """
 
     train: Source
     test: Source | None
     name: str
+    left_out: tuple[str, ...] = ()
+    labels_from: str = ""
 
 
 class Crops(NamedTuple):
