@@ -54,12 +54,14 @@ def test_what_goes_in_comes_out(items: list[bytes]) -> None:
 
 @given(PATHS, PATHS, st.sampled_from([b"", b"a/", b"/"]))
 def test_joined_and_cut(first: list[bytes], second: list[bytes], folder: bytes) -> None:
-    """Lists one after the other below folders; of a sorted one, what lies below a folder."""
+    """Lists one after the other below folders; of one, what lies below a folder."""
     both = joined([(b"a/", paths_of(first)), (b"", paths_of(second))])
     assert list(both) == [*(b"a/" + path for path in first), *second]
-    items = sorted(both)
-    wanted = [item for item in items if item[: item.rfind(b"/") + 1].startswith(folder)]
-    assert list(paths_of(items).below(folder)) == [item[len(folder) :] for item in wanted]
+    items = paths_of([*both])
+    below = [i for i, name in enumerate(items.folders()) if name.startswith(folder)]
+    wanted = [item for item in both if item[: item.rfind(b"/") + 1].startswith(folder)]
+    assert list(items.select(below, folder)) == [item[len(folder) :] for item in wanted]
+    assert sum(items.num_in_folders()[below]) == len(wanted)
 
 
 def test_more_folders_than_a_byte_counts() -> None:

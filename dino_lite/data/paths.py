@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -65,22 +65,25 @@ class Paths:
         """All folders, by number."""
         return [self.folder(number) for number in range(self.num_folders)]
 
-    def below(self, folder: bytes) -> Paths:
-        """Paths below `folder` ("train/"), relative to it; requires paths in byte order."""
-        folders = self.folders()
-        within = np.array([name.startswith(folder) for name in folders], bool)
-        rows = np.flatnonzero(within[self.folder_of])
-        if not len(rows):
-            return joined([])
-        start, stop = int(rows[0]), int(rows[-1]) + 1
-        bounds = self._bounds[start : stop + 1].astype(np.int64)
-        number = np.cumsum(within) - 1
+    def select(self, folders: Collection[int], without: bytes = b"") -> Paths:
+        """The paths in these folders, in order, without their common beginning `without`."""
+        chosen = np.zeros(self.num_folders, bool)
+        chosen[list(folders)] = True
+        if chosen.all() and not without:
+            return self
+        rows = chosen[self.folder_of]
+        lengths = np.diff(self._bounds.astype(np.int64))
+        number = np.cumsum(chosen) - 1
         return Paths(
-            [name[len(folder) :] for name in folders if name.startswith(folder)],
-            number[self.folder_of[start:stop]],
-            self._names[bounds[0] : bounds[-1]],
-            bounds - bounds[0],
+            [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen)],
+            number[self.folder_of[rows]],
+            self._names[np.repeat(rows, lengths)],
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])]),
         )
+
+    def num_in_folders(self) -> Int[np.ndarray, "folders"]:
+        """The number of paths directly in each folder."""
+        return np.bincount(self.folder_of, minlength=self.num_folders)
 
 
 class PathList:

@@ -1,0 +1,40 @@
+"""The class of each folder: a part of its path below the split."""
+
+from __future__ import annotations
+
+from dino_lite.data.folder_names import is_images
+
+Parts = dict[str, list[str]]  # of each folder, the parts of its path that may name its class
+
+
+def name_classes(
+    train: Parts, test: Parts, level: int = 0
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """The class of each folder, None if it has none: the part of its path at `level`, 0 for the
+    first below the split and -1 for the last. Folders around everything else do not count.
+    """
+    named = _named(_unwrapped(train, frozenset()), level)
+    return named, _named(_unwrapped(test, frozenset(named.values())), level)
+
+
+def _unwrapped(folders: Parts, kept: frozenset[str | None]) -> Parts:
+    """`folders` without the leading parts that all have, unless nothing would be left of one, or
+    the part is in `kept`.
+    """
+    parts = list(folders.values())
+    depth = 0
+    while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
+        if parts[0][depth] in kept:
+            break
+        depth += 1
+    return {path: p[depth:] for path, p in folders.items()}
+
+
+def _named(folders: Parts, level: int) -> dict[str, str | None]:
+    named: dict[str, str | None] = {}
+    for path, parts in folders.items():
+        if level < 0 and len(parts) > 1 and is_images(parts[-1]):
+            parts = parts[:-1]  # cat/images
+        within = -len(parts) <= level < len(parts)
+        named[path] = parts[level] if within else None
+    return named
