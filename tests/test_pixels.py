@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 
 from dino_lite.data import decode
 from dino_lite.data.suffixes import FORMATS, KNOWN, SUFFIXES
-from test_image_zoo import difference, read, seen
+from test_image_zoo import read, seen
 from zoo import gradient, saved
 
 
@@ -55,4 +54,4 @@ def test_suffixes_are_read_or_known() -> None:
     """None is both."""
     assert not KNOWN.keys() & set(SUFFIXES)
     assert {b".heic", b".heif"} <= KNOWN.keys() | set(SUFFIXES)
-    assert SUFFIXES == tuple(sorted(suffix.encode() for suffix in FORMATS))
+    assert tuple(sorted(suffix.encode() for suffix in FORMATS)) == SUFFIXES
