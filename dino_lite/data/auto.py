@@ -9,13 +9,14 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data import files
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
 from dino_lite.data.files import open_files
-from dino_lite.data.folder import SUFFIXES, open_folder
+from dino_lite.data.folder import open_folder
 from dino_lite.data.huggingface import holds_images, open_huggingface
 from dino_lite.data.npz import open_npz
 from dino_lite.data.roots import Root, is_pattern, is_url, several
 from dino_lite.data.shapes import open_shapes
 from dino_lite.data.shards import open_shards
 from dino_lite.data.sources import expand
+from dino_lite.data.suffixes import SUFFIXES
 from dino_lite.settings.kinds import Size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from dino_lite.data.suffixes import HEIF
+
 File = IO[bytes] | IOBase  # readable and seekable
 MAX_PIXELS = 178_956_970  # 13,377²: Pillow's limit, also for its crops; 0.5 GB of RGB
 ORIENTATION = 0x0112  # EXIF tag, 1 to 8; above 4 height and width are swapped
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_HEIF = re.compile(rb"(?s).{4}ftyp.{0,48}?(hei[cxms]|hev[cxms])")  # brands of HEVC's images
 # Not all of Pillow's: EPS would start another program. TGA comes last since it has no signature.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 _WIDTH, _HEIGHT, _BITS, _SAMPLES, _PLANAR = 256, 257, 258, 277, 284  # tags of TIFF
@@ -39,7 +43,7 @@ def decode(
     """
     with _reasons():
         start = _start(file)
-        if start == _NUMPY:
+        if start.startswith(_NUMPY):
             return to_channels(_load_npy(file), channels)
         image = None if start[:4] in _TIFF and channels not in (1, 3) else _open(file)
         if image is None:
@@ -54,7 +58,7 @@ def decode(
 def upright_size(file: File) -> tuple[int, int]:
     """Height and width of `decode`'s result, from the header alone. Raises as `decode` does."""
     with _reasons():
-        if _start(file) == _NUMPY:
+        if _start(file).startswith(_NUMPY):
             height, width = _npy_header(file)[0][:2]
             return height, width
         image = _open(file)
@@ -113,7 +117,7 @@ def _reasons() -> Iterator[None]:
 def _start(file: File) -> bytes:
     """The leading bytes, which identify the format."""
     file.seek(0)
-    start = file.read(len(_NUMPY))
+    start: bytes = file.read(64)
     file.seek(0)
     return start
 
@@ -135,14 +139,26 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+@cache
+def _heif_format() -> tuple[str, ...]:
+    """HEIF, which pillow-heif adds to Pillow. It turns images itself, and resets EXIF's tag."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise ValueError(f"needs pillow-heif: {HEIF}") from error
+    register_heif_opener()
+    return ("HEIF",)
+
+
 def _open(file: File) -> Image.Image | None:
     """The image, header read; None for a TIFF that tifffile must read.
 
     Pillow reads at most four samples, may take the first for the whole image, and misreads 16-bit
     planes.
     """
+    formats = _heif_format() if _HEIF.match(_start(file)) else _formats()
     try:
-        image = Image.open(cast("IO[bytes]", file), formats=_formats())
+        image = Image.open(cast("IO[bytes]", file), formats=formats)
     except UnidentifiedImageError:
         if _start(file)[:4] in _TIFF:
             return None

@@ -11,13 +11,8 @@ from dino_lite.data.labels import Split, find_labels
 from dino_lite.data.paths import PathList, Paths, joined
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.sources import PathSource, text
+from dino_lite.data.suffixes import SUFFIXES
 from dino_lite.settings.kinds import Size
-
-# Common image formats that Pillow reads without plugins, and NumPy's arrays.
-SUFFIXES = (
-    *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".npy", b".pbm"),
-    *(b".pgm", b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
-)
 
 
 def open_folder(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lite.contracts import Source
 from dino_lite.data.decode import ORIENTATION, decode
 from dino_lite.data.sources import reason
+from dino_lite.data.suffixes import FORMATS
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which suffices here
 BLANK_STD = 2.0  # of luma, out of 255: below, an image is one color and noise
@@ -43,14 +44,6 @@ ROW = np.dtype(
         ("blank", np.bool_),
     ]
 )
-# Suffixes of formats; loading Pillow's own list would import every plugin.
-_FORMATS = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
-    **{".jp2": "JPEG2000", ".npy": "NPY", ".png": "PNG", ".gif": "GIF", ".bmp": "BMP"},
-    **{".webp": "WEBP", ".avif": "AVIF", ".tga": "TGA"},
-}
 
 
 class Inspected(NamedTuple):
@@ -147,7 +140,7 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
     size = header.size if header.format == "JPEG" else pixels.shape[:2]
     row["height"], row["width"] = size
     row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.rotated
-    named = _FORMATS.get(suffix.lower())
+    named = FORMATS.get(suffix.lower())
     row["misnamed"] = bool(named and header.format) and named != header.format
     return pixels
 

@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
-from dino_lite.data.folder import SUFFIXES
+from dino_lite.data.suffixes import SUFFIXES
 
 FORMAT = 1  # version of an index file; others are ignored
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
