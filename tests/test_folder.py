@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dino_lite.data import folder as folder_module
+from dino_lite.data import walk as walk_module
 from dino_lite.data.auto import open_auto
 from dino_lite.data.folder import open_folder
 from dino_lite.data.roots import absolute
@@ -168,7 +168,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the data must not be left out without a word."""
+    """It is left out with a sentence; nothing is known of its images. The root must be listed."""
     fill(tmp_path, "a.png", "locked/b.png")
     scandir = os.scandir
 
@@ -177,8 +177,13 @@ def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Mon
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(folder_module.os, "scandir", locked)
-    assert "locked cannot be listed (Permission denied)" in sentence(open_folder, tmp_path)
+    monkeypatch.setattr(walk_module.os, "scandir", locked)
+    splits = open_folder(tmp_path)
+    assert names(splits.train) == ["a.png"]
+    assert "locked cannot be listed (Permission denied)" in splits.left_out[0]
+    assert "data.exclude=locked" in splits.left_out[0]
+    assert open_folder(tmp_path, exclude="locked").left_out == ()
+    assert "cannot be listed" in sentence(open_folder, tmp_path / "locked")
 
 
 # -------------------------------------------------------------------- several roots and patterns

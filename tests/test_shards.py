@@ -23,9 +23,10 @@ from dino_lite.data.byte_ranges import expand_braces
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.folder import open_folder
+from dino_lite.data.layout import split_files
 from dino_lite.data.pack import write_shards
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.shards import open_shards, split_names
+from dino_lite.data.shards import open_shards
 from dino_lite.data.sources import ArraySource
 from images import classes, sentence
 
@@ -189,7 +190,7 @@ def test_images_without_a_label_are_known_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "train", "test"),
     [
-        (["train/0", "val/0", "test/0"], ["train/0"], ["val/0"]),
+        (["train/0.tar", "val/0.tar", "test/0.tar"], ["train/0.tar"], ["val/0.tar"]),
         (["a-train-00", "a-test-00"], ["a-train-00"], ["a-test-00"]),
         (["train-0", "validation-0"], ["train-0"], ["validation-0"]),
         (["TRAIN_0", "Val_0"], ["TRAIN_0"], ["Val_0"]),
@@ -200,7 +201,7 @@ def test_images_without_a_label_are_known_as_such(tmp_path: Path) -> None:
 )
 def test_splits_by_name(names: list[str], train: list[str], test: list[str]) -> None:
     """As with folders: train beside val or else test, or all of them."""
-    assert split_names(names) == (train, test)
+    assert split_files(dict.fromkeys(names, 1))[:2] == (train, test)
 
 
 def test_braces() -> None:

@@ -35,7 +35,6 @@ from dino_lite.data.statistics import (
     describe_duplicates,
     find_groups,
     repeated,
-    why_no_labels,
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
@@ -99,6 +98,7 @@ def run_check(config: Config) -> dict[str, Any]:
         except UserError as error:
             refusal = str(error)
     findings = [*_judge(report, config, refusal)]
+    findings += [Finding("warning", sentence) for sentence in splits.left_out]
     report["findings"] = [finding._asdict() for finding in findings]
     report["ok"] = all(finding.level != "error" for finding in findings)
     report["seconds"] = round(time.monotonic() - started, 1)
@@ -144,9 +144,7 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
 def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     """The part of the report about individual images and labels."""
     how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
-    labels = f"data.labels={how}"
-    if splits.train.labels is None:
-        labels = why_no_labels(splits.train, how)
+    labels = splits.labels_from or f"data.labels={how}"
     described = {
         name: describe(source, found[name][1], 0 if size == "auto" else size)
         for name, source in _sources(splits)

@@ -5,6 +5,7 @@ train → finish.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         quiet_lightning()
         if rank() == 0:
-            say_plan(planned, run, facts, resuming)
+            say_plan(planned, run, facts, splits.left_out, resuming)
             if not resuming:
                 run.clear([*PICTURES, "crops", "curves"])
             write_run(run, config, request, facts, splits)
@@ -112,7 +113,9 @@ def _finish(
     return run.results() | {"run": str(run.folder)}
 
 
-def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
+def say_plan(
+    planned: Plan, run: Run, facts: Facts, left_out: Sequence[str], resuming: bool
+) -> None:
     """Print run, data, device and automatic decisions before training starts."""
     data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
     labels = f"{facts.num_classes} classes, {facts.num_test:,} test images"
@@ -121,6 +124,8 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
         f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "
         f"{facts.device_name}"
     )
+    for sentence in left_out:
+        say(f"note: {sentence}")
     if planned.decisions and not resuming:
         say(f"chosen automatically (override any with KEY=VALUE):\n{planned.table()}")
 

@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data import files
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
 from dino_lite.data.files import open_files
-from dino_lite.data.folder import open_folder
-from dino_lite.data.huggingface import holds_images, open_huggingface
+from dino_lite.data.folder import look_through, open_folder, read_folders
+from dino_lite.data.huggingface import holds_images, num_rows, open_huggingface
+from dino_lite.data.layout import were
 from dino_lite.data.npz import open_npz
-from dino_lite.data.roots import Root, is_pattern, is_url, several
+from dino_lite.data.roots import Root, Top, is_pattern, is_url, several
+from dino_lite.data.selection import Patterns, select
 from dino_lite.data.shapes import open_shapes
-from dino_lite.data.shards import open_shards
+from dino_lite.data.shards import num_packed, open_shards
 from dino_lite.data.sources import expand
-from dino_lite.data.suffixes import SUFFIXES
+from dino_lite.data.walk import Found
 from dino_lite.settings.kinds import Size
 
+_OF_DATASETS = ("dataset_dict.json", "state.json")  # written by `Dataset.save_to_disk`
 
-def open_auto(root: Root | None = None, labels: str | None = "auto", channels: Size = 3) -> Splits:
+
+def open_auto(
+    root: Root | None = None,
+    labels: str | None = "auto",
+    channels: Size = 3,
+    train: Patterns = None,
+    test: Patterns = None,
+    exclude: Patterns = None,
+    class_level: int = 0,
+    path_column: str | None = None,
+    label_column: str | None = None,
+) -> Splits:
     """Open the data set at `root`; without `root`, the embedded shapes.
 
     `root` is a list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or
-    Arrow files with images, an .npz file, CIFAR-10, or one or several folders or a pattern.
-    `labels` applies to folders and lists; other formats use their own labels, which `none`
-    discards.
+    Arrow files with images, an .npz file, CIFAR-10, or one or several folders or a pattern. Of a
+    folder with files, shards and tables, those that hold most images are read. `train`, `test`,
+    `exclude` and `class_level` as in `open_folder`; `path_column` and `label_column` as in
+    `open_files`. `labels` applies to folders and lists; other formats use their own labels, which
+    `none` discards.
     """
     if root is None:
         return _with_own_labels(open_shapes(channels=channels), labels)
-    if several(root) is not None or is_pattern(root):
-        return open_folder(root, labels, channels)
+    several_roots = several(root) is not None
+    if several_roots or is_pattern(root):
+        return open_folder(root, labels, channels, train, test, exclude, class_level)
     assert isinstance(root, str | Path)
     path = Path(str(root)) if is_url(root) else expand(root)
-    if path.is_dir() and (path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir()):
-        return _with_own_labels(open_builtin("cifar10", root, channels=channels), labels)
-    kind = _kind(str(root), path)
-    if kind == "shards":
-        return _with_own_labels(open_shards(root, channels), labels)
-    if kind == "huggingface":
-        return _with_own_labels(open_huggingface(root, channels=channels), labels)
     if path.is_dir():
-        return open_folder(root, labels, channels)
+        return _open_in_folder(path, labels, channels, train, test, exclude, class_level)
     suffix = files.suffix_of(str(root))
+    if str(root).lower().endswith((".tar", ".tar.gz", ".tgz")):
+        found = open_shards(root, channels, train, test, exclude, class_level)
+        return _with_own_labels(found, labels)
+    if suffix in (".parquet", ".arrow") and path.is_file() and holds_images(path):
+        return _with_own_labels(open_huggingface(root, channels=channels), labels)
     if suffix in files.SUFFIXES:
-        return open_files(root, labels, channels)
+        return open_files(
+            root,
+            labels,
+            channels,
+            train=train,
+            test=test,
+            exclude=exclude,
+            class_level=class_level,
+            path_column=path_column,
+            label_column=label_column,
+        )
     if suffix == ".npz":
         return _with_own_labels(open_npz(root, channels), labels)
     if path.is_file():
@@ -57,53 +82,73 @@ def open_auto(root: Root | None = None, labels: str | None = "auto", channels: S
     return open_folder(root, labels, channels)
 
 
+def _open_in_folder(
+    path: Path,
+    labels: str | None,
+    channels: int,
+    train: Patterns,
+    test: Patterns,
+    exclude: Patterns,
+    class_level: int,
+) -> Splits:
+    """The files, tar shards or tables in a folder, whichever hold most images."""
+    if path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
+        return _with_own_labels(open_builtin("cifar10", path, channels=channels), labels)
+    if any((path / name).is_file() for name in _OF_DATASETS):
+        found = open_huggingface(path, train=train, test=test, channels=channels)
+        return _with_own_labels(found, labels)
+    chosen, top = select(train, test, exclude), Top(str(path))
+    held = look_through(top, chosen)
+    kinds = _kinds(path, held)
+    kind = max(kinds, key=lambda name: kinds[name][0]) if kinds else "folder"
+    if kind == "shards":
+        splits = open_shards(path, channels, train, test, exclude, class_level)
+    elif kind == "huggingface":
+        splits = open_huggingface(path, train=train, test=test, channels=channels)
+    else:
+        splits = read_folders([(top, held)], False, labels, channels, chosen, class_level)
+    others = tuple(
+        f"{were(num)} left out ({example}), as data.root={path} holds more images of another "
+        f"kind: data={other} reads these instead."
+        for other, (num, example) in kinds.items()
+        if other != kind and num
+    )
+    splits = splits._replace(left_out=splits.left_out + others)
+    return splits if kind == "folder" else _with_own_labels(splits, labels)
+
+
+def _kinds(path: Path, held: Found) -> dict[str, tuple[int, str]]:
+    """Number of images and an example file of each kind in a folder, by the choice in conf/data.
+
+    Nothing is counted if there is one kind only.
+    """
+    tables = [file for kind in (".parquet", ".arrow") for file in held.others.get(kind, [])]
+    tables = [file for file in tables if holds_images(path / file)]
+    tars = held.others.get(".tar", [])
+    images = len(held.images)
+    first = os.fsdecode(held.images[0]) if images else ""
+    if not images and not (tars and tables):
+        return (
+            {"shards": (1, tars[0])} if tars else {"huggingface": (1, tables[0])} if tables else {}
+        )
+    kinds: dict[str, tuple[int, str]] = {"folder": (images, first)}
+    if tars:
+        kinds["shards"] = (num_packed(str(path), tars), tars[0])
+    if tables:
+        kinds["huggingface"] = (sum(num_rows(path / file) for file in tables), tables[0])
+    return kinds
+
+
 def _with_own_labels(splits: Splits, labels: str | None) -> Splits:
     """Keep or discard the labels of a format that has its own."""
     if labels in (None, "none"):
         for source in (splits.train, splits.test):
             if source is not None:
                 source.labels, source.classes = None, []
-    elif labels != "auto":
+        return splits._replace(labels_from="data.labels=none")
+    if labels != "auto":
         raise UserError(
             f"data.labels={labels} is for folders of images, but {splits.name} brings its own: "
             "leave it out."
         )
     return splits
-
-
-def _kind(root: str, path: Path) -> str:
-    """The reader of a file or folder, judged by names: shards, huggingface or "" (neither)."""
-    if root.lower().endswith((".tar", ".tar.gz", ".tgz")):
-        return "shards"
-    if path.suffix.lower() in (".parquet", ".arrow"):
-        return "huggingface" if path.is_file() and holds_images(path) else ""
-    if not path.is_dir():
-        return ""
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return "huggingface"  # written by `Dataset.save_to_disk`
-    found = dict(_first_of_each_suffix(path))
-    if any(suffix.encode() in SUFFIXES for suffix in found):
-        return ""
-    if ".tar" in found:
-        return "shards"
-    tables = [found[suffix] for suffix in (".parquet", ".arrow") if suffix in found]
-    return "huggingface" if any(map(holds_images, tables)) else ""
-
-
-def _first_of_each_suffix(path: Path) -> Iterator[tuple[str, Path]]:
-    """A file of each suffix in the folder and its subfolders; stops at the first image."""
-    folders = [path]
-    for folder in folders:  # grows during the loop
-        try:
-            for file in folder.iterdir():
-                suffix = file.suffix.lower()
-                if file.name.startswith("."):
-                    continue
-                if folder == path and file.is_dir():
-                    folders.append(file)
-                elif suffix and file.is_file():
-                    yield suffix, file
-                    if suffix.encode() in SUFFIXES:
-                        return
-        except OSError:  # reported when it is opened
-            continue

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
 from dino_lite.data.folder_names import is_images
 
-Parts = dict[str, list[str]]  # of each folder, the parts of its path that may name its class
+Folder = TypeVar("Folder", bound=Hashable)
+Parts = Mapping[Folder, list[str]]  # parts of each folder's path that may name its class
 
 
 def name_classes(
-    train: Parts, test: Parts, level: int = 0
-) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    train: Parts[Folder], test: Parts[Folder], level: int = 0
+) -> tuple[dict[Folder, str | None], dict[Folder, str | None]]:
     """The class of each folder, None if it has none: the part of its path at `level`, 0 for the
     first below the split and -1 for the last. Folders around everything else do not count.
     """
@@ -17,7 +21,7 @@ def name_classes(
     return named, _named(_unwrapped(test, frozenset(named.values())), level)
 
 
-def _unwrapped(folders: Parts, kept: frozenset[str | None]) -> Parts:
+def _unwrapped(folders: Parts[Folder], kept: frozenset[str | None]) -> dict[Folder, list[str]]:
     """`folders` without the leading parts that all have, unless nothing would be left of one, or
     the part is in `kept`.
     """
@@ -30,8 +34,8 @@ def _unwrapped(folders: Parts, kept: frozenset[str | None]) -> Parts:
     return {path: p[depth:] for path, p in folders.items()}
 
 
-def _named(folders: Parts, level: int) -> dict[str, str | None]:
-    named: dict[str, str | None] = {}
+def _named(folders: Parts[Folder], level: int) -> dict[Folder, str | None]:
+    named: dict[Folder, str | None] = {}
     for path, parts in folders.items():
         if level < 0 and len(parts) > 1 and is_images(parts[-1]):
             parts = parts[:-1]  # cat/images

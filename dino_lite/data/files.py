@@ -6,31 +6,49 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
-import numpy as np
-
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import File
-from dino_lite.data.labels import NO_LABELS, Labels, Named, NameList, encode
+from dino_lite.data.folder_names import matches
+from dino_lite.data.labels import NO_LABELS, NameList
+from dino_lite.data.list_columns import (
+    Asked,
+    Columns,
+    check_first,
+    encoder,
+    find_columns,
+    is_heading,
+    plain_columns,
+    readable,
+    separator_of,
+)
+from dino_lite.data.listed import split_listed
 from dino_lite.data.paths import PathList, Paths
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_url
+from dino_lite.data.selection import Patterns, select
 from dino_lite.data.sources import PathSource, expand
 from dino_lite.settings.kinds import Size
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".txt")
-COLUMNS = ("path", "label", "split")
-SPLITS = ("train", "val", "test")
 
 
 class Row(NamedTuple):
-    """One image of a list."""
+    """One image of a list; `split` is None where the list has no such column."""
 
     path: bytes
     label: Any = None  # text or an integer
-    split: str = "train"
+    split: str | None = None
+
+
+class Rows(NamedTuple):
+    """The rows of a list, and why they have no labels, if they have none."""
+
+    rows: Iterator[Row]
+    why_unlabeled: str
 
 
 def open_files(
@@ -39,17 +57,25 @@ def open_files(
     channels: Size = 3,
     base: str | Path | None = None,
     storage_options: dict[str, Any] | None = None,
+    train: Patterns = None,
+    test: Patterns = None,
+    exclude: Patterns = None,
+    class_level: int = 0,
+    path_column: str | None = None,
+    label_column: str | None = None,
 ) -> Splits:
     """The images in the list `root`: paths or URLs, in its order.
 
     `root` is itself a path or URL. CSV, TSV and Parquet have a column `path`, and optionally
-    `label` and `split`; a CSV or TSV without a header has these columns in this order. A text file
-    has one path per line; blank lines and those starting with # are ignored.
+    `label` and `split`, or other names that `list_columns` knows, or `path_column` and
+    `label_column`; a CSV or TSV without a heading has these three in this order. A text file has
+    one path per line; blank lines and those starting with # are ignored.
 
-    Relative paths are relative to `base`, by default the folder of the list. Splits: train, and val
-    or else test; without a split column all is train. `labels`: auto takes the list's, `none`
-    discards them. `channels`: every image is converted to that many, see `decode`.
-    `storage_options`: see `Remote`.
+    Relative paths are relative to `base`, by default the folder of the list. Without a column of
+    splits, or of labels, the folders of the paths serve instead, as in `open_folder`, which
+    explains `train`, `test`, `exclude` and `class_level`. `labels`: auto, or `none` for none.
+    `channels`: every image is converted to that many, see `decode`. `storage_options`: see
+    `Remote`.
     """
     if labels not in (None, "auto", "none"):
         raise UserError(
@@ -62,69 +88,46 @@ def open_files(
         raise UserError(
             f"data.root={where} is not a list of files: give one of {', '.join(SUFFIXES)}."
         )
-    collected = {name: (PathList(), NameList()) for name in SPLITS}
+    below = _base(where, base)
+    chosen = select(train, test, exclude)
+    collected: dict[str | None, tuple[PathList, NameList]] = {}
     try:
         with _open_list(opener, where) as file:
-            for number, row in enumerate(_READERS[suffix](file, where), start=1):
-                if row.split not in collected:
-                    raise UserError(
-                        f"Image {number} of {where} is of the split {row.split!r}: it must be "
-                        "train, val or test."
-                    )
-                paths, names = collected[row.split]
-                paths.add(row.path)
-                names.add(row.label)
+            found = _READERS[suffix](file, where, Asked(path_column, label_column), below)
+            for path, label, split in found.rows:
+                if chosen.exclude and matches(os.fsdecode(path), chosen.exclude):
+                    continue
+                paths, names = collected.setdefault(split, (PathList(), NameList()))
+                paths.add(path)
+                names.add(label)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{where} cannot be read as a list of files ({error}): check it."
         ) from error
-    return _splits(where, collected, labels, channels, _base(where, base), opener)
+    if not collected:
+        raise UserError(f"{where} lists no image: check data.root.")
+    listed = {split: (paths.paths(), names.named()) for split, (paths, names) in collected.items()}
+    parts = split_listed(where, listed, chosen, class_level)
+    for part in (parts.train, parts.test):
+        _check_protocols(opener, below, part)
+    origin = "data.labels=none"
+    of = NO_LABELS
+    if labels == "auto":
+        of, origin = parts.labels, parts.labels.origin or found.why_unlabeled
+    return Splits(
+        PathSource(below, parts.train, of.train, of.classes, channels, opener),
+        None
+        if parts.test is None
+        else PathSource(below, parts.test, of.test, of.classes, channels, opener),
+        PurePosixPath(_without_query(where)).stem,
+        tuple(parts.left_out),
+        origin,
+    )
 
 
 def suffix_of(root: str) -> str:
     """The lower-case suffix of a path or URL, without a URL's query."""
     return PurePosixPath(_without_query(root)).suffix.lower()
-
-
-def _splits(
-    where: str,
-    collected: dict[str, tuple[PathList, NameList]],
-    labels: str | None,
-    channels: int,
-    base: bytes,
-    opener: Remote,
-) -> Splits:
-    (train, of_train), *tests = collected.values()
-    test, of_test = next((both for both in tests if len(both[0])), (None, None))
-    if not len(train):
-        what = "no image" if test is None else "no image of the split train"
-        raise UserError(f"{where} lists {what}: check data.root.")
-    found = NO_LABELS
-    if labels == "auto":
-        found = _labels(where, of_train.named(), of_test.named() if of_test else None)
-    train_paths, test_paths = train.paths(), None if test is None else test.paths()
-    for paths in (train_paths, test_paths):
-        _check_protocols(opener, base, paths)
-    return Splits(
-        PathSource(base, train_paths, found.train, found.classes, channels, opener),
-        None
-        if test_paths is None
-        else PathSource(base, test_paths, found.test, found.classes, channels, opener),
-        PurePosixPath(_without_query(where)).stem,
-    )
-
-
-def _labels(where: str, train: Named, test: Named | None) -> Labels:
-    """Either all images of a split have a class or none has: otherwise some were forgotten."""
-    for split in (train, test):
-        lost = 0 if split is None else int((split.codes < 0).sum())
-        if split is not None and 0 < lost < len(split.codes):
-            raise UserError(
-                f"{where} has no label for {lost} of {len(split.codes)} images of a split, the "
-                f"first being its image {int(np.argmax(split.codes < 0)) + 1}: name them all, or "
-                "choose data.labels=none."
-            )
-    return encode(train, test)
 
 
 def _check_protocols(opener: Remote, base: bytes, paths: Paths | None) -> None:
@@ -151,69 +154,76 @@ def _without_query(where: str) -> str:
     return where.partition("?")[0] if is_url(where) else where
 
 
-def _text_rows(file: File, where: str) -> Iterator[Row]:
-    for line in file.read().removeprefix(b"\xef\xbb\xbf").splitlines():
-        path = line.strip()
-        if path and not path.startswith(b"#"):
-            yield Row(path)
+def _text_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
+    lines = map(bytes.strip, file.read().removeprefix(b"\xef\xbb\xbf").splitlines())
+    rows = (Row(line) for line in lines if line and not line.startswith(b"#"))
+    return Rows(rows, "a text file has no labels")
 
 
-def _csv_rows(file: File, where: str) -> Iterator[Row]:
+def _csv_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
+    encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    file.seek(0)
     binary = cast("IO[bytes]", file)
-    with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t" if suffix_of(where) == ".tsv" else ",")
-        columns: list[int | None] = []  # positions of path, label and split; None: missing
-        num_needed = 0
-        for number, row in enumerate(reader, start=1):
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            if not columns:
-                columns = _columns([cell.lower() for cell in cells], where)
-                num_needed = 1 + max(column or 0 for column in columns)
-                if "path" in map(str.lower, cells):
-                    continue
-            if len(cells) < num_needed:
-                raise UserError(f"Row {number} of {where} ends after column {len(cells)}: fix it.")
-            path, label, split = (None if column is None else cells[column] for column in columns)
-            if not path:
-                raise UserError(f"Row {number} of {where} has no path: fix it.")
-            yield Row(os.fsencode(path), label or None, "train" if split is None else split)
+    lines = io.TextIOWrapper(binary, encoding, "surrogateescape", newline="")
+    first = next((line for line in lines if line.strip()), "")
+    reader = csv.reader(chain([first], lines), delimiter=separator_of(first, suffix_of(where)))
+    numbered = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+    filled = (row for row in numbered if any(row[1]))
+    top = list(islice(filled, 2))
+    cells = [row for _, row in top]
+    if not cells:
+        return Rows(iter(()), "")
+    if is_heading(cells[0], cells[1] if len(cells) > 1 else None):
+        columns = find_columns(cells[0], cells[1] if len(cells) > 1 else [], where, asked)
+        del top[0]
+    else:
+        columns = plain_columns(cells[0], where, asked)
+    return Rows(_csv_cells(chain(top, filled), columns, where, base), columns.why_unlabeled)
 
 
-def _columns(first: list[str], where: str) -> list[int | None]:
-    """Positions of path, label and split according to the first row, a header or a row of data."""
-    if "path" in first:
-        return [first.index(name) if name in first else None for name in COLUMNS]
-    if len(first) > len(COLUMNS) or set(first) & {"label", "split"}:
-        raise UserError(
-            f"{where} has no column path: give it a heading with path and, if you have them, label "
-            "and split."
-        )
-    return [i if i < len(first) else None for i in range(len(COLUMNS))]
+def _csv_cells(
+    rows: Iterable[tuple[int, list[str]]], columns: Columns, where: str, base: bytes
+) -> Iterator[Row]:
+    needed = 1 + max(columns.path, columns.label or 0, columns.split or 0)
+    encoded = encoder(base)
+    for number, cells in rows:
+        if len(cells) < needed:
+            raise UserError(f"Row {number} of {where} ends after column {len(cells)}: fix it.")
+        path, label, split = (None if i is None else cells[i] for i in columns[:3])
+        if not path:
+            raise UserError(f"Row {number} of {where} has no path: fix it.")
+        name = encoded(path)
+        if not columns.certain:
+            check_first(name, base, where)
+            columns = columns._replace(certain=True)
+        yield Row(name, readable(label) if label else None, split)
 
 
-def _parquet_rows(file: File, where: str) -> Iterator[Row]:
+def _parquet_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{where} needs pyarrow: pip install 'dino-lite[parquet]'.") from error
     table = parquet.ParquetFile(file)
-    found = [name for name in COLUMNS if name in table.schema_arrow.names]
-    if "path" not in found:
-        raise UserError(f"{where} has no column path: it needs one, and may have label and split.")
-    number = 0
-    for batch in table.iter_batches(columns=found):
-        columns: list[Iterable[Any]] = [batch.column(name).to_pylist() for name in found]
-        for cells in zip(*columns, strict=True):
-            number += 1
-            row = dict(zip(found, cells, strict=True))
-            path, label = row["path"], row.get("label")
-            if not path or not isinstance(path, str | bytes):
-                raise UserError(f"Row {number} of {where} has no path: fix it.")
-            if label is not None and not isinstance(label, int):
-                label = str(label).strip() or None
-            yield Row(os.fsencode(path), label, str(row.get("split", "train")))
+    names = table.schema_arrow.names
+    sample = next((list(batch.to_pylist()[0].values()) for batch in table.iter_batches(1)), [])
+    columns = find_columns(names, [c if isinstance(c, str) else "" for c in sample], where, asked)
+    chosen = [None if i is None else names[i] for i in columns[:3]]
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for batch in table.iter_batches(columns=[name for name in chosen if name]):
+            empty = [None] * batch.num_rows
+            read = [empty if name is None else batch.column(name).to_pylist() for name in chosen]
+            for path, label, split in zip(*read, strict=True):
+                number += 1
+                if not path or not isinstance(path, str | bytes):
+                    raise UserError(f"Row {number} of {where} has no path: fix it.")
+                if label is not None and not isinstance(label, int):
+                    label = str(label).strip() or None
+                yield Row(os.fsencode(path), label, None if chosen[2] is None else str(split))
+
+    return Rows(rows(), columns.why_unlabeled)
 
 
 _READERS = {

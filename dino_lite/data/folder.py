@@ -4,138 +4,205 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import groupby
+from functools import partial
 
 from dino_lite.contracts import Splits, UserError
-from dino_lite.data.labels import Split, find_labels
+from dino_lite.data.class_names import name_classes
+from dino_lite.data.folder_names import matches, split_of
+from dino_lite.data.labels import Split, find_labels, listed
+from dino_lite.data.layout import Layout, read_layout, were
 from dino_lite.data.paths import PathList, Paths, joined
 from dino_lite.data.roots import Root, Top, several, tops
+from dino_lite.data.selection import Patterns, Selection, select
 from dino_lite.data.sources import PathSource, text
-from dino_lite.data.suffixes import SUFFIXES
+from dino_lite.data.suffixes import KNOWN, SUFFIXES
+from dino_lite.data.walk import ARCHIVES, Found, walk
 from dino_lite.settings.kinds import Size
 
 
 def open_folder(
-    root: Root | None = None, labels: str | None = "auto", channels: Size = 3
+    root: Root | None = None,
+    labels: str | None = "auto",
+    channels: Size = 3,
+    train: Patterns = None,
+    test: Patterns = None,
+    exclude: Patterns = None,
+    class_level: int = 0,
 ) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
     `root`: a folder; a pattern (`*`, `?`, `[]`, `**`) of folders or image files; or several of
     these, as a list or a text `[a,b]`, concatenated. See `roots.tops`.
 
-    Splits: `root/train` with `root/val` or `root/test`, or alone. If both exist, val is the test
-    split (ImageNet's `test` has no labels). Without such folders every image is train. Splits of
-    several roots are determined for each and concatenated.
+    Splits and what is left out follow from the folders' names, see `layout.read_layout`; `train`,
+    `test` and `exclude` say otherwise, see `selection`. Splits of several roots are
+    determined for each and concatenated.
 
-    Classes: the first folder below the split, if plausible, or according to `labels`: auto, none,
-    folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
-    `channels`: every image is converted to that many, see `decode`.
+    Classes: the first folder below the split (`class_level` 0; -1 is the last), if plausible, or
+    according to `labels`: auto, none, folder, or FILE.csv (path,label; paths relative to `root`).
+    See `labels.find_labels`. `channels`: every image is converted to that many, see `decode`.
     """
-    found = [(top, _listed(top)) for top in tops(root)]
-    whose = [(top, paths) for top, paths in found if len(paths)]
-    empty = next((top.folder for top, paths in found if not len(paths)), "")
-    if not whose or (empty and several(root) is not None):
-        raise UserError(
-            f"{empty} holds no image file (.jpg, .png …; hidden ones do not count): check "
-            "data.root."
-        )
-    splits = [_split(top, paths) for top, paths in whose]
-    trains = [train for train, _ in splits]
-    tests = [test for _, test in splits if test is not None]
+    chosen = select(train, test, exclude)
+    found = [(top, look_through(top, chosen)) for top in tops(root)]
+    return read_folders(found, several(root) is not None, labels, channels, chosen, class_level)
+
+
+def look_through(top: Top, chosen: Selection) -> Found:
+    """The image files of `top`, relative to it, and what else may hold images."""
+    if top.files is None:
+        return walk(os.fsencode(top.folder), chosen.exclude, junk=not chosen.automatic)
+    images = PathList()
+    start = len(os.path.join(top.folder, ""))
+    for file in (file[start:] for file in top.files):
+        if os.fsencode(file).lower().endswith(SUFFIXES) and not matches(file, chosen.exclude):
+            images.add(os.fsencode(file))
+    return Found(images.paths(), {}, {})
+
+
+def read_folders(
+    found: Sequence[tuple[Top, Found]],
+    all_needed: bool,
+    labels: str | None,
+    channels: int,
+    chosen: Selection,
+    class_level: int,
+) -> Splits:
+    """The data set of what `look_through` found; `all_needed`: each root must hold an image."""
+    whose = [(top, each) for top, each in found if len(each.images)]
+    empty = [(top, each) for top, each in found if not len(each.images)]
+    if not whose or (empty and all_needed):
+        raise UserError(_why_empty(*empty[0]))
+    layouts = [_layout(top, each.images, chosen) for top, each in whose]
+    _check_not_empty(whose, layouts, chosen)
+    of_train, of_test = name_classes(
+        {(i, path): parts for i, each in enumerate(layouts) for path, parts in each.train.items()},
+        {(i, path): parts for i, each in enumerate(layouts) for path, parts in each.test.items()},
+        class_level,
+    )
+    trains, tests = [], []
+    for i, ((top, each), layout) in enumerate(zip(whose, layouts, strict=True)):
+        split = partial(_split, os.fsencode(top.folder), each.images)
+        classes = [
+            {path: name for (j, path), name in of.items() if i == j} for of in (of_train, of_test)
+        ]
+        trains.append(split(layout.train_folder, classes[0]))
+        if layout.test:
+            tests.append(split(layout.test_folder, classes[1]))
+    trains = [split for split in trains if len(split.paths)]
     named = find_labels(labels, trains, tests)
     name = os.path.basename(whose[0][0].folder) or "root"
+    left_out = [sentence for layout in layouts for sentence in layout.left_out]
     return Splits(
         PathSource(*_together(trains), named.train, named.classes, channels),
         PathSource(*_together(tests), named.test, named.classes, channels) if tests else None,
         f"{name}+{len(whose) - 1}" if len(whose) > 1 else name,
+        tuple(left_out + [sentence for _, each in found for sentence in describe_unread(each)]),
+        named.origin,
     )
 
 
-def _listed(top: Top) -> Paths:
-    """The image files of `top`, relative to it."""
-    if top.files is None:
-        return _image_files(os.fsencode(top.folder))
-    images = PathList()
-    start = len(os.path.join(os.fsencode(top.folder), b""))
-    for file in map(os.fsencode, top.files):
-        if file.lower().endswith(SUFFIXES):
-            images.add(file[start:])
-    return images.paths()
+def _layout(top: Top, images: Paths, chosen: Selection) -> Layout:
+    """The layout of one root."""
+    folders = [_key(folder) for folder in images.folders()]
+    number = {folder: i for i, folder in enumerate(folders)}
+
+    def stems(folder: str) -> list[str]:
+        if folder not in number:  # it holds folders only
+            return []
+        names = images.names_in(number[folder])
+        return [os.path.splitext(os.fsdecode(name))[0] for name in names]
+
+    counts = dict(zip(folders, images.num_in_folders().tolist(), strict=True))
+    return read_layout(counts, stems, chosen.train, chosen.test, chosen.automatic)
 
 
-def _image_files(root: bytes) -> Paths:
-    """The image files below `root`, relative to it, in byte order.
+def _key(folder: bytes) -> str:
+    """A folder of `Paths` ("train/cat/") as `read_layout` names it ("train/cat")."""
+    return os.fsdecode(folder.rstrip(b"/"))
 
-    Symbolic links to folders are followed, except into a folder that contains them.
+
+def _split(top: bytes, images: Paths, folder: str, classes: dict[str, str | None]) -> Split:
+    """The images in the folders of `classes`, with paths relative to `folder`."""
+    below = os.fsencode(folder) + b"/" if folder else b""
+    numbers = [i for i, name in enumerate(images.folders()) if _key(name) in classes]
+    paths = images.select(numbers, below)
+    named = [classes[_key(below + name)] for name in paths.folders()]
+    return Split(top, below, paths, [name and text(os.fsencode(name)) for name in named])
+
+
+def _check_not_empty(
+    whose: Sequence[tuple[Top, Found]], layouts: Sequence[Layout], chosen: Selection
+) -> None:
+    """Raise UserError if a split that the user names holds no image, or `train` is empty beside a
+    folder that is held out.
     """
-    images = PathList()
-    # A stack of folders to list, and of files that precede folders already listed.
-    waiting: list[tuple[bytes, list[bytes], frozenset[tuple[int, int]]]]
-    waiting = [(b"", [], frozenset())]
-    while waiting:
-        below, files, around = waiting.pop()
-        if files:
-            images.add_names(below, files)
-            continue
-        folder = os.path.join(root, below[:-1]) if below else root
-        try:
-            status = os.stat(folder)
-            with os.scandir(folder) as listing:
-                entries = [entry for entry in map(_entry, listing) if entry]
-        except OSError as error:
+    for key in ("train", "test"):
+        wanted = getattr(chosen, key)
+        if wanted and not any(getattr(layout, key) for layout in layouts):
+            folders = {_key(f) or "." for _, each in whose for f in each.images.folders()}
             raise UserError(
-                f"{text(folder)} cannot be listed ({error.strerror}): check its permissions."
-            ) from error
-        here = (status.st_dev, status.st_ino)
-        if here in around:
+                f"data.{key}={','.join(wanted)} matches no folder with images in "
+                f"{whose[0][0].folder}, which has {listed(folders)}: name one, or a pattern."
+            )
+    for (top, each), layout in zip(whose, layouts, strict=True):
+        firsts = {_key(folder).partition("/")[0] for folder in each.images.folders()}
+        held_out = [
+            name for name in sorted(firsts) if (split_of(name) or [""])[0] in ("val", "test")
+        ]
+        if layout.test or not held_out or top.files is not None or chosen.train:
             continue
-        found: list[tuple[bytes, list[bytes], frozenset[tuple[int, int]]]] = []
-        for is_folder, run in groupby(sorted(entries), lambda entry: entry.endswith(b"/")):
-            if is_folder:
-                found.extend((below + name, [], around | {here}) for name in run)
-            else:
-                found.append((below, list(run), around))
-        waiting.extend(reversed(found))
-    return images.paths()
+        with os.scandir(top.folder) as listing:
+            names = sorted(entry.name for entry in listing if entry.is_dir())
+        for name in names:
+            if name not in firsts and split_of(name) == ("train", ()):
+                raise UserError(
+                    f"{os.path.join(top.folder, name)} holds no image file, but {held_out[0]} "
+                    "beside it does: check data.root."
+                )
 
 
-def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
-    """A folder's name with a slash, an image's name, or None; only links need a system call."""
-    if entry.name.startswith(b"."):
-        return None
-    try:
-        if entry.is_dir():
-            return entry.name + b"/"
-        if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-            return entry.name
-    except OSError:  # a link to itself
-        pass
-    return None
+def _why_empty(top: Top, found: Found) -> str:
+    """Why a root has no image, with what it holds instead."""
+    why = f"{top.folder} holds no image file"
+    archives = [file for suffix in ARCHIVES for file in found.others.get(suffix, [])]
+    unread = describe_unread(found)
+    if archives:
+        return f"{why}, but {len(archives)} compressed archives ({listed(archives)}): unpack them."
+    if unread:
+        return f"{why} that can be read: {unread[0]}"
+    return f"{why} (.jpg, .png …; hidden ones do not count): check data.root."
 
 
-def _split(top: Top, paths: Paths) -> tuple[Split, Split | None]:
-    """Train and test among the `paths` of one root, according to its folders."""
-    root = os.fsencode(top.folder)
-    train, val, test = (Split(root, name, paths.below(name)) for name in _SPLITS)
-    tests = [split for split in (val, test) if len(split.paths)]
-    if not len(train.paths) and tests and os.path.isdir(os.path.join(root, b"train")):
-        raise UserError(
-            f"{os.path.join(top.folder, 'train')} holds no image file, but "
-            f"{text(tests[0].folder[:-1])} beside it does: check data.root."
+def describe_unread(found: Found) -> list[str]:
+    """Sentences that count images of a kind that is not read here, and folders without access."""
+    sentences = []
+    for cure in dict.fromkeys(KNOWN.values()):
+        kinds = {
+            s.decode(): len(found.others.get(s.decode(), [])) for s in KNOWN if KNOWN[s] == cure
+        }
+        kinds = {suffix: num for suffix, num in kinds.items() if num}
+        if kinds:
+            excluded = ",".join(f"*{suffix}" for suffix in kinds)
+            sentences.append(
+                f"{were(sum(kinds.values()))} left out, as {', '.join(kinds)} is not read here: "
+                f"{cure or 'convert them'}, or data.exclude='[{excluded}]' if they do not matter."
+            )
+    if found.unlisted:
+        name, why = next(iter(found.unlisted.items()))
+        num = len(found.unlisted)
+        what = "1 folder was" if num == 1 else f"{num:,} folders were"
+        sentences.append(
+            f"{what} left out, as {name} cannot be listed ({why}): change its permissions, or say "
+            f"data.exclude={name}."
         )
-    if len(train.paths) and (tests or len(train.paths) == len(paths)):
-        return train, tests[0] if tests else None
-    return Split(root, b"", paths), None
-
-
-_SPLITS = (b"train/", b"val/", b"test/")
+    return sentences
 
 
 def _together(splits: Sequence[Split]) -> tuple[bytes, Paths]:
     """A common folder of the splits of all roots, and the paths below it."""
     if len(splits) == 1:
-        top, folder, paths = splits[0]
-        return os.path.join(top, folder.rstrip(b"/")), paths
+        split = splits[0]
+        return os.path.join(split.top, split.folder.rstrip(b"/")), split.paths
     shared = os.path.commonpath([split.top for split in splits])
     start = len(os.path.join(shared, b""))
     return shared, joined([(os.path.join(s.top, b"")[start:] + s.folder, s.paths) for s in splits])

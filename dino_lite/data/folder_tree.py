@@ -10,7 +10,7 @@ class FolderNode:
 
     def __init__(self, name: str = "", parent: FolderNode | None = None) -> None:
         self.name, self.parent = name, parent
-        self.path = name if parent is None or not parent.path else f"{parent.path}/{name}"
+        self.path: str = name if parent is None or not parent.path else f"{parent.path}/{name}"
         self.own = self.total = 0
         self.children: dict[str, FolderNode] = {}
 

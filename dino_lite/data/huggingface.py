@@ -14,21 +14,20 @@ from typing import Any
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.byte_ranges import names_below
 from dino_lite.data.labels import NO_LABELS, encode_known
+from dino_lite.data.layout import read_layout, split_files
 from dino_lite.data.roots import is_url
 from dino_lite.data.row_groups import RowGroups
 from dino_lite.data.rows import Rows, RowSource, Table
-from dino_lite.data.shards import split_names
+from dino_lite.data.selection import Patterns, Selection, select
 from dino_lite.data.sources import expand
 from dino_lite.settings.kinds import Size
-
-_TESTS = ("validation", "val", "valid", "test")  # names of a test split, the first that exists
 
 
 def open_huggingface(
     root: str | Path | None = None,
     config: str | None = None,
-    train: str = "train",
-    test: str | None = None,
+    train: Patterns = None,
+    test: Patterns = None,
     image: str | None = None,
     label: str | None = None,
     streaming: bool = False,
@@ -37,11 +36,12 @@ def open_huggingface(
 ) -> Splits:
     """A data set on the Hub by name, or a local folder or file of Parquet or Arrow.
 
-    `test`: None takes validation or else test, if it exists. `image`: None takes the first column
-    of images, encoded as such, as bytes or as a struct with bytes. `label`: None takes the first
-    ClassLabel, else the column `label`; "none" ignores labels. A set on the Hub is downloaded (or,
-    with `streaming`, read over the network) only with `download`; otherwise it must be in the
-    cache.
+    The names of the splits, or of a folder's files, say which is train and which is test, see
+    `layout.read_layout`; `train` and `test` say otherwise, as in `open_folder`. `image`: None takes
+    the first column of images, encoded as such, as bytes or as a struct with bytes. `label`: None
+    takes the first ClassLabel, else the column `label`; "none" ignores labels. A set on the Hub is
+    downloaded (or, with `streaming`, read over the network) only with `download`; otherwise it must
+    be in the cache.
     """
     _require()
     text = str(root or "")
@@ -57,15 +57,26 @@ def open_huggingface(
         raise UserError(
             f"data.streaming=true reads {text} over the network: allow it with data.download=true."
         )
-    tables = (
-        _row_groups(text, config, on_hub, train, test)
-        if streaming
-        else _datasets(text, config, on_hub, download, train, test)
+    chosen = select(None if train == "train" else train, test)
+    files: dict[str, list[str]] = {}
+    left_out: list[str] = []
+    if not on_hub and not _is_saved(text):
+        files, left_out = _files(text, config, chosen)
+        chosen = Selection()  # the files are chosen
+    opened = (
+        _row_groups(text, config, files) if streaming else _datasets(text, config, files, download)
     )
-    chosen = _choose(text, tables, train, test)
+    found = _choose(text, opened, chosen)
     name = text.rstrip("/").rpartition("/")[2]
     name = Path(name).stem if name.endswith((".parquet", ".arrow")) else name
-    return _splits(name, *chosen, image, label, channels)
+    splits = _splits(name, *found[:2], image, label, channels)
+    return splits._replace(left_out=tuple(left_out + found[2]))
+
+
+def _is_saved(root: str) -> bool:
+    """Whether `root` was written by `Dataset.save_to_disk` or that of a DatasetDict."""
+    names = ("dataset_dict.json", "state.json")
+    return any(os.path.isfile(os.path.join(root, name)) for name in names)
 
 
 def _require() -> None:
@@ -80,23 +91,21 @@ def _require() -> None:
 
 
 def _datasets(
-    root: str, config: str | None, on_hub: bool, download: bool, train: str, test: str | None
+    root: str, config: str | None, files: dict[str, list[str]], download: bool
 ) -> dict[str, Table]:
-    """Each split as a Dataset of `datasets`, memory-mapped."""
+    """Each split as a Dataset of `datasets`, memory-mapped; `files` of a local set, by split."""
     import datasets
 
     try:
-        if on_hub and not download:
-            found = _from_cache(root, config)
-        elif on_hub:
-            found = datasets.load_dataset(root, config)
-        elif os.path.isfile(os.path.join(root, "dataset_dict.json")) or os.path.isfile(
-            os.path.join(root, "state.json")
-        ):
-            found = datasets.load_from_disk(root)
-        else:
-            files, kind = _files(root, config, train, test)
+        if files:
+            kind = "parquet" if _is_parquet(files["train"][0]) else "arrow"
             found = datasets.load_dataset(kind, data_files=files)
+        elif _is_saved(root):
+            found = datasets.load_from_disk(root)
+        elif download:
+            found = datasets.load_dataset(root, config)
+        else:
+            found = _from_cache(root, config)
     except UserError:
         raise
     except Exception as error:  # the kind depends on file format, protocol and cause
@@ -125,18 +134,14 @@ def _from_cache(root: str, config: str | None) -> Any:
         ) from error
 
 
-def _row_groups(
-    root: str, config: str | None, on_hub: bool, train: str, test: str | None
-) -> dict[str, Table]:
-    """Each split as the row groups of its Parquet files."""
+def _row_groups(root: str, config: str | None, files: dict[str, list[str]]) -> dict[str, Table]:
+    """Each split as the row groups of its Parquet files, which are the Hub's without `files`."""
     try:
-        if on_hub:
+        if not files and not _is_saved(root):
             from datasets import load_dataset_builder
 
             found = load_dataset_builder(root, config).config.data_files or {}
             files = {str(split): [str(file) for file in found[split]] for split in found}
-        else:
-            files = _files(root, config, train, test)[0]
         others = [file for part in files.values() for file in part if not _is_parquet(file)]
         if others or not files:
             raise UserError(
@@ -155,46 +160,58 @@ def _is_parquet(file: str) -> bool:
 
 
 def _files(
-    root: str, config: str | None, train: str, test: str | None
-) -> tuple[dict[str, list[str]], str]:
-    """Parquet files, or else Arrow files, of each split, assigned by name, and their format."""
+    root: str, config: str | None, chosen: Selection
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Parquet files, or else Arrow files, of each split, and sentences that count the others."""
     if root.lower().endswith((".parquet", ".arrow")):
-        return {"train": [root]}, "parquet" if _is_parquet(root) else "arrow"
+        return {"train": [root]}, []
     base = f"{root.rstrip('/')}/{config}" if config else root.rstrip("/")
-    names: list[str] = []
-    for kind in ("parquet", "arrow"):
-        names = names or names_below(base, f".{kind}")
-        if names:
-            break
-    else:
+    names = names_below(base, ".parquet") or names_below(base, ".arrow")
+    if not names:
         raise UserError(
             f"{base} holds no .parquet or .arrow file: check data.root and data.config."
         )
-    words = dict.fromkeys([train, *([test] if test else _TESTS)])
-    of_split = {word: [name for name in names if _has_word(name, word)] for word in words}
-    if test is None and train == "train":
-        found = split_names(names)
-        of_split = {"train": found[0], "test": found[1]}
-    return {
-        split: [f"{base}/{name}" for name in part] for split, part in of_split.items() if part
-    }, kind
+    counts = dict.fromkeys(names, 1)
+    train, test, left_out = split_files(counts, chosen.train, chosen.test)
+    if left_out and not is_url(base):
+        counts = {name: num_rows(Path(base, name)) for name in names}
+        left_out = split_files(counts, chosen.train, chosen.test)[2]
+    if not train:
+        raise UserError(f"data.train={chosen.train} names no file of {base}: it has {names[0]} …")
+    parts = {"train": train, "test": test}
+    found = {split: [f"{base}/{name}" for name in part] for split, part in parts.items() if part}
+    return found, left_out
 
 
-def _has_word(name: str, word: str) -> bool:
-    return re.search(rf"(?<![a-z]){re.escape(word.lower())}(?![a-z])", name.lower()) is not None
+def num_rows(path: Path) -> int:
+    """The number of rows of a Parquet or Arrow file; 0 if it cannot be read."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    try:
+        if _is_parquet(str(path)):
+            return int(parquet.read_metadata(path).num_rows)
+        with pyarrow.memory_map(str(path)) as file:
+            return sum(batch.num_rows for batch in ipc.open_stream(file))
+    except (OSError, ValueError):
+        return 0
 
 
 def _choose(
-    root: str, tables: dict[str, Table], train: str, test: str | None
-) -> tuple[Table, Table | None]:
-    """Train, and the test split if it exists."""
-    for key, split in (("train", train), ("test", test)):
-        if split is not None and split not in tables:
+    root: str, tables: dict[str, Table], chosen: Selection
+) -> tuple[Table, Table | None, list[str]]:
+    """Train, the test split if it exists, and sentences that count the others."""
+    counts = {name: len(table) for name, table in tables.items()}
+    found = read_layout(counts, train=chosen.train, test=chosen.test, exclude=False)
+    for key, part, wanted in (("train", found.train, True), ("test", found.test, chosen.test)):
+        if len(part) > 1 or (wanted and not part):
+            given = getattr(chosen, key)
+            asked = f"data.{key}={','.join(given)}" if given else f"data.{key}"
             raise UserError(
-                f"{root} has no split data.{key}={split}, but {', '.join(tables)}: choose of these."
+                f"{root} has the splits {', '.join(tables)}: {asked} must name one of them."
             )
-    second = test or next((name for name in _TESTS if name in tables and name != train), None)
-    return tables[train], tables[second] if second else None
+    test = next(iter(found.test), None)
+    return tables[next(iter(found.train))], None if test is None else tables[test], found.left_out
 
 
 # ------------------------------------------------------------------------------------ columns
@@ -242,13 +259,14 @@ def _splits(
     if named is not None:
         classes = getattr(train.features[named], "names", None) or ()
         of_test = [] if test is None else _names(test, named)
-        labels = encode_known(_names(train, named), of_test, classes)
+        labels = encode_known(_names(train, named), of_test, classes, f"the column {named}")
     return Splits(
         RowSource(train, column, labels.train, labels.classes, f"{name}/train", channels),
         None
         if test is None
         else RowSource(test, column, labels.test, labels.classes, f"{name}/test", channels),
         name,
+        labels_from=labels.origin or "no column is called label",
     )
 
 

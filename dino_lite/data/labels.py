@@ -6,7 +6,8 @@ import csv
 import os
 import posixpath
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +20,16 @@ from dino_lite.data.sources import text
 
 
 class Split(NamedTuple):
-    """Image files below one folder of the data's root `top`; all are POSIX paths in bytes.
+    """Image files of one split below the data's root `top`; all are POSIX paths in bytes.
 
     `folder` is relative to `top` ("train/", or "" for all of it), `paths` are relative to `folder`.
+    `classes`: the class that each folder of `paths` names, by its number.
     """
 
     top: bytes
     folder: bytes
     paths: Paths
+    classes: Sequence[str | None]
 
 
 class Named(NamedTuple):
@@ -35,16 +38,13 @@ class Named(NamedTuple):
     codes: Int[np.ndarray, "N"]
     names: list[Any]
 
-
-class Labels(NamedTuple):
-    """Class indices of each split, if it is labeled, and the class names."""
-
-    train: Int64[np.ndarray, "N"] | None
-    test: Int64[np.ndarray, "M"] | None
-    classes: list[str]
-
-
-NO_LABELS = Labels(None, None, [])
+    @classmethod
+    def collect(cls, names: Iterable[Any]) -> Named:
+        """The classes of images in order, text or integers; None if an image has none."""
+        collected = NameList()
+        for name in names:
+            collected.add(name)
+        return collected.named()
 
 
 class NameList:
@@ -63,55 +63,89 @@ class NameList:
         return Named(np.array(self._codes, np.int32), [*self._known])
 
 
-def encode_labels(train: Sequence[Any] | None, test: Sequence[Any] | None) -> Labels:
+class Labels(NamedTuple):
+    """Class indices of each split, if it is labeled, and the class names.
+
+    `origin`: where they come from, or why a split has none.
+    """
+
+    train: Int64[np.ndarray, "N"] | None
+    test: Int64[np.ndarray, "M"] | None
+    classes: list[str]
+    origin: str = ""
+
+
+NO_LABELS = Labels(None, None, [])
+
+
+def encode_labels(
+    train: Sequence[Any] | None, test: Sequence[Any] | None, origin: str = ""
+) -> Labels:
     """Names (text or integers) as indices shared by both splits, as in `encode`."""
-    return encode(*(None if names is None else _collect(names) for names in (train, test)))
+    named = [None if names is None else Named.collect(names) for names in (train, test)]
+    return encode(named[0], named[1], origin)
 
 
-def encode(train: Named | None, test: Named | None) -> Labels:
+def encode(train: Named | None, test: Named | None, origin: str = "") -> Labels:
     """Indices shared by both splits; a split with an unlabeled image gets no labels at all.
 
-    Classes are train's names, sorted, then those only in test, sorted; test may lack some. With
-    fewer than two classes in train there are no labels, since one class distinguishes nothing.
+    Classes are train's names, sorted, then those only in test, sorted; test may lack some, but has
+    no labels if it shares none. With fewer than two classes in train there are no labels, since one
+    class distinguishes nothing. `origin` of the names, in the result.
     """
-    if train is None or (train.codes < 0).any():
-        return NO_LABELS
-    if test is not None and (test.codes < 0).any():
-        test = None
-    classes = sorted(_used(train))
+    if train is None or (lost := int((train.codes < 0).sum())):
+        return NO_LABELS._replace(origin=_without_label(lost) if train else "the data has none")
+    used = _used(train)
+    classes = sorted(used)
     if len(classes) < 2:
-        return NO_LABELS
+        why = f"all images are of the class {classes[0]}" if classes else "no image has a label"
+        return NO_LABELS._replace(origin=why)
     if test is not None:
-        classes += sorted(_used(test) - set(classes))
+        if lost := int((test.codes < 0).sum()):
+            test, origin = None, f"{origin}; test has no labels, as {_without_label(lost)} there"
+        elif len(test.codes) and not (of_test := _used(test)) & used:
+            test = None
+            origin += f"; test has no labels, as its classes ({listed(of_test)}) are not in train"
+        else:
+            classes += sorted(of_test - used) if len(test.codes) else []
     index = {name: i for i, name in enumerate(classes)}
 
     def indices(split: Named) -> Int64[np.ndarray, "K"]:
         number = np.array([*(index.get(name, -1) for name in split.names), -1], np.int64)
         return np.take(number, split.codes)
 
-    return Labels(indices(train), None if test is None else indices(test), [*map(str, classes)])
+    of_test_split = None if test is None else indices(test)
+    return Labels(indices(train), of_test_split, [*map(str, classes)], origin.removeprefix("; "))
+
+
+def _without_label(num: int) -> str:
+    return "1 image has no label" if num == 1 else f"{num:,} images have no label"
 
 
 def encode_known(
-    train: Sequence[Any | None], test: Sequence[Any | None], classes: Sequence[str] = ()
+    train: Sequence[Any | None],
+    test: Sequence[Any | None],
+    classes: Sequence[str] = (),
+    origin: str = "",
 ) -> Labels:
     """As `encode_labels`, but unnamed images (None) get the label -1.
 
     `classes`: the names of integer labels, in order, if known.
     """
     known = [[name for name in names if name is not None] for names in (train, test)]
-    found = encode_labels(known[0], known[1])
+    found = encode_labels(known[0], known[1], origin)
     if found.train is None:
-        return NO_LABELS
+        return NO_LABELS._replace(origin=found.origin)
+    of_test = bool(known[1]) and found.test is not None
     numbers = [name for name in known[0] + known[1] if isinstance(name, int)]
     if classes and len(numbers) == len(known[0] + known[1]) and max(numbers) < len(classes):
-        found = Labels(np.array(known[0], np.int64), np.array(known[1], np.int64), [*classes])
-
+        numbered = np.array(known[1], np.int64) if of_test else None
+        found = Labels(np.array(known[0], np.int64), numbered, [*classes], found.origin)
     labels = [np.full(len(names), -1, np.int64) for names in (train, test)]
     for part, names, indices in zip(labels, (train, test), found[:2], strict=True):
         if indices is not None:
             part[[i for i, name in enumerate(names) if name is not None]] = indices
-    return Labels(labels[0], labels[1] if known[1] else None, found.classes)
+    return Labels(labels[0], labels[1] if of_test else None, found.classes, found.origin)
 
 
 def find_labels(how: str | None, train: Sequence[Split], test: Sequence[Split]) -> Labels:
@@ -123,34 +157,76 @@ def find_labels(how: str | None, train: Sequence[Split], test: Sequence[Split]) 
     if there are fewer than two classes, or if a class has one image.
     """
     if how in (None, "none"):
-        return NO_LABELS
+        return NO_LABELS._replace(origin="data.labels=none")
     demand = "" if how == "auto" else f"data.labels={how}"
     tables: dict[bytes, dict[bytes, str] | None] = {}
-    for top, _, _ in (*train, *test):
-        if top not in tables:
-            by_folder = how in ("auto", "folder")
-            tables[top] = None if by_folder else _read_csv(Path(os.fsdecode(top)), str(how))
+    for top in {split.top for split in (*train, *test)}:
+        by_folder = how in ("auto", "folder")
+        tables[top] = None if by_folder else _read_csv(Path(os.fsdecode(top)), str(how))
     of_train = _merge([_names(split, tables[split.top]) for split in train])
     of_test = _merge([_names(split, tables[split.top]) for split in test]) if test else None
+    used = _used(of_train)
     if demand:
         _check(demand, train, of_train)
         _check(demand, test, of_test)
-        if len(_used(of_train)) < 2:
-            found = ", ".join(f"the class {name} alone" for name in _used(of_train)) or "no class"
+        if len(used) < 2:
+            found = ", ".join(f"the class {name} alone" for name in used) or "no class"
             raise UserError(
                 f"{demand} finds {found} in {text(train[0].top)}, but needs two: choose "
                 "data.labels=none."
             )
-    elif (of_train.codes < 0).any() or (np.unique(of_train.codes, return_counts=True)[1] < 2).any():
-        return NO_LABELS
-    return encode(of_train, of_test)
+    elif how == "auto":
+        return encode_auto(of_train, of_test, partial(_path, train))
+    origin = f"the folders {listed(used)}" if how == "folder" else str(how)
+    return encode(of_train, of_test, origin)
 
 
-def _collect(names: Iterable[Any]) -> Named:
-    collected = NameList()
-    for name in names:
-        collected.add(name)
-    return collected.named()
+def _path(splits: Sequence[Split], row: int) -> str:
+    """The path of image `row` of all splits, below its root."""
+    for split in splits:
+        if row < len(split.paths):
+            break
+        row -= len(split.paths)
+    return text(split.folder + split.paths[row])
+
+
+def encode_auto(train: Named, test: Named | None, path: Callable[[int], str]) -> Labels:
+    """Folders as classes, if each image of train lies in one and each class has two images; or else
+    no labels. `path` gives that of an image of train.
+    """
+    why = _why_none(train, path)
+    if why:
+        return NO_LABELS._replace(origin=why)
+    return encode(train, test, f"the folders {listed(_used(train))}")
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Some of the names, sorted, for a sentence."""
+    chosen = sorted(map(str, names))
+    more = len(chosen) - _NUM_LISTED
+    return ", ".join(chosen[:_NUM_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+_NUM_LISTED = 4
+
+
+def _why_none(found: Named, path: Callable[[int], str]) -> str:
+    """Why folders are not taken as classes; "" if they are."""
+    lost = np.flatnonzero(found.codes < 0)
+    if len(_used(found)) < 2:
+        return "all images are in one folder"
+    if len(lost):
+        name = posixpath.basename(path(int(lost[0])))
+        what = "1 image is" if len(lost) == 1 else f"{len(lost):,} images are"
+        which = name if len(lost) == 1 else f"the first being {name}"
+        return f"{what} in no class folder ({which}): data.exclude=NAME leaves out what is no class"
+    codes, counts = np.unique(found.codes, return_counts=True)
+    single = [found.names[code] for code in codes[counts == 1].tolist()]
+    if not single:
+        return ""
+    what = f"class {single[0]} has" if len(single) == 1 else f"{len(single):,} classes have"
+    of = "" if len(single) == 1 else f" ({listed(single)})"
+    return f"{what} one image{of}: data.labels=folder keeps such classes"
 
 
 def _used(split: Named) -> set[Any]:
@@ -169,11 +245,10 @@ def _merge(parts: Sequence[Named]) -> Named:
 
 
 def _names(split: Split, table: dict[bytes, str] | None) -> Named:
-    """Class of each image, from the table or else its first folder."""
+    """Class of each image, from the table or else its folder."""
     if table is not None:
-        return _collect(table.get(split.folder + path) for path in split.paths)
-    firsts = [folder.partition(b"/")[0] for folder in split.paths.folders()]
-    by_folder = _collect(text(first) if first else None for first in firsts)
+        return Named.collect(table.get(split.folder + path) for path in split.paths)
+    by_folder = Named.collect(split.classes)
     return Named(by_folder.codes[split.paths.folder_of], by_folder.names)
 
 
@@ -183,14 +258,9 @@ def _check(demand: str, splits: Sequence[Split], found: Named | None) -> None:
         return
     lost = np.flatnonzero(found.codes < 0)
     if 0 < len(lost) < len(found.codes):
-        row = int(lost[0])
-        for split in splits:
-            if row < len(split.paths):
-                break
-            row -= len(split.paths)
         raise UserError(
             f"{demand} has no class for {len(lost)} of {len(found.codes)} images in "
-            f"{text(split.top)}, the first being {text(split.folder + split.paths[row])}: name "
+            f"{text(splits[0].top)}, the first being {_path(splits, int(lost[0]))}: name "
             "them all, or choose data.labels=none."
         )
 

@@ -7,11 +7,9 @@ Neither touches a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from dino_lite.data.class_names import Parts
-from dino_lite.data.folder_tree import FolderNode, folder_tree
 from dino_lite.data.folder_names import (
     Kind,
     is_images,
@@ -23,6 +21,7 @@ from dino_lite.data.folder_names import (
     tokens_of,
     without_mask,
 )
+from dino_lite.data.folder_tree import FolderNode, folder_tree
 
 Stems = Callable[
     [str], Iterable[str]
@@ -38,9 +37,9 @@ class Layout(NamedTuple):
     `test_folder` likewise.
     """
 
-    train: Parts
+    train: dict[str, list[str]]  # parts of each folder's path that may name its class
     train_folder: str
-    test: Parts
+    test: dict[str, list[str]]
     test_folder: str
     left_out: list[str]
 
@@ -74,13 +73,33 @@ def read_layout(
     _take(places, names, train, test)
     left_out += _describe_left(folders, places, asked)
 
-    def part(kind: str) -> tuple[Parts, str]:
+    def part(kind: str) -> tuple[dict[str, list[str]], str]:
         deciding = {path: place.decided_by for path, place in places.items() if place.kind == kind}
         one = next(iter(deciding.values()), "")
         parts = {path: _class_parts(path, names) for path in deciding}
         return parts, one if all(name == one for name in deciding.values()) else ""
 
     return Layout(*part("train"), *part("test"), left_out)
+
+
+def split_files(
+    files: Mapping[str, int], train: Sequence[str] | None = None, test: Sequence[str] | None = None
+) -> tuple[list[str], list[str], list[str]]:
+    """Train and test among tar shards or tables, given with their numbers of images, by the words
+    in their names and folders; and sentences that count the others. The pattern `val` also names
+    `val-00000-of-00002.parquet`.
+    """
+    of = {file.rpartition(".")[0] or file: file for file in files}
+    named = {name: files[file] for name, file in of.items()}
+
+    def numbered(patterns: Sequence[str] | None) -> list[str] | None:
+        if patterns is None:
+            return None
+        return [form for p in patterns for form in (p, f"{p}[-_.][0-9]*")]
+
+    found = read_layout(named, train=numbered(train), test=numbered(test), exclude=False)
+    parts = [[of[name] for name in of if name in part] for part in (found.train, found.test)]
+    return parts[0], parts[1], found.left_out
 
 
 # ------------------------------------------------------------------------------------ exclusion

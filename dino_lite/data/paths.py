@@ -72,14 +72,19 @@ class Paths:
         if chosen.all() and not without:
             return self
         rows = chosen[self.folder_of]
-        lengths = np.diff(self._bounds.astype(np.int64))
+        lengths: np.ndarray = np.diff(self._bounds.astype(np.int64))
         number = np.cumsum(chosen) - 1
         return Paths(
-            [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen)],
+            [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen).tolist()],
             number[self.folder_of[rows]],
             self._names[np.repeat(rows, lengths)],
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])]),
         )
+
+    def names_in(self, number: int) -> list[bytes]:
+        """The names of the files directly in folder `number`."""
+        rows = np.flatnonzero(self.folder_of == number).tolist()
+        return [self._names[self._bounds[i] : self._bounds[i + 1]].tobytes() for i in rows]
 
     def num_in_folders(self) -> Int[np.ndarray, "folders"]:
         """The number of paths directly in each folder."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -32,10 +31,13 @@ from dino_lite.data.byte_ranges import (
     versions,
 )
 from dino_lite.data.decode import decode, upright_size
+from dino_lite.data.folder_names import matches
 from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX
+from dino_lite.data.packed import Packed, split_packed
 from dino_lite.data.paths import PathList
 from dino_lite.data.roots import is_url
+from dino_lite.data.selection import Patterns, select
 from dino_lite.data.shared import share
 from dino_lite.data.sources import digest, expand
 from dino_lite.data.tar_index import (
@@ -49,30 +51,50 @@ from dino_lite.data.tar_index import (
 from dino_lite.settings.kinds import Size
 
 _NUM_CONNECTIONS = 8  # shards indexed at once over a network
-_SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
-def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
+def open_shards(
+    root: str | Path | None = None,
+    channels: Size = 3,
+    train: Patterns = None,
+    test: Patterns = None,
+    exclude: Patterns = None,
+    class_level: int = 0,
+) -> Splits:
     """The images of tar shards: a folder of them, a single one, or a pattern
     `train-{000..146}.tar`.
 
-    `root` may be a URL: s3://…, https://…. Shards with the word `train` in their path are train;
-    those with `val`, or else `test`, are test; without train, or with nothing else, every image is
-    train. Labels: key.cls or "label" in key.json, a number or text; -1 for unlabeled images.
-    `channels`: every image is converted to that many, see `decode`.
+    `root` may be a URL: s3://…, https://…. The names of the shards say which are train and which
+    are test, or else the folders in them, see `layout.read_layout`; `train`, `test` and `exclude`
+    say otherwise, as in `open_folder`. Labels: key.cls or "label" in key.json, a number or text; -1
+    for unlabeled images; without any, the folders in the shards. `channels`: every image is
+    converted to that many, see `decode`.
     """
+    chosen = select(train, test, exclude)
     base, shards = find_shards(root)
-    index = _load_index(base, shards)
+    index = _load_index(base, [shard for shard in shards if not matches(shard, chosen.exclude)])
     if not index.names:
         raise UserError(f"{base} has no image (key.jpg, key.png …) in its shards: check data.root.")
-    train, test = split_names(shards)
-    of_train, of_test = index.part(train), index.part(test)
-    found = _labels(base, of_train, of_test)
+    parts = split_packed(index, chosen, class_level)
+    if not parts.train.names:
+        raise UserError(f"data.train={train} names no shard of {base} and no folder in them.")
+    found = _labels(base, parts)
+    of_test = parts.test
     return Splits(
-        ShardSource(base, of_train, found.train, found.classes, channels),
+        ShardSource(base, parts.train, found.train, found.classes, channels),
         ShardSource(base, of_test, found.test, found.classes, channels) if of_test.names else None,
         base.rpartition("/")[2] or "shards",
+        tuple(parts.left_out),
+        found.origin,
     )
+
+
+def num_packed(base: str, shards: list[str]) -> int:
+    """The number of images in these shards, 0 if they cannot be read."""
+    try:
+        return len(_load_index(base, shards).names)
+    except UserError:
+        return 0
 
 
 @final
@@ -186,19 +208,6 @@ def find_shards(root: str | Path | None) -> tuple[str, list[str]]:
     return base, shards
 
 
-def split_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Train and test among files, by the first word of their paths that names a split."""
-    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for name in names:
-        match = _SPLIT.search(name.lower())
-        if match:
-            found["val" if match[1].startswith("val") else match[1]].append(name)
-    test = found["val"] or found["test"]
-    if found["train"] and (test or len(found["train"]) == len(names)):
-        return found["train"], test
-    return list(names), []
-
-
 # ---------------------------------------------------------------------------------------- index
 
 
@@ -256,14 +265,18 @@ def _read_headers(shard: str, place: str, num_bytes: int) -> TarIndex:
         return index_tar(place, file, num_bytes)._replace(shards=[shard])
 
 
-def _labels(base: str, train: TarIndex, test: TarIndex) -> Labels:
-    """Labels from .cls and .json files: integers if all of them are."""
-    number = all(label.isdecimal() for part in (train, test) for label in part.labels if label)
+def _labels(base: str, parts: Packed) -> Labels:
+    """Labels from .cls and .json files, integers if all of them are; or else the folders."""
+    both = (parts.train, parts.test)
+    if not any(label for part in both for label in part.labels):
+        return parts.by_folder
+    number = all(label.isdecimal() for part in both for label in part.labels if label)
     names = [
         [None if not label else int(label) if number else label for label in part.labels]
-        for part in (train, test)
+        for part in both
     ]
-    return encode_known(names[0], names[1], _stored_classes(base))
+    origin = "the .cls or .json files in the shards"
+    return encode_known(names[0], names[1], _stored_classes(base), origin)
 
 
 def _stored_classes(base: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +10,6 @@ from jaxtyping import Float, Int, Int64, Shaped
 from dino_lite.contracts import Source
 from dino_lite.data.hashing import NEAR, equal_groups, near_groups
 from dino_lite.data.inspection import Inspected
-from dino_lite.data.sources import PathSource
 
 SIDES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)  # pixels, lower bounds
 ASPECTS = (
@@ -74,28 +71,6 @@ def describe_classes(source: Source) -> dict[str, Any] | None:
         "num_with_one_image": int((counts == 1).sum()),
         "num_without_image": int((counts == 0).sum()),
     }
-
-
-def why_no_labels(source: Source, how: str | None) -> str:
-    """Why `data.labels=auto` found no labels, as far as the paths show."""
-    if how in (None, "none"):
-        return "data.labels=none"
-    if not isinstance(source, PathSource):
-        return "the data has none"
-    names = [source.name(index) for index in range(len(source))]
-    shared = os.path.commonpath([min(names), max(names)])  # the prefix of these two is that of all
-    if shared == names[0]:  # a single image
-        shared = os.path.dirname(shared)
-    below = (name[len(shared) :].lstrip("/").partition("/") for name in names)
-    counts = Counter(first if slash else "" for first, slash, _ in below)
-    if len(counts) == 1:
-        return "all images are in one folder"
-    if counts[""]:
-        return f"{counts['']:,} images are not in a class folder"
-    name, num = min((item for item in counts.items() if item[0]), key=lambda item: item[1])
-    if num == 1:
-        return f"the folder {name} holds one image, so folders are not classes"
-    return "one folder holds all others, and two classes are needed"
 
 
 class Groups(NamedTuple):

@@ -55,6 +55,21 @@ class TarIndex(NamedTuple):
             _concatenated([self.sizes[start:stop] for start, stop in spans]),
         )
 
+    def select(self, rows: Sequence[int]) -> TarIndex:
+        """The index of these images only, in their order, without shards that have none."""
+        shard_of = np.searchsorted(self.bounds, rows, "right") - 1
+        counts = np.bincount(shard_of, minlength=len(self.shards))
+        kept = np.flatnonzero(counts)
+        return TarIndex(
+            [self.shards[s] for s in kept],
+            self.shard_bytes[kept],
+            np.cumsum([0, *counts[kept]], dtype=np.int64),
+            [self.names[row] for row in rows],
+            [self.labels[row] for row in rows],
+            self.offsets[rows],
+            self.sizes[rows],
+        )
+
 
 def join_indexes(parts: Sequence[TarIndex]) -> TarIndex:
     """Concatenate the indexes of all parts."""

@@ -11,14 +11,10 @@ from dino_lite.contracts import UserError
 from dino_lite.data.folder_names import is_junk, matches
 from dino_lite.data.paths import PathList, Paths
 from dino_lite.data.sources import text
+from dino_lite.data.suffixes import KNOWN, SUFFIXES
 
-# Common image formats that Pillow reads without plugins, and NumPy's arrays.
-SUFFIXES = (
-    *(b".avif", b".bmp", b".gif", b".jfif", b".jp2", b".jpe", b".jpeg", b".jpg", b".npy", b".pbm"),
-    *(b".pgm", b".png", b".pnm", b".ppm", b".tga", b".tif", b".tiff", b".webp"),
-)
 ARCHIVES = (".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst")
-_COLLECTED = (b".tar", b".parquet", b".arrow", *map(str.encode, ARCHIVES))
+_COLLECTED = (b".tar", b".parquet", b".arrow", *map(str.encode, ARCHIVES), *KNOWN)
 
 _Identity = tuple[int, int]  # device and inode of a folder
 
@@ -65,7 +61,9 @@ def walk(root: bytes, exclude: Sequence[str] = (), junk: bool = False) -> Found:
         if (here := (status.st_dev, status.st_ino)) in around:
             continue
         if exclude:
-            entries = [e for e in entries if not matches(os.fsdecode(below + e.rstrip(b"/")), exclude)]
+            entries = [
+                e for e in entries if not matches(os.fsdecode(below + e.rstrip(b"/")), exclude)
+            ]
         found: list[tuple[bytes, list[bytes], frozenset[_Identity]]] = []
         for kind, run in groupby(sorted(entries), _kind):
             if kind == b"/":
