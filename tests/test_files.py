@@ -154,10 +154,10 @@ def test_the_configuration_of_a_list(tmp_path: Path) -> None:
         ("l.txt", "# nothing\n", "lists no image"),
         ("l.csv", "path,label\n", "lists no image"),
         ("l.csv", "a.png,x,val\n", "no image of the split train"),
-        ("l.csv", "a.png,x,valid\n", "the split 'valid'"),
-        ("l.csv", "a.png,x,\n", "the split ''"),
-        ("l.csv", "file,label\na.png,1\n", "no column path"),
-        ("l.csv", "a.png,1,train,me\n", "no column path"),
+        ("l.csv", "a.png,x,valid\n", "no image of the split train, as its column has 'valid'"),
+        ("l.csv", "a.png,x,\n", "as its column has ''"),
+        ("l.csv", "who,label\nme,1\n", "no column path"),
+        ("l.csv", "a.png,1,train,me\n", "no heading"),
         ("l.csv", "path,label\na.png\n", "Row 2 of"),
         ("l.csv", "path,label\na.png,1\n,2\n", "Row 3 of"),
         ("l.csv", "a.png,1\nb.png,\nc.png,2\n", "no label for 1 of 3 images"),
@@ -184,7 +184,7 @@ def test_other_mistakes(tmp_path: Path, memory: Any) -> None:
     assert "data.labels=folder" in sentence(open_auto, listed, labels="folder")
     assert "FileNotFoundError" in sentence(open_auto, "memory://gone.csv")
     assert "cannot be listed" in sentence(open_auto, "s3://bucket/folder")
-    assert "no column path" in sentence(open_auto, parquet(tmp_path / "t.parquet", file=["a"]))
+    assert "path_column" in sentence(open_auto, parquet(tmp_path / "t.parquet", file=["a"]))
     assert "Row 2 of" in sentence(open_auto, parquet(tmp_path / "t.parquet", path=["a", None]))
     assert "data.root is not set" in sentence(open_files)
 
@@ -223,3 +223,93 @@ def test_a_secret_is_not_written_down(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MY_SECRET", "s3cret")
     assert b"s3cret" not in pickle.dumps(source)
     assert files_module.Remote(public).options == public
+
+
+# ------------------------------------------------------------------ columns as people name them
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("id,breed\n1.png,x\n2.png,y\n", ["x", "y"]),
+        ("image;species\n1.png;x\n2.png;y\n", ["x", "y"]),
+        ("id\tfile_name\tlabel\n7\t1.png\tx\n8\t2.png\ty\n", ["x", "y"]),
+        ("foto,quality,class\n1.png,3,x\n2.png,4,y\n", ["x", "y"]),
+        ("label,image_id\nx,1.png\ny,2.png\n", ["x", "y"]),
+        ("image,mask,label\n1.png,m1.png,x\n2.png,m2.png,y\n", ["x", "y"]),
+        ("name,what\n1.png,x\n2.png,y\n", None),
+        ("1.png;x\n2.png;y\n", ["x", "y"]),
+    ],
+)
+def test_headings_that_people_write(tmp_path: Path, text: str, found: list[str] | None) -> None:
+    """A heading is never an image; any usual separator."""
+    fill(tmp_path, "1.png", "2.png")
+    text += text[text.index("\n1.png" if "\n1.png" in text else "\n") + 1 :] if found else ""
+    splits = open_auto(written(tmp_path / "l.csv", text))
+    assert set(names(splits.train)) == {"1.png", "2.png"}
+    assert sorted(set(classes(splits.train) or [])) == (found or [])
+    if not found:
+        assert "data.label_column" in splits.labels_from
+        named = open_auto(tmp_path / "l.csv", label_column="what")
+        assert classes(named.train) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("first,second\na,b\nc,d\nlast,x\n", ""),
+        ("file,image\n1.png,2.png\n", "data.path_column"),
+        ("who,when\nme,1.png\n", ""),
+        ("image_id,id\n12,13\n", "data.path_column"),
+        ("id,label\n12,x\n", "data.path_column"),
+        ("path,class,species\n1.png,x,y\n", "data.label_column"),
+    ],
+)
+def test_columns_that_are_not_clear_are_refused(tmp_path: Path, text: str, key: str) -> None:
+    """Naming the key; an unknown heading over paths is understood."""
+    fill(tmp_path, "1.png", "2.png")
+    listed = written(tmp_path / "l.csv", text)
+    if key:
+        assert key in sentence(open_auto, listed)
+        if "label" in key:
+            assert len(open_auto(listed, label_column="species").train) == 1
+            assert "is no column" in sentence(open_auto, listed, label_column="genus")
+    elif "1.png" in text:
+        assert names(open_auto(listed).train) == ["1.png"]
+    else:
+        assert len(open_auto(listed).train) == 4  # no heading, and names without suffixes
+
+
+def test_a_column_of_splits_in_any_words(tmp_path: Path) -> None:
+    """What is neither train nor the test split is counted, and can be chosen."""
+    rows = [("training", 3), ("validation", 2), ("test", 1), ("unlabeled", 4)]
+    text = "path,split\n" + "".join(f"{s}{i}.png,{s}\n" for s, n in rows for i in range(n))
+    listed = written(tmp_path / "l.csv", text)
+    splits = open_auto(listed)
+    assert (len(splits.train), len(splits.test or [])) == (3, 2)
+    assert splits.left_out[0].startswith("5 images were left out (split test, unlabeled)")
+    other = open_auto(listed, train="unlabeled", test="test")
+    assert (len(other.train), len(other.test or [])) == (4, 1)
+    assert "data.train" in sentence(open_auto, written(listed, "path,split\na.png,x\nb.png,y\n"))
+
+
+def test_folders_of_a_list_are_its_splits_and_classes(tmp_path: Path) -> None:
+    """Where it has no column of them; also for URLs and absolute paths."""
+    for start in ("", "/data/set/", "https://host/bucket/"):
+        files = [f"{start}{s}/{c}/{i}.png" for s in ("train", "val") for c in "ab" for i in (1, 2)]
+        splits = open_auto(written(tmp_path / "l.txt", "\n".join(files)))
+        assert classes(splits.train) == classes(splits.test) == ["a", "a", "b", "b"]
+        assert [splits.train.name(i).endswith(files[i]) for i in range(4)] == [True] * 4
+        every = open_auto(tmp_path / "l.txt", train=".", test="none")
+        assert (len(every.train), every.test) == (8, None)
+
+
+def test_a_list_in_latin_1(tmp_path: Path) -> None:
+    """Labels can be printed, and paths are those of the files."""
+    fill(tmp_path, "é.png", "a.png")
+    text = "path,label\né.png,Müller\na.png,x\né.png,Müller\na.png,x\n"
+    splits = open_auto(written(tmp_path / "l.csv", text, "latin-1"))
+    assert splits.train.classes == ["Müller", "x"]
+    assert splits.train.read(0).shape == (4, 6, 3)
+    "".join([*splits.train.classes, splits.labels_from, splits.train.name(0)]).encode()
+    assert open_auto(written(tmp_path / "l.csv", text, "utf-16")).train.classes == ["Müller", "x"]

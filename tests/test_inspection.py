@@ -22,7 +22,6 @@ from dino_lite.data.statistics import (
     describe_duplicates,
     find_groups,
     repeated,
-    why_no_labels,
 )
 from tiny import photos
 
@@ -257,24 +256,6 @@ def test_classes_are_counted() -> None:
     assert (found["num_with_one_image"], found["num_without_image"]) == (1, 1)
     assert found["largest"][0] == ["a", 3]
     assert found["smallest"][0] == ["c", 0]
-
-
-@pytest.mark.parametrize(
-    ("files", "how", "words"),
-    [
-        (["a/1.png", "a/2.png", "b/1.png", "b/2.png"], "none", "data.labels=none"),
-        (["1.png", "b/1.png"], "auto", "1 images are not in a class folder"),
-        (["a/1.png", "a/2.png"], "auto", "all images are in one folder"),
-        (["a/1.png", "a/2.png", "b/1.png"], "auto", "folder b holds one image"),
-    ],
-)
-def test_the_reason_for_no_labels_is_told(
-    tmp_path: Path, files: list[str], how: str, words: str
-) -> None:
-    """Which of the rules of `auto` went against folders as classes."""
-    source = open_folder(photos(tmp_path, files), labels=how).train
-    assert source.labels is None
-    assert words in why_no_labels(source, how)
 
 
 def test_duplicates_exact_and_near_and_across_splits(tmp_path: Path) -> None:

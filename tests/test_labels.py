@@ -42,6 +42,49 @@ def test_folders_that_are_no_classes(tmp_path: Path, files: list[str]) -> None:
     assert open_folder(tmp_path, labels="none").train.labels is None
 
 
+@pytest.mark.parametrize(
+    ("files", "how", "words"),
+    [
+        (["a/{}", "b/{}"], "auto", "the folders a, b"),
+        (["a/{}", "b/{}"], "none", "data.labels=none"),
+        (
+            ["a/{}", "b/{}", "stray.png"],
+            "auto",
+            "1 image is in no class folder (stray.png): ",
+        ),
+        (["a/{}", "b/{}", "{}"], "auto", "2 images are in no class folder (the first being 1.png)"),
+        (["a/{}"], "auto", "all images are in one folder"),
+        (["{}"], "auto", "all images are in one folder"),
+        (["a/{}", "b/1.png"], "auto", "class b has one image: data.labels=folder"),
+        (["a/{}", "b/1.png", "c/1.png"], "auto", "2 classes have one image (b, c)"),
+        (["train/a/{}", "train/b/{}", "val/{}"], "auto", "test has no labels, as 2 images have no"),
+        (
+            ["train/a/{}", "train/b/{}", "val/c/{}"],
+            "auto",
+            "test has no labels, as its classes",
+        ),
+    ],
+)
+def test_where_labels_come_from_or_why_there_are_none(
+    tmp_path: Path, files: list[str], how: str, words: str
+) -> None:
+    """The true reason, with the key that changes it."""
+    names = [file.format(f"{i}.png") for file in files for i in (1, 2)]
+    splits = open_folder(fill(tmp_path, *names), labels=how)
+    assert words in splits.labels_from
+    assert (splits.train.labels is None) == ("the folders" not in words and "test" not in words)
+
+
+def test_test_classes_that_share_none_of_trains_are_no_labels(tmp_path: Path) -> None:
+    """An accuracy of 0 would say nothing of the features."""
+    fill(tmp_path, *(f"{s}/{c}/{i}.png" for s, c in (("train", "a"), ("train", "b")) for i in "12"))
+    fill(tmp_path, "test/c/1.png", "test/d/1.png")
+    splits = open_folder(tmp_path)
+    assert splits.test is not None
+    assert splits.test.labels is None
+    assert splits.train.classes == ["a", "b"]
+
+
 def test_test_split_without_folders_has_no_labels(tmp_path: Path) -> None:
     """Train keeps its own."""
     fill(tmp_path, *(f"train/{c}/{i}.png" for c in "ab" for i in "12"), "test/1.png")

@@ -395,9 +395,16 @@ def test_a_run_that_is_resumed_sees_the_same_crops(
 
 
 def test_auto_knows_shards(tmp_path: Path) -> None:
-    """A .tar, a pattern, and a folder that holds shards but no image beside them."""
+    """A .tar, a pattern, and a folder that holds more images in shards than beside them."""
     write_shards(open_folder(photos(tmp_path / "photos")), tmp_path / "packed")
     for root in ("packed", "packed/train-000000.tar", "packed/train-{000000..000000}.tar"):
         assert len(open_auto(tmp_path / root).train) == 10
     (tmp_path / "packed" / "a.png").write_bytes(encoded(0))
-    assert type(open_auto(tmp_path / "packed").train).__name__ == "PathSource"
+    beside = open_auto(tmp_path / "packed")
+    assert (type(beside.train).__name__, len(beside.train)) == ("ShardSource", 10)
+    assert beside.left_out[0].startswith("1 image was left out (a.png)")
+    assert "data.root=" in beside.left_out[0]
+    photos(tmp_path / "packed", 11)
+    beside = open_auto(tmp_path / "packed")
+    assert (type(beside.train).__name__, len(beside.train)) == ("PathSource", 11)
+    assert any("left out (test-000000.tar)" in sentence for sentence in beside.left_out)

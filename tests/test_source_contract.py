@@ -25,7 +25,6 @@ from dino_lite.data.inspection import inspect
 from dino_lite.data.pack import write_shards
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
-from dino_lite.data.statistics import why_no_labels
 from dino_lite.data.subset import Subset
 from dino_lite.eval.store import content_key
 from dino_lite.runs import timing
@@ -139,7 +138,6 @@ def test_the_abstract_members_are_enough(outside: Any, tmp_path: Path) -> None:
     found = inspect(splits.train, np.arange(24), hashing=False)
     assert sorted(set(found.rows["height"].tolist())) == [20, 21, 22]
     assert set(found.rows["format"].tolist()) == {b""}
-    assert why_no_labels(splits.train, "auto") == "the data has none"
     copy = pickle.loads(pickle.dumps(splits.train))
     assert np.array_equal(copy.read(3), splits.train.read(3))
     with pytest.raises(TypeError, match="digest"):
@@ -175,7 +173,6 @@ def test_attributes_of_its_own_break_nothing(outside: Any, tmp_path: Path) -> No
             content_key(vit(), data, source),
             inspect(source, np.arange(24), hashing=False).rows.tobytes(),
             {path.name: path.read_bytes() for path in folder.iterdir()},
-            why_no_labels(source, "auto"),
         ]
 
     cluttered = outside.open_ramps(24)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import File
@@ -113,7 +113,9 @@ def open_files(
     origin = "data.labels=none"
     of = NO_LABELS
     if labels == "auto":
-        of, origin = parts.labels, parts.labels.origin or found.why_unlabeled
+        of, origin = parts.labels, parts.labels.origin
+        if of.train is None and found.why_unlabeled:
+            origin = f"{found.why_unlabeled}, and {origin}"
     return Splits(
         PathSource(below, parts.train, of.train, of.classes, channels, opener),
         None
@@ -161,10 +163,11 @@ def _text_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
 
 
 def _csv_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
-    encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    is_utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     file.seek(0)
-    binary = cast("IO[bytes]", file)
-    lines = io.TextIOWrapper(binary, encoding, "surrogateescape", newline="")
+    lines: Iterator[str] = codecs.iterdecode(file, "utf-8-sig", "surrogateescape")
+    if is_utf_16:
+        lines = iter(file.read().decode("utf-16").splitlines(keepends=True))
     first = next((line for line in lines if line.strip()), "")
     reader = csv.reader(chain([first], lines), delimiter=separator_of(first, suffix_of(where)))
     numbered = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
@@ -219,6 +222,8 @@ def _parquet_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
                 number += 1
                 if not path or not isinstance(path, str | bytes):
                     raise UserError(f"Row {number} of {where} has no path: fix it.")
+                if number == 1 and not columns.certain:
+                    check_first(os.fsencode(path), base, where)
                 if label is not None and not isinstance(label, int):
                     label = str(label).strip() or None
                 yield Row(os.fsencode(path), label, None if chosen[2] is None else str(split))

@@ -177,7 +177,8 @@ def _files(
         counts = {name: num_rows(Path(base, name)) for name in names}
         left_out = split_files(counts, chosen.train, chosen.test)[2]
     if not train:
-        raise UserError(f"data.train={chosen.train} names no file of {base}: it has {names[0]} …")
+        asked = ",".join(chosen.train or [])
+        raise UserError(f"data.train={asked} names no file of {base}, which has {names[0]} …")
     parts = {"train": train, "test": test}
     found = {split: [f"{base}/{name}" for name in part] for split, part in parts.items() if part}
     return found, left_out

@@ -93,7 +93,8 @@ def _by_folder(
 
     layout = read_layout(counts, stems, chosen.train, chosen.test, chosen.automatic)
     if not layout.train:
-        raise UserError(f"data.train={chosen.train} names no folder in {where}: check it.")
+        asked = ",".join(chosen.train or [])
+        raise UserError(f"data.train={asked} names no folder of the paths in {where}: check it.")
 
     def part(folders: dict[str, list[str]]) -> tuple[Paths, Named]:
         numbers = [i for i, key in enumerate(keys) if key in folders]

@@ -77,7 +77,8 @@ def open_shards(
         raise UserError(f"{base} has no image (key.jpg, key.png …) in its shards: check data.root.")
     parts = split_packed(index, chosen, class_level)
     if not parts.train.names:
-        raise UserError(f"data.train={train} names no shard of {base} and no folder in them.")
+        asked = ",".join(chosen.train or [])
+        raise UserError(f"data.train={asked} names no shard of {base}, and no folder in them.")
     found = _labels(base, parts)
     of_test = parts.test
     return Splits(
