@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,15 @@ from dino_lite.contracts import UserError
 from dino_lite.eval.sheets import write_whole
 
 _INK, _GRAY, _LINE, _BLUE, _RUST = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa", "#b4530a"
+# The exponential of the entropy of the teacher's mean distribution, column `prototype_perplexity`.
+PROTOTYPES = "Effective number of prototypes"
 _PANELS = (  # title; column of metrics.csv, label, color
-    ("Loss", (("loss", "", _INK),)),
+    ("Loss: no measure of quality, and may rise at first", (("loss", "", _INK),)),
     (
         "The teacher's features, top-1 on train (%)",
         (("knn", "k-NN", _BLUE), ("probe", "linear probe", _RUST)),
     ),
+    (PROTOTYPES, (("prototype_perplexity", "", _BLUE),)),
     ("Entropy of the teacher's distributions (nats)", (("teacher_entropy", "", _INK),)),
     ("Effective rank of the teacher's features", (("rankme", "", _BLUE),)),
 )
@@ -45,11 +49,11 @@ def curves_picture(metrics: str | Path, path: str | Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    panels = []
+    known, panels = read_curves(metrics), []
     for title, columns in _PANELS:
-        curves = [(read_curve(metrics, name), label, color) for name, label, color in columns]
-        if curves := [curve for curve in curves if len(curve[0])]:
-            panels.append((title, curves))
+        curves = [(known[name], label, hue) for name, label, hue in columns if name in known]
+        if curves:
+            panels.append((prototypes_title(known) if title == PROTOTYPES else title, curves))
     if not panels:
         raise UserError(f"{metrics} has no number under loss or knn: there is nothing to draw.")
     wide = min(2, len(panels))
@@ -84,6 +88,22 @@ def read_curves(metrics: str | Path) -> dict[str, Float[np.ndarray, "n 2"]]:
         raise UserError(f"{metrics} cannot be read ({error.strerror}): nothing to draw.") from error
     arrays = {name: np.array(points, dtype=np.float64) for name, points in columns.items()}
     return {name: a[np.argsort(a[:, 0], kind="stable")] for name, a in arrays.items()}
+
+
+def prototypes_title(curves: Mapping[str, np.ndarray]) -> str:
+    """Title of the curve of `prototype_perplexity`, with their number if known."""
+    total = num_prototypes(curves)
+    return PROTOTYPES if total is None else f"{PROTOTYPES}, of {total:,}"
+
+
+def num_prototypes(curves: Mapping[str, np.ndarray]) -> int | None:
+    """K, from the logged `prototype_perplexity` and `kl_to_uniform` = ln K - ln perplexity; None if
+    they were not logged.
+    """
+    if not {"prototype_perplexity", "kl_to_uniform"} <= curves.keys():
+        return None
+    kl, perplexity = (curves[name][-1, 1] for name in ("kl_to_uniform", "prototype_perplexity"))
+    return round(math.exp(kl) * float(perplexity))
 
 
 def _number(text: object) -> float:
