@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dino_lite.meter import duration
 from dino_lite.settings.kinds import NonNegative
 
 _BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
@@ -135,10 +136,3 @@ def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
         return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))
     fraction: float = clock.seconds / clock.max_seconds
     return min(1.0, fraction)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: 0:42, 12:05, 3:07:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

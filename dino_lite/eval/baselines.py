@@ -80,7 +80,7 @@ class RawPixels(Backbone):
 def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixels:
     """Raw pixels, centered on the mean image of train."""
     pixels = RawPixels(data.normalize, patch_size, size)
-    everything = extract(pixels, data, data.splits.train, torch.device("cpu"))
+    everything = extract(pixels, data, data.splits.train, torch.device("cpu"), "mean image")
     pixels.mean.copy_(everything.features.mean(dim=0))
     return pixels
 

@@ -13,6 +13,7 @@ from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.knn import knn_answers
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Positive, Size, Sizes
 from dino_lite.settings.validate import checked
 
@@ -101,7 +102,8 @@ class FewShot(Evaluation):
         num_rows = len(train.labels if test is None else test.labels)
         right, times = torch.zeros(2, num_rows, dtype=torch.float64)
         top1, k, num_drawn = [], self.k, 0
-        for seed in range(self.num_tries):
+        tries = range(self.num_tries)
+        for seed in metered(tries, self.num_tries, f"{num} images per class", "draws"):
             drawn = draw_few(train.labels, num, seed)
             asked = torch.arange(num_rows)
             if test is None:

@@ -18,6 +18,7 @@ from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Positive, Sizes
 from dino_lite.settings.validate import checked
 
@@ -184,7 +185,8 @@ def knn_answers(
     bank_classes, query_classes = numbers.split([len(bank.labels), len(queries.labels)])
     whole = Bank(bank.features.to(device), min(_QUERIES, len(query_classes)))
     parts: dict[int, list[Answers]] = {k: [] for k in ks}
-    for rows in _blocks(len(query_classes), _QUERIES):
+    blocks = _blocks(len(query_classes), _QUERIES)
+    for rows in metered(blocks, len(query_classes), "nearest neighbors", "queries", _QUERIES):
         asked = torch.arange(rows.start, rows.stop, device=device)
         similarity, index = whole.nearest(
             queries.features[rows].to(device), max(ks), exclude=asked if leave_one_out else None

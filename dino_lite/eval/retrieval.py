@@ -14,6 +14,7 @@ from dino_lite.eval.metrics import last_equal
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Sizes
 from dino_lite.settings.validate import checked
 
@@ -104,7 +105,8 @@ def rank_classes(
     block = min(len(queries.labels), max(1, _CELLS // max(1, len(labels))))
     whole = Bank(bank.features.to(device), block)
     parts = []
-    for start in range(0, len(queries.labels), max(1, block)):
+    blocks = range(0, len(queries.labels), max(1, block))
+    for start in metered(blocks, len(queries.labels), "ranking", "queries", block):
         rows = torch.arange(start, min(start + block, len(queries.labels)))
         asked, wanted = queries.features[rows].to(device), queries.labels[rows].to(device)
         similarity = asked.new_empty(len(asked), len(labels))
