@@ -17,6 +17,7 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import KNN
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import named
 
 
 class Baseline(NamedTuple):
@@ -120,7 +121,8 @@ def knn_against_baselines(
     }
     for title, key in KNN_KEYS.items():
         if title in titles:
-            found = knn(build[title](), store)
+            with named(f"k-NN of {title}"):
+                found = knn(build[title](), store)
             yield (
                 title,
                 {

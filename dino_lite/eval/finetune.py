@@ -20,7 +20,7 @@ from dino_lite.data.subset import Subset
 from dino_lite.eval.features import device_of
 from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes, hold_out
 from dino_lite.eval.metrics import mean_per_class
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore, demand_labels
 from dino_lite.meter import meter, metered
 from dino_lite.optim.param_groups import param_groups
@@ -81,12 +81,16 @@ class Finetune(Evaluation):
                 f"{len(labeled.train):,} images of train, tested on {len(correct):,} "
                 f"{labeled.where}"
             ),
-            settings={"rate": self.rate, "batch": self.batch_size, "epochs": self.num_epochs},
+            settings={"rate": self.rate, "batch": self._batch(labeled), "epochs": self.num_epochs},
             num_train=len(labeled.train),
             num_test=len(correct),
             scores=percent(correct),
+            notes=reduced("batch", [self.batch_size], self._batch(labeled), "all training images"),
             mean_per_class=mean_per_class(correct, labels),
         )
+
+    def _batch(self, labeled: Labeled) -> int:
+        return min(self.batch_size, len(labeled.train))
 
     def _train(
         self, backbone: Backbone, store: FeatureStore, labeled: Labeled
@@ -99,7 +103,7 @@ class Finetune(Evaluation):
         head = nn.Linear(width, len(labeled.classes), device="meta").to_empty(device=device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        batch_size = min(self.batch_size, len(labeled.train))
+        batch_size = self._batch(labeled)
         per_epoch = len(labeled.train) // batch_size
         total = per_epoch * self.num_epochs
         whole = nn.ModuleDict({"backbone": network, "head": head})
@@ -131,7 +135,7 @@ class Finetune(Evaluation):
 
 def find_labeled(store: FeatureStore) -> Labeled:
     """The labeled images of train and test; if test has no labels, a fifth of train is held out."""
-    train, test, _ = store.data.splits
+    train, test = store.data.splits[:2]
     demand_labels(train, "Fine-tuning")
     train, where = _known(train), "of test"
     if test is None or test.labels is None:

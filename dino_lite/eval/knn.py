@@ -16,7 +16,7 @@ from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore
 from dino_lite.meter import metered
 from dino_lite.settings.kinds import Positive, Sizes
@@ -55,7 +55,7 @@ class Answers(NamedTuple):
 class KNN(Evaluation):
     """Evaluation by k-NN: test images against train; without a test split, leave-one-out on train.
 
-    Values of `ks` above the size of the bank are reduced to it.
+    Values of `ks` above the size of the bank are reduced to it, with a note.
     """
 
     @checked
@@ -112,6 +112,7 @@ class KNN(Evaluation):
             num_train=len(bank.labels),
             num_test=len(asked_of.labels),
             scores=percent(answers[headline].correct()),
+            notes=reduced("k", self.ks, limit, "the number of images to find"),
             k=table,
             table=[
                 {"k": k, "top-1 %": a.top1, "top-5 %": a.top5, "mean per class %": each[k]}

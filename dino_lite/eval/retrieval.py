@@ -70,6 +70,7 @@ class Retrieval(Evaluation):
             if queries is None
             else f"test ({len(asked.labels)} images) against train ({len(bank.labels)})"
         )
+        limit = len(bank.labels) - (queries is None)
         alone = int((~found).sum())
         left_out = f"; {alone} without an image to find are left out" if alone else ""
         return result(
@@ -83,6 +84,7 @@ class Retrieval(Evaluation):
             num_train=len(bank.labels),
             num_test=len(scores),
             scores=scores,
+            notes=[f"k={k}: all of the {limit:,} images" for k in self.ks if k >= limit],
             recall={str(k): value for k, value in recall.items()},
             table=[{"k": k, "recall %": value} for k, value in recall.items()],
         )

@@ -21,7 +21,7 @@ from dino_lite.data.subset import Subset, spread
 from dino_lite.draws import uniforms
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
 from dino_lite.eval.knn import knn_predict
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore
 from dino_lite.meter import meter
 from dino_lite.settings.kinds import Positive, Size
@@ -126,6 +126,7 @@ class Robustness(Evaluation):
             num_train=len(bank.labels),
             num_test=len(clean),
             scores=mean,
+            notes=reduced("k", [self.k], k, "the number of images to find"),
             clean=float(clean.mean()),
             drop=float(clean.mean() - mean.mean()),
             table=table,
@@ -136,7 +137,7 @@ class Robustness(Evaluation):
     ) -> tuple[Features, Source, Int[np.ndarray, "n"], str]:
         """The clean bank; the source and rows of the queries, and their description."""
         pooled, _ = store.labeled(backbone, "robustness")
-        bank, (train, test, _) = pooled.features().labeled(), store.data.splits
+        bank, (train, test) = pooled.features().labeled(), store.data.splits[:2]
         if test is not None and test.labels is not None:
             source, rows, whence = test, spread(len(test), self.max_images), "test"
         else:

@@ -34,8 +34,8 @@ _GROUPS = (
     Group("Learning", "", ("knn", "probe", "loss", "*_loss", "loss_*", "knn_*", "probe_*")),
     Group(
         "Health",
-        "A collapse shows here first: entropy or standard deviation near zero, an effective number of "
-        "prototypes near one.",
+        "A collapse shows here first: entropy or standard deviation near zero, an effective number "
+        "of prototypes near one.",
         (
             *("prototype_perplexity", "teacher_entropy", "kl_to_uniform"),
             *("rankme", "feature_std", "embedding_std", "agreement", "center_norm", "grad_norm"),

@@ -120,6 +120,7 @@ def _protocol(result: Result, several: bool) -> Markup:
     found = result.found
     settings = ", ".join(f"{key} = {short(v)}" for key, v in (found.get("settings") or {}).items())
     told = "; ".join(part for part in (str(found.get("protocol", "")), settings) if part)
+    told = "; ".join([told, *(found.get("notes") or ())])
     parts = [tag("h3", title_of(result, several)), tag("p", told, class_="note")]
     records = found.get("table")
     if isinstance(records, list) and records and all(isinstance(r, dict) for r in records):
