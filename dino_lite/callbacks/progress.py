@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dino_lite.eval.verdict import LOSS_NOTE
 from dino_lite.meter import duration
 from dino_lite.settings.kinds import NonNegative
 
@@ -47,7 +48,8 @@ class RunProgress(ProgressBar):
             tqdm.write(sep.join(map(str, args)), file=sys.stdout)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw an empty bar."""
+        """Say what to expect of the loss; draw an empty bar."""
+        self.print(LOSS_NOTE)
         self._began = time.monotonic()
         self._shown = 0.0 if self._is_terminal() else time.monotonic()
         if self._enabled and self._is_terminal():

@@ -11,6 +11,7 @@ import numpy as np
 from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import PROTOTYPES, num_prototypes
 
+LOSS_NOTE = "the loss may rise at first and does not measure quality; k-NN does"
 _FEW = 2000  # images below which pretrained weights are advised
 
 
@@ -163,6 +164,4 @@ def loss_note(curves: Mapping[str, np.ndarray]) -> str:
             "It includes the entropy of the teacher's targets, which grows while these spread over "
             "the prototypes"
         )
-    return (
-        f"{why}: a loss that rises at first is expected, and no loss measures quality; k-NN does."
-    )
+    return f"{why}: {LOSS_NOTE}."

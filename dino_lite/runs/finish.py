@@ -102,7 +102,8 @@ def _say_verdict(run: Run, say: Say) -> None:
 
 def _facts(config: Config, splits: Splits, results: dict[str, Any]) -> dict[str, Any]:
     """What the verdict reads besides the numbers."""
-    num_images, begun = len(splits.train), config["checkpoint"] or config["backbone"]["pretrained"]
+    num_images = len(splits.train)
+    begun = config.get("checkpoint") or config["backbone"].get("pretrained")
     facts = {"labels": labels_from(splits, config["data"].get("labels")), "num_images": num_images}
     if begun:
         facts["started_from"] = str(begun)
@@ -120,7 +121,8 @@ def labels_from(splits: Splits, how: str | None) -> str:
     names = [str(name) for name in splits.train.classes]
     more = f" and {len(names) - _NUM_NAMED:,} more" if len(names) > _NUM_NAMED else ""
     origin = splits.labels_from or f"{', '.join(names[:_NUM_NAMED])}{more}"
-    off = "; data.labels=none if they mean nothing" if how == "auto" else ""
+    guessed = splits.labels_from and how == "auto"
+    off = "; data.labels=none if they mean nothing" if guessed else ""
     return f"{len(names):,} classes: {origin}{off}"
 
 
