@@ -123,6 +123,7 @@ CURVES = {
         ("prototype_perplexity", 9.0, 350.0),
         ("kl_to_uniform", 3.0, math.log(4096 / 350)),
         ("teacher_entropy", 2.0, 5.0),
+        ("embedding_std", 0.5, 0.6),
     ]
 }
 NUMBERS = {
@@ -131,7 +132,7 @@ NUMBERS = {
     **{"knn_raw_pixels": 24.6, "knn_raw_pixels_interval": [22.0, 27.4], "knn_num_test": 1000},
 }
 HEALTH = (
-    "Health: no sign of collapse; effective number of prototypes 350.0 of 4,096, effective rank of "
+    "Health: no sign of collapse, effective number of prototypes 350 of 4,096, effective rank of "
     "the features 45.1."
 )
 
@@ -156,9 +157,10 @@ def test_a_run_that_learned_nothing_says_what_to_do() -> None:
     assert last == HEALTH
     assert "pretrained" not in verdict(results | {"num_images": 10**5}, CURVES)[1]
     alarm = {"kind": "x", "step": 1200, "text": "collapse: all is one; lower optim.rate."}
-    _, second, last = verdict(results | {"warnings": [alarm]}, CURVES)
-    assert second == "Mend this first: at step 1,200, collapse: all is one; lower optim.rate."
-    assert last.startswith("Health: see the warnings;")
+    _, second, third, last = verdict(results | {"warnings": [alarm]}, CURVES)
+    assert second == "Next: do what the warning below says."
+    assert third.startswith("Health: effective number of prototypes 350 of 4,096")
+    assert last == "At step 1,200, collapse: all is one; lower optim.rate."
 
 
 def test_a_run_that_measured_nothing_says_why() -> None:

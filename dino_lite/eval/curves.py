@@ -26,6 +26,7 @@ _PANELS = (  # title; column of metrics.csv, label, color
     (PROTOTYPES, (("prototype_perplexity", "", _BLUE),)),
     ("Entropy of the teacher's distributions (nats)", (("teacher_entropy", "", _INK),)),
     ("Effective rank of the teacher's features", (("rankme", "", _BLUE),)),
+    ("Spread of the teacher's features: near 0 in a collapse", (("feature_std", "", _BLUE),)),
 )
 _FEW = 40  # up to this many points are drawn as dots
 _STYLE: dict[str, Any] = {
@@ -114,6 +115,19 @@ def _number(text: object) -> float:
         return math.nan
 
 
+def number(value: float) -> str:
+    """A value as text: 12,000, 49.7, 0.0423, 2e-6."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 0.001:
+        return f"{float(f'{value:.4g}'):g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray, "n"]:
     """Mean over `size` neighbors (odd), fewer at the ends."""
     window = np.ones(size)
@@ -142,6 +156,7 @@ def _draw_panel(
 def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], label: str, color: str) -> None:
     """Few points as dots and lines, many as a pale line under their running mean."""
     steps, values = points.T
+    last = number(values[-1])  # not of the running mean, so that the report shows the same
     few = len(points) <= _FEW
     if not few:
         axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
@@ -149,7 +164,7 @@ def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], label: str, color: 
     marker = "o" if few else None
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
     axes.annotate(
-        f"{values[-1]:.4g}",
+        last,
         (steps[-1], values[-1]),
         xytext=(6, 0),
         textcoords="offset points",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino_lite.eval.baselines import knn_result
-from dino_lite.eval.curves import PROTOTYPES, num_prototypes
+from dino_lite.eval.curves import PROTOTYPES, num_prototypes, number
 
 LOSS_NOTE = "the loss may rise at first and does not measure quality; k-NN does"
 _FEW = 2000  # images below which pretrained weights are advised
@@ -81,6 +81,7 @@ def verdict(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> lis
     if labels := results.get("labels"):
         lines.append(f"{labels}.")
     lines.append(health_line(results, curves))
+    lines += [f"At step {each['step']:,}, {each['text']}" for each in results.get("warnings") or ()]
     return [line for line in lines if line]
 
 
@@ -96,19 +97,19 @@ def _accuracy(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> l
     if "knn" in curves:
         return [
             f"k-NN on train at the end, {curves['knn'][-1, 1]:.1f} %, was not compared with "
-            "baselines: dino-lite evaluate baselines=true does that."
+            "baselines: dino-lite evaluate checkpoint=… baselines=true does that."
         ]
     return [
-        "Without labels there is no accuracy: see in neighbors.png whether the images that the "
-        "network finds similar are similar. For a number, give labels to dino-lite evaluate: "
-        "data.labels=FILE.csv, or class folders."
+        "Without labels there is no accuracy: see in neighbors.png whether images resemble their "
+        "nearest neighbors. For a number, give labels to dino-lite evaluate: class folders, or "
+        "data.labels=FILE.csv."
     ]
 
 
 def advice(results: Mapping[str, Any]) -> str:
     """What to do about a run that has not learned enough."""
-    if warnings := results.get("warnings"):
-        return f"Mend this first: at step {warnings[-1]['step']:,}, {warnings[-1]['text']}"
+    if results.get("warnings"):
+        return "Next: do what the warning below says."
     seen = results.get("epochs")
     told = "" if seen is None else f" (this one saw each image {seen:,.3g} times)"
     few = results.get("num_images", _FEW) < _FEW
@@ -120,16 +121,17 @@ def advice(results: Mapping[str, Any]) -> str:
 
 
 def health_line(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> str:
-    """The last health statistics, and whether a warning was issued; "" if nothing was logged."""
+    """The last health statistics, and whether a collapse was seen; "" if nothing was logged."""
     told = []
     if "prototype_perplexity" in curves:
         told.append(f"{PROTOTYPES.lower()} {prototypes_text(curves)}")
     if "rankme" in curves:
-        told.append(f"effective rank of the features {curves['rankme'][-1, 1]:.1f}")
+        told.append(f"effective rank of the features {number(curves['rankme'][-1, 1])}")
     if not told:
         return ""
-    warned = "see the warnings" if results.get("warnings") else "no sign of collapse"
-    return f"Health: {warned}; {', '.join(told)}."
+    if "embedding_std" in curves and not results.get("warnings"):  # the collapse was watched for
+        told.insert(0, "no sign of collapse")
+    return f"Health: {', '.join(told)}."
 
 
 def unreadable_line(num: int) -> str:
@@ -140,9 +142,9 @@ def unreadable_line(num: int) -> str:
 
 
 def prototypes_text(curves: Mapping[str, np.ndarray]) -> str:
-    """The last effective number of prototypes, "477.6 of 512"."""
+    """The last effective number of prototypes, "477.6 of 512", as curves show it."""
     total = num_prototypes(curves)
-    value = f"{curves['prototype_perplexity'][-1, 1]:,.1f}"
+    value = number(curves["prototype_perplexity"][-1, 1])
     return value if total is None else f"{value} of {total:,}"
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dino_lite.eval.curves import prototypes_title, running_mean
+from dino_lite.eval.curves import number, prototypes_title, running_mean
 from dino_lite.eval.verdict import loss_note
 from dino_lite.report.markup import Markup, folded, join, tag
 
@@ -218,16 +218,3 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
     first = math.floor(low / step)
     return [float(f"{(first + i) * step:.12g}") for i in range(count + 3)]
-
-
-def number(value: float) -> str:
-    """A value as text: 12,000, 49.7, 0.0423, 2e-6."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 0.001:
-        return f"{float(f'{value:.4g}'):g}"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"

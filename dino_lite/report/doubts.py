@@ -47,7 +47,11 @@ def _skipped(story: Story) -> Iterator[str]:
 
 
 def _alarms(story: Story) -> Iterator[str]:
-    """Warnings that the run issued during training (Run.add_warnings)."""
+    """Warnings that the run issued during training (Run.add_warnings), unless the verdict holds
+    them.
+    """
+    if story.results.get("trained") or story.results.get("finished"):
+        return
     for warning in story.results.get("warnings") or ():
         yield f"At step {warning['step']:,}, {warning['text']}"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dino_lite.eval.curves import PROTOTYPES
+from dino_lite.eval.curves import PROTOTYPES, number
 from dino_lite.eval.verdict import judge, prototypes_text, verdict
-from dino_lite.report.charts import curve_sections, number
+from dino_lite.report.charts import curve_sections
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
 from dino_lite.report.story import Story, results_of
@@ -83,7 +83,7 @@ def _verdict(story: Story) -> Markup:
         judgment = judge(result.found | {"metric": title_of(result, several)})
         if judgment is not None and f"{judgment.text}." not in lines:
             lines.append(f"{judgment.text}.")
-    told = [tag("p", f"{line[0].upper()}{line[1:]}") for line in lines]
+    told = [tag("p", f"{line[0].upper()}{line[1:]}".replace(" %", "\u00a0%")) for line in lines]
     return tag("div", *told, class_="verdict") if told else Markup()
 
 
@@ -97,18 +97,18 @@ def _tiles(story: Story) -> Markup:
         others = (found.get("baselines") or {}).items()
         beside = ", ".join(f"{title} {value_of(o, found)}" for title, o in others)
         tiles.append((found.get("metric", name), value_of(found, found), beside))
-    if "loss" in story.curves:
-        points = story.curves["loss"]
-        tiles.append(("Loss", number(points[-1, 1]), "no measure of quality; k-NN is"))
-    if "prototype_perplexity" in story.curves:
-        value, _, total = prototypes_text(story.curves).partition(" ")
-        tiles.append((PROTOTYPES, value, total))
     steps, batch = story.results.get("steps"), story.at("loader.batch_size")
     if isinstance(steps, int):
         tiles.append(("Optimizer steps", f"{steps:,}", f"of {batch} images" if batch else ""))
     if isinstance(seconds := story.results.get("train_seconds"), int | float):
         device = (story.environment.get("machine") or {}).get("device") or ""
         tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
+    if "prototype_perplexity" in story.curves:
+        value, _, total = prototypes_text(story.curves).partition(" ")
+        tiles.append((PROTOTYPES, value, total))
+    if "loss" in story.curves:
+        last = number(story.curves["loss"][-1, 1])
+        tiles.append(("Loss", last, "not a measure of quality"))
     told = [
         tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", text)))
         for name, value, text in tiles

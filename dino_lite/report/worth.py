@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dino_lite.eval.curves import number
 from dino_lite.eval.results import amount, interval, short
-from dino_lite.report.charts import number
 from dino_lite.report.markup import Markup, folded, join, table, tag
 from dino_lite.report.story import Result
 
@@ -26,7 +26,7 @@ class _Line(NamedTuple):
 def worth_section(results: list[Result]) -> Markup:
     """All evaluations with their baselines, protocols and further details."""
     if not results:
-        told = "No results yet: dino-lite evaluate checkpoint=… adds them."
+        told = "No results yet: with labels, dino-lite evaluate checkpoint=… adds them."
         return tag("p", told, class_="note")
     several = len({result.checkpoint for result in results}) > 1
     lines = [line for result in results for line in _lines(result, several)]
