@@ -112,7 +112,7 @@ class KNN(Evaluation):
             num_train=len(bank.labels),
             num_test=len(asked_of.labels),
             scores=percent(answers[headline].correct()),
-            notes=reduced("k", self.ks, limit, "the number of images to find"),
+            notes=reduced("k", self.ks, limit, "all images that there are"),
             k=table,
             table=[
                 {"k": k, "top-1 %": a.top1, "top-5 %": a.top5, "mean per class %": each[k]}

@@ -126,7 +126,7 @@ class Robustness(Evaluation):
             num_train=len(bank.labels),
             num_test=len(clean),
             scores=mean,
-            notes=reduced("k", [self.k], k, "the number of images to find"),
+            notes=reduced("k", [self.k], k, "all images that there are"),
             clean=float(clean.mean()),
             drop=float(clean.mean() - mean.mean()),
             table=table,

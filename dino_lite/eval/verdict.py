@@ -94,15 +94,16 @@ def _accuracy(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> l
         return [f"{judgment.text}.{weights}", next_step]
     if reason := results.get("knn_failed"):
         return [f"k-NN was not measured: {reason}"]
-    if "knn" in curves:
+    if str(results.get("labels")).startswith("no labels"):
         return [
-            f"k-NN on train at the end, {curves['knn'][-1, 1]:.1f} %, was not compared with "
-            "baselines: dino-lite evaluate checkpoint=… baselines=true does that."
+            "Without labels there is no accuracy: see in neighbors.png whether images resemble "
+            "their nearest neighbors. For a number, give labels to dino-lite evaluate: class "
+            "folders, or data.labels=FILE.csv."
         ]
+    last = f", {curves['knn'][-1, 1]:.1f} % on train at the end," if "knn" in curves else ""
     return [
-        "Without labels there is no accuracy: see in neighbors.png whether images resemble their "
-        "nearest neighbors. For a number, give labels to dino-lite evaluate: class folders, or "
-        "data.labels=FILE.csv."
+        f"k-NN{last} was not compared with baselines: dino-lite evaluate checkpoint=… "
+        "baselines=true does that."
     ]
 
 
