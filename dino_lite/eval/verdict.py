@@ -154,7 +154,8 @@ def loss_line(curves: Mapping[str, np.ndarray]) -> str:
     if "loss" not in curves:
         return ""
     points = curves["loss"][:, 1]
-    return f"Loss: {points[0]:.3f} at first, {points[-1]:.3f} at the end. {loss_note(curves)}"
+    first = f"{points[0]:.3f} at first, " if len(points) > 1 else ""
+    return f"Loss: {first}{points[-1]:.3f} at the end. {loss_note(curves)}"
 
 
 def loss_note(curves: Mapping[str, np.ndarray]) -> str:
