@@ -24,6 +24,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dino_lit
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("contracts", "version"),
     ("distributed", "draws", "settings"),
+    ("meter",),
     ("nn", "optim", "losses", "backbones", "data"),
     ("methods", "eval", "formats"),
     ("callbacks", "config", "machine"),

@@ -65,6 +65,28 @@ def test_with_one_split_the_rest_is_asked() -> None:
     assert result["num_train"] == 12
 
 
+def test_a_number_that_the_classes_do_not_have_is_reported_as_reduced() -> None:
+    """To the largest class, less a query with one split; smaller classes are counted."""
+    labels = torch.tensor([0] * 12 + [1] * 12 + [2] * 3)
+    train = Features(torch.randn(27, 4, generator=torch.Generator().manual_seed(0)), labels)
+    found = FewShot(nums=[2, 10, 20, 30]).score(train, draw(9, 4, 3, seed=1))
+    assert [row["images a class"] for row in found["table"]] == [2, 10, 12]
+    assert found["settings"]["n"] == 12
+    assert found["notes"] == [
+        "n=20, 30 reduced to 12, the size of the largest class",
+        "n=10: 1 of 3 classes have fewer; all their images were used",
+        "n=12: 1 of 3 classes have fewer; all their images were used",
+    ]
+    alone = FewShot(nums=[12], num_tries=2).score(train, None)
+    assert alone["settings"]["n"] == 11
+    assert alone["num_train"] == 25
+    assert alone["notes"] == [
+        "n=12 reduced to 11, less a query of the largest class",
+        "n=11: 1 of 3 classes have fewer; all their images were used and none is a query",
+    ]
+    assert "notes" not in FewShot(nums=[2]).score(train, None)
+
+
 def test_one_try_has_no_deviation() -> None:
     """And unlabeled rows take no part."""
     train, test = draw(40, 4, 4, seed=0), draw(20, 4, 4, seed=1)
@@ -90,9 +112,9 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
         (Features(torch.ones(5, 2), torch.zeros(5).long()), None, "2 classes"),
         (draw(9, 2, 3, 0), Features(torch.ones(5, 2), -torch.ones(5).long()), "no labeled test"),
         (Features(torch.full((4, 2), float("nan")), torch.tensor([0, 1, 0, 1])), None, "diverged"),
-        (draw(9, 2, 3, 0), None, "no query is left"),
+        (Features(torch.ones(3, 2), torch.arange(3)), None, "leaves no query"),
     ],
-    ids=["one class", "no test labels", "not finite", "all drawn"],
+    ids=["one class", "no test labels", "not finite", "one image per class"],
 )
 def test_what_cannot_be_scored_is_a_sentence(
     train: Features, test: Features | None, words: str

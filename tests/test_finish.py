@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dino_lite.commands import pretrain as commands
 from dino_lite.commands.pretrain import run_pretrain
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.eval import gallery
+from dino_lite.eval.baselines import knn_against_baselines
+from dino_lite.eval.curves import read_curves
+from dino_lite.eval.verdict import verdict
+from dino_lite.planning.plan import open_splits
+from dino_lite.report.page import page
+from dino_lite.report.story import read_story
 from dino_lite.runs import finish
+from dino_lite.runs.checkpoint import find_checkpoint
+from test_pictures import first_broken
 from tiny import tiny, train
 
 pytestmark = pytest.mark.slow
@@ -39,30 +51,76 @@ def test_what_is_missing_is_made_by_the_same_command_without_training(
     assert train(tmp_path) == run
     assert (run / "pca.png").is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert "is finished" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is finished" in out
+    assert out.count("drawing attention.png, pca.png, neighbors.png from 44 images\n") == 1
+    assert out.count("drawing pca.png from 44 images\n") == 1
+    assert out.count("\nHealth: ") == out.count("\nLoss: ") == 2
 
 
 def test_a_failure_after_training_leaves_a_trained_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same command measures what was not measured, and trains no step."""
+    """What was measured before is kept; the same command measures the rest, and trains no step.
+    What cannot be measured at all is a sentence of the verdict, which the report repeats.
+    """
 
-    def failing(*arguments: Any) -> None:
-        raise RuntimeError("no memory for this")
+    def failing(error: Exception) -> Any:
+        def measure(*arguments: Any) -> Any:
+            if isinstance(error, RuntimeError):
+                yield next(knn_against_baselines(*arguments))
+            raise error
+
+        return measure
 
     asked = tiny(tmp_path, "baselines=true")
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "knn_against_baselines", failing)
+        patch.setattr(finish, "knn_against_baselines", failing(RuntimeError("no memory for this")))
         with pytest.raises(RuntimeError, match="no memory"):
             run_pretrain(asked)
-    (run,) = [path.parent for path in tmp_path.glob("*/config.yaml")]
-    assert state(run)["trained"]
-    assert "finished" not in state(run)
-    saved = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+        (run,) = [path.parent for path in tmp_path.glob("*/config.yaml")]
+        before = state(run)
+        assert before["trained"]
+        assert "finished" not in before
+        saved = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+        patch.setattr(finish, "knn_against_baselines", failing(UserError("it has diverged.")))
+        assert run_pretrain(asked)["finished"]
+        assert "k-NN was not measured: it has diverged." in capsys.readouterr().out
     results = run_pretrain(asked)
     assert results["finished"]
-    assert "knn_trained" in results
+    assert results["knn_trained"] == before["knn_trained"]
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == saved
+    out = capsys.readouterr().out
+    assert "measuring k-NN on 64 images: untrained, raw pixels\n  1 of 2, untrained: " in out
+    told = verdict(results, read_curves(run / "metrics.csv"))
+    assert "against" in told[0]
+    assert "10 classes: waves, checks, arcs, patchwork, mosaic and 5 more." in told
+    html = page(read_story(find_checkpoint(str(run), "runs")), datetime(2026, 1, 2))
+    for line in told:
+        assert f"\n{line}\n" in out
+        assert escape(line[1:].replace(" %", "\u00a0%")) in html
+
+
+def test_a_test_split_without_a_label_is_not_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leave-one-out on train instead; the origin of the labels is the source's sentence, and an
+    image that training and measurement met is counted once.
+    """
+
+    def unlabeled(node: Any) -> Splits:
+        splits = open_splits(node)
+        assert splits.test is not None
+        splits.test.labels = np.full(len(splits.test), -1)
+        train = first_broken(splits.train)
+        return splits._replace(train=train, labels_from="the folders a, b")
+
+    monkeypatch.setattr(commands, "open_splits", unlabeled)
+    run = train(tmp_path, "baselines=true", "loader.max_bad_fraction=0.1")
+    assert "leave-one-out on train (43 images)" in state(run)["knn_protocol"]
+    out = capsys.readouterr().out
+    assert "10 classes: the folders a, b" in out
+    assert "1 image could not be read (bad_files.csv)" in out
 
 
 def test_a_picture_that_fails_blocks_nothing(

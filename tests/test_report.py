@@ -18,9 +18,9 @@ from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
 from dino_lite.config import compose, put, quote_override, save, unquote
 from dino_lite.contracts import UserError
-from dino_lite.eval.curves import read_curves
+from dino_lite.eval.curves import number, read_curves
 from dino_lite.eval.gallery import PICTURES
-from dino_lite.report.charts import line_chart, number
+from dino_lite.report.charts import line_chart
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page
 from dino_lite.report.story import read_story, reproduce, results_of
@@ -191,30 +191,58 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
             "Up to 3 consecutive optimizer steps had a non-finite gradient",
         ),
         ({"crops.png": "no picture"}, "crops.png cannot be shown"),
-        ({"bad_files.csv": "path,reason\na,b\nc,d\n"}, "2 images could not be read, and others"),
-        ({"bad_files.csv": "path,reason\na,b\n"}, "1 image could not be read, and others"),
+        (
+            {"bad_files.csv": "path,reason\na,b\nc,d\n"},
+            "2 images could not be read (bad_files.csv): training used others",
+        ),
+        ({"bad_files.csv": "path,reason\na,b\n"}, "1 image could not be read (bad_files.csv)"),
         (
             {"results.json": {"finished": True, "last": {"knn": result(9, unreadable=3)}}},
             "k-NN top-1 (knn) excludes 3 images that could not be read.",
         ),
-        (
-            {
-                "results.json": {
-                    **{"finished": True, "knn_trained": 17.6, "knn_untrained": 17.9},
-                    **{"knn_raw_pixels": 44.2, "knn_protocol": "k=20"},
-                }
-            },
-            "17.60 %, is not above that of raw pixels (44.20 %) and the untrained network "
-            "(17.90 %): by this measure, nothing has been learned yet.",
-        ),
     ],
 )
 def test_doubts_stand_first(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    """What is missing, unfinished or no better than nothing is said, and the page is whole."""
+    """What is missing or unfinished is said, and the page is whole."""
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "Caveats" in text
     assert words in text
     assert text.index(words) < text.rindex("Settings of the run")
+
+
+def test_the_verdict_is_the_first_sentence(tmp_path: Path) -> None:
+    """What a run measured of itself, and each other result with baselines, by its metric."""
+    floors = {"raw pixels": {"value": 2.0, "interval": [1.0, 3.0]}}
+    results = {
+        **{"finished": True, "knn_trained": 17.6, "knn_untrained": 17.9, "knn_raw_pixels": 44.2},
+        **{"labels": "no labels: x", "epochs": 3.5},
+        "last": {"linear@cars": result(50.0, metric="linear top-1", baselines=floors)},
+    }
+    _, text = told(write_run(tmp_path / "run", **{"results.json": results}))
+    text = text.replace("\u00a0", " ")
+    first = (
+        "Nothing was learned yet: 17.6 % against 17.9 % untrained and 44.2 % raw pixels (k-NN "
+        "top-1). Next: train longer (this one saw each image 3.5 times)"
+    )
+    assert text.index(first) < text.index("17.60 %")
+    assert "No labels: x." in text
+    assert "Learned: 50.0 % against 2.0 % raw pixels (linear top-1 on cars, 95 % interval" in text
+
+
+def test_the_loss_is_not_shown_as_a_success_or_a_failure(tmp_path: Path) -> None:
+    """No first value beside the last; what to expect of it stands with its curve. One number of
+    prototypes, by one name.
+    """
+    rows = "".join(f"{step},{5 + step},{4 + step},2,1,{step}\n" for step in range(3))
+    columns = "step,loss,teacher_entropy,prototype_perplexity,kl_to_uniform,prototypes_used\n"
+    html, text = told(write_run(tmp_path / "run", **{"metrics.csv": columns + rows}))
+    assert "Loss 7 not a measure of quality" in text
+    assert "at the start" not in text
+    assert "which grows while these spread over the prototypes: the loss may rise at first" in text
+    assert "Effective number of prototypes 2 of 5" in text
+    charts = [attrs["aria-label"] for name, attrs in html.tags if name == "svg" and "role" in attrs]
+    (chart,) = [label for label in charts if "ffective" in str(label)]
+    assert str(chart).startswith("Effective number of prototypes, of 5: 2 at step")
 
 
 def test_alarms_are_sentences_with_their_step(tmp_path: Path) -> None:
@@ -234,7 +262,7 @@ def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
     changes = {"environment.json": environment, "results.json": results}
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "photos: 7 images, no labels" in text
-    assert "No results yet: dino-lite evaluate" in text
+    assert "No results yet: with labels, dino-lite evaluate" in text
     assert "1 h 6 min" in text
     assert "2,048 MiB" in text
 
@@ -370,7 +398,10 @@ def test_results_are_found_at_the_top_and_below_checkpoints() -> None:
     assert [r.name for r in results_of({"linear": chosen})] == ["linear"]
     assert results_of({"last": {"odd": {"value": 1.0}}}) == []
     alone = results_of(floors)[0].found
-    assert (alone["value"], alone["baselines"]) == (5.0, {"untrained": {"value": 4.0}})
+    assert (alone["value"], alone["baselines"]) == (
+        5.0,
+        {"untrained": {"value": 4.0, "interval": None}},
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dino_lite.eval.verdict import LOSS_NOTE
+from dino_lite.meter import duration
 from dino_lite.settings.kinds import NonNegative
 
 _BAR = "{percentage:3.0f} %|{bar:20}| {desc}"
@@ -46,7 +48,8 @@ class RunProgress(ProgressBar):
             tqdm.write(sep.join(map(str, args)), file=sys.stdout)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw an empty bar."""
+        """Say what to expect of the loss; draw an empty bar."""
+        self.print(LOSS_NOTE)
         self._began = time.monotonic()
         self._shown = 0.0 if self._is_terminal() else time.monotonic()
         if self._enabled and self._is_terminal():
@@ -135,10 +138,3 @@ def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
         return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))
     fraction: float = clock.seconds / clock.max_seconds
     return min(1.0, fraction)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: 0:42, 12:05, 3:07:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

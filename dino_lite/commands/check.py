@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.config import Config, command, compose, get, put
 from dino_lite.contracts import Source, Splits, UserError
@@ -40,6 +37,7 @@ from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
+from dino_lite.meter import meter
 from dino_lite.methods.clock import Clock
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
@@ -51,7 +49,6 @@ from dino_lite.runs.timing import compare, time_loading, time_training
 
 _TIMED_BATCH = 16  # images loaded for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")
-_LINE_SECONDS = 30  # between lines of progress if the output is not a terminal
 # Decisions that depend on the number and size of the images.
 _BY_DATA = (
     *("backbone.name", "augment.global_size", "augment.local_size", "backbone.patch_size"),
@@ -131,7 +128,7 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
     if workers == "auto":  # unlike in a run, workers may use all cores
         workers = num_cores()
     total = sum(map(len, asked.values()))
-    with _progress(total) as progress:
+    with meter(total, "inspection") as progress:
         return {
             name: (
                 asked[name],
@@ -249,32 +246,10 @@ def _write(report: dict[str, Any], out: Path, splits: Splits, found: Found, grou
 
 def _pack(splits: Splits, folder: Path) -> None:
     """Write the data as tar shards, and print how to train on them."""
-    with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
+    total = sum(len(source) for _, source in _sources(splits))
+    with meter(total, "packing") as progress:
         shards = write_shards(splits, folder, progress=progress)
     print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress over `total` images: a bar in a terminal, otherwise a line at intervals."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, unit="img", dynamic_ncols=True, leave=False) as bar:
-            yield lambda num: bar.update(num) and None
-        return
-    done, started = 0, time.monotonic()
-    shown = started
-
-    def line(num: int) -> None:
-        nonlocal done, shown
-        done, now = done + num, time.monotonic()
-        if now - shown >= _LINE_SECONDS:
-            shown = now
-            rate = done / (now - started)
-            print(
-                f"{100 * done / total:3.0f} %  {done:,} images · {rate:,.0f} images/s", flush=True
-            )
-
-    yield line
 
 
 @command("check")

@@ -19,6 +19,7 @@ from dino_lite.eval.logistic import Logistic, Powers, double, powers_of_ten
 from dino_lite.eval.metrics import explained, mean_average_precision
 from dino_lite.eval.results import resampled, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Count, Size
 from dino_lite.settings.validate import checked
 
@@ -110,7 +111,7 @@ class MultiLabel(Evaluation):
         cs = self.regression.cs
         each = [
             self._scores(features[kept.numpy()], column[kept], cs, features[held.numpy()])
-            for column in known.unbind(1)
+            for column in metered(known.unbind(1), known.shape[1], "values of C", "labels")
         ]
         scores = torch.stack([torch.stack(by_c) for by_c in each], dim=-1)  # C H L
         found = [mean_average_precision(of_c, known[held])[0] for of_c in scores]

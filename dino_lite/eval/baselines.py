@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.eval.features import device_of, extract
 from dino_lite.eval.knn import KNN
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import named
 
 
 class Baseline(NamedTuple):
@@ -80,7 +81,7 @@ class RawPixels(Backbone):
 def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixels:
     """Raw pixels, centered on the mean image of train."""
     pixels = RawPixels(data.normalize, patch_size, size)
-    everything = extract(pixels, data, data.splits.train, torch.device("cpu"))
+    everything = extract(pixels, data, data.splits.train, torch.device("cpu"), "mean image")
     pixels.mean.copy_(everything.features.mean(dim=0))
     return pixels
 
@@ -93,28 +94,79 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     return fresh.to(device_of(backbone))
 
 
-def knn_against_baselines(trained: Backbone, data: CleanData, seed: int = 0) -> dict[str, Any]:
-    """k-NN top-1 in percent at k = 20: `knn_raw_pixels` (32x32, mean image subtracted),
-    `knn_untrained`, `knn_trained`.
+KNN_KEYS = {  # title of each network, and its keys in results.json
+    "trained": "knn_trained",
+    "untrained": "knn_untrained",
+    "raw pixels": "knn_raw_pixels",
+}
+
+
+def knn_against_baselines(
+    trained: Backbone,
+    data: CleanData,
+    seed: int = 0,
+    titles: Container[str] = tuple(KNN_KEYS),
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """k-NN at k = 20 of those of `titles`: the trained network, the untrained one and raw pixels
+    (32x32, mean image subtracted).
+
+    Each as soon as it is measured: its title, and entries for results.json: top-1 in percent
+    (`knn_trained` …), its interval (`knn_trained_interval` …) and the protocol.
     """
     knn, store = KNN(ks=[20]), FeatureStore(data)
-    after = knn(trained, store)
+    build: dict[str, Callable[[], Backbone]] = {
+        "trained": lambda: trained,
+        "untrained": lambda: untrained(trained, seed),
+        "raw pixels": lambda: raw_pixels(data),
+    }
+    for title, key in KNN_KEYS.items():
+        if title in titles:
+            with named(f"k-NN of {title}"):
+                found = knn(build[title](), store)
+            yield (
+                title,
+                {
+                    key: round(found["value"], 2),
+                    f"{key}_interval": [round(bound, 2) for bound in found["interval"]],
+                    "knn_protocol": f"k={found['top1_k']}, {found['protocol']}",
+                    "knn_num_test": found["num_test"],
+                },
+            )
+
+
+def measured_by_knn(results: Mapping[str, Any]) -> list[str]:
+    """Titles of the networks that `results` has with their intervals."""
+    return [title for title, key in KNN_KEYS.items() if f"{key}_interval" in results]
+
+
+def knn_result(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The k-NN accuracy in a run's results.json as the result of an evaluation with baselines; None
+    if it was not measured.
+    """
+    if "knn_trained" not in results:
+        return None
+    entries = {
+        title: {"value": results[key], "interval": results.get(f"{key}_interval")}
+        for title, key in KNN_KEYS.items()
+        if key in results
+    }
     return {
-        "knn_raw_pixels": round(knn(raw_pixels(data), store)["top1"], 2),
-        "knn_untrained": round(knn(untrained(trained, seed), store)["top1"], 2),
-        "knn_trained": round(after["top1"], 2),
-        "knn_protocol": f"k={after['top1_k']}, {after['protocol']}",
+        "metric": "k-NN top-1",
+        "unit": "%",
+        "protocol": results.get("knn_protocol", ""),
+        "num_test": results.get("knn_num_test"),
+        **entries.pop("trained"),
+        "baselines": entries,
     }
 
 
-def baseline_table(results: dict[str, Any]) -> str:
+def baseline_table(results: Mapping[str, Any]) -> str:
     """The results of `knn_against_baselines` as lines of text."""
-    rows = [
-        ("raw pixels", "knn_raw_pixels"),
-        ("untrained network", "knn_untrained"),
-        ("trained (teacher)", "knn_trained"),
+    lines = [
+        f"  {title:12s} {results[key]:6.2f} %  ({low:.2f} to {high:.2f})"
+        for title, key in reversed(KNN_KEYS.items())
+        for low, high in [results[f"{key}_interval"]]
     ]
-    lines = [f"  {name:20s} {results[key]:6.2f} %" for name, key in rows]
     return "\n".join([f"k-NN top-1 ({results['knn_protocol']})", *lines])
 
 

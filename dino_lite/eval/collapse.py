@@ -95,9 +95,10 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
     """Scalars of the last look; where prototypes are counted, of all of them.
 
     Entropies in nats. `teacher_information`: mutual information of crop and prototype, entropy of
-    the mean minus mean of the entropies; 0 in every kind of collapse. `prototype_perplexity`: exp
-    of the entropy of the mean distribution, at most K. `embedding_std`: as `relative_std`, of the
-    teacher's bottleneck vectors; the only value without prototypes.
+    the mean minus mean of the entropies; 0 in every kind of collapse. `prototype_perplexity`: the
+    effective number of prototypes, exp of the entropy of the mean distribution, at most K.
+    `embedding_std`: as `relative_std`, of the teacher's bottleneck vectors; the only value without
+    prototypes.
     """
     last, crops = looks[-1], sum(seen.num_crops for seen in looks)
     variance = last.squares / last.num_crops - (last.z / last.num_crops).square()
@@ -143,8 +144,8 @@ def collapse(values: dict[str, float], num_prototypes: int, temp: float) -> Alar
         return Alarm(
             "one_prototype",
             f"collapse: of {num_prototypes:,} prototypes the teacher gives one to nearly all crops "
-            f"(perplexity {values['prototype_perplexity']:.2f}), which centering should prevent; "
-            "lower method.center_momentum (0.9 in the paper) or raise "
+            f"(effective number {values['prototype_perplexity']:.2f}), which centering should "
+            "prevent; lower method.center_momentum (0.9 in the paper) or raise "
             "method.teacher_temp.",
         )
     if not values["teacher_information"] < _INFORMATION:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,18 @@ from dino_lite.contracts import UserError
 from dino_lite.eval.sheets import write_whole
 
 _INK, _GRAY, _LINE, _BLUE, _RUST = "#1f2933", "#6b7785", "#cbd2d9", "#1769aa", "#b4530a"
+# The exponential of the entropy of the teacher's mean distribution, column `prototype_perplexity`.
+PROTOTYPES = "Effective number of prototypes"
 _PANELS = (  # title; column of metrics.csv, label, color
-    ("Loss", (("loss", "", _INK),)),
+    ("Loss: no measure of quality, and may rise at first", (("loss", "", _INK),)),
     (
         "The teacher's features, top-1 on train (%)",
         (("knn", "k-NN", _BLUE), ("probe", "linear probe", _RUST)),
     ),
+    (PROTOTYPES, (("prototype_perplexity", "", _BLUE),)),
     ("Entropy of the teacher's distributions (nats)", (("teacher_entropy", "", _INK),)),
     ("Effective rank of the teacher's features", (("rankme", "", _BLUE),)),
+    ("Spread of the teacher's features: near 0 in a collapse", (("feature_std", "", _BLUE),)),
 )
 _FEW = 40  # up to this many points are drawn as dots
 _STYLE: dict[str, Any] = {
@@ -45,11 +50,11 @@ def curves_picture(metrics: str | Path, path: str | Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    panels = []
+    known, panels = read_curves(metrics), []
     for title, columns in _PANELS:
-        curves = [(read_curve(metrics, name), label, color) for name, label, color in columns]
-        if curves := [curve for curve in curves if len(curve[0])]:
-            panels.append((title, curves))
+        curves = [(known[name], label, hue) for name, label, hue in columns if name in known]
+        if curves:
+            panels.append((prototypes_title(known) if title == PROTOTYPES else title, curves))
     if not panels:
         raise UserError(f"{metrics} has no number under loss or knn: there is nothing to draw.")
     wide = min(2, len(panels))
@@ -86,12 +91,41 @@ def read_curves(metrics: str | Path) -> dict[str, Float[np.ndarray, "n 2"]]:
     return {name: a[np.argsort(a[:, 0], kind="stable")] for name, a in arrays.items()}
 
 
+def prototypes_title(curves: Mapping[str, np.ndarray]) -> str:
+    """Title of the curve of `prototype_perplexity`, with their number if known."""
+    total = num_prototypes(curves)
+    return PROTOTYPES if total is None else f"{PROTOTYPES}, of {total:,}"
+
+
+def num_prototypes(curves: Mapping[str, np.ndarray]) -> int | None:
+    """K, from the logged `prototype_perplexity` and `kl_to_uniform` = ln K - ln perplexity; None if
+    they were not logged.
+    """
+    if not {"prototype_perplexity", "kl_to_uniform"} <= curves.keys():
+        return None
+    kl, perplexity = (curves[name][-1, 1] for name in ("kl_to_uniform", "prototype_perplexity"))
+    return round(math.exp(kl) * float(perplexity))
+
+
 def _number(text: object) -> float:
     """NaN for anything else: a blank, a truncated line."""
     try:
         return float(str(text))
     except ValueError:
         return math.nan
+
+
+def number(value: float) -> str:
+    """A value as text: 12,000, 49.7, 0.0423, 2e-6."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 0.001:
+        return f"{float(f'{value:.4g}'):g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def running_mean(values: Float[np.ndarray, "n"], size: int) -> Float[np.ndarray, "n"]:
@@ -122,6 +156,7 @@ def _draw_panel(
 def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], label: str, color: str) -> None:
     """Few points as dots and lines, many as a pale line under their running mean."""
     steps, values = points.T
+    last = number(values[-1])  # not of the running mean, so that the report shows the same
     few = len(points) <= _FEW
     if not few:
         axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
@@ -129,7 +164,7 @@ def _draw_curve(axes: Any, points: Float[np.ndarray, "n 2"], label: str, color: 
     marker = "o" if few else None
     axes.plot(steps, values, color=color, linewidth=1.4, marker=marker, markersize=3, label=label)
     axes.annotate(
-        f"{values[-1]:.4g}",
+        last,
         (steps[-1], values[-1]),
         xytext=(6, 0),
         textcoords="offset points",

@@ -22,6 +22,7 @@ from dino_lite.eval.features import check_finite, device_of
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Share
 from dino_lite.settings.validate import checked
 
@@ -105,7 +106,8 @@ def similar_pairs(
     rows = rows.to(device)
     kept = torch.zeros(3, 0, dtype=torch.float64)  # first, second, similarity; rows are below 2^53
     total = 0
-    for top in range(0, len(rows), _QUERIES):
+    tops = range(0, len(rows), _QUERIES)
+    for top in metered(tops, len(rows), "comparison", "images", _QUERIES):
         asked = torch.arange(top, min(top + _QUERIES, len(rows)), device=device)
         before = Bank(rows[: min(num_train, top + _QUERIES)], len(asked))
         for part, tile in before.similarities(rows[asked]):

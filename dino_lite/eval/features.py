@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData
+from dino_lite.meter import meter
 
 
 class Features(NamedTuple):
@@ -69,15 +69,20 @@ class Pooled(NamedTuple):
         return Pooled(*(part[chosen] for part in self))
 
 
-def extract(backbone: Backbone, data: CleanData, source: Source, device: torch.device) -> Features:
-    """CLS features of every image of `source`, without gradient, dropout or drop path."""
+def extract(
+    backbone: Backbone, data: CleanData, source: Source, device: torch.device, title: str = ""
+) -> Features:
+    """CLS features of every image of `source`, without gradient, dropout or drop path; with a meter
+    if `title` is given.
+    """
     rows, labels, index = [], [], []
     dtype = dtype_of(backbone)
-    with frozen(backbone):
+    with frozen(backbone), meter(len(source), title) as advance:
         for images, image_labels, numbers in data.indexed(source, device, dtype):
             rows.append(backbone(images, cls_only=True).cls.float().cpu())
             labels.append(image_labels.cpu())
             index.append(numbers)
+            advance(len(images))
     if not rows:
         raise UserError(_NOTHING)
     return Features(torch.cat(rows), torch.cat(labels), torch.cat(index))
@@ -91,19 +96,18 @@ def extract_pooled(
     num_blocks: int = 1,
     title: str = "",
 ) -> Pooled:
-    """As `extract`, of the last `num_blocks` blocks, with a progress bar if `title` is given.
+    """As `extract`, of the last `num_blocks` blocks, with a meter if `title` is given.
 
     Empty if no image could be read: other ranks may have some.
     """
     dtype, found = dtype_of(backbone), []
     wanted = list(range(-num_blocks, 0))
-    silent = None if title else True  # None: only in a terminal
-    with frozen(backbone), tqdm(total=len(source), desc=title, unit=" img", disable=silent) as bar:
+    with frozen(backbone), meter(len(source), title) as advance:
         for images, labels, index in data.indexed(source, device, dtype):
             blocks = backbone.intermediate(images, wanted)
             cls = torch.stack([tokens.cls for tokens in blocks], dim=1).float().cpu()
             found.append((cls, blocks[-1].patches.mean(dim=1).float().cpu(), labels.cpu(), index))
-            bar.update(int(index[-1]) + 1 - bar.n)
+            advance(len(images))
     if not found:
         none = torch.zeros(0, dtype=torch.int64)
         return Pooled(torch.zeros(0, num_blocks, 0), torch.zeros(0, 0), none, none)

@@ -11,8 +11,9 @@ from torch import Tensor
 from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.knn import knn_answers
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Positive, Size, Sizes
 from dino_lite.settings.validate import checked
 
@@ -35,7 +36,7 @@ class Tries(NamedTuple):
 class FewShot(Evaluation):
     """Evaluation by k-NN: test images against n of train per class, for each n of `nums`; with one
     split the queries are the images that were not drawn. Try t draws from seed t, as DINOv2's k-NN
-    does.
+    does. Of a class with fewer images all are drawn, which a note says.
     """
 
     @checked
@@ -67,8 +68,9 @@ class FewShot(Evaluation):
         for part in (train, test):
             if part is not None:
                 check_finite("Few-shot k-NN", part.features)
-        found = {num: self._tries(train, test, num, device) for num in self.nums}
-        most = found[self.nums[-1]]
+        nums, notes = self._numbers(train.labels, test is None)
+        found = {num: self._tries(train, test, num, device) for num in nums}
+        most = found[nums[-1]]
         whom = "the training images left over" if test is None else f"test ({len(test.labels)})"
         return result(
             "few-shot k-NN top-1",
@@ -78,10 +80,11 @@ class FewShot(Evaluation):
                 f"per class of train, drawn {self.num_tries} times, queries = {whom}; the "
                 "interval is over queries, ± std over draws"
             ),
-            settings={"n": self.nums[-1], "tries": self.num_tries, "k": most.k},
+            settings={"n": nums[-1], "tries": self.num_tries, "k": most.k},
             num_train=most.num_train,
             num_test=len(most.scores),
             scores=most.scores,
+            notes=notes,
             temperature=self.temperature,
             table=[
                 {
@@ -95,22 +98,40 @@ class FewShot(Evaluation):
             ],
         )
 
+    def _numbers(self, labels: Int[Tensor, "N"], one_split: bool) -> tuple[list[int], list[str]]:
+        """The numbers of images per class that the largest class allows, and notes where a class
+        gives fewer than asked for. With one split, that class keeps an image as a query.
+        """
+        counts = torch.unique(labels, return_counts=True)[1]
+        most = int(counts.max()) - one_split
+        if most < 1:
+            raise UserError(
+                "Few-shot k-NN finds one image per class, which leaves no query: add images, or a "
+                "test split."
+            )
+        why = "less a query of the largest class" if one_split else "the size of the largest class"
+        nums = sorted({min(num, most) for num in self.nums})
+        few = {num: int((counts < num).sum()) for num in nums}
+        rest = " and none is a query" if one_split else ""
+        return nums, reduced("n", self.nums, most, why) + [
+            f"n={num}: {few[num]:,} of {len(counts):,} classes have fewer; all their images were "
+            f"used{rest}"
+            for num in nums
+            if few[num]
+        ]
+
     def _tries(
         self, train: Features, test: Features | None, num: int, device: torch.device | None
     ) -> Tries:
         num_rows = len(train.labels if test is None else test.labels)
         right, times = torch.zeros(2, num_rows, dtype=torch.float64)
         top1, k, num_drawn = [], self.k, 0
-        for seed in range(self.num_tries):
+        tries = range(self.num_tries)
+        for seed in metered(tries, self.num_tries, f"{num} images per class", "draws"):
             drawn = draw_few(train.labels, num, seed)
             asked = torch.arange(num_rows)
             if test is None:
                 asked = asked[~torch.isin(asked, drawn)]
-            if not len(asked):
-                raise UserError(
-                    f"eval.fewshot.nums: with {num} images per class no query is left; give "
-                    "smaller numbers, or a test split."
-                )
             queries, bank = (train if test is None else test).rows(asked), train.rows(drawn)
             num_drawn, k = len(drawn), min(self.k, len(drawn))
             answers = knn_answers(queries, bank, [k], self.temperature, device=device)

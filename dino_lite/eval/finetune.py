@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserError
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from dino_lite.data.subset import Subset
-from dino_lite.distributed import rank
 from dino_lite.eval.features import device_of
 from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes, hold_out
 from dino_lite.eval.metrics import mean_per_class
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore, demand_labels
+from dino_lite.meter import meter, metered
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Cosine, Span, scale_rate
 from dino_lite.settings.kinds import Count, NonNegative, Positive, Share, Shares, Size
@@ -82,12 +81,16 @@ class Finetune(Evaluation):
                 f"{len(labeled.train):,} images of train, tested on {len(correct):,} "
                 f"{labeled.where}"
             ),
-            settings={"rate": self.rate, "batch": self.batch_size, "epochs": self.num_epochs},
+            settings={"rate": self.rate, "batch": self._batch(labeled), "epochs": self.num_epochs},
             num_train=len(labeled.train),
             num_test=len(correct),
             scores=percent(correct),
+            notes=reduced("batch", [self.batch_size], self._batch(labeled), "all training images"),
             mean_per_class=mean_per_class(correct, labels),
         )
+
+    def _batch(self, labeled: Labeled) -> int:
+        return min(self.batch_size, len(labeled.train))
 
     def _train(
         self, backbone: Backbone, store: FeatureStore, labeled: Labeled
@@ -100,7 +103,7 @@ class Finetune(Evaluation):
         head = nn.Linear(width, len(labeled.classes), device="meta").to_empty(device=device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        batch_size = min(self.batch_size, len(labeled.train))
+        batch_size = self._batch(labeled)
         per_epoch = len(labeled.train) // batch_size
         total = per_epoch * self.num_epochs
         whole = nn.ModuleDict({"backbone": network, "head": head})
@@ -111,9 +114,7 @@ class Finetune(Evaluation):
         crops = RandomCrops(labeled.train, data.size, self.scale, self.seed)
         generator = np.random.default_rng(self.seed)
         batches = random_batches(crops, batch_size, self.num_epochs, self.seed, data.num_workers)
-        title = "fine-tuning" if rank() == 0 else None
-        silent = None if title else True  # None: only in a terminal
-        for step, batch in enumerate(tqdm(batches, title, total, disable=silent)):
+        for step, batch in enumerate(metered(batches, total, "training", "steps")):
             data.bad.update((labeled.train.name(i), why) for i, why in batch.bad)
             if not len(batch.images):
                 continue
@@ -187,12 +188,13 @@ def _test(
 ) -> tuple[Bool[Tensor, "n"], Int[Tensor, "n"]]:
     """Whether each readable test image is classified correctly, and the labels; on the host."""
     hits, labels = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), meter(len(labeled.test), "test") as advance:
         for images, known in store.data.batches(labeled.test, device_of(network)):
             numbers = torch.searchsorted(labeled.classes, known.cpu())
             predicted = head(network(images, cls_only=True).cls).argmax(dim=1).cpu()
             hits.append(predicted == numbers)
             labels.append(numbers)
+            advance(len(images))
     if not hits:
         raise UserError("Fine-tuning found no test image it could read; check data.root.")
     return torch.cat(hits), torch.cat(labels)

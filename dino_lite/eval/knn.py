@@ -16,8 +16,9 @@ from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Features, check_finite, device_of
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.neighbors import Bank
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Positive, Sizes
 from dino_lite.settings.validate import checked
 
@@ -54,7 +55,7 @@ class Answers(NamedTuple):
 class KNN(Evaluation):
     """Evaluation by k-NN: test images against train; without a test split, leave-one-out on train.
 
-    Values of `ks` above the size of the bank are reduced to it.
+    Values of `ks` above the size of the bank are reduced to it, with a note.
     """
 
     @checked
@@ -111,6 +112,7 @@ class KNN(Evaluation):
             num_train=len(bank.labels),
             num_test=len(asked_of.labels),
             scores=percent(answers[headline].correct()),
+            notes=reduced("k", self.ks, limit, "all images that there are"),
             k=table,
             table=[
                 {"k": k, "top-1 %": a.top1, "top-5 %": a.top5, "mean per class %": each[k]}
@@ -184,7 +186,8 @@ def knn_answers(
     bank_classes, query_classes = numbers.split([len(bank.labels), len(queries.labels)])
     whole = Bank(bank.features.to(device), min(_QUERIES, len(query_classes)))
     parts: dict[int, list[Answers]] = {k: [] for k in ks}
-    for rows in _blocks(len(query_classes), _QUERIES):
+    blocks = _blocks(len(query_classes), _QUERIES)
+    for rows in metered(blocks, len(query_classes), "nearest neighbors", "queries", _QUERIES):
         asked = torch.arange(rows.start, rows.stop, device=device)
         similarity, index = whole.nearest(
             queries.features[rows].to(device), max(ks), exclude=asked if leave_one_out else None

@@ -19,6 +19,7 @@ from dino_lite.eval.holdout import chooser, classification
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Count, Positive, Size, rising
 from dino_lite.settings.validate import checked
 
@@ -51,7 +52,8 @@ class Logistic(Evaluation):
             rows.numpy() for rows in chooser("Logistic regression", task.train.labels, self.seed)
         )
         judged: dict[float, float] = {}
-        for c, fit in self.path(features[kept], labels[kept], self.cs):
+        fits = self.path(features[kept], labels[kept], self.cs)
+        for c, fit in metered(fits, len(self.cs), "values of C", "fits"):
             judged[c] = 100 * float((fit.predict(features[held]) == labels[held]).mean())
         chosen = max(
             judged, key=lambda c: judged[c]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,15 @@ def result(
     num_test: int,
     scores: Float[Tensor, "n"] | None = None,
     unit: str = "%",
+    notes: Sequence[str] = (),
     **details: Any,
 ) -> dict[str, Any]:
     """Plain JSON. `value` is the headline in `unit`; `scores`, one per test image and in the same
     unit, average to it and are resampled for the 95 % `interval`.
 
-    `settings` are the values of the protocol (k, temperature, rate …); `details` may hold a "table"
-    of records with equal keys, shown in the terminal and the report.
+    `settings` are the values of the protocol (k, temperature, rate …). `notes` say where they are
+    not what was asked for, without a full stop; `details` may hold a "table" of records with equal
+    keys: both are shown in the terminal and the report.
     """
     return {
         "metric": metric,
@@ -42,8 +44,17 @@ def result(
         "settings": settings,
         "num_train": num_train,
         "num_test": num_test,
+        **({"notes": list(notes)} if notes else {}),
         **details,
     }
+
+
+def reduced(name: str, asked: Iterable[int], most: int, what: str) -> list[str]:
+    """A note if a number in `asked` is above `most`, to which it was reduced; `what` explains that
+    limit.
+    """
+    above = sorted({num for num in asked if num > most})
+    return [f"{name}={', '.join(map(str, above))} reduced to {most:,}, {what}"] if above else []
 
 
 def bootstrap(scores: Float[Tensor, "n"], seed: int = 0) -> tuple[float, float]:

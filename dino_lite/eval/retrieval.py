@@ -14,6 +14,7 @@ from dino_lite.eval.metrics import last_equal
 from dino_lite.eval.neighbors import Bank
 from dino_lite.eval.results import percent, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Sizes
 from dino_lite.settings.validate import checked
 
@@ -69,6 +70,7 @@ class Retrieval(Evaluation):
             if queries is None
             else f"test ({len(asked.labels)} images) against train ({len(bank.labels)})"
         )
+        limit = len(bank.labels) - (queries is None)
         alone = int((~found).sum())
         left_out = f"; {alone} without an image to find are left out" if alone else ""
         return result(
@@ -82,6 +84,7 @@ class Retrieval(Evaluation):
             num_train=len(bank.labels),
             num_test=len(scores),
             scores=scores,
+            notes=[f"k={k}: all of the {limit:,} images" for k in self.ks if k >= limit],
             recall={str(k): value for k, value in recall.items()},
             table=[{"k": k, "recall %": value} for k, value in recall.items()],
         )
@@ -104,7 +107,8 @@ def rank_classes(
     block = min(len(queries.labels), max(1, _CELLS // max(1, len(labels))))
     whole = Bank(bank.features.to(device), block)
     parts = []
-    for start in range(0, len(queries.labels), max(1, block)):
+    blocks = range(0, len(queries.labels), max(1, block))
+    for start in metered(blocks, len(queries.labels), "ranking", "queries", block):
         rows = torch.arange(start, min(start + block, len(queries.labels)))
         asked, wanted = queries.features[rows].to(device), queries.labels[rows].to(device)
         similarity = asked.new_empty(len(asked), len(labels))

@@ -21,8 +21,9 @@ from dino_lite.data.subset import Subset, spread
 from dino_lite.draws import uniforms
 from dino_lite.eval.features import Features, device_of, dtype_of, frozen
 from dino_lite.eval.knn import knn_predict
-from dino_lite.eval.results import percent, result
+from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import meter
 from dino_lite.settings.kinds import Positive, Size
 from dino_lite.settings.validate import checked
 
@@ -93,7 +94,7 @@ class Robustness(Evaluation):
         data, k = store.data, min(self.k, len(bank.labels))
 
         def hits(corruption: Corruption | None = None, strength: float = 0.0) -> Tensor:
-            found = corrupted(backbone, data, source, rows, corruption, strength)
+            found = corrupted(backbone, data, source, rows, corruption, strength, advance)
             found = found.labeled()
             if not len(found.labels):
                 raise UserError("robustness found no labeled test image; see data.labels.")
@@ -101,15 +102,17 @@ class Robustness(Evaluation):
             told = knn_predict(found, bank, k, self.temperature, device=device)
             return percent(told == found.labels)
 
-        clean = hits()
-        table = [_record("none", "", [float(clean.mean())] * 3, float(clean.mean()))]
-        scores = []
-        for name, (corruption, strengths, what) in CORRUPTIONS.items():
-            found = [hits(corruption, strength) for strength in strengths]
-            values = [float(score.mean()) for score in found]
-            told = f"{', '.join(f'{strength:g}' for strength in strengths)}: {what}"
-            table.append(_record(name, told, values, float(clean.mean())))
-            scores += found
+        passes = 1 + len(CORRUPTIONS) * len(_SEVERITIES)
+        with meter(passes * len(rows), "corruptions") as advance:
+            clean = hits()
+            table = [_record("none", "", [float(clean.mean())] * 3, float(clean.mean()))]
+            scores = []
+            for name, (corruption, strengths, what) in CORRUPTIONS.items():
+                found = [hits(corruption, strength) for strength in strengths]
+                values = [float(score.mean()) for score in found]
+                told = f"{', '.join(f'{strength:g}' for strength in strengths)}: {what}"
+                table.append(_record(name, told, values, float(clean.mean())))
+                scores += found
         mean = torch.stack(scores).mean(dim=0)
         return result(
             "k-NN top-1 under corruption",
@@ -123,6 +126,7 @@ class Robustness(Evaluation):
             num_train=len(bank.labels),
             num_test=len(clean),
             scores=mean,
+            notes=reduced("k", [self.k], k, "all images that there are"),
             clean=float(clean.mean()),
             drop=float(clean.mean() - mean.mean()),
             table=table,
@@ -155,8 +159,11 @@ def corrupted(
     rows: Int[np.ndarray, "n"],
     corruption: Corruption | None,
     strength: float,
+    advance: Callable[[int], object],
 ) -> Features:
-    """Features of images at `rows` of a source, each corrupted depending on its index."""
+    """Features of images at `rows` of a source, each corrupted depending on its index; `advance`
+    counts them.
+    """
     normalize, device, dtype = data.normalize, device_of(backbone), dtype_of(backbone)
     features, labels = [], []
     with frozen(backbone):
@@ -169,6 +176,7 @@ def corrupted(
                 images = (corruption(pixels, rows[index.numpy()], strength) - mean) / std
             features.append(backbone(images.to(dtype), cls_only=True).cls.float().cpu())
             labels.append(image_labels.cpu())
+            advance(len(images))
     if not features:
         raise UserError("robustness found no image it could read; check data.root.")
     return Features(torch.cat(features), torch.cat(labels))

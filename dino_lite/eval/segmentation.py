@@ -23,6 +23,7 @@ from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import resampled, result
 from dino_lite.eval.segmenter import Pixels, Segmenter, draw_pixels, patch_features, train_heads
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import metered
 from dino_lite.settings.kinds import Count, NonNegative, PositiveNumbers, Size
 from dino_lite.settings.validate import checked
 
@@ -141,9 +142,9 @@ class Segmentation(Evaluation):
         self, backbone: Backbone, normalize: Normalize, segmenter: Segmenter, scenes: Scenes
     ) -> Int[Tensor, "n C C"]:
         """Pixels of each test image by class (rows) and prediction (columns)."""
-        found = []
+        found, num = [], len(scenes.test)
         with frozen(backbone):
-            for i in range(len(scenes.test)):
+            for i in metered(range(num), num, "test", "images"):
                 image, classes = scenes.test.read(i)
                 features = patch_features(backbone, image, normalize, self.shorter)
                 predicted = segmenter.predict(features, classes.shape).cpu()

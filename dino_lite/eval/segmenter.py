@@ -22,6 +22,7 @@ from dino_lite.contracts import Backbone
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixel_labels import MaskedImages, fitted
 from dino_lite.eval.features import device_of, dtype_of, frozen
+from dino_lite.meter import metered
 
 
 class Pixels(NamedTuple):
@@ -103,7 +104,7 @@ def draw_pixels(
     """
     found, each = [], max(1, num_pixels // len(images))
     with frozen(backbone):
-        for i in range(len(images)):
+        for i in metered(range(len(images)), len(images), "features of pixels", "images"):
             image, classes = images.read(i)
             known = np.flatnonzero(classes >= 0)
             generator = np.random.default_rng([seed, i])
@@ -143,7 +144,8 @@ def train_heads(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(num_steps):
+    title = f"training {num} head{'s' if num > 1 else ''}"
+    for step in metered(range(num_steps), num_steps, title, "steps"):
         rows = torch.randint(len(classes), (batch_size,), generator=generator).to(device)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 + math.cos(math.pi * step / num_steps)) / 2

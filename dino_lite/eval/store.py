@@ -72,9 +72,8 @@ class FeatureStore:
         bounds = [len(source) * r // world_size() for r in (rank(), rank() + 1)]
         rows = torch.arange(*bounds)
         part = source if world_size() == 1 else Subset(source, rows.numpy())
-        title = "" if rank() else f"features of {len(source):,} images"
         device = device_of(backbone)
-        own = extract_pooled(backbone, self.data, part, device, num_blocks, title)
+        own = extract_pooled(backbone, self.data, part, device, num_blocks, "features")
         shapes = [shape for shape in all_gather_objects(_shapes(own)) if shape[0][-1]]
         if not shapes:
             raise UserError("The evaluation found no image it could read; check data.root.")

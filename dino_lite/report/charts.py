@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dino_lite.eval.curves import running_mean
+from dino_lite.eval.curves import number, prototypes_title, running_mean
+from dino_lite.eval.verdict import loss_note
 from dino_lite.report.markup import Markup, folded, join, tag
 
 _WIDTH, _HEIGHT = 400, 190
@@ -30,12 +31,13 @@ class Group(NamedTuple):
 
 
 _GROUPS = (
-    Group("Learning", "", ("loss", "knn", "probe", "*_loss", "loss_*", "knn_*", "probe_*")),
+    Group("Learning", "", ("knn", "probe", "loss", "*_loss", "loss_*", "knn_*", "probe_*")),
     Group(
         "Health",
-        "A collapse shows here first: entropy or standard deviation at zero, few prototypes used.",
+        "A collapse shows here first: entropy or standard deviation near zero, an effective number "
+        "of prototypes near one.",
         (
-            *("teacher_entropy", "kl_to_uniform", "prototypes_used", "prototype_perplexity"),
+            *("prototype_perplexity", "teacher_entropy", "kl_to_uniform"),
             *("rankme", "feature_std", "embedding_std", "agreement", "center_norm", "grad_norm"),
         ),
     ),
@@ -48,7 +50,7 @@ _TITLES = {
     "probe": "Linear probe of the teacher, top-1 (%)",
     "teacher_entropy": "Entropy of the teacher (nats)",
     "kl_to_uniform": "KL of the mean teacher to uniform (nats)",
-    "prototypes_used": "Prototypes in use",
+    "prototypes_used": "Prototypes that are the most probable of some crop",
     "rankme": "RankMe: effective rank of the features",
     "feature_std": "Standard deviation of the features",
     "agreement": "Agreement of student and teacher",
@@ -65,7 +67,6 @@ _TITLES = {
     "probe_seconds": "Seconds for the linear probe",
     "features_seconds": "Seconds for the features of both",
     "health_seconds": "Seconds for the health statistics",
-    "prototype_perplexity": "Perplexity of the prototypes",
     "embedding_std": "Standard deviation of the embeddings",
 }
 _UNDRAWN = ("step", "epoch", "progress")
@@ -82,7 +83,7 @@ def curve_sections(curves: dict[str, Points]) -> Markup:
         for name, points in curves.items()
         if name not in _UNDRAWN and (name == "loss" or not _same(points, loss))
     }
-    sections = []
+    sections, titles = [], _TITLES | {"prototype_perplexity": prototypes_title(curves)}
     for group in _GROUPS:
         chosen = {
             name: left.pop(name)
@@ -92,12 +93,12 @@ def curve_sections(curves: dict[str, Points]) -> Markup:
             and not (pattern.startswith(("knn_", "probe_")) and name.endswith("_seconds"))
         }
         if chosen:
-            text = tag("p", group.text, class_="note") if group.text else Markup()
-            sections.append(
-                join(tag("h3", group.title), text, _grid(chosen, group.title == "Learning"))
-            )
+            told = f"Loss. {loss_note(curves)}" if "loss" in chosen else group.text
+            text = tag("p", told, class_="note") if told else Markup()
+            drawn = _grid(chosen, titles, group.title == "Learning")
+            sections.append(join(tag("h3", group.title), text, drawn))
     if left:
-        sections.append(folded("More curves", _grid(dict(sorted(left.items())), False)))
+        sections.append(folded("More curves", _grid(dict(sorted(left.items())), titles)))
     return join(*sections)
 
 
@@ -105,16 +106,15 @@ def _same(points: Points, others: Float[np.ndarray, "m 2"] | None) -> bool:
     return others is not None and np.array_equal(points, others)
 
 
-def _grid(curves: dict[str, Points], large: bool) -> Markup:
-    charts = (line_chart(points, name) for name, points in curves.items())
+def _grid(curves: dict[str, Points], titles: dict[str, str], large: bool = False) -> Markup:
+    charts = (line_chart(curves[name], titles.get(name, name.replace("_", " "))) for name in curves)
     return tag("div", *charts, class_="charts large" if large else "charts")
 
 
-def line_chart(points: Points, name: str) -> Markup:
+def line_chart(points: Points, title: str) -> Markup:
     """One curve with axes and its last value above it. If there are many points, draws their
     running mean on a band from minimum to maximum.
     """
-    title = _TITLES.get(name, name.replace("_", " "))
     band, line = _thinned(points)
     axis_x = _ticks(0.0 if points[0, 0] >= 0 else points[0, 0], max(points[-1, 0], 1.0), 4)
     low, high = _padded(points[:, 1])
@@ -218,16 +218,3 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
     first = math.floor(low / step)
     return [float(f"{(first + i) * step:.12g}") for i in range(count + 3)]
-
-
-def number(value: float) -> str:
-    """A value as text: 12,000, 49.7, 0.0423, 2e-6."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 0.001:
-        return f"{float(f'{value:.4g}'):g}"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"

@@ -1,10 +1,11 @@
-"""Caveats that a reader should know before trusting the numbers."""
+"""Caveats that a reader should know before trusting the numbers; `eval.verdict` judges these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dino_lite.report.story import Result, Story, results_of
+from dino_lite.eval.verdict import unreadable_line
+from dino_lite.report.story import Story, results_of
 
 
 def doubts(story: Story) -> list[str]:
@@ -13,7 +14,6 @@ def doubts(story: Story) -> list[str]:
         *_unfinished(story),
         *_skipped(story),
         *_alarms(story),
-        *(sentence for result in results_of(story.results) for sentence in _learned(result)),
         *_unreadable(story),
         *story.missing,
     ]
@@ -47,37 +47,18 @@ def _skipped(story: Story) -> Iterator[str]:
 
 
 def _alarms(story: Story) -> Iterator[str]:
-    """Warnings that the run issued during training (Run.add_warnings)."""
+    """Warnings that the run issued during training (Run.add_warnings), unless the verdict holds
+    them.
+    """
+    if story.results.get("trained") or story.results.get("finished"):
+        return
     for warning in story.results.get("warnings") or ():
         yield f"At step {warning['step']:,}, {warning['text']}"
 
 
-def _learned(result: Result) -> Iterator[str]:
-    """Accuracies that do not exceed a baseline."""
-    found = result.found
-    if found.get("unit") != "%":
-        return
-    others = found.get("baselines") or {}
-    names = {"untrained": "the untrained network", "raw pixels": "raw pixels"}
-    above = [
-        f"{names.get(title, title)} ({other['value']:.2f} %)"
-        for title, other in others.items()
-        if isinstance(other.get("value"), int | float) and other["value"] >= found["value"]
-    ]
-    if above:
-        yield (
-            f"{found['metric']} of the trained backbone, {found['value']:.2f} %, is not above "
-            f"that of {' and '.join(above)}: by this measure, nothing has been learned yet."
-        )
-
-
 def _unreadable(story: Story) -> Iterator[str]:
-    if story.bad_files:
-        many = len(story.bad_files)
-        yield (
-            f"{many:,} image{'' if many == 1 else 's'} could not be read, and others were "
-            "used instead: bad_files.csv lists the reasons."
-        )
+    if line := unreadable_line(len(story.bad_files)):
+        yield line
     for result in results_of(story.results):
         if num := result.found.get("unreadable"):
             yield (

@@ -8,12 +8,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dino_lite.report.charts import curve_sections, number
+from dino_lite.eval.curves import PROTOTYPES, number
+from dino_lite.eval.verdict import judge, prototypes_text, verdict
+from dino_lite.report.charts import curve_sections
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
 from dino_lite.report.story import Story, results_of
 from dino_lite.report.thumbnails import find_pictures, picture_figures
-from dino_lite.report.worth import value_of, worth_section
+from dino_lite.report.worth import title_of, value_of, worth_section
 from dino_lite.version import __version__
 
 _LISTED = 20  # unreadable files shown
@@ -37,7 +39,13 @@ def page(story: Story, now: datetime) -> str:
     shown = [(key, title, content) for key, title, content in sections if content]
     links = [tag("a", title, href=f"#{key}") for key, title, _ in shown]
     body = join(
-        tag("header", _headline(story), _tiles(story), tag("nav", *links, aria_label="Sections")),
+        tag(
+            "header",
+            _headline(story),
+            _verdict(story),
+            _tiles(story),
+            tag("nav", *links, aria_label="Sections"),
+        ),
         tag("main", _doubts(warnings, story), *(_section(*section) for section in shown)),
         tag("footer", f"Written by dino_lite {__version__} on {now:%Y-%m-%d at %H:%M}."),
     )
@@ -65,6 +73,20 @@ def _headline(story: Story) -> Markup:
     )
 
 
+def _verdict(story: Story) -> Markup:
+    """The sentences with which a run ended, and those about other results with baselines."""
+    done = story.results.get("trained") or story.results.get("finished")
+    lines = verdict(story.results, story.curves) if done else []
+    results = results_of(story.results)
+    several = len({result.checkpoint for result in results}) > 1
+    for result in results:
+        judgment = judge(result.found | {"metric": title_of(result, several)})
+        if judgment is not None and f"{judgment.text}." not in lines:
+            lines.append(f"{judgment.text}.")
+    told = [tag("p", f"{line[0].upper()}{line[1:]}".replace(" %", "\u00a0%")) for line in lines]
+    return tag("div", *told, class_="verdict") if told else Markup()
+
+
 def _tiles(story: Story) -> Markup:
     """The most important numbers."""
     tiles: list[tuple[str, str, str]] = []
@@ -75,16 +97,18 @@ def _tiles(story: Story) -> Markup:
         others = (found.get("baselines") or {}).items()
         beside = ", ".join(f"{title} {value_of(o, found)}" for title, o in others)
         tiles.append((found.get("metric", name), value_of(found, found), beside))
-    if "loss" in story.curves:
-        points = story.curves["loss"]
-        begun = f"{number(points[0, 1])} at the start"
-        tiles.append(("Loss", number(points[-1, 1]), begun))
     steps, batch = story.results.get("steps"), story.at("loader.batch_size")
     if isinstance(steps, int):
         tiles.append(("Optimizer steps", f"{steps:,}", f"of {batch} images" if batch else ""))
     if isinstance(seconds := story.results.get("train_seconds"), int | float):
         device = (story.environment.get("machine") or {}).get("device") or ""
         tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
+    if "prototype_perplexity" in story.curves:
+        value, _, total = prototypes_text(story.curves).partition(" ")
+        tiles.append((PROTOTYPES, value, total))
+    if "loss" in story.curves:
+        last = number(story.curves["loss"][-1, 1])
+        tiles.append(("Loss", last, "not a measure of quality"))
     told = [
         tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", text)))
         for name, value, text in tiles

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ import numpy as np
 
 from dino_lite.config import Config, compose, differences, get, load, unquote
 from dino_lite.contracts import Trust, UserError
+from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import read_curves
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths, requested
@@ -83,7 +83,7 @@ def _of_run(run: Run, trust: Trust) -> Story:
         environment=environment,
         results=tried(run.results, nothing),
         curves=tried(lambda: read_curves(run.folder / "metrics.csv"), {}),
-        bad_files=_bad_files(run.folder / "bad_files.csv"),
+        bad_files=run.unreadable(),
         about={},
         command=reproduce(config, environment.get("request"), trust),
         missing=missing,
@@ -162,8 +162,8 @@ def results_of(results: Mapping[str, Any]) -> list[Result]:
         if _is_result(value)
     ]
     known = {(result.name, "baselines" in result.found) for result in found}
-    if "knn_trained" in results and ("knn", True) not in known:
-        found.append(Result("knn", "last", _floors(results)))
+    if (known_knn := knn_result(results)) and ("knn", True) not in known:
+        found.append(Result("knn", "last", known_knn))
     return found
 
 
@@ -174,24 +174,3 @@ def _is_result(value: Any) -> bool:
         and "metric" in value
         and isinstance(value.get("value"), int | float)
     )
-
-
-def _floors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The k-NN accuracy in results.json, with raw pixels and the untrained network as baselines."""
-    names = {"raw pixels": "knn_raw_pixels", "untrained": "knn_untrained"}
-    return {
-        "metric": "k-NN top-1",
-        "value": results["knn_trained"],
-        "unit": "%",
-        "protocol": results.get("knn_protocol", ""),
-        "baselines": {
-            title: {"value": results[key]} for title, key in names.items() if key in results
-        },
-    }
-
-
-def _bad_files(path: Path) -> list[list[str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return [row for row in csv.reader(file) if row][1:]

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dino_lite.eval.results import amount, interval, short
+from dino_lite.eval.verdict import judge
 
 _WIDTH = 120  # columns, if the output is not a terminal
 
@@ -39,9 +40,13 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
         for key, found in subjects[name].items():
             title = f"{name}, {key}" if name else key
             console.print(Text.assemble((title, "bold"), f": {found['protocol']}"))
+            for note in found.get("notes", ()):
+                console.print(f"  note: {note}", highlight=False)
             if found["unreadable"]:
                 told = f"  {found['unreadable']} images could not be read and are excluded"
                 console.print(told, highlight=False)
+            if judgment := judge(found):
+                console.print(f"  {judgment.text}", highlight=False)
             if found.get("table"):
                 console.print(_records(found["table"]))
 
@@ -68,6 +73,8 @@ def print_comparison(rows: Sequence[Any]) -> None:
         each = [row.results[key] for row in rows if key in row.results]
         told = f": {found['protocol']}{_settings(*each)}"
         console.print(Text.assemble((key, "bold"), told))
+        for note in found.get("notes", ()):
+            console.print(f"  note: {note}", highlight=False)
     if any(found["interval"] for found in rows[0].results.values()):
         console.print(Text("from .. to: 95 % interval of the mean over test images", "dim"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dino_lite.eval.curves import number
 from dino_lite.eval.results import amount, interval, short
-from dino_lite.report.charts import number
 from dino_lite.report.markup import Markup, folded, join, table, tag
 from dino_lite.report.story import Result
 
@@ -26,7 +26,7 @@ class _Line(NamedTuple):
 def worth_section(results: list[Result]) -> Markup:
     """All evaluations with their baselines, protocols and further details."""
     if not results:
-        told = "No results yet: dino-lite evaluate checkpoint=… adds them."
+        told = "No results yet: with labels, dino-lite evaluate checkpoint=… adds them."
         return tag("p", told, class_="note")
     several = len({result.checkpoint for result in results}) > 1
     lines = [line for result in results for line in _lines(result, several)]
@@ -120,6 +120,7 @@ def _protocol(result: Result, several: bool) -> Markup:
     found = result.found
     settings = ", ".join(f"{key} = {short(v)}" for key, v in (found.get("settings") or {}).items())
     told = "; ".join(part for part in (str(found.get("protocol", "")), settings) if part)
+    told = "; ".join([told, *(found.get("notes") or ())])
     parts = [tag("h3", title_of(result, several)), tag("p", told, class_="note")]
     records = found.get("table")
     if isinstance(records, list) and records and all(isinstance(r, dict) for r in records):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ class Run:
         self.config_file = folder / "config.yaml"
         self.environment_file = folder / "environment.json"
         self.results_file = folder / "results.json"
+        self.bad_files = folder / "bad_files.csv"  # path, reason
         self.checkpoints = folder / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
 
@@ -68,6 +70,13 @@ class Run:
     def add_results(self, results: dict[str, Any]) -> None:
         """Merge `results` into results.json."""
         merge_json(self.results_file, lambda before: before | results)
+
+    def unreadable(self) -> list[list[str]]:
+        """Path and reason of the images that could not be read."""
+        if not self.bad_files.is_file():
+            return []
+        with self.bad_files.open(newline="", encoding="utf-8", errors="replace") as file:
+            return [row for row in csv.reader(file) if row][1:]
 
     def add_warnings(self, warnings: list[dict[str, Any]]) -> None:
         """Store the latest warning of each kind under "warnings" in results.json."""
