@@ -326,3 +326,96 @@ def test_order_is_that_of_whole_paths(tmp_path: Path) -> None:
     found = [source.name(i).removeprefix(f"{tmp_path}/") for i in range(len(source))]
     assert found == sorted(found)
     assert len(found) == 6
+
+
+# ------------------------------------------------------------------------- what is left out or in
+
+
+def test_patterns_take_in_and_leave_out(tmp_path: Path) -> None:
+    """Folders and files at any depth, whatever their case; masks only if so asked."""
+    fill(tmp_path, "images/1.png", "images/2_mask.PNG", "images/raw/3.png", "masks/1.png")
+    splits = open_folder(tmp_path)
+    assert names(splits.train) == ["1.png", "2_mask.PNG", "3.png"]
+    assert splits.left_out[0].startswith("1 image was left out as masks or annotations (masks)")
+    excluded = open_folder(tmp_path, exclude="[*_mask.png,RAW/**]")
+    assert names(excluded.train) == ["1.png"]
+    assert excluded.left_out == splits.left_out
+    assert len(open_folder(tmp_path, exclude="none").train) == 4
+    assert len(open_folder(tmp_path, exclude=["none", "images/raw"]).train) == 3
+    assert names(open_folder(tmp_path, train="masks").train) == ["1.png"]
+    told = sentence(open_folder, tmp_path, train="mask")
+    assert "data.train=mask matches no folder with images" in told
+    assert "images, images/raw, masks" in told
+    assert "data.test=x" in sentence(open_folder, tmp_path, test="x")
+    assert "data.train=none" in sentence(open_folder, tmp_path, train="none")
+
+
+def test_class_levels(tmp_path: Path) -> None:
+    """The kingdom, the species, and no class at all."""
+    fill(
+        tmp_path,
+        *(f"train/{k}/{s}/{i}.png" for k in "ab" for s in (f"{k}x", f"{k}y") for i in "12"),
+    )
+    assert set(classes(open_folder(tmp_path).train) or []) == {"a", "b"}
+    for level in (1, -1):
+        found = classes(open_folder(tmp_path, class_level=level).train)
+        assert set(found or []) == {"ax", "ay", "bx", "by"}
+    assert open_folder(tmp_path, class_level=2).train.labels is None
+
+
+def test_folders_of_the_system_are_not_looked_into(tmp_path: Path) -> None:
+    """Those of disk stations hold several folders for each image; it may be forbidden, too."""
+    fill(tmp_path, "cat/1.jpg", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/2.jpg")
+    (tmp_path / "lost+found").mkdir(mode=0)
+    listed: list[bytes] = []
+    scandir = os.scandir
+
+    def seen(path: bytes) -> Any:
+        listed.append(path)
+        return scandir(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk_module.os, "scandir", seen)
+        assert names(open_folder(tmp_path).train) == ["1.jpg"]
+    assert [os.path.basename(path) for path in listed] == [os.fsencode(tmp_path.name), b"cat"]
+    assert len(open_folder(tmp_path, exclude=["none", "lost+found"]).train) == 3
+
+
+def test_other_files_cost_no_system_call(tmp_path: Path) -> None:
+    """Thousands of texts beside the images; nor do images, where the listing tells their kind."""
+    fill(tmp_path, "a.png", "b.png")
+    for i in range(50):
+        (tmp_path / f"{i}.txt").write_text("")
+    calls: list[Any] = []
+    stat = os.stat
+
+    def counted(path: Any, **more: Any) -> Any:
+        calls.append(path)
+        return stat(path, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "stat", counted)
+        open_auto(tmp_path)
+    assert not [path for path in calls if os.fsdecode(path).endswith((".txt", ".png"))]
+
+
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    """With what reads them, or how to say that they do not matter."""
+    fill(tmp_path, "1.png")
+    for name in ("1.CR2", "2.nef", "3.JXL"):
+        (tmp_path / name).write_bytes(b"x")
+    told = open_folder(tmp_path).left_out[0]
+    assert told.startswith("3 images were left out, as .cr2, .jxl, .nef")
+    assert "data.exclude='[*.cr2,*.jxl,*.nef]'" in told
+    assert open_folder(tmp_path, exclude="[*.cr2,*.jxl,*.nef]").left_out == ()
+    (tmp_path / "1.png").unlink()
+    assert "convert them" in sentence(open_auto, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "deep/down/a.7z"])
+def test_a_folder_of_archives_is_told_to_be_unpacked(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    told = sentence(open_auto, tmp_path)
+    assert name in told
+    assert "unpack" in told

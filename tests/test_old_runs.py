@@ -20,8 +20,13 @@ from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, load, put, save
 from dino_lite.contracts import UserError
+from dino_lite.data.sources import digest
+from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.old_names import CLASSES, current
+from dino_lite.runs.resume import check_data
+from dino_lite.runs.run import Run
+from images import fill
 
 OLD = Path(__file__).parent / "old"
 RUNS = sorted(path.name for path in (OLD / "runs").iterdir())
@@ -188,3 +193,25 @@ def test_a_callback_that_was_removed_stays_removed(runs_dir: Path) -> None:
     run_pretrain(compose("pretrain", continued(runs_dir, name, "~callbacks.pictures")))
     saved = load(runs_dir / name / "config.yaml")
     assert {"pictures", "stop"} & saved["callbacks"].keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("files", "before"),
+    [
+        (["train/a/1.png", "valid/a/2.png"], ["train/a/1.png", "valid/a/2.png"]),
+        (["images/1.png", "masks/1.png"], ["images/1.png", "masks/1.png"]),
+        (["train/1.png", "train/masks/1.png", "val/2.png"], ["1.png", "masks/1.png"]),
+    ],
+)
+def test_data_that_this_version_reads_differently_is_not_called_changed(
+    tmp_path: Path, files: list[str], before: list[str]
+) -> None:
+    """`before`: the paths whose digest an earlier version stored."""
+    node = {"_target_": "dino_lite.data.folder.open_folder", "root": str(fill(tmp_path, *files))}
+    card = {"num_images": len(before), "digest": digest([name.encode() for name in before])}
+    with pytest.raises(UserError, match=r"the data is the same.* reads 1 images .*data\.exclude"):
+        check_data(Run(tmp_path / "run"), card, node, open_splits(node))
+    (tmp_path / files[0]).unlink()
+    fill(tmp_path, "train/new.png")
+    with pytest.raises(UserError, match="the data has changed"):
+        check_data(Run(tmp_path / "run"), card, node, open_splits(node))

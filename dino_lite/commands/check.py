@@ -141,7 +141,8 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
 def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     """The part of the report about individual images and labels."""
     how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
-    labels = splits.labels_from or f"data.labels={how}"
+    own = f"data.labels={how}" if splits.train.labels is not None else "the data has none"
+    labels = splits.labels_from or own
     described = {
         name: describe(source, found[name][1], 0 if size == "auto" else size)
         for name, source in _sources(splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import File
 from dino_lite.data.folder_names import matches
-from dino_lite.data.labels import NO_LABELS, NameList
+from dino_lite.data.labels import NO_LABELS, Named, NameList
 from dino_lite.data.list_columns import (
     Asked,
     Columns,
@@ -88,14 +88,39 @@ def open_files(
         raise UserError(
             f"data.root={where} is not a list of files: give one of {', '.join(SUFFIXES)}."
         )
-    below = _base(where, base)
-    chosen = select(train, test, exclude)
+    below, chosen = _base(where, base), select(train, test, exclude)
+    asked = Asked(path_column, label_column)
+    listed, why_unlabeled = _read_list(opener, where, below, asked, chosen.exclude)
+    parts = split_listed(where, listed, chosen, class_level)
+    for part in (parts.train, parts.test):
+        _check_protocols(opener, below, part)
+    origin = "data.labels=none"
+    of = NO_LABELS
+    if labels == "auto":
+        of, origin = parts.labels, parts.labels.origin
+        if of.train is None and why_unlabeled:
+            origin = f"{why_unlabeled}, and {origin}"
+    return Splits(
+        PathSource(below, parts.train, of.train, of.classes, channels, opener),
+        None
+        if parts.test is None
+        else PathSource(below, parts.test, of.test, of.classes, channels, opener),
+        PurePosixPath(_without_query(where)).stem,
+        tuple(parts.left_out),
+        origin,
+    )
+
+
+def _read_list(
+    opener: Remote, where: str, below: bytes, asked: Asked, exclude: Sequence[str]
+) -> tuple[dict[str | None, tuple[Paths, Named]], str]:
+    """Paths and labels of each split, and why there are no labels if there are none."""
     collected: dict[str | None, tuple[PathList, NameList]] = {}
     try:
         with _open_list(opener, where) as file:
-            found = _READERS[suffix](file, where, Asked(path_column, label_column), below)
+            found = _READERS[suffix_of(where)](file, where, asked, below)
             for path, label, split in found.rows:
-                if chosen.exclude and matches(os.fsdecode(path), chosen.exclude):
+                if exclude and matches(os.fsdecode(path), exclude):
                     continue
                 paths, names = collected.setdefault(split, (PathList(), NameList()))
                 paths.add(path)
@@ -107,24 +132,7 @@ def open_files(
     if not collected:
         raise UserError(f"{where} lists no image: check data.root.")
     listed = {split: (paths.paths(), names.named()) for split, (paths, names) in collected.items()}
-    parts = split_listed(where, listed, chosen, class_level)
-    for part in (parts.train, parts.test):
-        _check_protocols(opener, below, part)
-    origin = "data.labels=none"
-    of = NO_LABELS
-    if labels == "auto":
-        of, origin = parts.labels, parts.labels.origin
-        if of.train is None and found.why_unlabeled:
-            origin = f"{found.why_unlabeled}, and {origin}"
-    return Splits(
-        PathSource(below, parts.train, of.train, of.classes, channels, opener),
-        None
-        if parts.test is None
-        else PathSource(below, parts.test, of.test, of.classes, channels, opener),
-        PurePosixPath(_without_query(where)).stem,
-        tuple(parts.left_out),
-        origin,
-    )
+    return listed, found.why_unlabeled
 
 
 def suffix_of(root: str) -> str:

@@ -180,7 +180,7 @@ def describe_unread(found: Found) -> list[str]:
         kinds = {
             s.decode(): len(found.others.get(s.decode(), [])) for s in KNOWN if KNOWN[s] == cure
         }
-        kinds = {suffix: num for suffix, num in kinds.items() if num}
+        kinds = {suffix: num for suffix, num in sorted(kinds.items()) if num}
         if kinds:
             excluded = ",".join(f"*{suffix}" for suffix in kinds)
             sentences.append(

@@ -67,7 +67,8 @@ def read_layout(
     folders that are a split instead, see `matches`; an empty list: none.
     """
     top = folder_tree(folders)
-    left_out = _exclude(top, stems) if exclude else []
+    named = [pattern for pattern in (*(train or ()), *(test or ())) if pattern != "."]
+    left_out = _exclude(top, stems, named) if exclude else []
     places, names = _find_splits(top)
     asked = train is not None or test is not None
     _take(places, names, train, test)
@@ -105,8 +106,10 @@ def split_files(
 # ------------------------------------------------------------------------------------ exclusion
 
 
-def _exclude(top: FolderNode, stems: Stems) -> list[str]:
-    """Remove junk, and masks and the like, from the tree; sentences that count them."""
+def _exclude(top: FolderNode, stems: Stems, kept: Sequence[str]) -> list[str]:
+    """Remove junk, and masks and the like, from the tree, save those that match `kept`; sentences
+    that count them.
+    """
     removed: dict[str, list[tuple[str, int]]] = {}
     for node in top.walk():
         children = node.held()
@@ -116,7 +119,7 @@ def _exclude(top: FolderNode, stems: Stems) -> list[str]:
             what = "files of the system" if is_junk(child.name) else ""
             if child not in others and (images or _repeats(child, others, node, stems)):
                 what = "masks or annotations"
-            if what:
+            if what and not matches(child.path, kept):
                 removed.setdefault(what, []).append((child.name, child.total))
                 child.add(-child.total)
     return [

@@ -11,7 +11,6 @@ from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.parts import append_rows
-from dino_lite.data.statistics import why_no_labels
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.baselines import (
     KNN_KEYS,
@@ -117,7 +116,7 @@ def labels_from(splits: Splits, how: str | None) -> str:
     has no such key.
     """
     if not _has_labels(splits.train):
-        return f"no labels: {splits.labels_from or why_no_labels(splits.train, how)}"
+        return f"no labels: {splits.labels_from or 'the data has none'}"
     names = [str(name) for name in splits.train.classes]
     more = f" and {len(names) - _NUM_NAMED:,} more" if len(names) > _NUM_NAMED else ""
     origin = splits.labels_from or f"{', '.join(names[:_NUM_NAMED])}{more}"

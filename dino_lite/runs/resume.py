@@ -8,10 +8,12 @@ from typing import Any
 from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, Trust, UserError
 from dino_lite.planning.checks import mixes_images
+from dino_lite.planning.plan import open_splits
 from dino_lite.runs.identity import SPEED, changed_from_defaults
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
 from dino_lite.runs.trust import demand_trust, targets
+from dino_lite.settings.validate import locate, parameters
 
 _MISSING = object()
 
@@ -38,13 +40,7 @@ def resume_config(
     _check_request(run, current(before["request"]), request, config, planned)
     # The user's own configuration names the targets of `planned`.
     demand_trust({*targets(config)} - {*targets(planned)}, trust, run.config_file)
-    data = before["data"]
-    if (data["num_images"], data["digest"]) != (len(splits.train), splits.train.digest()):
-        raise UserError(
-            f"{run.folder} was trained on {data['num_images']} images, and the data has "
-            "changed since (now "
-            f"{len(splits.train)} images): restore it, or choose another name= for a new run."
-        )
+    check_data(run, before["data"], config["data"], splits)
     if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
         raise UserError(
             f"{run.folder} was trained in bf16, which this machine does not support: resume it "
@@ -62,6 +58,47 @@ def resume_config(
             config = put(config, name, get(planned, name))
     keeps = is_auto and old and (not new or old < new)
     return put(config, key, old) if keeps else config
+
+
+# How earlier versions read folders, lists and shards, in the settings of this one.
+_EARLIER = (
+    {"train": ".", "test": "none", "exclude": "none"},
+    {"train": "train", "exclude": "none"},
+    {"train": "*train*", "exclude": "none"},
+)
+
+
+def check_data(run: Run, before: Config, node: Config, splits: Splits) -> None:
+    """Raise UserError unless train is the one of `before`: with the true reason, either that the
+    data has changed, or that this version reads it differently.
+    """
+
+    def same(now: Splits) -> bool:
+        known = (before["num_images"], before["digest"])
+        return known == (len(now.train), now.train.digest())
+
+    def earlier(keys: dict[str, str]) -> bool:
+        if not keys.keys() <= parameters(locate(node["_target_"])).hints.keys():
+            return False
+        try:
+            return same(open_splits(node | keys))
+        except UserError:
+            return False
+
+    if same(splits):
+        return
+    num, was = len(splits.train), f"{run.folder} was trained on {before['num_images']:,} images"
+    if keys := next(filter(earlier, _EARLIER), None):
+        asked = " ".join(f"data.{key}={value}" for key, value in keys.items())
+        raise UserError(
+            f"{was}; the data is the same, but this version of dino_lite reads {num:,} images of "
+            f"it as train: choose another name= for a new run, which reads the data as before with "
+            f"{asked}."
+        )
+    raise UserError(
+        f"{was}, and the data has changed since (now {num:,} images): restore it, or choose "
+        "another name= for a new run."
+    )
 
 
 def _check_request(
