@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lite import config as cli
-from dino_lite.config import compose, parses
-from dino_lite.contracts import UserError
+from dino_lite.config import compose
+from dino_lite.errors import UserError
+from dino_lite.overrides import parses, quote, quote_override
 
 AWKWARD = [
     "/a b/c",
@@ -37,15 +37,15 @@ AWKWARD = [
 @pytest.mark.parametrize("value", AWKWARD)
 def test_root_reaches_the_configuration_as_it_was_typed(value: str) -> None:
     """Whatever a shell can hand over as data.root arrives unchanged (null means none)."""
-    config = compose("pretrain", [cli.quote_override(f"data.root={value}")])
+    config = compose("pretrain", [quote_override(f"data.root={value}")])
     assert config["data"]["root"] == (None if value == "null" else value)
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
 def test_quoting_loses_no_character(value: str) -> None:
     """Any printable text survives quoting and Hydra's grammar."""
-    assert parses(f"data.root={cli.quote(value)}")
-    assert compose_root(cli.quote(value)) == value
+    assert parses(f"data.root={quote(value)}")
+    assert compose_root(quote(value)) == value
 
 
 def compose_root(quoted: str) -> str:
@@ -71,17 +71,17 @@ def compose_root(quoted: str) -> str:
 )
 def test_what_hydra_understands_is_left_alone(argument: str) -> None:
     """Numbers, lists, flags, sweeps and deletions keep their meaning."""
-    assert cli.quote_override(argument) == argument
+    assert quote_override(argument) == argument
 
 
 def test_values_hydra_cannot_parse_are_quoted() -> None:
     """A value outside the grammar becomes a string instead of an error."""
-    assert cli.quote_override("augment.note=a{b") == "augment.note='a{b'"
+    assert quote_override("augment.note=a{b") == "augment.note='a{b'"
 
 
 def test_name_that_looks_like_a_number_stays_a_name() -> None:
     """name=1 names a run 1."""
-    assert compose("pretrain", [cli.quote_override("name=007")])["name"] == "007"
+    assert compose("pretrain", [quote_override("name=007")])["name"] == "007"
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
