@@ -36,7 +36,7 @@ SPEED = (
 _NUM_NAMED = 100  # classes
 _PATHS = (".base", ".pretrained", "checkpoint")
 _FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
-_ABSENT = "(absent)"
+ABSENT = "(absent)"
 
 
 def is_speed(key: str) -> bool:
@@ -86,7 +86,7 @@ def changed_from_defaults(request: Config) -> Config:
     in another choice, if its value there is the constructor's own default.
     """
     bare = defaults()
-    changed = {k: v for k, v in request.items() if bare.get(k, _default(request, k)) != v}
+    changed = {k: v for k, v in request.items() if bare.get(k, default_of(request, k)) != v}
     present = {node for key in request for node in _nodes(key)}
     for key in bare.keys() - request.keys():
         missing = next((node for node in _nodes(key) if node not in present), None)
@@ -94,15 +94,15 @@ def changed_from_defaults(request: Config) -> Config:
             continue
         parent = missing.rpartition(".")[0]
         if f"{parent}._target_" not in changed:  # another class is expected to have other keys
-            changed[missing] = _ABSENT
+            changed[missing] = ABSENT
     return changed
 
 
-def _default(request: Config, key: str) -> Any:
+def default_of(request: Config, key: str) -> Any:
     """The default of a dotted key in the constructor that takes it."""
     parent, _, name = key.rpartition(".")
     target = request.get(f"{parent}._target_")
-    found = _ABSENT if target is None else parameters(locate(target)).defaults.get(name, _ABSENT)
+    found = ABSENT if target is None else parameters(locate(target)).defaults.get(name, ABSENT)
     return list(found) if isinstance(found, tuple) else found
 
 
