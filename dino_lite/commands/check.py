@@ -27,6 +27,7 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.inspection import Inspected, inspect
+from dino_lite.data.names import file_name, safe_name
 from dino_lite.data.pack import check_target, write_shards
 from dino_lite.data.parts import append_rows
 from dino_lite.data.statistics import (
@@ -75,8 +76,7 @@ def run_check(config: Config) -> dict[str, Any]:
     if config["pack"]:
         check_target(Path(config["pack"]))
     splits = open_splits(config["data"])
-    title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
-    out = Path(config["out"] or Path("checks") / title)
+    out = Path(config["out"] or Path("checks") / file_name(safe_name(splits.name, "-._")))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.names import file_name
 from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
 from dino_lite.data.sources import reason
@@ -52,7 +53,7 @@ def write_shards(
     The folder must not exist, or be empty; it appears once everything is written. Raises UserError.
     """
     folder = check_target(folder)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(file_name(folder.name, f".{os.getpid()}.part"))
     try:
         part.mkdir(parents=True)
         shards = _write_all(splits, part, max_bytes, progress or (lambda num: None))

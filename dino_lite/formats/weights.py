@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -19,6 +24,7 @@ from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, sp
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 
+_SECONDS_TO_ANSWER = 5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -77,7 +83,7 @@ def open_timm(name: str) -> Opened:
     spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _one_try(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # from the network, the hub, its cache, or missing weights
         raise UserError(
@@ -86,6 +92,27 @@ def open_timm(name: str) -> Opened:
         ) from error
     found = _find(dict(model.state_dict()), {"architecture": name}, asked)
     return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Let huggingface_hub read only its cache, at once, if its server does not answer in a few
+    seconds: it would try five times for each of several files, and say so each time.
+    """
+    before = constants.HF_HUB_OFFLINE
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_ANSWER)
+    except Exception:  # of one of several libraries for HTTP
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logger.setLevel(level)
 
 
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dino_lite.config import Config, compose, get, leaves
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data.names import LONGEST, file_name, safe_name
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import mixes_images
@@ -135,6 +136,11 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
             raise UserError(
                 f"name={name}: must be the name of a folder, without slashes or a leading dot."
             )
+        if (size := len(os.fsencode(name))) > LONGEST:
+            raise UserError(
+                f"name={name[:20]}…: {size} bytes are too long for the name of a folder: choose a "
+                f"name of at most {LONGEST}."
+            )
         return name
     identity = json.dumps(changed_from_defaults(request), sort_keys=True)
     digest = hashlib.sha1(identity.encode()).hexdigest()[:6]
@@ -142,5 +148,4 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     method = config.get("choices", {}).get("method", method).rpartition("/")[2]
     family = str(config["backbone"]["_target_"]).rpartition(".")[2].lower()
     backbone = str(config["backbone"].get("name", family)).partition("_patch")[0]
-    source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
-    return f"{method}_{source}_{backbone}_{digest}"
+    return file_name(f"{method}_{safe_name(facts.source)}", f"_{backbone}_{digest}")
