@@ -40,6 +40,7 @@ from dino_lite.data.statistics import (
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
+from dino_lite.data.wording import count
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
 from dino_lite.methods.clock import Clock
@@ -253,7 +254,7 @@ def _pack(splits: Splits, folder: Path) -> None:
     """Write the data as tar shards, and print how to train on them."""
     with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
         shards = write_shards(splits, folder, progress=progress)
-    print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")
+    print(f"{count(len(shards), 'shard')} in {folder}: dino-lite pretrain data.root={folder}")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
 from dino_lite.data.sources import reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
+from dino_lite.data.wording import count
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
 MAX_BYTES = 256 * 2**20
@@ -78,7 +79,9 @@ def _write_all(
         if source is not None:
             shards += _write_split(source, split, folder, max_bytes, progress)
     if not shards:
-        raise UserError(f"None of the {len(splits.train)} images can be read: check data.root.")
+        raise UserError(
+            f"None of {count(len(splits.train), 'image')} can be read: check data.root."
+        )
     indexes = []
     for shard in shards:
         with open(folder / shard, "rb") as file:

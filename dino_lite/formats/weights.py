@@ -20,6 +20,7 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.wording import count
 from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
@@ -118,7 +119,11 @@ def _one_try() -> Iterator[None]:
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
     found = find_backbone(tensors, about)
     if found is None:
-        shown = f"{len(tensors)} tensors, the first {next(iter(tensors))}" if tensors else "none"
+        shown = (
+            f"{count(len(tensors), 'tensor')}, the first {next(iter(tensors))}"
+            if tensors
+            else "none"
+        )
         raise UserError(f"{asked} holds no backbone: {LOOKED_FOR}, and found {shown}.")
     return found
 
@@ -187,7 +192,7 @@ def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
             else ""
         )
         raise UserError(
-            f"{asked} does not fit the backbone: {len(missing)} weights "
+            f"{asked} does not fit the backbone: {count(len(missing), 'weight')} "
             f"missing, {len(extra)} "
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
@@ -206,7 +211,7 @@ def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
         return learned
     if found != 3:
         raise UserError(
-            f"{asked} takes images of {found} channels, the backbone "
+            f"{asked} takes images of {count(found, 'channel')}, the backbone "
             f"{in_chans}: only weights for 3 can be adapted, so set data.channels={found}."
         )
     adapted: Tensor = adapt_input_conv(in_chans, learned)

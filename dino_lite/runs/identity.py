@@ -121,6 +121,7 @@ def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
         "digest": splits.train.digest(),
         "num_test": facts.num_test,
         "size": [facts.width, facts.height, facts.channels],
+        "sizes": facts.sizes,
         "num_classes": facts.num_classes,
         "classes": splits.train.classes[:_NUM_NAMED],
     }
