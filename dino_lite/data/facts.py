@@ -110,7 +110,7 @@ def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
             return image
         first = first or image
     raise UserError(
-        f"None of {count(len(source), 'image')} can be read, the first being {first}; repair "
+        f"None of the {count(len(source), 'image')} can be read, the first being {first}; repair "
         "them, or check data.root."
     )
 

@@ -79,9 +79,8 @@ def _write_all(
         if source is not None:
             shards += _write_split(source, split, folder, max_bytes, progress)
     if not shards:
-        raise UserError(
-            f"None of {count(len(splits.train), 'image')} can be read: check data.root."
-        )
+        images = count(len(splits.train), "image")
+        raise UserError(f"None of the {images} can be read: check data.root.")
     indexes = []
     for shard in shards:
         with open(folder / shard, "rb") as file:

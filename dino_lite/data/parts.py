@@ -177,7 +177,7 @@ class BadFiles:
     def _stop(self) -> None:
         total, num_bad = len(self.source), len(self.reasons)
         if num_bad == total:
-            what = f"None of {count(total, 'image')} can be read"
+            what = f"None of the {count(total, 'image')} can be read"
         else:
             what = f"{num_bad} of the {total} images cannot be read, more than "
             what += f"loader.max_bad_fraction={self.max_fraction:g} allows"

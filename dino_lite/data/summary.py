@@ -81,7 +81,8 @@ def speed_table(speed: dict[str, Any]) -> str:
         (
             "loading",
             f"{feeders(loading['num_workers'])} {loading['images_per_second']:,.0f} images/s "
-            f"({loading['images_per_second_of_one']:,.0f} a process, {count(loading['num_cores'], 'core')})",
+            f"({loading['images_per_second_of_one']:,.0f} a process, "
+            f"{count(loading['num_cores'], 'core')})",
         ),
         (
             "training",

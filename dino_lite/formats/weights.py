@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from timm.models import adapt_input_conv
 from torch import Tensor
 

@@ -160,14 +160,14 @@ def _check_channels(config: Config, facts: Facts) -> None:
     in_chans = setting(config, "backbone.in_chans", facts.channels)
     if in_chans != facts.channels:
         raise UserError(
-            f"backbone.in_chans={in_chans}: the images have {count(facts.channels, 'channel')}; remove this "
-            f"setting, or set data.channels={in_chans}."
+            f"backbone.in_chans={in_chans}: the images have {count(facts.channels, 'channel')}; "
+            f"remove this setting, or set data.channels={in_chans}."
         )
     for name in ("mean", "std"):
         if len(values := config["normalize"].get(name, [])) != facts.channels:
             raise UserError(
-                f"normalize.{name}={values}: must be a list of {count(facts.channels, 'number')}, one per "
-                "channel, or auto."
+                f"normalize.{name}={values}: must be a list of {count(facts.channels, 'number')}, "
+                "one per channel, or auto."
             )
 
 

@@ -69,7 +69,7 @@ def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:
         if groups and method:  # what they choose differs from the defaults beside this method
             bare = dict(leaves(compose("pretrain", [f"method={method}"])))
             given |= {key for key, value in new.items() if bare.get(key, ABSENT) != value}
-    other = {}
+    other: dict[str, str] = {}
     for key in sorted(given):
         value, its = (now.get(key, default_of(now, key)) for now in (new, old))
         if value not in ("auto", its) and not any(_is_below(key, above) for above in other):

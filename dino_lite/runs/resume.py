@@ -44,7 +44,8 @@ def resume_config(
         raise UserError(
             f"{run.folder} was trained on {count(data['num_images'], 'image')}, and the data has "
             "changed since (now "
-            f"{count(len(splits.train), 'image')}): restore it, or choose another name= for a new run."
+            f"{count(len(splits.train), 'image')}): restore it, or choose another name= for a new "
+            "run."
         )
     if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
         raise UserError(
