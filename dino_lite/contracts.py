@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from dino_lite.errors import UserError as UserError  # apart, since it needs no torch
+from dino_lite.errors import Interrupted as Interrupted  # apart, since they need no torch
+from dino_lite.errors import UserError as UserError
 
 Trust = Sequence[str] | None  # packages that may be imported when a file names their code
 Memory = Literal["high", "normal", "low"]  # how much is saved for the backward pass

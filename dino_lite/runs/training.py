@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from dino_lite.config import Config, put, save
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.wording import count
 from dino_lite.machine import Facts
@@ -69,7 +69,7 @@ def _fit(
         last = str(run.last) if resuming else None
         trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
     except SystemExit:  # raised by Lightning after Ctrl-C
-        raise UserError(
+        raise Interrupted(
             f"{run.folder} was interrupted; run the same command to resume it."
         ) from None
     except (RuntimeError, MemoryError) as error:
