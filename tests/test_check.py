@@ -190,8 +190,8 @@ def test_one_image_is_enough_to_check(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", ["a.png"])
     report = look(tmp_path, f"data.root={data}")
     assert report["ok"]
-    assert "loader.batch_size=8 is more than the 1 images" in told(report)
-    assert "1 images are few" in told(report)
+    assert "loader.batch_size=8 is more than 1 image" in told(report)
+    assert "1 image: few to learn" in told(report)
 
 
 def test_npz_works_and_gray_images_get_a_hint(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_good_set_leaves_nothing_to_say() -> None:
         ({"num_small": 600}, "with a side below augment.global_size=224"),
         ({"num_blank": 60}, "of a single color"),
         ({"num_gray": 4900}, "augment=grayscale"),
-        ({"num_images": 100}, "loader.batch_size=256 is more than the 100 images"),
+        ({"num_images": 100}, "loader.batch_size=256 is more than 100 images"),
     ],
 )
 def test_each_property_of_the_pixels_has_its_sentence(changes: dict[str, Any], words: str) -> None:
@@ -493,7 +493,7 @@ def test_each_property_of_the_pixels_has_its_sentence(changes: dict[str, Any], w
     ("changes", "words"),
     [
         ({"num_with_one_image": 2}, "2 classes of train with one image"),
-        ({"num_without_image": 1}, "1 classes are in test alone"),
+        ({"num_without_image": 1}, "1 class in test alone"),
         ({"min": 5, "max": 100}, "The largest class has 100 images, the smallest 5"),
     ],
 )
