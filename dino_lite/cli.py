@@ -17,8 +17,10 @@ COMMANDS = {
     "report": "write an HTML page about a run",
     "export": "write the backbone in a format that other programs read",
 }
-USAGE = "usage: dino-lite COMMAND [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n" + "".join(
-    f"  {name:10s} {what}\n" for name, what in COMMANDS.items()
+USAGE = (
+    "usage: dino-lite COMMAND [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"
+    + "".join(f"  {name:10s} {what}\n" for name, what in COMMANDS.items())
+    + "\nWhat a command does, its settings and examples: dino-lite COMMAND --help\n"
 )
 
 
@@ -33,15 +35,42 @@ def main() -> None:
 
         print(f"dino-lite {__version__}")
         return
+    if command in ("-sc", "--shell-completion"):  # the command is in the line to complete
+        command, arguments = _complete(os.environ.get("COMP_LINE", "")), [command, *arguments]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
         print(f"dino-lite: unknown command {command}: {hint}", file=sys.stderr)
         sys.exit(2)
-    from dino_lite.config import quote_override  # imports Hydra, which --help does not need
+    # What follows imports Hydra, but not torch, which takes seconds.
+    from dino_lite.config import check_overrides
+    from dino_lite.config import command as command_of
+    from dino_lite.errors import user_errors
+    from dino_lite.overrides import quoted, read_flags, shows_only
 
+    with user_errors():
+        arguments = quoted(arguments)
+        flags = read_flags(arguments)
+        if shows_only(flags):
+            sys.argv[1:] = arguments
+            command_of(command)(lambda config: None)()
+            return
+        check_overrides(command, flags)
     os.environ["PYTHONSAFEPATH"] = "1"  # do not import, say, timm.py from the user's folder
-    line = [sys.executable, "-m", f"dino_lite.commands.{command}", *map(quote_override, arguments)]
+    line = [sys.executable, "-m", f"dino_lite.commands.{command}", *arguments]
     if os.name == "posix":
         os.execv(sys.executable, line)
     sys.exit(subprocess.call(line))
+
+
+def _complete(line: str) -> str:
+    """The command in the `line` that a shell completes; without it, `line` is as Hydra expects it.
+    While the command itself is being typed, print those that fit and exit.
+    """
+    script, _, rest = line.partition(" ")
+    command, space, rest = rest.lstrip().partition(" ")
+    if script and not (space and command in COMMANDS):
+        print(" ".join(name for name in COMMANDS if not space and name.startswith(command)))
+        sys.exit()
+    os.environ["COMP_LINE"] = f"{script} {rest}"
+    return command or "pretrain"  # to install or uninstall, any

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import errno
 import functools
 import inspect
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate, chain
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino_lite.contracts import UserError
+from dino_lite.errors import UserError, user_errors
+from dino_lite.overrides import quote, quote_override, read_flags
+from dino_lite.sweep import Sweep, jobs_of
 
 Config = dict[str, Any]
-# Keys whose values are always taken as strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
-_VERBATIM = re.compile(
-    r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
-)
-_PLAIN = re.compile(r"[\w./+-]*")
-# Hydra's flags that affect what is composed; --cfg, so that -c is not parsed as -cd.
-_FLAGS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-_FLAGS.add_argument("--config-dir", "-cd")
-_FLAGS.add_argument("--config-name", "-cn")
-_FLAGS.add_argument("--cfg", "-c")
-_FLAGS.add_argument("--multirun", "-m", action="store_true")
 
 
 def config_dir() -> Path:
@@ -50,60 +44,33 @@ def config_dir() -> Path:
     )
 
 
-def quote(value: str) -> str:
-    """`value` as a quoted string of Hydra's override grammar."""
-    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)
-    escaped = re.sub(r"(\\+)$", lambda m: m[1] * 2, escaped)
-    return "'" + escaped.replace("${", r"\${") + "'"
-
-
-def quote_override(argument: str) -> str:
-    """`argument` with its value quoted if Hydra's grammar would reject or change it."""
-    match = re.fullmatch(r"([+~]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
-    if match is None or argument.startswith("-"):
-        return argument
-    key, value = match[1], match[2]
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if quoted or value in ("", "null"):
-        return argument
-    if _VERBATIM.fullmatch(key.lstrip("+~")):
-        return f"{key}={quote(value)}"
-    if _PLAIN.fullmatch(value):
-        return argument
-    return argument if parses(argument) else f"{key}={quote(value)}"
-
-
-def unquote(override: str) -> str:
-    """Undo `quote_override`."""
-    key, _, value = override.partition("=")
-    if not value.startswith("'"):
-        return override
-    plain = f"{key}={OverridesParser.create().parse_overrides([override])[0].value()}"
-    return plain if quote_override(plain) == override else override
-
-
-def parses(override: str) -> bool:
-    """Whether `override` follows Hydra's grammar."""
-    try:
-        OverridesParser.create().parse_overrides([override])
-    except HydraException:
-        return False
-    return True
-
-
 def compose(primary: str, overrides: Sequence[str]) -> Config:
     """Compose the configuration `primary` ("pretrain") with `overrides` to plain dicts and lists.
 
     Includes the keys "overrides" and "choices" of `asked`. Raises UserError for invalid overrides.
     """
-    GlobalHydra.instance().clear()
     quoted = [quote_override(override) for override in overrides]
     try:
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with _hydra():
             config = hydra.compose(primary, quoted, return_hydra_config=True)
             return asked(to_plain(config), quoted, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, primary, quoted)) from None
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra on conf/. Afterwards its state is that of the calling program, which may use it too."""
+    kinds = (GlobalHydra, JobRuntime, VersionBase)
+    theirs = {kind: Singleton._instances.pop(kind, None) for kind in kinds}
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            yield
+    finally:
+        for kind, instance in theirs.items():
+            Singleton._instances.pop(kind, None)
+            if instance is not None:
+                Singleton._instances[kind] = instance
 
 
 def asked(config: Config, overrides: Sequence[str], choices: Mapping[str, Any]) -> Config:
@@ -207,54 +174,67 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
     """Decorator that makes `function(config)` a command with Hydra's flags and overrides."""
 
     def wrap(function: Callable[[Config], Any]) -> Callable[[], None]:
+        sweep = Sweep()
+
         @functools.wraps(function)
         def job(config: DictConfig) -> None:
-            with user_errors():
-                given = HydraConfig.get()
-                function(asked(to_plain(config), given.overrides.task, given.runtime.choices))
+            given = HydraConfig.get()
+            words = given.overrides.task
+            several = given.mode == RunMode.MULTIRUN
+            with user_errors(), sweep.job(words) if several else nullcontext():
+                function(asked(to_plain(config), words, given.runtime.choices))
 
         def main() -> None:
             with user_errors():
-                flags = _FLAGS.parse_known_args()[0]
-                overrides = [a for a in sys.argv[1:] if re.match("~|[^-].*=", a, re.DOTALL)]
-                searched = any(a.startswith("hydra.searchpath=") for a in overrides)
-                if flags.config_dir and not searched:
-                    overrides.append(_search_in(flags.config_dir))
-                if not (flags.multirun or flags.config_name or (flags.config_dir and searched)):
-                    compose(primary, overrides)  # reports errors in one sentence, unlike Hydra
-            hydra.main(str(config_dir()), primary, version_base="1.3")(job)()
+                flags = read_flags(sys.argv[1:])
+                jobs = check_overrides(primary, flags)
+            if flags.help and jobs:
+                print(_help(primary, jobs[0]))
+                return
+            with sweep.report():
+                hydra.main(str(config_dir()), primary, version_base="1.3")(job)()
 
         return main
 
     return wrap
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Report a UserError, a full disk or an unwritable folder in one line and exit with code 2;
-    after Ctrl-C, exit with code 130.
+def check_overrides(primary: str, flags: Namespace) -> list[list[str]]:
+    """Compose what the command line asks for, to report errors in one sentence, unlike Hydra: the
+    overrides of each job, none if other flags decide what is composed. Raises UserError.
     """
-    try:
-        yield
-    except UserError as error:
-        print(f"dino-lite: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if not full and not isinstance(error, PermissionError | NotADirectoryError):
-            raise
-        print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
-        print("dino-lite: interrupted.", file=sys.stderr)
-        raise SystemExit(130) from error
+    overrides = list(flags.overrides)
+    searched = any(each.startswith("hydra.searchpath=") for each in overrides)
+    if flags.config_name or flags.config_path or flags.shell_completion or flags.experimental_rerun:
+        return []
+    if flags.config_dir:
+        if not Path(flags.config_dir).is_dir():
+            raise UserError(f"--config-dir {flags.config_dir}: there is no such folder.")
+        if searched:
+            return []
+        folder = quote(f"file://{Path(flags.config_dir).absolute()}")
+        overrides.append(f"hydra.searchpath=[{folder}]")
+    jobs = [overrides]
+    if flags.multirun:
+        with _hydra():
+            jobs = jobs_of(overrides, GlobalHydra.instance().config_loader())
+    for job in jobs:
+        compose(primary, job)
+    return jobs
 
 
-def _search_in(folder: str) -> str:
-    """The override equivalent to --config-dir."""
-    if not Path(folder).is_dir():
-        raise UserError(f"--config-dir {folder}: there is no such folder.")
-    return f"hydra.searchpath=[{quote(f'file://{Path(folder).absolute()}')}]"
+def _help(primary: str, overrides: list[str]) -> str:
+    """What --help prints: the command's own text, its groups with their choices, and flags."""
+    with _hydra():
+        config = hydra.compose(primary, overrides, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        own = {*config, *config.hydra.runtime.choices} - {"hydra"}
+        groups = [group for group in loader.list_groups("") if group in own]
+        choices = {group: ", ".join(loader.get_group_options(group)) for group in groups}
+    lines = [fill(f"  {g:11}{c}", 100, subsequent_indent=" " * 13) for g, c in choices.items()]
+    title = "Choices, GROUP=CHOICE; a setting of the chosen one is GROUP.KEY=VALUE:\n\n"
+    parts = [config.hydra.help.header, title + "\n".join(lines) if lines else ""]
+    return "\n\n".join(part for part in [*parts, config.hydra.help.footer] if part)
 
 
 def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
@@ -264,7 +244,7 @@ def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
         found = re.search(r"Could not find '([^']+)'", text)
         wanted = found[1] if found else str(error.missing_cfg_file)
         group, _, choice = wanted.rpartition("/")
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with _hydra():
             loader = GlobalHydra.instance().config_loader()
             options = loader.get_group_options(group, config_name=primary, overrides=overrides)
         return f"{group}={choice}: there is no such choice; {_nearest(choice, options)}"
@@ -278,7 +258,7 @@ def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
 def _keys(primary: str, overrides: list[str]) -> list[str]:
     """The dotted keys of all values and nodes composed by `overrides`, without rejected ones."""
     try:
-        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with _hydra():
             keys = [key for key, _ in leaves(to_plain(hydra.compose(primary, overrides)))]
     except (HydraException, OmegaConfBaseException) as error:
         refused = set(re.findall(r"'([^']+)'", str(error)))

@@ -17,13 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
+from dino_lite.errors import Interrupted as Interrupted  # apart, since they need no torch
+from dino_lite.errors import UserError as UserError
+
 Trust = Sequence[str] | None  # packages that may be imported when a file names their code
 Memory = Literal["high", "normal", "low"]  # how much is saved for the backward pass
 LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # limit of logits held at once
-
-
-class UserError(Exception):
-    """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
 class MatchError(TypeError):

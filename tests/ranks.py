@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dino_lite.config import quote_override
+from dino_lite.overrides import quote_override
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from dino_lite.config import Config, compose, put
+from dino_lite.contracts import UserError
 from dino_lite.runs import identity
 from dino_lite.runs.identity import changed_from_defaults, requested, run_name
+from dino_lite.runs.run import merge_json, read_json
 from test_plan import facts
 
 
@@ -95,3 +98,37 @@ def test_a_group_in_place_of_a_value_is_a_difference() -> None:
     request = {k: value for k, value in bare.items() if not k.startswith("optim.weight_decay")}
     found = changed_from_defaults(request | {"optim.weight_decay": 0.1})
     assert found["optim.weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("letters", ["n" * 245, "図" * 82, "e" * 237 + "é" * 4])
+def test_a_long_folder_gives_a_name_that_file_systems_take(letters: str, tmp_path: Path) -> None:
+    """Cut between characters, with the hash of the settings and another of what was cut."""
+    config = compose("pretrain", ["backbone.name=vit"])
+    names = [run_name(config, requested(config), facts(source=letters + end)) for end in "ab"]
+    hashed = name_of(config).rpartition("_")[2]
+    for name in names:
+        assert len(os.fsencode(name)) <= 255
+        assert "\ufffd" not in name
+        assert name.startswith(f"dino_{letters[:20]}")
+        assert name.endswith(f"_vit_{hashed}")
+        (tmp_path / name).mkdir()
+    assert names[0] != names[1]
+    short = run_name(config, requested(config), facts(source="n" * 200))
+    assert short == f"dino_{'n' * 200}_vit_{hashed}"
+
+
+def test_a_name_that_is_too_long_is_one_sentence() -> None:
+    """In bytes, as file systems count."""
+    with pytest.raises(UserError, match=r"name=図+…: 258 bytes are too long .* at most 255"):
+        name_of(compose("pretrain", [f"name={'図' * 86}"]))
+    assert name_of(compose("pretrain", [f"name={'図' * 85}"])) == "図" * 85
+
+
+def test_files_beside_one_with_a_long_name(tmp_path: Path) -> None:
+    """A partial file and a lock get shorter names of their own."""
+    for letter in "ab":
+        path = tmp_path / f"{'n' * 249}{letter}.json"
+        merge_json(path, lambda before, letter=letter: before | {letter: 1})  # type: ignore[misc]
+        merge_json(path, lambda before: before | {"again": 2})
+        assert read_json(path) == {letter: 1, "again": 2}
+    assert len(list(tmp_path.iterdir())) == 4  # and two locks

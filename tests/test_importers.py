@@ -6,8 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -377,6 +379,33 @@ def test_offline_a_timm_model_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_that_does_not_answer_is_tried_once_and_the_cache_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without waiting or a word; afterwards the hub may be asked again."""
+    hub = tmp_path / "models--timm--test_vit.r160_in1k"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("a" * 40)
+    (hub / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    tried = []
+
+    def head(*arguments: object, **keywords: object) -> None:
+        tried.append(keywords["timeout"])
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(importer, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(UserError, match="could not be downloaded"):
+        open_timm("test_vit")
+    state = timm.create_model("test_vit").state_dict()
+    save_file(state, hub / "snapshots" / ("a" * 40) / "model.safetensors")
+    assert open_timm("test_vit").backbone.embed_dim == 64
+    assert tried == [5, 5]
+    assert caplog.records == []
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 # ------------------------------------------------------------------- Hugging Face's ViT, config
 
 
@@ -527,7 +556,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no such file": (lambda folder: folder / "absent.pth", "there is no such file"),
     "a weight missing": (
         spoiled(lambda w: w.pop("blocks.1.mlp.fc1.bias") is None),
-        r"1 weights missing, 0 unknown, 0 of another shape, the first blocks\.1\.mlp\.fc1\.bias",
+        r"1 weight missing, 0 unknown, 0 of another shape, the first blocks\.1\.mlp\.fc1\.bias",
     ),
     "a weight too many": (
         spoiled(lambda w: w | {"blocks.0.mlp.fc3.weight": torch.zeros(1)}),

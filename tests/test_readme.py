@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dino_lite.cli import COMMANDS
-from dino_lite.config import compose, quote_override
+from dino_lite.config import compose
+from dino_lite.overrides import quote_override
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

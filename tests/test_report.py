@@ -16,10 +16,11 @@ from PIL import Image
 
 from dino_lite.commands.export import run_export
 from dino_lite.commands.report import run_report
-from dino_lite.config import compose, put, quote_override, save, unquote
+from dino_lite.config import compose, put, save
 from dino_lite.contracts import UserError
 from dino_lite.eval.curves import number, read_curves
 from dino_lite.eval.gallery import PICTURES
+from dino_lite.overrides import quote_override, unquote
 from dino_lite.report.charts import line_chart
 from dino_lite.report.markup import Markup, join, tag
 from dino_lite.report.page import duration, page

@@ -58,7 +58,7 @@ def test_facts(tmp_path: Path) -> None:
     facts = read_facts(open_folder(tmp_path))
     assert facts[:6] == (7, 6, 2, 20, 30, 3)
     names = ("num_images", "num_test", "num_classes", "height", "width", "channels")
-    assert facts._fields == (*names, "mean", "std")
+    assert facts._fields == (*names, "mean", "std", "sizes")
     assert facts.mean == (0, 0, 0)
 
 
@@ -90,6 +90,7 @@ def test_facts_look_at_few_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
         3,
         (0, 0, 0),
         (1e-3, 1e-3, 1e-3),
+        "3x2 pixels",
     )
     assert len(looked) == 128
     assert len(set(looked)) == 64
@@ -104,3 +105,19 @@ def test_the_one_readable_image_is_found(tmp_path: Path) -> None:
     assert "000.jpg" in told
     fill(tmp_path, "101.png")
     assert read_facts(open_folder(tmp_path))[:5] == (201, 0, 0, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([(40, 30)] * 2, "40x30 pixels"),
+        ([(320, 40), (37, 301), (37, 301)], "37x301 to 320x40 pixels"),
+    ],
+)
+def test_sizes_are_told_as_they_are(
+    sizes: list[tuple[int, int]], told: str, tmp_path: Path
+) -> None:
+    """Medians of width and height need not be the size of any image."""
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    assert read_facts(open_folder(tmp_path)).sizes == told

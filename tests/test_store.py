@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dino_lite.distributed import alone
 from dino_lite.eval import store as store_file
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Pooled
-from dino_lite.eval.store import FeatureStore, content_key
+from dino_lite.eval.store import FeatureStore, content_key, demand_labels
 from ranks import on_ranks
 from test_features import half_broken, images, vit
 from tiny import photos
@@ -163,6 +164,14 @@ def test_labels_are_asked_for_in_words() -> None:
     """Which evaluation needs them, and what to do; a test split without any is no test split."""
     unlabeled = images(4)
     unlabeled.labels = None
+    reasons = {
+        "all images are in one folder": "(all images are in one folder); sort them into one folder",
+        "data.labels=none": "(data.labels=none); leave that out.",
+        "class c has one image: data.labels=folder keeps it": "keeps it); name a file",
+    }
+    for why, told in reasons.items():
+        with pytest.raises(UserError, match=re.escape(told)):
+            demand_labels(Splits(unlabeled, None, "few", labels_from=why), "k-NN")
     with pytest.raises(UserError, match=r"k-NN needs labels.*data\.labels"):
         FeatureStore(data_of(unlabeled)).labeled(vit(), "k-NN")
     assert FeatureStore(data_of(images(4), unlabeled)).labeled(vit(), "k-NN")[1] is None

@@ -15,6 +15,7 @@ import torch
 from dino_lite import config as cfg
 from dino_lite.config import Config, command, compose, get
 from dino_lite.contracts import Backbone, Splits
+from dino_lite.data.wording import count
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
 from dino_lite.machine import Facts, environment, keep_freed_memory
@@ -117,8 +118,8 @@ def say_plan(
     planned: Plan, run: Run, facts: Facts, left_out: Sequence[str], resuming: bool
 ) -> None:
     """Print run, data, device and automatic decisions before training starts."""
-    data = f"{facts.source}: {facts.num_images:,} images of about {facts.width}x{facts.height}"
-    labels = f"{facts.num_classes} classes, {facts.num_test:,} test images"
+    data = f"{facts.source}: {count(facts.num_images, 'image')} of {facts.sizes}"
+    labels = f"{count(facts.num_classes, 'class')}, {count(facts.num_test, 'test image')}"
     labels = labels if facts.num_classes else "no labels"
     say(
         f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from dino_lite.config import Config, command, compose, quote_override
+from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.gallery import PICTURES, draw_all
+from dino_lite.overrides import quote_override
 from dino_lite.planning.checks import check_values
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story

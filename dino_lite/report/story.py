@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dino_lite.config import Config, compose, differences, get, load, unquote
+from dino_lite.config import Config, compose, differences, get, load
 from dino_lite.contracts import Trust, UserError
 from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import read_curves
+from dino_lite.overrides import unquote
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths, requested
 from dino_lite.runs.old_names import current

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dino_lite.data.wording import count
 from dino_lite.eval.results import amount, interval, short
 from dino_lite.eval.verdict import judge
 
@@ -43,7 +44,7 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
             for note in found.get("notes", ()):
                 console.print(f"  note: {note}", highlight=False)
             if found["unreadable"]:
-                told = f"  {found['unreadable']} images could not be read and are excluded"
+                told = f"  {count(found['unreadable'], 'image')} could not be read: left out"
                 console.print(told, highlight=False)
             if judgment := judge(found):
                 console.print(f"  {judgment.text}", highlight=False)

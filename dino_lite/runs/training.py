@@ -9,8 +9,9 @@ import pytorch_lightning as pl
 import torch
 
 from dino_lite.config import Config, put, save
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
 from dino_lite.planning.checks import mixes_images
@@ -68,7 +69,7 @@ def _fit(
         last = str(run.last) if resuming else None
         trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
     except SystemExit:  # raised by Lightning after Ctrl-C
-        raise UserError(
+        raise Interrupted(
             f"{run.folder} was interrupted; run the same command to resume it."
         ) from None
     except (RuntimeError, MemoryError) as error:
@@ -95,7 +96,7 @@ def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], 
     num_images = config["loader"]["batch_size"]
     old = config["trainer"]["micro_batch_size"] or num_images
     new = -(-min(old, num_images) // 2)
-    failed = f"Out of memory in the first steps, with micro-batches of {old} images"
+    failed = f"Out of memory in the first steps, with micro-batches of {count(old, 'image')}"
     if not may_shrink or old == 1:
         raise UserError(
             f"{failed}: set a smaller {_KEY}, trainer.memory=low, a smaller loader.batch_size, or "

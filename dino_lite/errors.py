@@ -1,0 +1,53 @@
+"""Errors that are a user's: reported in one sentence, without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Of an OSError: what a user can mend.
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class UserError(Exception):
+    """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
+
+
+class Interrupted(UserError):
+    """The user or the system ended the run: a sweep ends with it."""
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user about a UserError, a full disk, an unwritable folder or a name that is
+    too long. None for other errors.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        longest = max(str(error.filename).split(os.sep), key=len)
+        return f"{longest}: {len(os.fsencode(longest))} bytes are too long for the name of a file."
+    if error.errno in _OF_THE_SYSTEM or isinstance(error, PermissionError | NotADirectoryError):
+        return f"{error.filename or 'a file'}: {error.strerror}."
+    return None
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Report in one line what `sentence` knows, and exit with code 2; after Ctrl-C, exit with code
+    130.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (said := sentence(error)) is None:
+            raise
+        print(f"dino-lite: {said}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("dino-lite: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from error
