@@ -297,8 +297,8 @@ def test_no_two_modules_have_one_name() -> None:
 def test_the_root_holds_only_what_all_rooms_share() -> None:
     """Modules at the package's root."""
     root = {path.split("/")[1] for path in SOURCES if path.count("/") == 1}
-    named = ("contracts", "distributed", "draws", "config", "machine", "cli", "version", "__init__")
-    assert root == {f"{name}.py" for name in named}
+    names = ("contracts", "distributed", "draws", "config", "machine", "meter", "cli", "version")
+    assert root == {f"{name}.py" for name in (*names, "__init__")}
 
 
 def test_exceptions_for_length_are_needed() -> None:
