@@ -97,7 +97,7 @@ def photos(folder: Path, names: list[str], size: tuple[int, int] = (40, 30)) -> 
 
 def pixel_features(data: CleanData, size: int = 32) -> tuple[Features, Features | None]:
     """Pixels of train and test at size x size, less train's mean image."""
-    pixels, (train, test, _) = raw_pixels(data, 8, size), data.splits
+    pixels, (train, test) = raw_pixels(data, 8, size), data.splits[:2]
     cpu = torch.device("cpu")
     return extract(pixels, data, train, cpu), test and extract(pixels, data, test, cpu)
 

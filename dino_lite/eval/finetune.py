@@ -131,7 +131,7 @@ class Finetune(Evaluation):
 
 def find_labeled(store: FeatureStore) -> Labeled:
     """The labeled images of train and test; if test has no labels, a fifth of train is held out."""
-    train, test, _ = store.data.splits
+    train, test = store.data.splits[:2]
     demand_labels(train, "Fine-tuning")
     train, where = _known(train), "of test"
     if test is None or test.labels is None:

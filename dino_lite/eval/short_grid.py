@@ -1,14 +1,13 @@
 """The short grid of the linear probe: what a CPU computes in minutes.
 
 Features become coordinates in a basis of the training set, which loses nothing of it; rates come
-in coarser steps; training ends once the loss of the head that is best on the held-out part stands
-still; and only the chosen head is retrained and tested.
+in coarser steps; training ends once no head's loss falls further; and only the chosen head is
+retrained and tested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from dino_lite.eval.probes import Head, LinearHeads, batches, choose, cosine, jo
 from dino_lite.meter import metered
 
 WINDOW = 100  # steps over which a training loss is averaged
-STILL = 0.01  # nats: a loss that a window lowers by less stands still
+STILL = 0.01  # nats, and fraction: a loss that a window lowers by less stands still
 
 
 class Found(NamedTuple):
@@ -57,7 +56,7 @@ class ShortGrid(NamedTuple):
         for kind in kinds:
             own, asked = in_span(kind, fit, held)
             title = f"training {len(self.rates)} heads on {kind.features}"
-            heads, still = self.fitted(own, self.rates, title, asked)
+            heads, still = self.fitted(own, self.rates, title, self.stops)
             hit, loss = heads.measure(asked)
             hits.append(hit)
             losses.append(loss)
@@ -67,7 +66,7 @@ class ShortGrid(NamedTuple):
         chosen, judged = choose(torch.cat(hits, dim=1), torch.cat(losses))
         own, asked = in_span(grid[chosen], train, test)
         rate, still = grid[chosen].base_rate, stills[chosen]
-        final, _ = self.fitted(own, [rate], "training the chosen head", still=still)
+        final, _ = self.fitted(own, [rate], "training the chosen head", False, still)
         num_steps = self.length(len(own.labels))[1]
         if still is not None:
             num_steps = min(num_steps, still + WINDOW)
@@ -78,18 +77,15 @@ class ShortGrid(NamedTuple):
         fit: Pooled,
         rates: Sequence[float],
         title: str,
-        held: Pooled | None = None,
+        stops: bool,
         still: int | None = None,
     ) -> tuple[LinearHeads, int | None]:
-        """Heads trained until the loss of the best on `held` stands still, or until the step
-        `still`; and that step.
-        """
+        """Heads trained as by `train_until_still`, and its step."""
         batch_size, num_steps = self.length(len(fit.labels))
         grid = make_grid([1], [False], rates, batch_size)
         heads = LinearHeads(grid, fit, self.num_classes, self.device, self.seed)
-        watched = partial(_best, heads, held) if self.stops and held is not None else None
         sizes = (batch_size, num_steps, self.seed)
-        return heads, train_until_still(heads, fit, *sizes, title, watched, still)
+        return heads, train_until_still(heads, fit, *sizes, title, stops, still)
 
 
 def train_until_still(
@@ -99,13 +95,13 @@ def train_until_still(
     num_steps: int,
     seed: int,
     title: str,
-    watched: Callable[[], int] | None = None,
+    stops: bool,
     still: int | None = None,
 ) -> int | None:
     """As `train` until the step `still`; from there, rates fall to 0 within `WINDOW` steps.
 
-    If that is None, it is the step at which a window lowers the mean training loss of the head
-    `watched()` by less than `STILL`, if there is one. Returns it.
+    If that is None and `stops`, it is the step at which a window has lowered no head's mean
+    training loss by more than `STILL` nats and `STILL` of its value, if there is one. Returns it.
     """
     device = heads.weights[0].device
     window, before = torch.zeros(len(heads.grid), device=device), None
@@ -116,10 +112,10 @@ def train_until_still(
             rate = min(rate, cosine(still, num_steps) * (1 - (step - still) / WINDOW))
             if rate <= 0:
                 break
-        window += heads.step(*join(pooled, numbers, device), rate)
-        if watched is not None and still is None and (step + 1) % WINDOW == 0:
-            head = watched()
-            if before is not None and not float(before[head] - window[head]) > STILL * WINDOW:
+        window += heads.step(*join(pooled, numbers, device), rate) / WINDOW
+        if stops and still is None and (step + 1) % WINDOW == 0:
+            least = (STILL * window).clamp(min=STILL)
+            if before is not None and not bool((before - window > least).any()):
                 still = step + 1
             window, before = torch.zeros_like(window), window
     return still
@@ -143,8 +139,3 @@ def in_span(head: Head, fit: Pooled, *others: Pooled) -> list[Pooled]:
         Pooled(each[:, None], each[:, :0], part.labels, part.index)
         for each, part in zip(rows, parts, strict=True)
     ]
-
-
-def _best(heads: LinearHeads, held: Pooled) -> int:
-    """The head that is most accurate so far."""
-    return choose(*heads.measure(held))[0]
