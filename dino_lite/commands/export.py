@@ -44,18 +44,16 @@ def run_export(config: Config) -> dict[str, Any]:
     normalize = Normalize(opened.mean, opened.std)
     data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
-    backbone = opened.backbone
-    suffix = ""
+    backbone, suffix = opened.backbone, ""
     if config["compact"] is not None:
         backbone = _compact(config, opened, splits)
         suffix = f"_{config['compact']}{'_whitened' if config['whiten'] else ''}"
+    beside = len(config["format"]) > 1 or not config["out"]
     written: dict[str, Any] = {}
     for name, node in config["format"].items():
         written[name] = instantiate(node)(
             backbone,
-            folder / f"{name}{suffix}"
-            if len(config["format"]) > 1 or not config["out"]
-            else folder,
+            folder / f"{name}{suffix}" if beside else folder,
             normalize_mean=opened.mean,
             normalize_std=opened.std,
             image_size=opened.image_size,

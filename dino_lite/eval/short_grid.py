@@ -60,8 +60,7 @@ class ShortGrid(NamedTuple):
             hit, loss = heads.measure(asked)
             hits.append(hit)
             losses.append(loss)
-            read = {"num_blocks": kind.num_blocks, "patches": kind.patches}
-            grid += [head._replace(**read) for head in heads.grid]
+            grid += [kind._replace(base_rate=h.base_rate, rate=h.rate) for h in heads.grid]
             stills += [still] * len(heads.grid)
         chosen, judged = choose(torch.cat(hits, dim=1), torch.cat(losses))
         own, asked = in_span(grid[chosen], train, test)
