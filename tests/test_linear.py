@@ -246,12 +246,12 @@ def test_a_basis_of_the_training_set_keeps_what_a_head_learns() -> None:
 
 
 def test_the_short_grid_says_what_it_did() -> None:
-    """A third of the rates, fewer steps, and only the chosen head is tested."""
+    """Half of the rates, fewer steps, and only the chosen head is tested."""
     task = draw_task(60, 30, noise=0.1)
     found = Linear(grid="short").score(task)
     assert json.loads(json.dumps(found)) == found
     assert found["value"] == 100.0
-    assert "the best of 20 linear heads (short grid) " in found["protocol"]
+    assert "the best of 28 linear heads (short grid) " in found["protocol"]
     assert found["settings"]["grid"] == "short"
     assert 200 <= found["settings"]["steps"] <= 1000
     tested = [record for record in found["heads"] if record["test %"] is not None]

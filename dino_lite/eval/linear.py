@@ -28,7 +28,7 @@ from dino_lite.settings.validate import checked
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
-_SHORT = 3  # the short grid has every third of these rates
+_SHORT = 2  # the short grid has every second of these rates
 _AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # if that is too few for the data
 
 
@@ -55,7 +55,7 @@ class Linear(Evaluation):
     `batch_size` may be "auto", see the YAML.
 
     `grid`: "full", "short", or "auto", which is short on a CPU unless a reference's protocol is
-    asked for. The short grid (`eval.short_grid`) has every third of the 13 default rates, and ends
+    asked for. The short grid (`eval.short_grid`) has every second of the 13 default rates, and ends
     "auto" steps once the loss stands still.
     """
 
