@@ -16,7 +16,7 @@ from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
 from dino_lite.eval.linear import Linear
 from dino_lite.eval.probes import Head, LinearHeads, join, make_grid, train
-from dino_lite.eval.short_grid import WINDOW, in_span, train_until_still
+from dino_lite.eval.short_grid import WINDOW, choose_near, in_span, train_until_still
 from golden.adapters_linear import d24_grid, d24_run
 from pooled import draw_pooled, draw_task, shades, small_vit, store_of
 from test_golden import cases, check_golden
@@ -285,6 +285,18 @@ def test_a_cpu_gets_the_short_grid_unless_settings_ask_for_more() -> None:
     with pytest.raises(UserError, match="choose=held_out"):
         Linear(grid="short", choose="test")
     assert compose("evaluate", ["eval=linear"])["eval"]["linear"]["grid"] == "auto"
+
+
+def test_the_loss_decides_between_accuracies_that_few_images_cannot_tell_apart() -> None:
+    """Within a standard error of the best (here 4.6 points); a diverged head is never chosen."""
+    correct = torch.zeros(100, 4, dtype=torch.bool)
+    for head, num in enumerate((70, 67, 60, 70)):
+        correct[:num, head] = True
+    losses = torch.tensor([2.0, 1.5, 0.5, math.nan], dtype=torch.float64)
+    chosen, judged = choose_near(correct, losses)
+    assert chosen == 1
+    assert judged.tolist() == [70, 67, 60, 70]
+    assert choose_near(correct[:, :1], losses[:1])[0] == 0
 
 
 def test_training_ends_within_a_window_of_a_loss_that_stands_still() -> None:

@@ -1,12 +1,14 @@
 """The short grid of the linear probe: what a CPU computes in minutes.
 
 Features become coordinates in a basis of the training set, which loses nothing of it; rates come
-in coarser steps; training ends once no head's loss falls further; and only the chosen head is
+in coarser steps; training ends once no head's loss falls further; with few images in the held-out
+part, accuracies that it cannot tell apart are decided by the loss; and only the chosen head is
 retrained and tested.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dino_lite.eval.features import Pooled
-from dino_lite.eval.probes import Head, LinearHeads, batches, choose, cosine, join, make_grid
+from dino_lite.eval.probes import Head, LinearHeads, accuracy, batches, cosine, join, make_grid
 from dino_lite.meter import metered
 
 WINDOW = 100  # steps over which a training loss is averaged
@@ -62,7 +64,7 @@ class ShortGrid(NamedTuple):
             losses.append(loss)
             grid += [kind._replace(base_rate=h.base_rate, rate=h.rate) for h in heads.grid]
             stills += [still] * len(heads.grid)
-        chosen, judged = choose(torch.cat(hits, dim=1), torch.cat(losses))
+        chosen, judged = choose_near(torch.cat(hits, dim=1), torch.cat(losses))
         own, asked = in_span(grid[chosen], train, test)
         rate, still = grid[chosen].base_rate, stills[chosen]
         final, _ = self.fitted(own, [rate], "training the chosen head", False, still)
@@ -85,6 +87,19 @@ class ShortGrid(NamedTuple):
         heads = LinearHeads(grid, fit, self.num_classes, self.device, self.seed)
         sizes = (batch_size, num_steps, self.seed)
         return heads, train_until_still(heads, fit, *sizes, title, stops, still)
+
+
+def choose_near(
+    correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
+) -> tuple[int, Float[Tensor, "H"]]:
+    """Of the heads whose accuracy is within a standard error of the best, the one with the lowest
+    loss; and the accuracy of each in percent.
+    """
+    percents = accuracy(correct)
+    share = float(percents.max()) / 100
+    near = percents >= 100 * (share - math.sqrt(share * (1 - share) / len(correct)))
+    losses = losses.nan_to_num(nan=math.inf)
+    return int(torch.where(near, losses, math.inf).argmin()), percents
 
 
 def train_until_still(
