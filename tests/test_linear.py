@@ -256,6 +256,7 @@ def test_the_short_grid_says_what_it_did() -> None:
     assert 200 <= found["settings"]["steps"] <= 1000
     tested = [record for record in found["heads"] if record["test %"] is not None]
     assert tested == [found["chosen"]]
+    assert found["chosen"]["head"] in [row["head"] for row in found["table"]]
     assert found["reference_choice"] is None
     assert len(found["table"]) == 4
 

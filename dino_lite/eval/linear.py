@@ -113,7 +113,7 @@ class Linear(Evaluation):
             chosen=chosen,
             reference_choice=found.reference_choice,
             heads=found.records,
-            table=_best_of_each(found.records, "test %" if held is None else "held out %"),
+            table=_best_of_each(found, "test %" if held is None else "held out %"),
         )
 
     def _full(self, task: Task, device: torch.device) -> Chosen:
@@ -236,12 +236,14 @@ def _records(
     ]
 
 
-def _best_of_each(records: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """The best head of each kind of features, for the terminal."""
+def _best_of_each(found: Chosen, by: str) -> list[dict[str, Any]]:
+    """The best head of each kind of features, the chosen one among them, for the terminal."""
+    records = found.records
     shown = [key for key in records[0] if records[0][key] is not None and key != "rate"]
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         before = best.get(record["features"])
         if before is None or record[by] > before[by]:
             best[record["features"]] = record
+    best[records[found.chosen]["features"]] = records[found.chosen]
     return [{key: record[key] for key in shown} for record in best.values()]
