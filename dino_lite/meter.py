@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dino_lite.distributed import rank
 
-LINE_SECONDS = 30  # between lines if stderr is not a terminal
+LINE_SECONDS = 10  # between lines if stderr is not a terminal
 _BAR_SECONDS = 1  # before a bar is drawn: shorter work needs none
 
 T = TypeVar("T")

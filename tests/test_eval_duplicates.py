@@ -143,15 +143,10 @@ def test_what_cannot_be_done_is_a_sentence(images: np.ndarray, tmp_path: Path) -
 def test_it_is_not_asked_of_baselines() -> None:
     """What the file lists are the pairs of the backbone asked for, not those of another."""
     from dino_lite.eval.knn import KNN
-    from dino_lite.eval.measure import beside, comparable
+    from dino_lite.eval.measure import comparable
 
     asked = {"duplicates": Duplicates(threshold=0.2), "knn": KNN()}
     assert comparable(asked).keys() == {"knn"}
-    measured = {"duplicates": {"value": 3}, "knn": {"value": 50.0}}
-    others = {"untrained": {"knn": {"value": 20.0, "interval": None}}}
-    found = beside(measured, others)
-    assert found["knn"]["baselines"] == {"untrained": {"value": 20.0, "interval": None}}
-    assert found["duplicates"]["baselines"] == {}
 
 
 def test_the_file_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.eval.results import result
+from dino_lite.eval.retrieval import Retrieval
 from dino_lite.report.terminal import print_results
 from dino_lite.runs.run import merge_json
 from ranks import command, on_ranks
@@ -160,3 +165,50 @@ def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
     """Two processes that add results lose none, and leave no half of a file."""
     on_ranks(2, add_results, str(tmp_path / "results.json"))
     assert len(json.loads((tmp_path / "results.json").read_text())) == 200
+
+
+def interrupting(number: int) -> Callable[..., None]:
+    """An evaluation during which this process gets a signal."""
+
+    def evaluation(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("not interrupted")
+
+    return evaluation
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_before_an_interrupt_is_kept(
+    whole: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is printed when it is made, and a sentence says what is missing and how to measure it."""
+    (whole / "results.json").unlink(missing_ok=True)
+    monkeypatch.setattr(Retrieval, "__call__", interrupting(number))
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(whole, "eval=[knn,retrieval,duplicates]")
+    told = capsys.readouterr().out
+    (found,) = json.loads((whole / "results.json").read_text())["last"].items()
+    assert found[0] == "knn"
+    assert f"knn: k-NN top-1 {found[1]['value']:.2f} %" in told
+    assert f"knn kept in {whole / 'results.json'}; retrieval, duplicates not measured" in told
+    assert "eval=[retrieval,duplicates]" in told
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interrupt_among_the_baselines_keeps_those_that_were_measured(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The backbone's own results come first."""
+    (whole / "results.json").unlink(missing_ok=True)
+    monkeypatch.setattr("dino_lite.eval.baselines.untrained", interrupting(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(whole, "baselines=true")
+    kept = json.loads((whole / "results.json").read_text())["last"]["knn"]
+    assert kept["baselines"].keys() == {"raw pixels"}
+    told = capsys.readouterr().out
+    assert "knn of raw pixels: " in told
+    assert "baselines not measured (baselines=true does that)" in told

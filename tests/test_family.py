@@ -353,7 +353,10 @@ def test_an_export_is_measured_compared_and_reported(run: Path, exported: Path) 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("swin", r"unknown backbone kind=swin: known are vit, rope, convnet, and module:Class"),
+        (
+            "swin",
+            r"unknown backbone kind=swin: known are vit, rope, convnet, compact, and module:Class",
+        ),
         (["vit"], "unknown backbone kind"),
         ("stripes.nets:Other", r"is not a subclass of dino_lite\.contracts\.Backbone"),
         ("stripes.nets:Missing", "cannot be imported"),

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
@@ -14,6 +15,8 @@ from dino_lite.contracts import UserError
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.holdout import Task
 from dino_lite.eval.linear import Linear
+from dino_lite.eval.probes import Head, LinearHeads, join, make_grid, train
+from dino_lite.eval.short_grid import WINDOW, choose_near, in_span, train_until_still
 from golden.adapters_linear import d24_grid, d24_run
 from pooled import draw_pooled, draw_task, shades, small_vit, store_of
 from test_golden import cases, check_golden
@@ -217,3 +220,103 @@ def test_features_are_read_from_more_blocks_than_asked_for() -> None:
     found = Linear(blocks=[2], patches=[False], **QUICK).score(task)
     assert found["chosen"]["features"] == "CLS of 2 blocks"
     assert found["value"] == 100.0
+
+
+def test_a_basis_of_the_training_set_keeps_what_a_head_learns() -> None:
+    """With fewer images than numbers, logits of train and test are those of the features as they
+    are; stages padded with zeros are left out.
+    """
+    fit, asked = draw_pooled(20, dim=30, seed=0), draw_pooled(12, dim=30, seed=1)
+    fit, asked = (
+        part._replace(cls=F.pad(part.cls, (0, 9)).double(), patches=part.patches.double())
+        for part in (fit, asked)
+    )
+    kind = Head(2, patches=True, base_rate=0.1, rate=0.1)
+    logits = []
+    for one, other in ((fit, asked), in_span(kind, fit, asked)):
+        grid = [kind] if one is fit else [kind._replace(num_blocks=1, patches=False)]
+        heads = LinearHeads(grid, one, 3, torch.device("cpu"), seed=0)
+        heads.weights[0].zero_()
+        train(heads, one, 20, 50, seed=0)
+        rows = join(other, torch.arange(12), torch.device("cpu"))[0]
+        logits.append(heads.stacks[0].logits(rows, 3))
+    torch.testing.assert_close(logits[0], logits[1])
+    assert in_span(kind, fit)[0].cls.shape == (20, 1, 20)
+    assert in_span(kind, draw_pooled(200, dim=30))[0].cls.shape == (200, 1, 90)
+
+
+def test_the_short_grid_says_what_it_did() -> None:
+    """Half of the rates, fewer steps, and only the chosen head is tested."""
+    task = draw_task(60, 30, noise=0.1)
+    found = Linear(grid="short").score(task)
+    assert json.loads(json.dumps(found)) == found
+    assert found["value"] == 100.0
+    assert "the best of 28 linear heads (short grid) " in found["protocol"]
+    assert found["settings"]["grid"] == "short"
+    assert 200 <= found["settings"]["steps"] <= 1000
+    tested = [record for record in found["heads"] if record["test %"] is not None]
+    assert tested == [found["chosen"]]
+    assert found["chosen"]["head"] in [row["head"] for row in found["table"]]
+    assert found["reference_choice"] is None
+    assert len(found["table"]) == 4
+
+
+def test_the_short_grid_does_not_look_at_the_test_images() -> None:
+    """With other test labels it trains and chooses the same."""
+    task = draw_task(90, 45, noise=0.5)
+    turned = task._replace(test=task.test._replace(labels=(task.test.labels + 1) % 3))
+    probe = Linear([1], [False], grid="short")
+    honest, mocked = (probe.score(each) for each in (task, turned))
+    for key in ("features", "rate", "steps"):
+        assert honest["settings"][key] == mocked["settings"][key]
+    assert honest["value"] > mocked["value"]
+
+
+def test_a_cpu_gets_the_short_grid_unless_settings_ask_for_more() -> None:
+    """Rates and steps that are given are used as they are; a reference's protocol is full."""
+    task = draw_task(60, 30, noise=0.1)
+    own = Linear(grid="auto", **QUICK).score(task)
+    assert own["settings"]["grid"] == "short"
+    assert own["settings"]["steps"] == QUICK["num_steps"]
+    assert len(own["heads"]) == 8
+    full = Linear(grid="full", **QUICK).score(task)
+    assert full["settings"]["grid"] == "full"
+    assert "short" not in full["protocol"]
+    assert Linear(grid="auto", choose="test").grid == "full"
+    with pytest.raises(UserError, match="choose=held_out"):
+        Linear(grid="short", choose="test")
+    assert compose("evaluate", ["eval=linear"])["eval"]["linear"]["grid"] == "auto"
+
+
+def test_the_loss_decides_between_accuracies_that_few_images_cannot_tell_apart() -> None:
+    """Within a standard error of the best (here 4.6 points); a diverged head is never chosen."""
+    correct = torch.zeros(100, 4, dtype=torch.bool)
+    for head, num in enumerate((70, 67, 60, 70)):
+        correct[:num, head] = True
+    losses = torch.tensor([2.0, 1.5, 0.5, math.nan], dtype=torch.float64)
+    chosen, judged = choose_near(correct, losses)
+    assert chosen == 1
+    assert judged.tolist() == [70, 67, 60, 70]
+    assert choose_near(correct[:, :1], losses[:1])[0] == 0
+
+
+def test_training_ends_within_a_window_of_a_loss_that_stands_still() -> None:
+    """The step is found once, and a second training ends there too, at a rate of 0."""
+    pooled = draw_pooled(60, noise=0.1)
+    steps, rates = [], []
+
+    def fit(still: int | None) -> int | None:
+        heads = LinearHeads(make_grid([4], [True], [0.5], 60), pooled, 3, torch.device("cpu"), 0)
+        plain = heads.step
+        rates.clear()
+        heads.step = lambda rows, labels, rate: rates.append(rate) or plain(rows, labels, rate)
+        found = train_until_still(heads, pooled, 60, 5000, 0, "", still is None, still)
+        steps.append(len(rates))
+        return found
+
+    still = fit(None)
+    assert still is not None
+    assert still % WINDOW == 0
+    assert fit(still) == still
+    assert steps == [still + WINDOW] * 2
+    assert rates[-1] < 0.02 < 0.9 < rates[still - 1]

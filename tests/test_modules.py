@@ -195,6 +195,7 @@ _TRACED = """
 import warnings
 import torch
 from torch import nn
+from dino_lite.backbones.compact import Compact
 from test_modules import FAMILIES, make
 warnings.simplefilter("ignore")  # of sizes that become constants, and of torch.jit's deprecation
 class Plain(nn.Module):
@@ -203,8 +204,8 @@ class Plain(nn.Module):
         self.backbone = backbone
     def forward(self, images):
         return self.backbone(images)[:2]  # tensors alone: traces know neither None nor numbers
-for family in FAMILIES:
-    backbone = Plain(make(family)).eval()
+for network in [*map(make, FAMILIES), Compact(make("vit"), 4)]:
+    backbone = Plain(network).eval()
     traced = torch.jit.trace(backbone, torch.zeros(2, 3, 16, 24))
     images = torch.randn(2, 3, 16, 24)
     for found, wanted in zip(traced(images), backbone(images), strict=True):

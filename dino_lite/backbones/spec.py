@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, Trust, UserError
 
-_FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (ViT, RoPEViT, ConvNet)}
+_FAMILIES: dict[str, type[Backbone]] = {
+    each.kind: each for each in (ViT, RoPEViT, ConvNet, Compact)
+}
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
 
 
@@ -25,6 +28,8 @@ def build_backbone(spec: dict[str, Any], trust: Trust = ()) -> Backbone:
     keywords = dict(spec)
     kind = keywords.pop("kind", ViT.kind)
     family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is Compact:
+        keywords["whole"] = build_backbone(keywords["whole"], trust)
     return (family or _import(str(kind), trust))(**keywords)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from dino_lite.data.roots import several
 from dino_lite.data.wording import count
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
-from dino_lite.eval.measure import beside, comparable, measure
+from dino_lite.eval.measure import beside, comparable, line, measure, terminable
 from dino_lite.eval.results import amount, interval
+from dino_lite.meter import named
 from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_comparison
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
@@ -52,7 +54,8 @@ def run_compare(config: Config) -> dict[str, Any]:
     notes = [f"{name} was {other}" for name, s in subjects.items() if (other := elsewhere(s))]
     if rank() == 0:
         print("\n".join([f"on {data.name}", *notes]), flush=True)
-    rows = measure_all(config, subjects, evaluations)
+    with terminable():
+        rows = measure_all(config, subjects, evaluations)
     told = {"data": data.name, "notes": notes, "rows": [row._asdict() for row in rows]}
     if rank() == 0:
         print_comparison(rows)
@@ -104,20 +107,25 @@ def elsewhere(subject: Subject) -> str | None:
 def measure_all(
     config: Config, subjects: dict[str, Subject], evaluations: dict[str, Any]
 ) -> list[Row]:
-    """Evaluate the checkpoints, and each distinct baseline once; baselines come last."""
+    """Evaluate the checkpoints, and each distinct baseline once; baselines come last. Each result
+    is saved and printed as soon as it is known.
+    """
     rows: list[Row] = []
     known: dict[tuple[str, str], Row] = {}
     for name, subject in subjects.items():
-        size, others = subject.store.data.size, {}
-        results = measure(subject.backbone, subject.store, evaluations)
+        size = subject.store.data.size
+        keep = partial(_keep, name, subject)
+        with named(name):
+            results = measure(subject.backbone, subject.store, evaluations, keep)
         seed, data = int(config["seed"]), subject.store.data
         for baseline in baselines_of(subject.backbone, data, seed) if config["baselines"] else []:
             key = (baseline.title, baseline.key)
             if key not in known:
-                found = measure(baseline.build(), subject.store, comparable(evaluations))
+                with named(baseline.title):
+                    found = measure(baseline.build(), subject.store, comparable(evaluations))
                 known[key] = Row(f"{baseline.title}, as {name}", None, size, found)
-            others[baseline.title] = known[key].results
-        results = beside(results, others) if others else results
+            for which, found in known[key].results.items():
+                results[which] = beside(results[which], baseline.title, found)
         rows.append(Row(name, str(subject.checkpoint), size, results))
         if rank() == 0:
             save_results(results, subject)
@@ -127,6 +135,12 @@ def measure_all(
         row if often[title] > 1 else row._replace(name=title) for (title, _), row in known.items()
     ]
     return rows + alone
+
+
+def _keep(name: str, subject: Subject, which: str, found: dict[str, Any]) -> None:
+    if rank() == 0:
+        save_results({which: found}, subject)
+        print(line(f"{name}, {which}", found), flush=True)
 
 
 def as_json(told: dict[str, Any]) -> str:

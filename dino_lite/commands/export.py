@@ -9,17 +9,23 @@ from typing import Any
 
 import torch
 
+from dino_lite.backbones.compact import Compact, compacted
 from dino_lite.config import Config, command, compose, instantiate
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.subset import Subset, spread
 from dino_lite.data.wording import count
+from dino_lite.eval.features import extract
+from dino_lite.formats.opened import Opened
+from dino_lite.machine import pick_accelerator
 from dino_lite.planning.checks import check_values
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
 
 _NUM_IMAGES = 8  # for the comparison
+_MOST_FITTED, _BATCH = 10_000, 64  # training images that the principal components are taken of
 
 
 def export(*overrides: str) -> dict[str, Any]:
@@ -39,11 +45,16 @@ def run_export(config: Config) -> dict[str, Any]:
     normalize = Normalize(opened.mean, opened.std)
     data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
+    backbone, suffix = opened.backbone, ""
+    if config["compact"] is not None:
+        backbone = _compact(config, opened, splits)
+        suffix = f"_{config['compact']}{'_whitened' if config['whiten'] else ''}"
+    beside = len(config["format"]) > 1 or not config["out"]
     written: dict[str, Any] = {}
     for name, node in config["format"].items():
         written[name] = instantiate(node)(
-            opened.backbone,
-            folder / name if len(config["format"]) > 1 or not config["out"] else folder,
+            backbone,
+            folder / f"{name}{suffix}" if beside else folder,
             normalize_mean=opened.mean,
             normalize_std=opened.std,
             image_size=opened.image_size,
@@ -56,6 +67,23 @@ def run_export(config: Config) -> dict[str, Any]:
             f"{written[name]['largest_difference']:.1e})"
         )
     return written
+
+
+def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:
+    """The backbone with a reduced class token, fitted to at most `_MOST_FITTED` training images."""
+    width, whole = config["compact"], opened.backbone
+    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width < whole.embed_dim:
+        raise UserError(
+            f"compact={width}: it must be an integer from 1 to {whole.embed_dim - 1:,}, since the "
+            f"class token has {whole.embed_dim:,} numbers."
+        )
+    if isinstance(whole, Compact):
+        raise UserError("compact= is for a whole backbone, and this export is compact already.")
+    some = Subset(splits.train, spread(len(splits.train), _MOST_FITTED))
+    data = CleanData(splits, opened.image_size, Normalize(opened.mean, opened.std), _BATCH)
+    device = torch.device(pick_accelerator("auto", "accelerator"))
+    features = extract(whole.to(device), data, some, device, "features").features
+    return compacted(whole.to("cpu"), features, width, bool(config["whiten"]))
 
 
 def _folder(config: Config, checkpoint: Checkpoint) -> Path:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.contracts import Backbone, Tokens
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
@@ -87,7 +88,11 @@ def raw_pixels(data: CleanData, patch_size: int = 8, size: int = 32) -> RawPixel
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
-    """The same network with fresh weights drawn from `seed`, on the same device."""
+    """The same network with fresh weights drawn from `seed`, on the same device; of a compact one,
+    the whole network.
+    """
+    if isinstance(backbone, Compact):
+        return untrained(backbone.whole, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(backbone)(**backbone.spec)

@@ -9,25 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, Evaluation
+from dino_lite.contracts import Backbone, Evaluation, UserError
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
-from dino_lite.eval.probes import Head, LinearHeads, make_grid, train
+from dino_lite.eval.probes import Head, LinearHeads, accuracy, choose, make_grid, train
 from dino_lite.eval.results import percent, result
+from dino_lite.eval.short_grid import ShortGrid
 from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Count, Must, PositiveNumbers, Size, Sizes
 from dino_lite.settings.validate import checked
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet
+_SHORT = 2  # the short grid has every second of these rates
 _AUTO_EPOCHS, _FEWEST_STEPS = 100, 1000  # if that is too few for the data
+
+
+class Chosen(NamedTuple):
+    """The outcome of a grid: a record per head, the index of the chosen one, which test images it
+    classifies correctly, the images that chose it (None: those of test), and its number of steps.
+    """
+
+    records: list[dict[str, Any]]
+    chosen: int
+    right: Bool[Tensor, "n"]
+    held: Pooled | None
+    num_steps: int
+    reference_choice: dict[str, Any] | None
 
 
 class Linear(Evaluation):
@@ -38,6 +53,10 @@ class Linear(Evaluation):
     references do, which is optimistic. `cosine`: rates are updated by step or by epoch; in the
     latter case with `choose="test"`, the best epoch on test is chosen too. `num_steps` and
     `batch_size` may be "auto", see the YAML.
+
+    `grid`: "full", "short", or "auto", which is short on a CPU unless a reference's protocol is
+    asked for. The short grid (`eval.short_grid`) has every second of the 13 default rates, and ends
+    "auto" steps once the loss stands still.
     """
 
     @checked
@@ -52,7 +71,12 @@ class Linear(Evaluation):
         cosine: Literal["step", "epoch"] = "step",
         choose: Literal["held_out", "test"] = "held_out",
         seed: Count = 0,
+        grid: Literal["auto", "short", "full"] = "full",
     ) -> None:
+        published = choose == "test" or cosine == "epoch"
+        if grid == "short" and published:
+            raise UserError("eval.linear.grid=short needs choose=held_out and cosine=step.")
+        self.grid = "full" if published else grid
         self.blocks, self.patches, self.rates = sorted(set(blocks)), list(patches), list(rates)
         self.batch_size, self.num_steps, self.num_epochs = batch_size, num_steps, num_epochs
         self.cosine, self.choose, self.seed = cosine, choose, seed
@@ -67,12 +91,39 @@ class Linear(Evaluation):
 
     def score(self, task: Task, device: torch.device | None = None) -> dict[str, Any]:
         """As `__call__`, from features."""
-        device, held, judged = device or torch.device("cpu"), None, None
+        device = device or torch.device("cpu")
+        short = self.grid == "short" or (self.grid == "auto" and device.type == "cpu")
+        found = self._short(task, device) if short else self._full(task, device)
+        chosen, held = found.records[found.chosen], found.held
+        return result(
+            "linear top-1",
+            float(percent(found.right).mean()),
+            protocol=self._protocol(task, len(found.records), held, short),
+            settings={
+                "features": chosen["features"],
+                "rate": chosen["base_rate"],
+                "batch": self.length(len(task.train.labels))[0],
+                "steps": found.num_steps,
+                "grid": "short" if short else "full",
+            },
+            num_train=len(task.train.labels),
+            num_test=len(task.test.labels),
+            scores=percent(found.right),
+            mean_per_class=mean_per_class(found.right, task.test.labels),
+            chosen=chosen,
+            reference_choice=found.reference_choice,
+            heads=found.records,
+            table=_best_of_each(found, "test %" if held is None else "held out %"),
+        )
+
+    def _full(self, task: Task, device: torch.device) -> Chosen:
+        """Every head, on the features as they are."""
+        held, judged = None, None
         if self.choose == "held_out":
             kept, rest = chooser("The linear probe", task.train.labels, self.seed + 1)
-            held = task.train.rows(rest)
-            judges = self._train(task.train.rows(kept), task.num_classes, device)
-            chosen, judged = _choose(*judges.measure(held))
+            fit, held = task.train.rows(kept), task.train.rows(rest)
+            judges = self._train(fit, task.num_classes, device, title="training to choose a head")
+            chosen, judged = choose(*judges.measure(held))
         looks: list[
             Tensor
         ] = []  # per epoch, whether each head classifies each test image correctly, "n H"
@@ -89,32 +140,29 @@ class Linear(Evaluation):
             chosen, right = favorite, looks[epoch][:, favorite]
         else:
             right = looks[-1][:, chosen]
-        grid, (batch_size, num_steps) = heads.grid, self.length(len(task.train.labels))
-        records, head = _records(grid, _accuracy(looks[-1]), judged), grid[chosen]
-        return result(
-            "linear top-1",
-            float(percent(right).mean()),
-            protocol=self._protocol(task, len(grid), held),
-            settings={
-                "features": _name(head),
-                "rate": head.base_rate,
-                "batch": batch_size,
-                "steps": num_steps,
-            },
-            num_train=len(task.train.labels),
-            num_test=len(task.test.labels),
-            scores=percent(right),
-            mean_per_class=mean_per_class(right, task.test.labels),
-            chosen=records[chosen],
-            reference_choice={
-                **records[favorite],
-                "chosen_on": "test",
-                "value": float(_accuracy(looks[epoch])[favorite]),
-                "epoch": epoch + 1 if each_epoch else None,
-            },
-            heads=records,
-            table=_best_of_each(records, "test %" if held is None else "held out %"),
-        )
+        records = _records(heads.grid, accuracy(looks[-1]).tolist(), judged)
+        reference_choice = {
+            **records[favorite],
+            "chosen_on": "test",
+            "value": float(accuracy(looks[epoch])[favorite]),
+            "epoch": epoch + 1 if each_epoch else None,
+        }
+        num_steps = self.length(len(task.train.labels))[1]
+        return Chosen(records, chosen, right, held, num_steps, reference_choice)
+
+    def _short(self, task: Task, device: torch.device) -> Chosen:
+        """The short grid; only the chosen head is tested."""
+        kept, rest = chooser("The linear probe", task.train.labels, self.seed + 1)
+        fit, held = task.train.rows(kept), task.train.rows(rest)
+        rates = self.rates[::_SHORT] if self.rates == list(RATES) else self.rates
+        stops = self.num_steps == "auto" and self.num_epochs is None
+        short = ShortGrid(rates, task.num_classes, self.length, stops, device, self.seed)
+        kinds = make_grid(self._blocks(fit), self.patches, [1.0], 256)
+        found = short.search(kinds, fit, held, task.train, task.test)
+        tested: list[float | None] = [None] * len(found.grid)
+        tested[found.chosen] = float(percent(found.right).mean())
+        records = _records(found.grid, tested, found.judged)
+        return Chosen(records, found.chosen, found.right, held, found.num_steps, None)
 
     def _train(
         self,
@@ -122,15 +170,18 @@ class Linear(Evaluation):
         num_classes: int,
         device: torch.device,
         look: Callable[[LinearHeads], None] | None = None,
+        title: str = "training",
     ) -> LinearHeads:
         """The whole grid, trained on `fit`; `look` is called after each epoch."""
         batch_size, num_steps = self.length(len(fit.labels))
-        blocks = sorted({min(num, fit.cls.shape[1]) for num in self.blocks})
-        grid = make_grid(blocks, self.patches, self.rates, batch_size)
+        grid = make_grid(self._blocks(fit), self.patches, self.rates, batch_size)
         heads = LinearHeads(grid, fit, num_classes, device, self.seed)
         every = None if look is None else partial(look, heads)
-        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every)
+        train(heads, fit, batch_size, num_steps, self.seed, self.cosine, every, title)
         return heads
+
+    def _blocks(self, pooled: Pooled) -> list[int]:
+        return sorted({min(num, pooled.cls.shape[1]) for num in self.blocks})
 
     def length(self, num_images: int) -> tuple[int, int]:
         """Batch size and number of steps for a number of training images, as in the YAML."""
@@ -144,7 +195,7 @@ class Linear(Evaluation):
             return batch, self.num_epochs * epoch
         return batch, min(PUBLISHED_STEPS, max(_FEWEST_STEPS, _AUTO_EPOCHS * epoch))
 
-    def _protocol(self, task: Task, num_heads: int, held: Pooled | None) -> str:
+    def _protocol(self, task: Task, num_heads: int, held: Pooled | None, short: bool) -> str:
         what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
         epochs = ", the best of its epochs" if self.cosine == "epoch" and held is None else ""
         judge = "the test images"
@@ -156,62 +207,43 @@ class Linear(Evaluation):
                 f"one{none}), then retrained on all of train"
             )
         return (
-            f"{what} on frozen features{epochs} selected on {judge}; SGD, {task.images}; not "
-            "augmented (the references train on random crops)"
+            f"{what}{' (short grid)' if short else ''} on frozen features{epochs} selected on "
+            f"{judge}; SGD, {task.images}; not augmented (the references train on random crops)"
         )
-
-
-def _choose(
-    correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
-) -> tuple[int, Float[Tensor, "H"]]:
-    """The most accurate head, and the accuracy of each.
-
-    Ties are broken by the lowest loss; a head that has diverged comes last.
-    """
-    accuracy, losses = _accuracy(correct), losses.nan_to_num(nan=math.inf)
-    order = sorted(range(len(losses)), key=lambda i: (-float(accuracy[i]), float(losses[i])))
-    return order[0], accuracy
 
 
 def _best(looks: Sequence[Tensor]) -> tuple[int, int]:
     """The most accurate epoch and head; ties go to the first."""
-    means = torch.stack([_accuracy(correct) for correct in looks])  # epochs H
+    means = torch.stack([accuracy(correct) for correct in looks])  # epochs H
     place = int(means.argmax())
     return place // means.shape[1], place % means.shape[1]
 
 
-def _accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
-    """Percent correct of each head."""
-    return (100.0 * correct.double()).mean(dim=0)
-
-
-def _name(head: Head) -> str:
-    """The features a head reads, in words."""
-    classes = "CLS" if head.num_blocks == 1 else f"CLS of {head.num_blocks} blocks"
-    return f"{classes} + mean patch" if head.patches else classes
-
-
-def _records(grid: Sequence[Head], accuracy: Tensor, judged: Tensor | None) -> list[dict[str, Any]]:
+def _records(
+    grid: Sequence[Head], tested: Sequence[float | None], judged: Tensor | None
+) -> list[dict[str, Any]]:
     """One record per head, by its index in the grid."""
     return [
         {
             "head": i,
-            "features": _name(head),
+            "features": head.features,
             "base_rate": head.base_rate,
             "rate": head.rate,
             "held out %": None if judged is None else float(judged[i]),
-            "test %": float(accuracy[i]),
+            "test %": tested[i],
         }
         for i, head in enumerate(grid)
     ]
 
 
-def _best_of_each(records: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """The best head of each kind of features, for the terminal."""
+def _best_of_each(found: Chosen, by: str) -> list[dict[str, Any]]:
+    """The best head of each kind of features, the chosen one among them, for the terminal."""
+    records = found.records
     shown = [key for key in records[0] if records[0][key] is not None and key != "rate"]
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         before = best.get(record["features"])
         if before is None or record[by] > before[by]:
             best[record["features"]] = record
+    best[records[found.chosen]["features"]] = records[found.chosen]
     return [{key: record[key] for key in shown} for record in best.values()]

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from dino_lite.contracts import Backbone, Evaluation
+from dino_lite.eval.results import amount, interval
 from dino_lite.eval.store import FeatureStore
+from dino_lite.meter import named
+
+Made = Callable[[str, dict[str, Any]], object]  # receives name and result
 
 
 def measure(
-    backbone: Backbone, store: FeatureStore, evaluations: Mapping[str, Evaluation]
+    backbone: Backbone,
+    store: FeatureStore,
+    evaluations: Mapping[str, Evaluation],
+    made: Made = lambda name, found: None,
 ) -> dict[str, dict[str, Any]]:
-    """Each evaluation's result, with data, pixels, unreadable images and seconds."""
+    """Each evaluation's result, with data, pixels, unreadable images and seconds; `made` gets each
+    as soon as it is known.
+    """
     results = {}
     for name, evaluation in evaluations.items():
         started, data = time.monotonic(), store.data
-        found = evaluation(backbone, store)
+        with named(name):
+            found = evaluation(backbone, store)
         about = {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
         found = about | found  # an evaluation with images of its own sets these keys itself
         results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
+        made(name, results[name])
     return results
 
 
@@ -29,18 +44,40 @@ def comparable(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
     return {name: each for name, each in evaluations.items() if each.has_baselines}
 
 
-def beside(
-    results: Mapping[str, dict[str, Any]], baselines: Mapping[str, Mapping[str, dict[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    """`results` with those of each baseline under "baselines", if the evaluation has them."""
-    return {
-        name: found
-        | {
-            "baselines": {
-                title: {key: others[name][key] for key in ("value", "interval")}
-                for title, others in baselines.items()
-                if name in others
-            }
-        }
-        for name, found in results.items()
-    }
+def beside(found: dict[str, Any], title: str, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """The result `found` with that of the baseline `title` among its "baselines"."""
+    own = {key: baseline[key] for key in ("value", "interval")}
+    return found | {"baselines": found.get("baselines", {}) | {title: own}}
+
+
+def line(name: str, found: Mapping[str, Any]) -> str:
+    """A result in one line."""
+    bounds = f" ({interval(found)})" if found["interval"] else ""
+    return f"{name}: {found['metric']} {amount(found)}{bounds}, {found['seconds']:.1f} s"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, in the main thread and
+    unless SIGTERM is handled already.
+    """
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    in_charge = threading.current_thread() is threading.main_thread()
+    if not in_charge or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:  # a worker process was terminated too
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

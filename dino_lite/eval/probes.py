@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dino_lite.eval.features import Pooled
+from dino_lite.meter import metered
 
 MOMENTUM = 0.9
 _WEIGHT_STD = 0.01
@@ -27,6 +28,12 @@ class Head(NamedTuple):
     patches: bool
     base_rate: float
     rate: float
+
+    @property
+    def features(self) -> str:
+        """The features it reads, in words."""
+        classes = "CLS" if self.num_blocks == 1 else f"CLS of {self.num_blocks} blocks"
+        return f"{classes} + mean patch" if self.patches else classes
 
     def columns(self, num_blocks: int, cls_dim: int, patch_dim: int) -> slice:
         """Its columns of a row: class tokens of `num_blocks` blocks, then the mean patch token."""
@@ -133,19 +140,38 @@ def train(
     seed: int,
     cosine_per: str = "step",
     after_epoch: Callable[[], None] | None = None,
+    title: str = "training",
 ) -> None:
     """`num_steps` steps over shuffled epochs, dropping incomplete batches; rates follow half a
     cosine to 0, updated each step or each epoch. `after_epoch` is called after each epoch and at
-    the end.
+    the end. The meter has the name `title`.
     """
     device = heads.weights[0].device
     epoch = len(pooled.labels) // batch_size
     held = epoch if cosine_per == "epoch" else 1
-    for step, numbers in enumerate(_batches(len(pooled.labels), batch_size, num_steps, seed)):
+    numbered = batches(len(pooled.labels), batch_size, num_steps, seed)
+    for step, numbers in enumerate(metered(numbered, num_steps, title, "steps")):
         rows, labels = join(pooled, numbers, device)
         heads.step(rows, labels, cosine(step // held * held, num_steps))
         if after_epoch is not None and ((step + 1) % epoch == 0 or step + 1 == num_steps):
             after_epoch()
+
+
+def choose(
+    correct: Bool[Tensor, "n H"], losses: Float[Tensor, "H"]
+) -> tuple[int, Float[Tensor, "H"]]:
+    """The most accurate head, and the accuracy of each.
+
+    Ties are broken by the lowest loss; a head that has diverged comes last.
+    """
+    percents, losses = accuracy(correct), losses.nan_to_num(nan=math.inf)
+    order = sorted(range(len(losses)), key=lambda i: (-float(percents[i]), float(losses[i])))
+    return order[0], percents
+
+
+def accuracy(correct: Bool[Tensor, "n H"]) -> Float[Tensor, "H"]:
+    """Percent correct of each head."""
+    return (100.0 * correct.double()).mean(dim=0)
 
 
 def cosine(step: int, num_steps: int) -> float:
@@ -161,7 +187,8 @@ def join(
     return rows.to(device), pooled.labels[numbers].to(device)
 
 
-def _batches(num: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Int[Tensor, "b"]]:
+def batches(num: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Int[Tensor, "b"]]:
+    """Indices of `num_steps` batches of shuffled epochs; incomplete batches are dropped."""
     generator = torch.Generator().manual_seed(seed)
     done = 0
     while done < num_steps:

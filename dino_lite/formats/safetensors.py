@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.formats.opened import Opened
@@ -54,6 +55,8 @@ def export_safetensors(
         "version": __version__,
         "spec": backbone.stored_spec(),
         "embed_dim": backbone.embed_dim,
+        "patch_dim": _tokens(backbone, images[:1], torch.device("cpu"))[1].shape[2],
+        "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "patch_size": backbone.patch_size,
         "in_chans": backbone.in_chans,
         "image_size": image_size,
@@ -70,7 +73,8 @@ def export_safetensors(
         _write(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write the export to {directory}: {error}.") from error
-    again = load_backbone(directory, trust=[type(backbone).__module__])
+    own = backbone.whole if isinstance(backbone, Compact) else backbone
+    again = load_backbone(directory, trust=[type(own).__module__])
     difference = largest_difference(backbone, again, images)
     if not difference <= _LARGEST_DIFFERENCE:
         raise RuntimeError(

@@ -7,7 +7,6 @@ from typing import Any
 
 from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, Trust, UserError
-from dino_lite.data.wording import count
 from dino_lite.planning.checks import mixes_images
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.identity import SPEED, changed_from_defaults
