@@ -43,15 +43,15 @@ def choice_for(name: str) -> str | None:
 
 
 def explain_name(name: str, known: list[str]) -> str:
-    """One sentence for `backbone=name` that is neither in `known`, the files of conf/backbone, nor a
-    supported timm model.
+    """One sentence for `backbone=name` that is neither one of `known`, the files of conf/backbone,
+    nor a supported timm model.
     """
     asked = f"backbone={name}"
     model, _, tag = name.removeprefix("timm:").partition(".")
     if (tag or model != name) and (model in known or choice_for(model)):
         return (
-            f"{asked}: this names weights too; choose backbone={model} for the network (a ViT starts "
-            "from weights in a file with backbone.pretrained=FILE)."
+            f"{asked}: this names weights too; choose backbone={model} for the network (a ViT "
+            "starts from weights in a file with backbone.pretrained=FILE)."
         )
     names = [*known, *timm.list_models()]
     resembling = difflib.get_close_matches(model, names, n=8)

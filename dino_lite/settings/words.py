@@ -1,4 +1,4 @@
-"""Arguments of a command line that are not KEY=VALUE: a path alone is the command's main setting."""
+"""Arguments that are not KEY=VALUE: a path alone stands for the command's main setting."""
 
 from __future__ import annotations
 

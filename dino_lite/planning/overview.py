@@ -1,0 +1,125 @@
+"""A planned run in a few lines: what was chosen, why, and a setting that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dino_lite.config import Config, get
+from dino_lite.contracts import Backbone
+from dino_lite.machine import Facts
+from dino_lite.planning.checks import setting
+from dino_lite.planning.plan import Plan
+
+_PRECISIONS = {"32": "float32", "64": "float64", "bf16": "bfloat16"}
+
+
+def network_size(backbone: Backbone) -> dict[str, int]:
+    """The width of a backbone's features (its class token), and its number of parameters."""
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    return {"features": backbone.embed_dim, "parameters": parameters}
+
+
+def embedded(config: Config) -> list[str]:
+    """The sentence that says so if the data are the embedded set because no other were named."""
+    data = config["data"]
+    if data.get("root") or not str(data["_target_"]).endswith(".open_auto"):
+        return []
+    return [
+        "No data.root was given, so the data are the embedded set of drawn shapes: dino-lite "
+        "pretrain FOLDER trains on your own images."
+    ]
+
+
+def overview(
+    plan: Plan, facts: Facts, network: Mapping[str, int] | None = None, labels_from: str = ""
+) -> str:
+    """Eight lines about a plan, nine if it has reasons to show. `network` is as returned by
+    `network_size`; `labels_from` says where the labels of the data come from.
+    """
+    config = plan.config
+    reasons = {decision.key: decision.reason for decision in plan.decisions}
+
+    def line(title: str, what: str, example: str, *keys: str) -> str:
+        why = next((f" ({reasons[key]})" for key in keys if key in reasons), "")
+        return f"  {title:9}{what}{why}{example and f'; {example}'}"
+
+    data = f"{facts.source}: {_count(facts.num_images, 'image')} of about "
+    labels = _count(facts.num_classes, "class", "es") if facts.num_classes else "none"
+    labels += f", {_count(facts.num_test, 'test image')}" if facts.num_test else ""
+    devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
+    device = f"{devices} × {facts.device_name}" if devices > 1 else facts.device_name
+    precision = str(get(config, "trainer.precision"))
+    lines = [
+        line("data", f"{data}{facts.width}x{facts.height}", "another data.root=FOLDER"),
+        line("labels", labels + (labels_from and f" ({labels_from})"), "data.labels=none"),
+        line(
+            "device",
+            f"{device}, {_PRECISIONS.get(precision, precision)}",
+            "trainer.devices=2",
+            "trainer.precision",
+        ),
+        line("network", _network(config, network), "backbone=vit_small", "backbone", *_NAMED),
+        line("method", _method(config), "method=dinov2", "method.head.num_prototypes"),
+        line("crops", _crops(config), "augment.global_size=96", "augment.global_size"),
+        line(
+            "batch",
+            _count(get(config, "loader.batch_size"), "image"),
+            "loader.batch_size=128",
+            "loader.batch_size",
+        ),
+        line("length", _length(config), "trainer.max_time=2h", *_LENGTHS),
+    ]
+    if plan.decisions:
+        all_of_them = f"plan=full shows all {len(plan.decisions)} automatic choices with reasons"
+        lines.append(f"  change any of these by KEY=VALUE as above; {all_of_them}")
+    return "\n".join(lines)
+
+
+_NAMED = ("backbone.name", "backbone.embed_dim")
+_LENGTHS = ("trainer.max_time", "trainer.max_epochs")
+
+
+def _network(config: Config, network: Mapping[str, int] | None) -> str:
+    """The backbone's name with its feature width and number of parameters."""
+    node = config["backbone"]
+    name = str(node.get("name") or node["_target_"].rpartition(".")[2])
+    if network is None:
+        return name
+    parameters = network["parameters"] / 1e6
+    shown = f"{parameters:.2g}" if parameters < 10 else f"{parameters:,.0f}"
+    return f"{name}, {network['features']:,} features, {shown} million parameters"
+
+
+def _method(config: Config) -> str:
+    """The method, its losses and its number of prototypes."""
+    target = str(config["method"]["_target_"]).rpartition(".")[2].lower()
+    name = config.get("choices", {}).get("method", target)
+    losses = " + ".join(config["loss"] or {})
+    prototypes = (config["method"].get("head") or {}).get("num_prototypes")
+    return f"{name}, loss {losses}" + (f", {prototypes:,} prototypes" if prototypes else "")
+
+
+def _crops(config: Config) -> str:
+    """Number and size of the crops, and of the patches in them."""
+    augment, patch = config["augment"], setting(config, "backbone.patch_size")
+    local = (
+        f" and {augment['num_local']} of {augment['local_size']}" if augment["num_local"] else ""
+    )
+    patches = f", patches of {patch}" if patch else ""
+    return f"2 of {augment['global_size']}{local} pixels{patches}"
+
+
+def _length(config: Config) -> str:
+    """The length of the run in its own measure."""
+    trainer: dict[str, Any] = config["trainer"]
+    if trainer["max_time"] is not None:
+        return str(trainer["max_time"])
+    if trainer["max_steps"] is not None:
+        return _count(trainer["max_steps"], "step")
+    return _count(trainer["max_epochs"], "epoch")
+
+
+def _count(num: float, noun: str, plural: str = "s") -> str:
+    """A number with its noun: 1 image, 2,000 images."""
+    return f"{num:,} {noun}{'' if num == 1 else plural}"
