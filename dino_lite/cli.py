@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "compare several backbones with each other and with baselines",
     "report": "write an HTML page about a run",
     "export": "write the backbone in a format that other programs read",
+    "runs": "list the runs: state, k-NN, age, size",
 }
 USAGE = (
     "usage: dino-lite COMMAND [PATH] [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"

@@ -218,7 +218,7 @@ def _say(report: dict[str, Any], planned: Plan | None, facts: Facts | None, spli
         print(overview(planned, facts, report["network"], splits.labels_from))
         if planned.config["plan"] == "full":
             print(f"all automatic choices:\n{planned.table()}")
-        print("\n".join(["", *splits.left_out, *embedded(planned.config)]))
+        print("\n".join(["", *(f"{n}\n" for n in [*splits.left_out, *embedded(planned.config)])]))
     if report["speed"] is not None:
         print(speed_table(report["speed"]))
     for finding in report["findings"]:

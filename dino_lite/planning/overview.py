@@ -34,49 +34,50 @@ def embedded(config: Config) -> list[str]:
 def overview(
     plan: Plan, facts: Facts, network: Mapping[str, int] | None = None, labels_from: str = ""
 ) -> str:
-    """Eight lines about a plan, nine if it has reasons to show. `network` is as returned by
+    """Eight lines about a plan, nine if it has decisions. `network` is as returned by
     `network_size`; `labels_from` says where the labels of the data come from.
     """
     config = plan.config
-    reasons = {decision.key: decision.reason for decision in plan.decisions}
+    reasons = {each.key: each.reason for each in plan.decisions if each.value is not None}
 
     def line(title: str, what: str, example: str, *keys: str) -> str:
         why = next((f" ({reasons[key]})" for key in keys if key in reasons), "")
-        return f"  {title:9}{what}{why}{example and f'; {example}'}"
+        return f"  {title:9}{what}{why}{example and f' [{example}]'}"
 
-    data = f"{facts.source}: {_count(facts.num_images, 'image')} of about "
+    data = f"{facts.source}: {_count(facts.num_images, 'image')}"
     labels = _count(facts.num_classes, "class", "es") if facts.num_classes else "none"
-    labels += f", {_count(facts.num_test, 'test image')}" if facts.num_test else ""
+    labels += f" ({labels_from})" if labels_from else ""
     devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
     device = f"{devices} × {facts.device_name}" if devices > 1 else facts.device_name
-    precision = str(get(config, "trainer.precision"))
+    precision = _PRECISIONS.get(kind := str(get(config, "trainer.precision")), kind)
+    more = "trainer.devices=2" if facts.num_devices > devices else ""
+    name, losses = _method(config)
+    size, batch = get(config, "augment.global_size"), get(config, "loader.batch_size")
+    larger = size + 4 * setting(config, "backbone.patch_size", 8)
+    other = "dino" if name == "dinov2" else "dinov2"
+    test = f", {_count(facts.num_test, 'test image')}" if facts.num_test else ""
     lines = [
-        line("data", f"{data}{facts.width}x{facts.height}", "another data.root=FOLDER"),
-        line("labels", labels + (labels_from and f" ({labels_from})"), "data.labels=none"),
-        line(
-            "device",
-            f"{device}, {_PRECISIONS.get(precision, precision)}",
-            "trainer.devices=2",
-            "trainer.precision",
-        ),
-        line("network", _network(config, network), "backbone=vit_small", "backbone", *_NAMED),
-        line("method", _method(config), "method=dinov2", "method.head.num_prototypes"),
-        line("crops", _crops(config), "augment.global_size=96", "augment.global_size"),
+        line("data", f"{data} of about {facts.width}x{facts.height}{test}", ""),
+        line("labels", labels, "data.labels=none" if facts.num_classes else ""),
+        line("device", f"{device}, {precision}", more, "trainer.precision"),
+        line("network", _network(config, network), "backbone=vit_small", "backbone", *_SIZES),
+        line("method", f"{name}, {losses}", f"method={other}", "method.head.num_prototypes"),
+        line("crops", _crops(config), f"augment.global_size={larger}", "augment.global_size"),
         line(
             "batch",
-            _count(get(config, "loader.batch_size"), "image"),
-            "loader.batch_size=128",
+            _count(batch, "image"),
+            f"loader.batch_size={2 * batch}",
             "loader.batch_size",
         ),
         line("length", _length(config), "trainer.max_time=2h", *_LENGTHS),
     ]
     if plan.decisions:
-        all_of_them = f"plan=full shows all {len(plan.decisions)} automatic choices with reasons"
-        lines.append(f"  change any of these by KEY=VALUE as above; {all_of_them}")
+        full = f"plan=full lists all {len(plan.decisions)} automatic choices and their reasons"
+        lines.append(f"  Add KEY=VALUE, as in brackets, to change any of this; {full}.")
     return "\n".join(lines)
 
 
-_NAMED = ("backbone.name", "backbone.embed_dim")
+_SIZES = ("backbone.name", "backbone.embed_dim")
 _LENGTHS = ("trainer.max_time", "trainer.max_epochs")
 
 
@@ -86,18 +87,18 @@ def _network(config: Config, network: Mapping[str, int] | None) -> str:
     name = str(node.get("name") or node["_target_"].rpartition(".")[2])
     if network is None:
         return name
-    parameters = network["parameters"] / 1e6
-    shown = f"{parameters:.2g}" if parameters < 10 else f"{parameters:,.0f}"
-    return f"{name}, {network['features']:,} features, {shown} million parameters"
+    num = network["parameters"]
+    many = f"{num / 1e3:,.0f} thousand" if num < 1e6 else f"{num / 1e6:,.1f} million"
+    return f"{name}, {network['features']:,} features, {many} parameters"
 
 
-def _method(config: Config) -> str:
-    """The method, its losses and its number of prototypes."""
+def _method(config: Config) -> tuple[str, str]:
+    """The method's name; its losses and number of prototypes."""
     target = str(config["method"]["_target_"]).rpartition(".")[2].lower()
-    name = config.get("choices", {}).get("method", target)
-    losses = " + ".join(config["loss"] or {})
     prototypes = (config["method"].get("head") or {}).get("num_prototypes")
-    return f"{name}, loss {losses}" + (f", {prototypes:,} prototypes" if prototypes else "")
+    many = f", {prototypes:,} prototypes" if prototypes else ""
+    losses = f"loss {' + '.join(config['loss'] or {})}{many}"
+    return config.get("choices", {}).get("method", target), losses
 
 
 def _crops(config: Config) -> str:
