@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
@@ -16,6 +18,18 @@ def wanted_choice(error: Exception) -> str:
         return ""
     found = re.search(r"Could not find '([^']+)'", str(error))
     return found[1] if found else str(error.missing_cfg_file)
+
+
+@contextmanager
+def own_choices() -> Iterator[None]:
+    """Forget what `add_choice` made known, until the end: a later caller may have such a file."""
+    store = ConfigStore.instance()
+    before = store.repo
+    store.repo = {name: group for name, group in before.items() if name != "backbone"}
+    try:
+        yield
+    finally:
+        store.repo = before
 
 
 def add_choice(wanted: str) -> bool:

@@ -26,7 +26,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino_lite.choices import add_choice, explain_choice, wanted_choice
+from dino_lite.choices import add_choice, explain_choice, own_choices, wanted_choice
 from dino_lite.errors import UserError, user_errors
 from dino_lite.overrides import quote, quote_override, quoted, read_flags, unknown_flags
 from dino_lite.settings.words import as_overrides, explain_flag
@@ -59,6 +59,12 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
 
     Includes the keys "overrides" and "choices" of `asked`. Raises UserError for invalid overrides.
     """
+    with own_choices():
+        return _compose(primary, overrides)
+
+
+def _compose(primary: str, overrides: Sequence[str]) -> Config:
+    """`compose`; what it finds among timm's models stays known to Hydra."""
     words = [*map(quote_override, as_overrides(primary, overrides, config_dir()))]
     try:
         with _hydra():
@@ -66,7 +72,7 @@ def compose(primary: str, overrides: Sequence[str]) -> Config:
             return asked(to_plain(config), words, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if add_choice(wanted_choice(error)):
-            return compose(primary, overrides)
+            return _compose(primary, overrides)
         raise UserError(_explain(error, primary, words)) from None
 
 
@@ -232,7 +238,7 @@ def check_overrides(primary: str, flags: Namespace) -> list[list[str]]:
         with _hydra():
             jobs = jobs_of(overrides, GlobalHydra.instance().config_loader())
     for job in jobs:
-        compose(primary, job)
+        _compose(primary, job)
     return jobs
 
 

@@ -21,7 +21,8 @@ _CHOICES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
     "resnet50": (ConvNet, {"norm": "batch"}),
     "convnext_tiny": (ConvNet, {"norm": "layer"}),
 }
-KINDS = "plain ViTs with a class token, DINOv3's ViTs, ResNets and ConvNeXts"
+_MODULES = ("vision_transformer", "deit", "eva", "resnet", "convnext")  # of timm, with most of them
+_KINDS = "plain ViTs with a class token, DINOv3's ViTs, ResNets and ConvNeXts"
 
 
 @functools.cache
@@ -53,10 +54,10 @@ def explain_name(name: str, known: list[str]) -> str:
             f"{asked}: this names weights too; choose backbone={model} for the network (a ViT "
             "starts from weights in a file with backbone.pretrained=FILE)."
         )
-    names = [*known, *timm.list_models()]
+    names = [*known, *(name for module in _MODULES for name in timm.list_models(module=module))]
     resembling = difflib.get_close_matches(model, names, n=8)
     near = next((each for each in resembling if each in known or choice_for(each)), None)
     hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}, or a timm name."
-    if model in names:
-        return f"{asked}: of timm's models, only {KINDS} are supported; {hint}"
+    if model in timm.list_models():
+        return f"{asked}: of timm's models, only {_KINDS} are supported; {hint}"
     return f"{asked}: there is no such choice, and no timm model of that name; {hint}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -59,20 +60,21 @@ def describe(run: Run) -> Listed:
     results = _read(run.results_file)
     measured = _measured(run.folder / "metrics.csv")
     backbone = _node(config, "backbone")
-    method = _node(config, "method").get("_target_", "").rpartition(".")[2].lower()
-    evaluated = _node(_node(results, "last"), "knn").get("top1")
-    total, steps = _total(run, config, results), results.get("steps")
+    method = str(_node(config, "method").get("_target_", "")).rpartition(".")[2].lower()
+    evaluated = _number(_node(_node(results, "last"), "knn"), "top1")
+    trained, steps = _number(results, "knn_trained"), _number(results, "steps")
+    total = _total(run, config, results) if steps is None else steps
     return Listed(
         name=run.folder.name,
         state=_state(run, config, results),
         method=str(_node(config, "choices").get("method", method)),
-        backbone=str(backbone.get("name") or backbone.get("_target_", "").rpartition(".")[2]),
-        steps=int(measured.get("step", -1)) + 1 if steps is None else int(steps),
-        total=total if steps is None else int(steps),
-        knn=results.get("knn_trained", evaluated),
+        backbone=str(backbone.get("name") or str(backbone.get("_target_", "")).rpartition(".")[2]),
+        steps=int(measured.get("step", -1) + 1 if steps is None else steps),
+        total=None if total is None else int(total),
+        knn=evaluated if trained is None else trained,
         knn_online=measured.get("knn"),
-        knn_raw_pixels=results.get("knn_raw_pixels"),
-        knn_untrained=results.get("knn_untrained"),
+        knn_raw_pixels=_number(results, "knn_raw_pixels"),
+        knn_untrained=_number(results, "knn_untrained"),
         changed=_changed(run),
         num_bytes=sum(_sizes(run.folder)),
     )
@@ -87,16 +89,14 @@ def _state(run: Run, config: dict[str, Any], results: dict[str, Any]) -> str:
     return done or ("interrupted" if run.last.is_file() else "empty")
 
 
-def _total(run: Run, config: dict[str, Any], results: dict[str, Any]) -> int | None:
+def _total(run: Run, config: dict[str, Any], results: dict[str, Any]) -> float | None:
     """The number of steps of the whole run; of a timed one as estimated from its first steps."""
-    trainer = _node(config, "trainer")
-    if trainer.get("max_steps"):
-        return int(trainer["max_steps"])
-    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
-        num_images = _node(_read(run.environment_file), "data")["num_images"]
-        per_epoch = num_images / _node(config, "loader")["batch_size"]
-        return max(1, round(trainer["max_epochs"] * per_epoch))  # as Clock
-    return _node(results, "estimate").get("steps")
+    trainer, data = _node(config, "trainer"), _node(_read(run.environment_file), "data")
+    num_images, epochs = _number(data, "num_images"), _number(trainer, "max_epochs")
+    batch_size = _number(_node(config, "loader"), "batch_size")
+    if num_images and epochs and batch_size:
+        return max(1, round(epochs * num_images / batch_size))  # as Clock
+    return _number(trainer, "max_steps") or _number(_node(results, "estimate"), "steps")
 
 
 def _measured(file: Path) -> dict[str, float]:
@@ -132,6 +132,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _number(config: dict[str, Any], key: str) -> float | None:
+    value = config.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _node(config: dict[str, Any], key: str) -> dict[str, Any]:
