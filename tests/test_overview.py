@@ -84,6 +84,7 @@ def test_how_much_is_printed_is_no_part_of_a_run() -> None:
     assert requested(compose("pretrain", ["plan=full"])) == requested(compose("pretrain", []))
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_plan_in_ten_lines_and_notes_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
