@@ -59,7 +59,7 @@ class Sweep:
                 print(f"{len(self._reasons)} of {len(self._jobs)} jobs failed:", file=sys.stderr)
             for index, reason in self._reasons.items():
                 own = " ".join(each for each in self._jobs[index] if each not in shared)
-                print(f"  job {index + 1}, {own}: {reason}", file=sys.stderr)
+                print(f"  job {index + 1} ({own}): {reason}", file=sys.stderr)
         if self._reasons:
             raise SystemExit(1)
 

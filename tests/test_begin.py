@@ -9,7 +9,7 @@ import torch
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
-from dino_lite.config import Config, compose, put
+from dino_lite.config import Config, compose, put, save
 from dino_lite.contracts import UserError
 from dino_lite.methods.dinov2 import DINOv2
 from dino_lite.runs.begin import begin_config, build_method
@@ -97,3 +97,63 @@ def test_what_cannot_be_begun_with_is_refused(first: Path, tmp_path: Path) -> No
         begin_config(second(first.parent, tmp_path / "absent"))
     with pytest.raises(UserError, match=r"is a run of dino_lite\.methods\.dinov2"):
         run_pretrain(tiny(tmp_path, f"checkpoint={first}"))
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of DINO with a ViT of depth 6; its checkpoint is never read."""
+    run = tmp_path_factory.mktemp("runs") / "earlier"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    sizes = {"name": "vit", "embed_dim": 192, "depth": 6, "num_heads": 6, "patch_size": 8}
+    heads = {"num_prototypes": 512, "hidden_dim": 256, "bottleneck_dim": 64}
+    config = compose("pretrain", ["backbone=vit", "backbone.depth=6"])
+    config["backbone"] |= sizes | {"in_chans": 3, "image_size": 64, "drop_path": 0.1}
+    config["method"]["head"] |= heads
+    save(config, run / "config.yaml")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("backbone.depth=4", "backbone.depth=4 (the run: 6)"),
+        ("++backbone.depth=4 seed=1", "backbone.depth=4 (the run: 6)"),
+        ("backbone.mlp='swiglu'", "backbone.mlp=swiglu (the run: null)"),
+        ("backbone=vit_tiny", "backbone.name=vit_tiny_patch16_224 (the run: vit)"),
+        ("backbone=convnet", "backbone._target_=dino_lite.backbones.convnet.ConvNet (the run: "),
+        ("method.head.num_prototypes=64", "method.head.num_prototypes=64 (the run: 512)"),
+        ("method.center_momentum=0.5", "method.center_momentum=0.5 (the run: 0.9)"),
+        ("compat=dinov2 method=dino", "backbone.position_offset=0.1 (the run: 0.0)"),
+        (
+            "experiment=dino_vit_small_imagenet",
+            "backbone.name=vit_small_patch16_224 (the run: vit)",
+        ),
+    ],
+)
+def test_what_differs_from_the_run_begun_with_is_refused(
+    earlier: Path, words: str, named: str
+) -> None:
+    """By key and both values, however it was asked for, and nothing else is named."""
+    config = compose("pretrain", [f"checkpoint={earlier}", *words.split()])
+    with pytest.raises(UserError, match="leave these settings out") as caught:
+        begin_config(config)
+    assert named in str(caught.value)
+    assert "augment" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "backbone.depth=6 backbone.name='vit' ++method.head.num_prototypes=512",
+        "backbone=vit",
+        "backbone.depth=auto preset=large backbone.drop_path=0.3 backbone.image_size=128",
+        "method=dino trainer.max_steps=3 optim.rate=1e-4 augment.num_local=2",
+    ],
+)
+def test_what_agrees_with_the_run_begun_with_passes(earlier: Path, words: str) -> None:
+    """The run's own values, and settings that a new run chooses freely."""
+    begun = begin_config(compose("pretrain", [f"checkpoint={earlier}", *words.split()]))
+    assert begun["backbone"]["depth"] == 6
+    assert begun["method"]["head"]["num_prototypes"] == 512

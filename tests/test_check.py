@@ -107,7 +107,7 @@ def test_folder_without_labels_with_bad_files_and_copies(
     assert report["labels"] == "all images are in one folder"
     assert report["splits"]["train"]["classes"] is None
     assert "warning: 1 of 22 images of train cannot be read" in told(report)
-    assert "warning: 1 images (5%) repeat another" in told(report)
+    assert "warning: 1 image (5%) equal to another" in told(report)
     assert [Path(row["path"]).name for row in table(tmp_path / "out" / "bad_files.csv")] == [
         "bad.jpg"
     ]
@@ -141,7 +141,7 @@ def test_leak_between_splits_is_a_warning_of_its_own(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", [f"train/{i}.png" for i in range(200)])
     photos(data, [f"test/{i}.png" for i in range(2)])  # the first two again
     report = look(tmp_path, f"data.root={data}")
-    assert "warning: 2 images of test are also in train (2 exactly, 0 nearly)" in told(report)
+    assert "warning: 2 images of test found in train as well (2 exactly, 0 nearly)" in told(report)
     assert report["duplicates"]["exact"]["num_test_images_in_train"] == 2
 
 
@@ -207,7 +207,7 @@ def test_npz_works_and_gray_images_get_a_hint(tmp_path: Path) -> None:
     assert train["longer_side"] == {"min": 24, "median": 24, "max": 24}
     assert train["mean"] == pytest.approx([pixels.mean() / 255] * 3, abs=0.01)
     assert "hint: 100% of the images are gray: augment=grayscale" in told(report)
-    assert "4 images of test are also in train" in told(report)
+    assert "4 images of test found in train as well" in told(report)
 
 
 def test_a_sample_of_a_huge_set(tmp_path: Path) -> None:
@@ -479,8 +479,8 @@ def test_a_good_set_leaves_nothing_to_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_small": 600}, "have a side below augment.global_size=224"),
-        ({"num_blank": 60}, "show one color"),
+        ({"num_small": 600}, "with a side below augment.global_size=224"),
+        ({"num_blank": 60}, "of a single color"),
         ({"num_gray": 4900}, "augment=grayscale"),
         ({"num_images": 100}, "loader.batch_size=256 is more than the 100 images"),
     ],
@@ -493,7 +493,7 @@ def test_each_property_of_the_pixels_has_its_sentence(changes: dict[str, Any], w
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_with_one_image": 2}, "2 classes of train have one image"),
+        ({"num_with_one_image": 2}, "2 classes of train with one image"),
         ({"num_without_image": 1}, "1 classes are in test alone"),
         ({"min": 5, "max": 100}, "The largest class has 100 images, the smallest 5"),
     ],
@@ -524,5 +524,5 @@ def test_exif_and_wrong_suffix_do_no_harm(tmp_path: Path) -> None:
     assert report["ok"]
     assert (train["num_rotated"], train["num_misnamed"]) == (1, 1)
     assert train["formats"] == {"PNG": 21, "JPEG": 1}
-    assert "hint: 1 files of train are of another format" in told(report)
+    assert "hint: 1 file of train with another format" in told(report)
     assert "error" not in levels(report)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lite.config import compose
-from dino_lite.errors import UserError
+import dino_lite
+from dino_lite.cli import COMMANDS, main
+from dino_lite.config import Config, command, compose
+from dino_lite.errors import Interrupted, UserError
 from dino_lite.overrides import parses, quote, quote_override
+from dino_lite.sweep import Sweep
 
 AWKWARD = [
     "/a b/c",
@@ -105,16 +116,176 @@ def test_unknown_command_names_the_nearest_and_exits_with_2() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_version_and_help_need_no_torch() -> None:
-    """Help and version answer without importing the heavy packages."""
-    code = (
-        "import sys; sys.argv = ['dino-lite', '--help']; from dino_lite.cli import main; main(); "
-        "assert 'torch' not in sys.modules"
+WITHOUT_TORCH = """
+import sys
+from contextlib import suppress
+from dino_lite.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["dino-lite", *line.split()]
+    with suppress(SystemExit):
+        main()
+assert not {"torch", "timm", "pytorch_lightning"} & {*sys.modules}
+"""
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    """Help, version, settings, completion, and the refusal of a wrong command or key."""
+    lines = ["--help", "--version", "pretrian", "pretrain --help", "report --cfg job"]
+    lines += ["check -sc install=bash", "evaluate optm.clip=1", "pretrain --flag"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *lines],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+        check=False,
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1]
-    )
-    assert run("--version").stdout.startswith("dino-lite 0.")
+    assert done.returncode == 0, done.stderr
+    assert "\ndino-lite 0." in done.stdout
+    said = done.stderr.splitlines()
+    assert "did you mean pretrain?" in said[0]
+    assert "optm.clip: there is no such key" in said[1]
+    assert "unrecognized arguments: --flag" in said[2]
+    assert len(said) == 3
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """`dino-lite WORDS` in this process, for what ends before the command is executed."""
+    monkeypatch.setattr(sys, "argv", ["dino-lite", *words])
+    main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_a_command_does_with_examples_that_compose(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own keys and choices, and how to see all settings."""
+    call(monkeypatch, name, "--help")
+    text = capsys.readouterr().out
+    assert text.startswith(f"dino-lite {name}: ")
+    assert "--cfg job" in text
+    assert "Hydra" not in text.splitlines()[0]
+    assert ("knn, linear" in text) == (name in ("evaluate", "compare"))  # the choices of eval
+    examples = re.findall(rf"^  dino-lite {name}(.*?)(?:   |$)", text, re.MULTILINE)
+    assert examples
+    compose(name, [word for example in examples for word in shlex.split(example)])
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ("pretrain --cfg=job --package=seed seed=3", "3"),
+        ("pretrain seed=3 -c job -p seed", "3"),
+        ("pretrain runs_dir=a --cfg job name=b=c --package name", "b=c"),
+        ("pretrain --config-dir={folder} -c job -p optim.clip optim=mine", "7"),
+        ("pretrain -cd={folder} -c job -p optim.clip optim=mine", "7"),
+    ],
+)
+def test_flags_stand_anywhere_with_and_without_an_equals_sign(
+    words: str,
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And are not taken for settings, whatever the folder is called."""
+    folder = tmp_path / "a=b"
+    (folder / "optim").mkdir(parents=True)
+    (folder / "optim" / "mine.yaml").write_text("defaults: [adamw, _self_]\nclip: 7\n")
+    call(monkeypatch, *(word.format(folder=folder) for word in words.split()))
+    assert capsys.readouterr().out.strip() == printed
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("dino-lite pre", "pretrain"),
+        ("dino-lite pretrain trainer.max_t", "trainer.max_time="),
+        ("dino-lite evaluate eval=fine", "eval=finetune"),
+        ("dino-lite evaluate seed=1 runs_", "runs_dir="),
+        ("dino-lite nonsense a", ""),
+    ],
+)
+def test_tab_completes_commands_keys_and_choices(
+    line: str,
+    completed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the shell asks, after what `-sc install=bash` prints was evaluated."""
+    monkeypatch.setenv("COMP_LINE", line)
+    with suppress(SystemExit):
+        call(monkeypatch, "-sc", "query=bash")
+    assert capsys.readouterr().out.strip() == completed
+
+
+def sweep(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, job: Callable[[Config], None], *words: str
+) -> int:
+    """The exit code of `report --multirun WORDS` whose jobs do `job`."""
+    words = ("report", "--multirun", f"runs_dir={folder}", *words)
+    monkeypatch.setattr(sys, "argv", [*words])
+    try:
+        command("report")(job)()
+    except SystemExit as end:
+        return int(str(end.code))
+    return 0
+
+
+def test_a_failed_job_does_not_end_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the failure, the others run; the failed are named at the end by what differs, with
+    their reasons, and the exit code is 1.
+    """
+    failures = {
+        "a": UserError("a: it is wrong."),
+        "b": ZeroDivisionError("by zero"),
+        "c": OSError(errno.ENOSPC, "No space left on device", "file"),
+        "d": SystemExit(1),
+    }
+    ran = []
+
+    def job(config: Config) -> None:
+        ran.append(config["checkpoint"])
+        if ran[-1] in failures:
+            raise failures[ran[-1]]
+
+    assert sweep(monkeypatch, tmp_path, job, "checkpoint=a,b,c,d,e", "draw=false") == 1
+    assert ran == [*"abcde"]
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 1
+    assert said.splitlines()[-5:] == [
+        "4 of 5 jobs failed:",
+        "  job 1 (checkpoint=a): a: it is wrong.",
+        "  job 2 (checkpoint=b): ZeroDivisionError: by zero",
+        "  job 3 (checkpoint=c): file: No space left on device.",
+        "  job 4 (checkpoint=d): exit code 1",
+    ]
+
+
+def test_an_interrupt_ends_the_whole_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C and signals, also where training turns them into a sentence; what failed is named."""
+    for end in (Interrupted("stopped."), SystemExit(143), KeyboardInterrupt()):
+        with pytest.raises(type(end)), Sweep().job(["seed=1"]):
+            raise end
+    failures = [UserError("it is wrong."), KeyboardInterrupt()]
+
+    def job(config: Config) -> None:
+        raise failures.pop(0)
+
+    assert sweep(monkeypatch, tmp_path, job, "checkpoint=a,b,c") == 130
+    assert capsys.readouterr().err.endswith("  job 1 (checkpoint=a): it is wrong.\n")
+    assert failures == []
+
+
+def test_a_wrong_key_of_one_job_ends_a_sweep_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one sentence."""
+    assert sweep(monkeypatch, tmp_path, print, "draw=true,false", "drawn=1") == 2
+    assert "did you mean draw?" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -153,3 +324,20 @@ def test_wrong_override_is_one_sentence_with_the_nearest_name(override: str, wor
         compose("pretrain", override.split())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_program_that_uses_hydra_itself_is_not_disturbed(tmp_path: Path) -> None:
+    """What it has initialized is there again after a call, and after an error."""
+    (tmp_path / "app.yaml").write_text("a: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), job_name="mine", version_base="1.2"):
+        theirs = GlobalHydra.instance()
+        assert compose("pretrain", ["seed=3"])["seed"] == 3
+        with pytest.raises(UserError):
+            compose("pretrain", ["sed=3"])
+        with pytest.raises(UserError):
+            dino_lite.evaluate("checkpoint=absent")
+        assert GlobalHydra.instance() is theirs
+        assert hydra.compose("app").a == 1
+        assert str(hydra.version.getbase()) == "1.2"
+        assert JobRuntime.instance().get("name") == "mine"
+    assert not GlobalHydra.instance().is_initialized()

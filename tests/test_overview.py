@@ -29,7 +29,7 @@ def test_a_plan_is_nine_lines_of_what_was_chosen_why_and_what_changes_it() -> No
     known = facts(num_classes=4, num_test=20)
     text = overview(told, known, {"features": 3072, "parameters": 2_150_000}, "the folders a, b")
     assert text.splitlines()[:-1] == [
-        "  data     photos: 5,000 images of about 400x300, 20 test images",
+        "  data     photos: 5,000 images of about 400x300 pixels, 20 test images",
         "  labels   4 classes (the folders a, b) [data.labels=none]",
         "  device   cpu, float32 (no native bfloat16 on cpu)",
         "  network  resnet, 3,072 features, 2.1 million parameters (5,000 images on a CPU: learns "

@@ -27,6 +27,7 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.inspection import Inspected, inspect
+from dino_lite.data.names import file_name, safe_name
 from dino_lite.data.pack import check_target, write_shards
 from dino_lite.data.parts import append_rows
 from dino_lite.data.statistics import (
@@ -39,6 +40,7 @@ from dino_lite.data.statistics import (
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
+from dino_lite.data.wording import count
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
 from dino_lite.methods.clock import Clock
@@ -70,8 +72,7 @@ def run_check(config: Config) -> dict[str, Any]:
     if config["pack"]:
         check_target(Path(config["pack"]))
     splits = open_splits(config["data"])
-    title = "".join(c if c.isalnum() or c in "-._" else "-" for c in splits.name) or "data"
-    out = Path(config["out"] or Path("checks") / title)
+    out = Path(config["out"] or Path("checks") / file_name(safe_name(splits.name, "-._")))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -253,7 +254,7 @@ def _pack(splits: Splits, folder: Path) -> None:
     """Write the data as tar shards, and print how to train on them."""
     with _progress(sum(len(source) for _, source in _sources(splits))) as progress:
         shards = write_shards(splits, folder, progress=progress)
-    print(f"{len(shards)} shards in {folder}: dino-lite pretrain data.root={folder}")
+    print(f"{count(len(shards), 'shard')} in {folder}: dino-lite pretrain data.root={folder}")
 
 
 @contextmanager

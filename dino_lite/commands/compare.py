@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.data.roots import several
+from dino_lite.data.wording import count
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.measure import beside, comparable, measure
@@ -97,7 +98,7 @@ def elsewhere(subject: Subject) -> str | None:
     data = read_json(run.environment_file)["data"]
     if data["digest"] == subject.store.data.splits.train.digest():
         return None
-    return f"trained on other data: {data['name']}, {data['num_images']:,} images"
+    return f"trained on other data: {data['name']}, {count(data['num_images'], 'image')}"
 
 
 def measure_all(

@@ -13,6 +13,7 @@ from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.wording import count
 from dino_lite.planning.checks import check_values
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
@@ -51,7 +52,7 @@ def run_export(config: Config) -> dict[str, Any]:
         )
         print(
             f"{name}: {written[name]['directory']} (largest difference of tokens on "
-            f"{len(images)} images: "
+            f"{count(len(images), 'image')}: "
             f"{written[name]['largest_difference']:.1e})"
         )
     return written

@@ -10,6 +10,7 @@ from jaxtyping import Float64, UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.sources import reason
+from dino_lite.data.wording import count
 
 NUM_LOOKED_AT = 64
 _MIN_PIXELS = 256 * 256  # enough for the mean color; large files may be decoded smaller
@@ -18,7 +19,8 @@ _MIN_PIXELS = 256 * 256  # enough for the mean color; large files may be decoded
 class DataFacts(NamedTuple):
     """Counts, the median size of an image in pixels, and its channels.
 
-    `num_classes` is 0 without labels. `mean` and `std` of each channel are in [0, 1].
+    `num_classes` is 0 without labels. `mean` and `std` of each channel are in [0, 1]. `sizes`: the
+    sizes of the images that were read, "64x48 pixels" or "37x301 to 320x40 pixels" (by area).
     """
 
     num_images: int
@@ -29,6 +31,7 @@ class DataFacts(NamedTuple):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    sizes: str
 
 
 def read_facts(splits: Splits) -> DataFacts:
@@ -47,7 +50,8 @@ def read_facts(splits: Splits) -> DataFacts:
         if size is not None:
             sizes.append(size)
     seen = seen or [_look(first_readable(source))]
-    height, width = np.median(sizes or [look.size for look in seen], axis=0)
+    sizes = sizes or [look.size for look in seen]
+    height, width = np.median(sizes, axis=0)
     mean = np.mean([look.mean for look in seen], axis=0)  # C
     square = np.mean([look.square for look in seen], axis=0)
     std = np.sqrt(
@@ -62,7 +66,15 @@ def read_facts(splits: Splits) -> DataFacts:
         channels=len(mean),
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
+        sizes=_span(sizes),
     )
+
+
+def _span(sizes: list[tuple[int, int]]) -> str:
+    """The smallest and the largest of the sizes (height, width), as width x height."""
+    ends = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    shown = dict.fromkeys(f"{width}x{height}" for height, width in (ends[0], ends[-1]))
+    return f"{' to '.join(shown)} pixels"
 
 
 class _Look(NamedTuple):
@@ -98,8 +110,8 @@ def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:
             return image
         first = first or image
     raise UserError(
-        f"None of the {len(source)} images can be read, the first being {first}; repair them, or "
-        "check data.root."
+        f"None of the {count(len(source), 'image')} can be read, the first being {first}; repair "
+        "them, or check data.root."
     )
 
 

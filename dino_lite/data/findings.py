@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from dino_lite.data.summary import feeders
+from dino_lite.data.wording import count
 
 _MANY = 0.01  # of the images: more than this is a warning
 _NEARLY_ALL = 0.95
@@ -49,8 +50,8 @@ def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> It
     if split["num_misnamed"]:
         yield Finding(
             "hint",
-            f"{split['num_misnamed']:,} files of {name} are of another format than their suffix "
-            "says: they are read all the same.",
+            f"{count(split['num_misnamed'], 'file')} of {name} with another format than the suffix "
+            "says: read all the same.",
         )
 
 
@@ -60,15 +61,15 @@ def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> It
     if train["num_small"] > 0.1 * num:
         yield Finding(
             "warning",
-            f"{train['num_small']:,} images ({train['num_small'] / num:.0%}) have a side below "
-            f"augment.global_size={global_size}: their crops are enlarged; a smaller "
+            f"{count(train['num_small'], 'image')} ({train['num_small'] / num:.0%}) with a side "
+            f"below augment.global_size={global_size}: the crops are enlarged; a smaller "
             "augment.global_size trains faster and loses little.",
         )
     if train["num_blank"] > _MANY * num:
         yield Finding(
             "warning",
-            f"{train['num_blank']:,} images ({train['num_blank'] / num:.0%}) show one color: there "
-            "is nothing to learn from them; remove them.",
+            f"{count(train['num_blank'], 'image')} ({train['num_blank'] / num:.0%}) of a single "
+            "color: there is nothing to learn from; remove what is blank.",
         )
     if train["num_gray"] >= _NEARLY_ALL * num:
         yield Finding(
@@ -79,14 +80,14 @@ def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> It
     if batch_size > train["num_images"]:
         yield Finding(
             "warning",
-            f"loader.batch_size={batch_size} is more than the {train['num_images']:,} images: a "
+            f"loader.batch_size={batch_size} is more than {count(train['num_images'], 'image')}: a "
             "step sees some twice; choose a smaller one.",
         )
     if train["num_images"] < _FEW_IMAGES:
         yield Finding(
             "hint",
-            f"{train['num_images']:,} images are few to learn from alone: trained weights to start "
-            "from (backbone.pretrained) help most.",
+            f"{count(train['num_images'], 'image')}: few to learn from alone; trained weights to "
+            "start from (backbone.pretrained) help most.",
         )
 
 
@@ -98,19 +99,19 @@ def judge_classes(train: dict[str, Any], test: dict[str, Any] | None) -> Iterato
     if classes["num_with_one_image"]:
         yield Finding(
             "warning",
-            f"{classes['num_with_one_image']:,} classes of train have one image: no neighbor can "
-            "be right, so k-NN within train counts them as wrong.",
+            f"{count(classes['num_with_one_image'], 'class')} of train with one image: no neighbor "
+            "can be right, so k-NN within train counts them as wrong.",
         )
     if classes["num_without_image"]:
         yield Finding(
             "warning",
-            f"{classes['num_without_image']:,} classes are in test alone: they cannot be "
-            "recognized.",
+            f"{count(classes['num_without_image'], 'class')} in test alone: nothing in train shows "
+            "what to recognize.",
         )
     if classes["max"] >= _UNEQUAL * max(classes["min"], 1):
         yield Finding(
             "hint",
-            f"The largest class has {classes['max']:,.0f} images, the smallest "
+            f"The largest class has {count(round(classes['max']), 'image')}, the smallest "
             f"{classes['min']:,.0f}: accuracy over all images says little of small classes.",
         )
     if test is not None and test["classes"] is None:
@@ -125,7 +126,7 @@ def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
     if leaked := exact[key] + of_near[key]:
         yield Finding(
             "warning",
-            f"{leaked:,} images of test are also in train ({exact[key]:,} exactly, "
+            f"{count(leaked, 'image')} of test found in train as well ({exact[key]:,} exactly, "
             f"{of_near[key]:,} nearly): accuracies on test come out too high; remove them from "
             "train (duplicates.csv).",
         )
@@ -133,9 +134,9 @@ def judge_duplicates(duplicates: dict[str, Any], num: int) -> Iterator[Finding]:
     if surplus > _MANY * num:
         yield Finding(
             "warning",
-            f"{surplus:,} images ({surplus / num:.0%}) repeat another ({exact['num_surplus']:,} "
-            f"exactly, {of_near['num_surplus']:,} nearly): they count more than the others; "
-            "remove them (duplicates.csv).",
+            f"{count(surplus, 'image')} ({surplus / num:.0%}) equal to another "
+            f"({exact['num_surplus']:,} exactly, {of_near['num_surplus']:,} nearly): what is "
+            "repeated counts more; remove it (duplicates.csv).",
         )
     if near is None:
         yield Finding(
@@ -152,7 +153,7 @@ def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
     if training["largest_batch"] is not None:
         yield Finding(
             "warning",
-            f"A step on {batch} images does not fit the memory of {speed['device']}, on "
+            f"A step on {count(batch, 'image')} does not fit the memory of {speed['device']}, on "
             f"{training['largest_batch']} it does: choose trainer.micro_batch_size="
             f"{max(training['largest_batch'], 1)}, or a smaller loader.batch_size.",
         )
@@ -163,7 +164,7 @@ def judge_speed(speed: dict[str, Any]) -> Iterator[Finding]:
         todo = f"try loader.num_workers={min(wanted, cores)}"
     else:
         todo = (
-            f"{wanted} cores would keep up; else store the images smaller (twice "
+            f"{count(wanted, 'core')} would keep up; else store the images smaller (twice "
             "augment.global_size is enough), or lower augment.num_local"
         )
     yield Finding(

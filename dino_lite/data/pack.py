@@ -15,10 +15,12 @@ import numpy as np
 from PIL import Image
 
 from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.names import file_name
 from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
 from dino_lite.data.sources import reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
+from dino_lite.data.wording import count
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
 MAX_BYTES = 256 * 2**20
@@ -52,7 +54,7 @@ def write_shards(
     The folder must not exist, or be empty; it appears once everything is written. Raises UserError.
     """
     folder = check_target(folder)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(file_name(folder.name, f".{os.getpid()}.part"))
     try:
         part.mkdir(parents=True)
         shards = _write_all(splits, part, max_bytes, progress or (lambda num: None))
@@ -77,7 +79,8 @@ def _write_all(
         if source is not None:
             shards += _write_split(source, split, folder, max_bytes, progress)
     if not shards:
-        raise UserError(f"None of the {len(splits.train)} images can be read: check data.root.")
+        images = count(len(splits.train), "image")
+        raise UserError(f"None of the {images} can be read: check data.root.")
     indexes = []
     for shard in shards:
         with open(folder / shard, "rb") as file:

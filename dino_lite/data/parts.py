@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop, plain_globals
 from dino_lite.data.sources import ArraySource, reason
+from dino_lite.data.wording import count
 
 try:
     import fcntl
@@ -176,7 +177,7 @@ class BadFiles:
     def _stop(self) -> None:
         total, num_bad = len(self.source), len(self.reasons)
         if num_bad == total:
-            what = f"None of the {total} images can be read"
+            what = f"None of the {count(total, 'image')} can be read"
         else:
             what = f"{num_bad} of the {total} images cannot be read, more than "
             what += f"loader.max_bad_fraction={self.max_fraction:g} allows"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dino_lite.data.wording import count
+
 _BAR = 30  # characters of the longest bar
 _SHOWN = 5  # unreadable files shown; all are in bad_files.csv
 
@@ -32,7 +34,7 @@ def split_table(name: str, split: dict[str, Any]) -> str:
     ]
     if len(split["unreadable"]) > _SHOWN:
         rows.append(("", "... all in bad_files.csv"))
-    return "\n".join([f"{name}: {split['num_images']:,} images{part}{size}", *_lines(rows)])
+    return "\n".join([f"{name}: {count(split['num_images'], 'image')}{part}{size}", *_lines(rows)])
 
 
 def class_table(train: dict[str, Any], labels: str) -> str:
@@ -46,7 +48,9 @@ def class_table(train: dict[str, Any], labels: str) -> str:
         ("largest", ", ".join(f"{name} {num:,}" for name, num in classes["largest"])),
         ("smallest", ", ".join(f"{name} {num:,}" for name, num in classes["smallest"])),
     ]
-    return "\n".join([f"labels: {classes['num_classes']:,} classes ({labels})", *_lines(rows)])
+    return "\n".join(
+        [f"labels: {count(classes['num_classes'], 'class')} ({labels})", *_lines(rows)]
+    )
 
 
 def duplicate_table(duplicates: dict[str, Any]) -> str:
@@ -62,8 +66,9 @@ def duplicate_table(duplicates: dict[str, Any]) -> str:
         rows.append(
             (
                 kind,
-                f"{found['num_surplus']:,} images repeat another, in {found['num_groups']:,} "
-                f"groups; {found['num_test_images_in_train']:,} of test are in train{limit}",
+                f"{count(found['num_surplus'], 'image')} repeating another, in "
+                f"{count(found['num_groups'], 'group')}; "
+                f"{found['num_test_images_in_train']:,} of test also in train{limit}",
             )
         )
     return "\n".join(["duplicates:", *_lines(rows)])
@@ -76,13 +81,14 @@ def speed_table(speed: dict[str, Any]) -> str:
         (
             "loading",
             f"{feeders(loading['num_workers'])} {loading['images_per_second']:,.0f} images/s "
-            f"({loading['images_per_second_of_one']:,.0f} a process, {loading['num_cores']} cores)",
+            f"({loading['images_per_second_of_one']:,.0f} a process, "
+            f"{count(loading['num_cores'], 'core')})",
         ),
         (
             "training",
             f"this model on {speed['device']} trains {training['images_per_second']:,.1f} "
             f"images/s ({training['seconds_per_step']:.2f} s a step of "
-            f"{speed['batch_size_per_device']} images a device)",
+            f"{count(speed['batch_size_per_device'], 'image')} a device)",
         ),
         ("together", f"{speed['images_per_second']:,.1f} images/s; limit: {speed['bottleneck']}"),
         ("an epoch", _duration(speed["seconds_per_epoch"])),
@@ -144,7 +150,7 @@ def _moments(split: dict[str, Any]) -> str:
     if not split["mean"]:
         return ""
     mean, std = (" ".join(f"{value:.3f}" for value in split[key]) for key in ("mean", "std"))
-    return f"{mean}, {std} (of {split['num_readable']:,} images)"
+    return f"{mean}, {std} (of {count(split['num_readable'], 'image')})"
 
 
 def _bytes(num: float) -> str:

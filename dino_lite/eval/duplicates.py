@@ -57,7 +57,7 @@ class Duplicates(Evaluation):
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """The number of pairs, and of the groups that they connect."""
-        train, test, _ = store.data.splits
+        train, test = store.data.splits[:2]
         sources = [train] if test is None else [train, test]
         parts = [store.pooled(backbone, source).features() for source in sources]
         for part in parts:

@@ -134,8 +134,8 @@ class Finetune(Evaluation):
 
 def find_labeled(store: FeatureStore) -> Labeled:
     """The labeled images of train and test; if test has no labels, a fifth of train is held out."""
-    train, test, _ = store.data.splits
-    demand_labels(train, "Fine-tuning")
+    train, test = store.data.splits[:2]
+    demand_labels(store.data.splits, "Fine-tuning")
     train, where = _known(train), "of test"
     if test is None or test.labels is None:
         kept, held = hold_out(_labels(train), TEST_SHARE, seed=0)

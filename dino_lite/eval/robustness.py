@@ -133,7 +133,7 @@ class Robustness(Evaluation):
     ) -> tuple[Features, Source, Int[np.ndarray, "n"], str]:
         """The clean bank; the source and rows of the queries, and their description."""
         pooled, _ = store.labeled(backbone, "robustness")
-        bank, (train, test, _) = pooled.features().labeled(), store.data.splits
+        bank, (train, test) = pooled.features().labeled(), store.data.splits[:2]
         if test is not None and test.labels is not None:
             source, rows, whence = test, spread(len(test), self.max_images), "test"
         else:

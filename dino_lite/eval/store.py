@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino_lite.contracts import Backbone, Source, UserError
+from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset
 from dino_lite.distributed import all_gather_cat, all_gather_objects, rank, world_size
@@ -61,7 +61,7 @@ class FeatureStore:
     ) -> tuple[Pooled, Pooled | None]:
         """Features of train and, if labeled, of test; `what` names the evaluation in messages."""
         train, test = self.data.splits.train, self.data.splits.test
-        demand_labels(train, what)
+        demand_labels(self.data.splits, what)
         bank = self.pooled(backbone, train, num_blocks)
         if test is None or test.labels is None:
             return bank, None
@@ -126,14 +126,20 @@ class FeatureStore:
                 part.unlink()
 
 
-def demand_labels(train: Source, what: str) -> Int[np.ndarray, "N"]:
-    """The labels of the training images. Raises UserError, naming `what`, if there are none."""
-    if train.labels is None:
-        raise UserError(
-            f"{what} needs labels and the training images have none; "
-            "put them into class folders, or name a file with data.labels=FILE.csv."
-        )
-    return train.labels
+def demand_labels(splits: Splits, what: str) -> Int[np.ndarray, "N"]:
+    """The labels of the training images. Raises UserError, naming `what` and the reason, if there
+    are none.
+    """
+    if splits.train.labels is None:
+        why = splits.labels_from
+        cure = "name a file with data.labels=FILE.csv"
+        if why == "data.labels=none":
+            cure = "leave that out"
+        elif "data." not in why:  # a reason may name the key already
+            cure = f"sort them into one folder per class, or {cure}"
+        why = f" ({why})" if why else ""
+        raise UserError(f"{what} needs labels, and the training images have none{why}; {cure}.")
+    return splits.train.labels
 
 
 def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -15,10 +20,12 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.wording import count
 from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 
+_SECONDS_TO_ANSWER = 5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -77,7 +84,7 @@ def open_timm(name: str) -> Opened:
     spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _one_try(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # from the network, the hub, its cache, or missing weights
         raise UserError(
@@ -88,10 +95,35 @@ def open_timm(name: str) -> Opened:
     return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
 
 
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Let huggingface_hub read only its cache, at once, if its server does not answer in a few
+    seconds: it would try five times for each of several files, and say so each time.
+    """
+    before = constants.HF_HUB_OFFLINE
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_ANSWER)
+    except Exception:  # of one of several libraries for HTTP
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logger.setLevel(level)
+
+
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
     found = find_backbone(tensors, about)
     if found is None:
-        shown = f"{len(tensors)} tensors, the first {next(iter(tensors))}" if tensors else "none"
+        shown = (
+            f"{count(len(tensors), 'tensor')}, the first {next(iter(tensors))}"
+            if tensors
+            else "none"
+        )
         raise UserError(f"{asked} holds no backbone: {LOOKED_FOR}, and found {shown}.")
     return found
 
@@ -160,7 +192,7 @@ def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
             else ""
         )
         raise UserError(
-            f"{asked} does not fit the backbone: {len(missing)} weights "
+            f"{asked} does not fit the backbone: {count(len(missing), 'weight')} "
             f"missing, {len(extra)} "
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
@@ -179,7 +211,7 @@ def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
         return learned
     if found != 3:
         raise UserError(
-            f"{asked} takes images of {found} channels, the backbone "
+            f"{asked} takes images of {count(found, 'channel')}, the backbone "
             f"{in_chans}: only weights for 3 can be adapted, so set data.channels={found}."
         )
     adapted: Tensor = adapt_input_conv(in_chans, learned)

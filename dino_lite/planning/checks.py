@@ -7,6 +7,7 @@ from typing import Any
 
 from dino_lite.config import Config, get, leaves
 from dino_lite.contracts import Backbone, Traits, UserError
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import parse_span
 from dino_lite.planning.groups import RECORDS, Settings, Start
@@ -159,14 +160,14 @@ def _check_channels(config: Config, facts: Facts) -> None:
     in_chans = setting(config, "backbone.in_chans", facts.channels)
     if in_chans != facts.channels:
         raise UserError(
-            f"backbone.in_chans={in_chans}: the images have {facts.channels} channels; remove this "
-            f"setting, or set data.channels={in_chans}."
+            f"backbone.in_chans={in_chans}: the images have {count(facts.channels, 'channel')}; "
+            f"remove this setting, or set data.channels={in_chans}."
         )
     for name in ("mean", "std"):
         if len(values := config["normalize"].get(name, [])) != facts.channels:
             raise UserError(
-                f"normalize.{name}={values}: must be a list of {facts.channels} numbers, one per "
-                "channel, or auto."
+                f"normalize.{name}={values}: must be a list of {count(facts.channels, 'number')}, "
+                "one per channel, or auto."
             )
 
 

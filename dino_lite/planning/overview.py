@@ -7,6 +7,7 @@ from typing import Any
 
 from dino_lite.config import Config, get
 from dino_lite.contracts import Backbone
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import setting
 from dino_lite.planning.plan import Plan
@@ -44,8 +45,9 @@ def overview(
         why = next((f" ({reasons[key]})" for key in keys if key in reasons), "")
         return f"  {title:9}{what}{why}{example and f' [{example}]'}"
 
-    data = f"{facts.source}: {_count(facts.num_images, 'image')}"
-    labels = _count(facts.num_classes, "class", "es") if facts.num_classes else "none"
+    sizes = facts.sizes or f"about {facts.width}x{facts.height} pixels"
+    data = f"{facts.source}: {count(facts.num_images, 'image')}"
+    labels = count(facts.num_classes, "class") if facts.num_classes else "none"
     labels += f" ({labels_from})" if labels_from else ""
     devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
     device = f"{devices} × {facts.device_name}" if devices > 1 else facts.device_name
@@ -55,9 +57,9 @@ def overview(
     size, batch = get(config, "augment.global_size"), get(config, "loader.batch_size")
     larger = size + 4 * setting(config, "backbone.patch_size", 8)
     other = "dino" if name == "dinov2" else "dinov2"
-    test = f", {_count(facts.num_test, 'test image')}" if facts.num_test else ""
+    test = f", {count(facts.num_test, 'test image')}" if facts.num_test else ""
     lines = [
-        line("data", f"{data} of about {facts.width}x{facts.height}{test}", ""),
+        line("data", f"{data} of {sizes}{test}", ""),
         line("labels", labels, "data.labels=none" if facts.num_classes else ""),
         line("device", f"{device}, {precision}", more, "trainer.precision"),
         line("network", _network(config, network), "backbone=vit_small", "backbone", *_SIZES),
@@ -65,7 +67,7 @@ def overview(
         line("crops", _crops(config), f"augment.global_size={larger}", "augment.global_size"),
         line(
             "batch",
-            _count(batch, "image"),
+            count(batch, "image"),
             f"loader.batch_size={2 * batch}",
             "loader.batch_size",
         ),
@@ -117,10 +119,5 @@ def _length(config: Config) -> str:
     if trainer["max_time"] is not None:
         return str(trainer["max_time"])
     if trainer["max_steps"] is not None:
-        return _count(trainer["max_steps"], "step")
-    return _count(trainer["max_epochs"], "epoch")
-
-
-def _count(num: float, noun: str, plural: str = "s") -> str:
-    """A number with its noun: 1 image, 2,000 images."""
-    return f"{num:,} {noun}{'' if num == 1 else plural}"
+        return count(trainer["max_steps"], "step")
+    return count(trainer["max_epochs"], "epoch")

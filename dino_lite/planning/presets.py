@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dino_lite.config import Config, config_dir, get, load
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import traits_of
 from dino_lite.planning.groups import PRESETS
@@ -53,32 +54,33 @@ def choose_backbone(config: Config, facts: Facts) -> Choice | None:
     masks = config["method"].get("masking") is not None  # not supported by a convnet
     if facts.accelerator != "cpu" or facts.source == "shapes" or masks:
         return None
-    reason = f"{num_images(config):,} images on a CPU: learns in minutes there, unlike a ViT"
+    images = count(num_images(config), "image")
+    reason = f"a small network: on a CPU it learns from {images} in minutes, unlike a ViT"
     return Choice("convnet", load(folder / "convnet.yaml"), reason)
 
 
 def _global_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     traits = traits_of(config)
     if not traits.convolutional:
-        return [0.4, 1.0], "DINO's"
+        return [0.4, 1.0], "share of the image in a global crop, as in DINO"
     if traits.small:
-        return [0.6, 1.0], "large crops, for a short run"
-    return [0.14, 1.0], "DINO's for a ResNet-50"
+        return [0.6, 1.0], "share of the image in a global crop: large, for a short run"
+    return [0.14, 1.0], "share of the image in a global crop, as in DINO's ResNet-50"
 
 
 def _local_scale(config: Config, facts: Facts) -> tuple[list[float], str]:
     traits = traits_of(config)
     if not traits.convolutional:
-        return [0.05, 0.4], "DINO's"
+        return [0.05, 0.4], "share of the image in a local crop, as in DINO"
     if traits.small:
-        return [0.2, 0.6], "up to the smallest global crop"
-    return [0.05, 0.14], "DINO's for a ResNet-50"
+        return [0.2, 0.6], "share of the image in a local crop, up to the smallest global one"
+    return [0.05, 0.14], "share of the image in a local crop, as in DINO's ResNet-50"
 
 
 def _num_local(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.accelerator == "cpu":
-        return 4, "half of DINO's 8, for a CPU"
-    return 8, "DINO's"
+        return 4, "local crops per image: half of DINO's 8, since a CPU is slow"
+    return 8, "local crops per image, as in DINO"
 
 
 def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
@@ -87,60 +89,72 @@ def _backbone_name(config: Config, facts: Facts) -> tuple[str, str]:
         return "auto", "no rule"  # plan() rejects it
     if facts.accelerator == "cpu":
         return names[0], "a small ViT that trains in minutes on a CPU"
-    return names[1], "the smallest of the paper"
+    return names[1], "the smallest network of DINO's paper"
 
 
 def _embed_dim(config: Config, facts: Facts) -> tuple[int | None, str]:
     if not traits_of(config).small:
-        return None, "the model's own"
-    return (64, "for patterns") if facts.source == "shapes" else (128, "for a CPU")
+        return None, "as in the named model"
+    return (
+        (64, "enough for the embedded images")
+        if facts.source == "shapes"
+        else (128, "small enough for a CPU")
+    )
 
 
 def _depth(config: Config, facts: Facts) -> tuple[int | None, str]:
     if not traits_of(config).small:
-        return None, "the model's own"
-    return (2, "for patterns") if facts.source == "shapes" else (4, "for a CPU")
+        return None, "as in the named model"
+    return (
+        (2, "enough for the embedded images")
+        if facts.source == "shapes"
+        else (4, "small enough for a CPU")
+    )
 
 
 def _init_values(config: Config, facts: Facts) -> tuple[float | None, str]:
     if traits_of(config).small:
-        return 0.0, "no LayerScale: a small network behind 1e-5 learned nothing in 700 steps"
-    return None, "the model's own"
+        return (
+            0.0,
+            "no LayerScale: starting from 1e-5, a small network learned nothing in 700 steps",
+        )
+    return None, "as in the named model"
 
 
 def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
     traits = traits_of(config)
     if traits.small:
-        return 0.0, "a small network underfits"
+        return 0.0, "no regularization: a small network underfits anyway"
     if not traits.drop_path:
-        return 0.0, "not supported by this network"
-    return 0.1, "DINO's"
+        return 0.0, "this network has no stochastic depth"
+    return 0.1, "as in DINO"
 
 
 def _rate(config: Config, facts: Facts) -> tuple[float, str]:
     traits = traits_of(config)
     if not traits.small:
-        return 5e-4, "DINO's"
+        return 5e-4, "as in DINO"
     width = None if traits.convolutional else config["backbone"].get("embed_dim")
     rate = round(0.512 / width, 6) if width else 4e-3
-    return rate, "higher than DINO's, for a short run of a narrow network"
+    return rate, "higher than DINO's 0.0005, for a short run of a narrow network"
 
 
 def _num_prototypes(config: Config, facts: Facts) -> tuple[int, str]:
     num = num_images(config)
     steps = [(5_000, 512), (20_000, 1024), (100_000, 4096), (500_000, 16_384)]
-    return next((k for limit, k in steps if num <= limit), 65_536), f"for {num:,} images"
+    value = next((k for limit, k in steps if num <= limit), 65_536)
+    return value, f"DINO has 65,536 for a million images; this suits {count(num, 'image')}"
 
 
 def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
     value = round(on_log_scale(num_images(config), 0.99, 0.996), 4)
     if value == 0.996:
-        return value, "DINO's"
+        return value, "as in DINO"
     return value, "below DINO's 0.996: in a short run the teacher must follow faster"
 
 
 def _teacher_temp(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.04, "DINO's default; 0.07 is better in runs of 300 epochs"
+    return 0.04, "as in DINO; 0.07 is better in runs of 300 epochs"
 
 
 def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
@@ -148,20 +162,24 @@ def _max_time(config: Config, facts: Facts) -> tuple[str | None, str]:
         get(config, "trainer.max_epochs") != "auto" or get(config, "trainer.max_steps") is not None
     )
     if lengths_given or facts.accelerator != "cpu":
-        return None, "the run is limited by epochs or steps"
-    return ("4m" if facts.source == "shapes" else "30m"), "runs on a CPU are limited by time"
+        return None, "no limit: the run ends after its epochs or steps"
+    return ("4m" if facts.source == "shapes" else "30m"), "on a CPU a run ends after this time"
 
 
 def _max_epochs(config: Config, facts: Facts) -> tuple[int | None, str]:
     if get(config, "trainer.max_time") is not None or get(config, "trainer.max_steps") is not None:
-        return None, "the run is limited by time or steps"
+        return None, "no limit: the run ends after its time or steps"
     num = num_images(config)
     steps = [(20_000, 800), (200_000, 400), (1_000_000, 200)]
-    return next((e for limit, e in steps if num <= limit), 100), f"for {num:,} images"
+    value = next((e for limit, e in steps if num <= limit), 100)
+    return value, f"suits {count(num, 'image')}: the fewer there are, the more often each is seen"
 
 
 SIZE: dict[str, Rule] = {
-    "preset": lambda c, f: (f.num_images, "the number of images; or tiny, small, medium, large")
+    "preset": lambda c, f: (
+        f.num_images,
+        "the number of your images, which the choices below suit; or tiny, small, medium, large",
+    )
 }
 # Applied after the crop sizes and before the settings that depend on the device.
 RULES: dict[str, Rule] = {

@@ -14,6 +14,7 @@ import torch
 from dino_lite.config import Config, get, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
@@ -28,26 +29,34 @@ def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
     side = min(facts.height, facts.width)
     sizes = _SIDES["cpu" if facts.accelerator == "cpu" else "gpu"]
     size = next(size for limit, size in sizes if side <= limit)
-    return size, f"images are about {facts.width}x{facts.height} and train on {facts.accelerator}"
+    images = facts.sizes or f"{facts.width}x{facts.height} pixels"
+    return size, f"images are {images} and train on {_device(facts)}"
+
+
+def _device(facts: Facts) -> str:
+    return "this CPU" if facts.accelerator == "cpu" else facts.device_name
 
 
 def _blur_radius(config: Config, facts: Facts) -> tuple[list[float], str]:
     scale = get(config, "augment.global_size") / 224
-    return [round(0.1 * scale, 4), round(2.0 * scale, 4)], "0.1 to 2 at 224 pixels, in proportion"
+    return [
+        round(0.1 * scale, 4),
+        round(2.0 * scale, 4),
+    ], "DINO's 0.1 to 2 pixels for crops of 224, in proportion"
 
 
 def _where(config: Config, facts: Facts) -> tuple[str, str]:
     if facts.channels not in (1, 3):
         return "device", f"PIL does not support {facts.channels} channels"
     if facts.accelerator == "cpu" and facts.num_cores > 1:
-        return "worker", "in parallel with the step, and bit-exact"
-    return "device", "in batches, many times faster than one image at a time"
+        return "worker", "the loader makes the crops while the model trains"
+    return "device", "crops are made in batches, many times faster than one by one"
 
 
 def _patch_size(config: Config, facts: Facts) -> tuple[int, str]:
     size = get(config, "augment.global_size")
     if traits_of(config).convolutional:
-        return max(1, size // 8), "an 8x8 feature map of a global crop"
+        return max(1, size // 8), "makes an 8x8 feature map of a global crop"
     if facts.source == "shapes":
         return 8, "the period of the patterns; 16 patches are fast"
     patch = next((p for s, p in sorted(_PATCHES.items()) if size <= s), 16)
@@ -60,9 +69,7 @@ def _local_size(config: Config, facts: Facts) -> tuple[int, str]:
     patch = setting(config, "backbone.patch_size", 1)
     if traits.convolutional and traits.small:
         return max(patch, size // 2 // patch * patch), "half the global crop"
-    return max(
-        patch, round(size * 96 / 224 / patch) * patch
-    ), "3/7 of the global crop, as in the paper"
+    return max(patch, round(size * 96 / 224 / patch) * patch), "3/7 of the global crop, as in DINO"
 
 
 def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], str]:
@@ -73,15 +80,19 @@ def _by_channel(facts: Facts, usual: Any, measured: Any) -> tuple[list[float], s
 
 def _num_heads(config: Config, facts: Facts) -> tuple[int | None, str]:
     width = setting(config, "backbone.embed_dim")
-    return (None, "the model's own") if width is None else (max(1, width // 32), "32 channels each")
+    return (
+        (None, "as in the named model")
+        if width is None
+        else (max(1, width // 32), "heads of 32 channels")
+    )
 
 
 def _hidden_dim(config: Config, facts: Facts) -> tuple[int, str]:
-    return (256, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "the paper's")
+    return (256, "a small head for a CPU") if facts.accelerator == "cpu" else (2048, "as in DINO")
 
 
 def _bottleneck_dim(config: Config, facts: Facts) -> tuple[int, str]:
-    return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "the paper's")
+    return (64, "a small head for a CPU") if facts.accelerator == "cpu" else (256, "as in DINO")
 
 
 def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
@@ -93,20 +104,21 @@ def _mask_token(config: Config, facts: Facts) -> tuple[bool, str]:
 def _batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     devices = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
     if facts.accelerator == "cpu":
-        size, why = 64, "on a CPU, more steps matter more than larger batches"
+        size, why = 64, "images per step: on a CPU, more steps matter more than larger batches"
     else:
-        size, why = min(1024, 256 * devices), "256 per device, 1024 at most"
+        size, why = min(1024, 256 * devices), "images per step: 256 per device, 1024 at most"
     return max(devices, size // devices * devices), why
 
 
 def _num_workers(config: Config, facts: Facts) -> tuple[int, str]:
     devices = get(config, "trainer.devices")
     if facts.accelerator == "cpu":
-        spare = 1 if facts.num_cores > 1 else 0
-        return max(
-            spare, facts.num_cores // (4 * devices)
-        ), f"{facts.num_cores} cores, most of them used by the model"
-    return max(1, facts.num_cores // devices - 1), f"{facts.num_cores} cores"
+        if facts.num_cores == 1:
+            return 0, "the only core trains and loads"
+        num = max(1, facts.num_cores // (4 * devices))
+        return num, f"of {facts.num_cores} cores, most are left to the model"
+    num = max(1, facts.num_cores // devices - 1)
+    return num, f"to keep the device busy, on {count(facts.num_cores, 'core')}"
 
 
 def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
@@ -114,27 +126,33 @@ def _num_threads(config: Config, facts: Facts) -> tuple[int, str]:
     # one. Independent of the number of workers: the number of threads changes the order of
     # summation, hence rounding, and resuming must be bit-exact.
     own = facts.num_cores // get(config, "trainer.devices")
-    return max(1, own - 1), f"{facts.num_cores} cores, one reserved for the loader"
+    why = f"of {facts.num_cores} cores, one is left to the loader"
+    return max(1, own - 1), why if own > 1 else "one core per process"
 
 
 def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     rate, size, rule = (
         get(config, k) for k in ("optim.rate", "loader.batch_size", "optim.rate_rule")
     )
-    return scale_rate(float(rate), size, rule), f"{rate} scaled to {size} images per step, {rule}"
+    return scale_rate(
+        float(rate), size, rule
+    ), f"optim.rate={rate} scaled to {count(size, 'image')} per step, {rule}"
 
 
 def _constant(schedule: str) -> Any:
     """A rule that sets the end of a schedule to its base."""
-    return lambda config, facts: (get(config, f"{schedule}.base"), "its base: constant")
+    return lambda config, facts: (
+        get(config, f"{schedule}.base"),
+        "constant: the value of its base",
+    )
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.1, "a tenth of the run, the paper's 10 of 100 epochs"
+    return 0.1, "a tenth of the run, as DINO's 10 of 100 epochs"
 
 
 def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
-    return 0.01, "a hundredth of the run, the paper's 1 of 100 epochs"
+    return 0.01, "a hundredth of the run, as DINO's 1 of 100 epochs"
 
 
 def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
@@ -167,12 +185,12 @@ _SMALL_CROP = 2000
 
 def _precision(config: Config, facts: Facts) -> tuple[str, str]:
     if not facts.bf16:
-        return "32", f"no native bfloat16 on {facts.device_name}"
+        return "32", f"{_device(facts)} is not faster in bfloat16"
     width = config["backbone"].get("embed_dim")
     values = 0 if width is None else width * _num_tokens(config, "augment.global_size")
     if facts.accelerator == "cpu" and 0 < values < _SMALL_CROP:
         return "32", "too small a network to benefit from bfloat16 on a CPU"
-    return "bf16", f"{facts.device_name} multiplies bfloat16 natively"
+    return "bf16", f"{_device(facts)} is faster in bfloat16"
 
 
 _KEPT = 320 * 2**20  # bytes of saved activations above which a CPU splits a batch
@@ -182,7 +200,7 @@ _KEPT_BYTES = {"bf16": 30, "32": 48, "64": 96}  # saved per block, per activatio
 def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     sizes = None if facts.accelerator != "cpu" or mixes_images(config) else _vit_sizes(config)
     if sizes is None:
-        return 0, "the whole batch"
+        return 0, "the whole batch at once"
     width, depth, tokens = sizes
     local_tokens = get(config, "augment.num_local") * _num_tokens(config, "augment.local_size")
     ranks = get(config, "trainer.devices") * get(config, "trainer.num_nodes")
@@ -190,9 +208,9 @@ def _micro_batch_size(config: Config, facts: Facts) -> tuple[int, str]:
     value = _KEPT_BYTES.get(str(get(config, "trainer.precision")), 48)
     num_parts = math.ceil(num_images * (2 * tokens + local_tokens) * depth * width * value / _KEPT)
     if num_parts <= 1:
-        return 0, "the whole batch"
+        return 0, "the whole batch at once"
     images = math.ceil(num_images / num_parts)
-    return images, f"{math.ceil(num_images / images)} micro-batches, to save memory"
+    return images, f"the batch in {math.ceil(num_images / images)} parts, to save memory"
 
 
 # Compiling takes one to three minutes and makes steps about 10 % faster (docs/performance.md).
@@ -201,7 +219,7 @@ _COMPILED_STEPS, _COMPILED_SECONDS = 5000, 3600
 
 def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
     if not facts.compiler:
-        return False, "no compiler was found"
+        return False, "no C++ compiler was found"
     if traits_of(config).convolutional:
         return False, "only a transformer's blocks are compiled"
     if facts.accelerator == "cpu" and get(config, "trainer.precision") != "bf16":
@@ -209,12 +227,15 @@ def _compile(config: Config, facts: Facts) -> tuple[bool, str]:
     run = Clock.of(config["trainer"], facts.num_images, get(config, "loader.batch_size"))
     if (run.max_seconds or 0) < _COMPILED_SECONDS and (run.num_steps or 0) < _COMPILED_STEPS:
         return False, "the run is too short to recover the compile time"
-    return True, "each block as one graph"
+    return True, "a minute of compiling, then faster steps"
 
 
 def _baselines(config: Config, facts: Facts) -> tuple[bool, str]:
     few = facts.num_images <= 100_000
-    return few, "takes minutes at most" if few else "would take hours: use dino-lite evaluate"
+    return (
+        few,
+        "measured at the end, in minutes" if few else "would take hours: use dino-lite evaluate",
+    )
 
 
 RULES: dict[str, Any] = {
@@ -222,7 +243,12 @@ RULES: dict[str, Any] = {
     "normalize.std": lambda c, f: _by_channel(f, IMAGENET_STD, f.std),
     "backbone.in_chans": lambda c, f: (f.channels, "the channels of the images"),
     "baselines": _baselines,
-    "trainer.accelerator": lambda c, f: (f.accelerator, f"the best device here: {f.device_name}"),
+    "trainer.accelerator": lambda c, f: (
+        f.accelerator,
+        "torch finds no GPU"
+        if f.accelerator == "cpu"
+        else f"the best device here: {f.device_name}",
+    ),
     "augment.global_size": _global_size,
     "backbone.patch_size": _patch_size,
     "augment.local_size": _local_size,

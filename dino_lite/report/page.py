@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dino_lite.data.wording import count
 from dino_lite.report.charts import curve_sections, number
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
@@ -81,7 +82,9 @@ def _tiles(story: Story) -> Markup:
         tiles.append(("Loss", number(points[-1, 1]), begun))
     steps, batch = story.results.get("steps"), story.at("loader.batch_size")
     if isinstance(steps, int):
-        tiles.append(("Optimizer steps", f"{steps:,}", f"of {batch} images" if batch else ""))
+        tiles.append(
+            ("Optimizer steps", f"{steps:,}", f"of {count(batch, 'image')}" if batch else "")
+        )
     if isinstance(seconds := story.results.get("train_seconds"), int | float):
         device = (story.environment.get("machine") or {}).get("device") or ""
         tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
@@ -161,7 +164,7 @@ def _settings(story: Story) -> list[tuple[str, str]]:
         ("From", _text(about.get("path"))),
         ("Optimizer steps", number(s) if (s := about.get("steps")) else ""),
         ("Crops", crops if at("augment.global_size") else ""),
-        ("Batch", f"{b} images" if (b := at("loader.batch_size")) else ""),
+        ("Batch", count(b, "image") if (b := at("loader.batch_size")) else ""),
         ("Length", length),
         ("Learning rate", number(rate) if isinstance(rate, float) else ""),
         ("Precision", _text(at("trainer.precision"))),
@@ -202,13 +205,14 @@ def _data(story: Story, long: bool = False) -> str:
     data: dict[str, Any] = story.environment.get("data") or {}
     if not data:
         return ""
-    told = [f"{data.get('name')}: {data.get('num_images', 0):,} images"]
+    told = [f"{data.get('name')}: {count(data.get('num_images', 0), 'image')}"]
     if long and (size := data.get("size")):
-        told.append(f"about {size[0]}×{size[1]} pixels, {size[2]} channels")
+        shown = data.get("sizes") or f"about {size[0]}x{size[1]} pixels"
+        told.append(f"{shown.replace('x', '×', 2)}, {count(size[2], 'channel')}")
     if num := data.get("num_test"):
-        told.append(f"{num:,} test images")
+        told.append(count(num, "test image"))
     if "num_classes" in data:
-        told.append(f"{data['num_classes']:,} classes" if data["num_classes"] else "no labels")
+        told.append(count(data["num_classes"], "class") if data["num_classes"] else "no labels")
     return ", ".join(told)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dino_lite.data.wording import count
 from dino_lite.eval.results import amount, interval, short
 
 _WIDTH = 120  # columns, if the output is not a terminal
@@ -40,7 +41,7 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
             title = f"{name}, {key}" if name else key
             console.print(Text.assemble((title, "bold"), f": {found['protocol']}"))
             if found["unreadable"]:
-                told = f"  {found['unreadable']} images could not be read and are excluded"
+                told = f"  {count(found['unreadable'], 'image')} could not be read: left out"
                 console.print(told, highlight=False)
             if found.get("table"):
                 console.print(_records(found["table"]))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.config import Config, load
+from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import UserError
 from dino_lite.formats.weights import fit_positions
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
+from dino_lite.runs.identity import ABSENT, default_of
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
-from dino_lite.settings.validate import locate_class
+from dino_lite.settings.validate import locate_class, shown
 
 # Settings of the backbone that need not match the weights of the earlier run.
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
@@ -22,8 +24,8 @@ _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform
 
 def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
-    backbone, and those that the method inherits. `trust` is used here and removed from the result:
-    it is neither saved nor hashed.
+    backbone, and those that the method inherits. Raises UserError if others are asked for. `trust`
+    is used here and removed from the result: it is neither saved nor hashed.
     """
     config = dict(config)
     trust = config.pop("trust", None)
@@ -45,7 +47,53 @@ def begin_config(config: Config) -> Config:
     inherited = {k: before["method"][k] for k in method.inherits if k in before["method"]}
     theirs = {*targets([old, inherited])} - {*targets(config)}  # the user named the latter
     demand_trust(theirs, trust, run.config_file)
+    kept = {"backbone": old | own, "method": inherited}
+    _refuse_others(config, kept, before.get("overrides") or [])
     return config | {"backbone": old | own, "method": config["method"] | inherited}
+
+
+def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:
+    """Raise UserError if the user asks for other values than those `kept` of the earlier run, by a
+    key or by a choice that its command line, `before`, did not have.
+    """
+    inherited = {name: v for name, v in config["method"].items() if name in kept["method"]}
+    new = dict(leaves({"backbone": config["backbone"], "method": inherited}))
+    old = dict(leaves(kept))
+    words = {
+        w: w.partition("=")[0].partition("@")[0].lstrip("+~") for w in config.get("overrides") or ()
+    }
+    given = {k for k in new | old for node in words.values() if k == node or _is_below(k, node)}
+    groups = {node for word, node in words.items() if word not in before and _is_group(node)}
+    with suppress(UserError):  # of a choice outside conf/
+        method = config.get("choices", {}).get("method")
+        if groups and method:  # what they choose differs from the defaults beside this method
+            bare = dict(leaves(compose("pretrain", [f"method={method}"])))
+            given |= {key for key, value in new.items() if bare.get(key, ABSENT) != value}
+    other: dict[str, str] = {}
+    for key in sorted(given):
+        value, its = (now.get(key, default_of(now, key)) for now in (new, old))
+        if value not in ("auto", its) and not any(_is_below(key, above) for above in other):
+            other[key] = f"{key}={shown(value)} (the run: {shown(its)})"
+    if "backbone._target_" in other:  # another class has other keys
+        other = {k: v for k, v in other.items() if k == "backbone._target_" or k[:9] != "backbone."}
+    if other:
+        raise UserError(
+            f"checkpoint={config['checkpoint']} keeps the backbone and heads of that run, which "
+            f"differ from {', '.join(other.values())}: leave these settings out, give the run's "
+            "values, or train without checkpoint=."
+        )
+
+
+def _is_below(key: str, node: str) -> bool:
+    """Whether the key of a setting lies below a node that is not a group."""
+    return "." in node and key.startswith(f"{node}.")
+
+
+def _is_group(node: str) -> bool:
+    """Whether `node` is a group whose choices may set the backbone and the heads. Not `method`: the
+    choice of the run is given again, which also names its default heads.
+    """
+    return node != "method" and (config_dir() / node).is_dir()
 
 
 def build_method(config: Config) -> Method:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dino_lite.config import load
 from dino_lite.contracts import Trust, UserError
+from dino_lite.data.names import file_name
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
 from dino_lite.formats.tensors import read_about, weights_file
@@ -129,7 +130,7 @@ def _of_path(file: Path) -> Checkpoint:
     run = Run(file.parent.parent)
     if file.parent == run.checkpoints and run.config_file.is_file():
         return Checkpoint("run", str(file), file, run, run.results_file)
-    results = file.with_name(f"{file.name.replace(':', '_')}.results.json")
+    results = file.with_name(file_name(file.name.replace(":", "_"), ".results.json"))
     return Checkpoint("file", str(file), file, None, results)
 
 

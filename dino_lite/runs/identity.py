@@ -11,6 +11,7 @@ from typing import Any
 
 from dino_lite.config import Config, compose, get, leaves
 from dino_lite.contracts import Splits, UserError
+from dino_lite.data.names import LONGEST, file_name, safe_name
 from dino_lite.data.roots import absolute
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import mixes_images
@@ -37,7 +38,7 @@ SPEED = (
 _NUM_NAMED = 100  # classes
 _PATHS = (".base", ".pretrained", "checkpoint")
 _FOLDERS = ("runs_dir", "features_dir", "out", "pack", "pictures")
-_ABSENT = "(absent)"
+ABSENT = "(absent)"
 
 
 def is_speed(key: str) -> bool:
@@ -87,7 +88,7 @@ def changed_from_defaults(request: Config) -> Config:
     in another choice, if its value there is the constructor's own default.
     """
     bare = defaults()
-    changed = {k: v for k, v in request.items() if bare.get(k, _default(request, k)) != v}
+    changed = {k: v for k, v in request.items() if bare.get(k, default_of(request, k)) != v}
     present = {node for key in request for node in _nodes(key)}
     for key in bare.keys() - request.keys():
         missing = next((node for node in _nodes(key) if node not in present), None)
@@ -95,15 +96,15 @@ def changed_from_defaults(request: Config) -> Config:
             continue
         parent = missing.rpartition(".")[0]
         if f"{parent}._target_" not in changed:  # another class is expected to have other keys
-            changed[missing] = _ABSENT
+            changed[missing] = ABSENT
     return changed
 
 
-def _default(request: Config, key: str) -> Any:
+def default_of(request: Config, key: str) -> Any:
     """The default of a dotted key in the constructor that takes it."""
     parent, _, name = key.rpartition(".")
     target = request.get(f"{parent}._target_")
-    found = _ABSENT if target is None else parameters(locate(target)).defaults.get(name, _ABSENT)
+    found = ABSENT if target is None else parameters(locate(target)).defaults.get(name, ABSENT)
     return list(found) if isinstance(found, tuple) else found
 
 
@@ -121,6 +122,7 @@ def data_card(splits: Splits, facts: Facts) -> dict[str, Any]:
         "digest": splits.train.digest(),
         "num_test": facts.num_test,
         "size": [facts.width, facts.height, facts.channels],
+        "sizes": facts.sizes,
         "num_classes": facts.num_classes,
         "classes": splits.train.classes[:_NUM_NAMED],
     }
@@ -136,6 +138,11 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
             raise UserError(
                 f"name={name}: must be the name of a folder, without slashes or a leading dot."
             )
+        if (size := len(os.fsencode(name))) > LONGEST:
+            raise UserError(
+                f"name={name[:20]}…: {size} bytes are too long for the name of a folder: choose a "
+                f"name of at most {LONGEST}."
+            )
         return name
     identity = json.dumps(changed_from_defaults(request), sort_keys=True)
     digest = hashlib.sha1(identity.encode()).hexdigest()[:6]
@@ -143,5 +150,4 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     method = config.get("choices", {}).get("method", method).rpartition("/")[2]
     family = str(config["backbone"]["_target_"]).rpartition(".")[2].lower()
     backbone = str(config["backbone"].get("name", family)).partition("_patch")[0]
-    source = "".join(c if c.isalnum() or c in "-." else "-" for c in facts.source) or "data"
-    return f"{method}_{source}_{backbone}_{digest}"
+    return file_name(f"{method}_{safe_name(facts.source)}", f"_{backbone}_{digest}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, Trust, UserError
+from dino_lite.data.wording import count
 from dino_lite.planning.checks import mixes_images
 from dino_lite.runs.identity import SPEED, changed_from_defaults
 from dino_lite.runs.old_names import current
@@ -41,9 +42,10 @@ def resume_config(
     data = before["data"]
     if (data["num_images"], data["digest"]) != (len(splits.train), splits.train.digest()):
         raise UserError(
-            f"{run.folder} was trained on {data['num_images']} images, and the data has "
+            f"{run.folder} was trained on {count(data['num_images'], 'image')}, and the data has "
             "changed since (now "
-            f"{len(splits.train)} images): restore it, or choose another name= for a new run."
+            f"{count(len(splits.train), 'image')}): restore it, or choose another name= for a new "
+            "run."
         )
     if config["trainer"]["precision"] == "bf16" and planned["trainer"]["precision"] == "32":
         raise UserError(

@@ -14,6 +14,7 @@ try:
 except ImportError:  # Windows: no lock, so two processes may train the same run
     fcntl = None  # type: ignore[assignment]
 
+from dino_lite.data.names import file_name
 from dino_lite.errors import UserError
 
 
@@ -99,7 +100,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically as UTF-8; characters that cannot be encoded become "?"."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may write too
+    # Other processes may write too.
+    partial = path.with_name(file_name(f".{path.name}", f".{os.getpid()}.part"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8", errors="replace")
@@ -114,7 +116,7 @@ def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        with open(path.with_name(file_name(f".{path.name}", ".lock")), "w") as lock:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             write_json(path, change(read_json(path) if path.is_file() else {}))

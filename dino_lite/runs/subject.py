@@ -13,6 +13,7 @@ from dino_lite.contracts import Backbone, Evaluation, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.facts import first_readable
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.wording import count
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
@@ -108,7 +109,7 @@ def open_data(asked: Config, opened: Opened) -> Splits:
     found, in_chans = first_readable(splits.train).shape[2], opened.backbone.in_chans
     if found != in_chans:
         raise UserError(
-            f"The images of {splits.name} have {found} channels, but the backbone takes "
+            f"The images of {splits.name} have {count(found, 'channel')}, but the backbone takes "
             f"{in_chans}: remove data.channels, or choose other data."
         )
     return splits

@@ -11,6 +11,7 @@ import torch
 
 from dino_lite.contracts import Crops, UserError
 from dino_lite.data.datamodule import DataModule
+from dino_lite.data.wording import count
 from dino_lite.methods.module import PretrainModule
 
 
@@ -93,7 +94,8 @@ def time_training(
                 raise
             if not before[0]:
                 raise UserError(
-                    f"{size} images do not fit the memory of {device}: choose a smaller backbone."
+                    f"{count(size, 'image')} at once: too many for the memory of {device}; choose "
+                    "a smaller backbone."
                 ) from None
             torch.cuda.empty_cache()
             return Training(_extrapolate((0, 0.0), before, batch_size), before[0])

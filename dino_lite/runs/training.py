@@ -11,6 +11,7 @@ import torch
 from dino_lite.config import Config, put, save
 from dino_lite.contracts import UserError
 from dino_lite.data.datamodule import DataModule
+from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
 from dino_lite.planning.checks import mixes_images
@@ -95,7 +96,7 @@ def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], 
     num_images = config["loader"]["batch_size"]
     old = config["trainer"]["micro_batch_size"] or num_images
     new = -(-min(old, num_images) // 2)
-    failed = f"Out of memory in the first steps, with micro-batches of {old} images"
+    failed = f"Out of memory in the first steps, with micro-batches of {count(old, 'image')}"
     if not may_shrink or old == 1:
         raise UserError(
             f"{failed}: set a smaller {_KEY}, trainer.memory=low, a smaller loader.batch_size, or "

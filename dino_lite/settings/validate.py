@@ -202,7 +202,7 @@ def _setting(hint: Any, value: Any, key: str, auto: bool) -> Any:
     try:
         return _read(hint, value, key, auto)
     except _Refused as refused:
-        raise UserError(f"{key}={_shown(value)}: it must be {refused}.") from None
+        raise UserError(f"{key}={shown(value)}: it must be {refused}.") from None
 
 
 def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
@@ -229,7 +229,7 @@ def _read(hint: Any, value: Any, key: str, auto: bool) -> Any:
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
-        raise _Refused(("one of " if len(args) > 1 else "") + ", ".join(map(_shown, args)))
+        raise _Refused(("one of " if len(args) > 1 else "") + ", ".join(map(shown, args)))
     if isinstance(hint, type) and hint in _PLAIN:
         return _read_plain(hint, value)
     return _read_compound(origin or hint, args, value, key, auto)
@@ -289,10 +289,10 @@ def _read_compound(kind: Any, args: tuple[Any, ...], value: Any, key: str, auto:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` in YAML notation."""
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
