@@ -31,7 +31,7 @@ def test_a_plan_is_nine_lines_of_what_was_chosen_why_and_what_changes_it() -> No
     assert text.splitlines()[:-1] == [
         "  data     photos: 5,000 images of about 400x300 pixels, 20 test images",
         "  labels   4 classes (the folders a, b) [data.labels=none]",
-        "  device   cpu, float32 (no native bfloat16 on cpu)",
+        "  device   cpu, float32 (this CPU is not faster in bfloat16)",
         "  network  resnet, 3,072 features, 2.1 million parameters (5,000 images on a CPU: learns "
         "in minutes there, unlike a ViT) [backbone=vit_small]",
         "  method   dino, loss dino, 512 prototypes (for 5,000 images) [method=dinov2]",

@@ -100,8 +100,8 @@ def test_the_table_says_it_in_a_line_each() -> None:
     other = first._replace(name="bb", steps=7, knn=None, knn_raw_pixels=None, num_bytes=3 << 35)
     assert table([first, other], 7300.0) == [
         "run  state     method  backbone       steps           k-NN  raw pixels  age    size",
-        "a    finished  dino    vit            9,000         51.8 %      44.2 %  2 h    2.1 MB",
-        "bb   finished  dino    vit       7 of 9,000  online 40.0 %              2 h    103 GB",
+        "a    finished  dino    vit            9,000         51.8 %      44.2 %  2 h  2.1 MB",
+        "bb   finished  dino    vit       7 of 9,000  online 40.0 %              2 h  103 GB",
     ]
 
 
