@@ -16,9 +16,10 @@ COMMANDS = {
     "compare": "compare several backbones with each other and with baselines",
     "report": "write an HTML page about a run",
     "export": "write the backbone in a format that other programs read",
+    "runs": "list the runs: state, k-NN, age, size",
 }
 USAGE = (
-    "usage: dino-lite COMMAND [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"
+    "usage: dino-lite COMMAND [PATH] [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"
     + "".join(f"  {name:10s} {what}\n" for name, what in COMMANDS.items())
     + "\nWhat a command does, its settings and examples: dino-lite COMMAND --help\n"
 )
@@ -39,17 +40,19 @@ def main() -> None:
         command, arguments = _complete(os.environ.get("COMP_LINE", "")), [command, *arguments]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
+        if not near and os.path.exists(os.path.expanduser(command)):
+            near = [f"dino-lite pretrain {command}"]
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
         print(f"dino-lite: unknown command {command}: {hint}", file=sys.stderr)
         sys.exit(2)
     # What follows imports Hydra, but not torch, which takes seconds.
-    from dino_lite.config import check_overrides
+    from dino_lite.config import arguments_of, check_overrides
     from dino_lite.config import command as command_of
     from dino_lite.errors import user_errors
-    from dino_lite.overrides import quoted, read_flags, shows_only
+    from dino_lite.overrides import read_flags, shows_only
 
     with user_errors():
-        arguments = quoted(arguments)
+        arguments = arguments_of(command, arguments)
         flags = read_flags(arguments)
         if shows_only(flags):
             sys.argv[1:] = arguments

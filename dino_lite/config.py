@@ -20,14 +20,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dino_lite.choices import add_choice, explain_choice, own_choices, wanted_choice
 from dino_lite.errors import UserError, user_errors
-from dino_lite.overrides import quote, quote_override, read_flags
+from dino_lite.overrides import quote, quote_override, quoted, read_flags, unknown_flags
+from dino_lite.settings.words import as_overrides, explain_flag
 from dino_lite.sweep import Sweep, jobs_of
 
 Config = dict[str, Any]
@@ -44,18 +46,34 @@ def config_dir() -> Path:
     )
 
 
+def arguments_of(primary: str, given: Sequence[str]) -> list[str]:
+    """The command line of `primary` as Hydra reads it. Raises UserError for what it cannot be."""
+    for flag in unknown_flags(given):
+        after = [*given[given.index(flag) + 1 :], None][0]
+        raise UserError(explain_flag(primary, flag, after, config_dir()))
+    return quoted(given, lambda words: as_overrides(primary, words, config_dir()))
+
+
 def compose(primary: str, overrides: Sequence[str]) -> Config:
     """Compose the configuration `primary` ("pretrain") with `overrides` to plain dicts and lists.
 
     Includes the keys "overrides" and "choices" of `asked`. Raises UserError for invalid overrides.
     """
-    quoted = [quote_override(override) for override in overrides]
+    with own_choices():
+        return _compose(primary, overrides)
+
+
+def _compose(primary: str, overrides: Sequence[str]) -> Config:
+    """`compose`; what it finds among timm's models stays known to Hydra."""
+    words = [*map(quote_override, as_overrides(primary, overrides, config_dir()))]
     try:
         with _hydra():
-            config = hydra.compose(primary, quoted, return_hydra_config=True)
-            return asked(to_plain(config), quoted, config.hydra.runtime.choices)
+            config = hydra.compose(primary, words, return_hydra_config=True)
+            return asked(to_plain(config), words, config.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, primary, quoted)) from None
+        if add_choice(wanted_choice(error)):
+            return _compose(primary, overrides)
+        raise UserError(_explain(error, primary, words)) from None
 
 
 @contextmanager
@@ -186,6 +204,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 
         def main() -> None:
             with user_errors():
+                sys.argv[1:] = arguments_of(primary, sys.argv[1:])
                 flags = read_flags(sys.argv[1:])
                 jobs = check_overrides(primary, flags)
             if flags.help and jobs:
@@ -219,7 +238,7 @@ def check_overrides(primary: str, flags: Namespace) -> list[list[str]]:
         with _hydra():
             jobs = jobs_of(overrides, GlobalHydra.instance().config_loader())
     for job in jobs:
-        compose(primary, job)
+        _compose(primary, job)
     return jobs
 
 
@@ -240,13 +259,13 @@ def _help(primary: str, overrides: list[str]) -> str:
 def _explain(error: Exception, primary: str, overrides: list[str]) -> str:
     """One sentence for the error in `overrides` that Hydra or OmegaConf reports."""
     text = str(error)
-    if isinstance(error, MissingConfigException):
-        found = re.search(r"Could not find '([^']+)'", text)
-        wanted = found[1] if found else str(error.missing_cfg_file)
+    if wanted := wanted_choice(error):
         group, _, choice = wanted.rpartition("/")
         with _hydra():
             loader = GlobalHydra.instance().config_loader()
             options = loader.get_group_options(group, config_name=primary, overrides=overrides)
+        if (why := explain_choice(primary, wanted, options)) is not None:
+            return why
         return f"{group}={choice}: there is no such choice; {_nearest(choice, options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be parsed as KEY=VALUE: put the value in quotes."

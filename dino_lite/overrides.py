@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -29,6 +29,13 @@ def read_flags(arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def unknown_flags(arguments: Sequence[str]) -> list[str]:
+    """The flags in `arguments` that Hydra does not have, `--data` or `--epochs=3`."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    return list(parser.parse_known_intermixed_args(arguments)[1])
+
+
 def _refuse(message: str) -> NoReturn:
     raise UserError(
         f"{message}; settings are KEY=VALUE without dashes, and --help lists the flags."
@@ -40,9 +47,11 @@ def shows_only(flags: Namespace) -> bool:
     return bool(flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
-    """`arguments` as Hydra can read them: overrides first, quoted where needed, then the flags.
-    Raises UserError as `read_flags` does.
+def quoted(
+    arguments: Sequence[str], translate: Callable[[list[str]], list[str]] = list
+) -> list[str]:
+    """`arguments` as Hydra can read them: overrides first, translated and quoted where needed, then
+    the flags. Raises UserError as `read_flags` does.
     """
     flags = read_flags(arguments)
     if flags.shell_completion:  # these are not overrides
@@ -52,7 +61,7 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         rest.reverse()  # the last of equal words: the first may be the value of a flag
         rest.remove(override)
         rest.reverse()
-    return [*map(quote_override, flags.overrides), *rest]
+    return [*map(quote_override, translate(flags.overrides)), *rest]
 
 
 def quote(value: str) -> str:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("meter",),
     ("nn", "optim", "losses", "backbones", "data"),
     ("methods", "eval", "formats"),
-    ("callbacks", "sweep", "machine"),
+    ("callbacks", "choices", "sweep", "machine"),
     ("config",),
     ("planning",),
     ("runs",),
@@ -40,7 +40,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Heavy packages and the only files that may import them.
 DOORS: dict[str, tuple[str, ...]] = {
-    "hydra": ("config.py", "overrides.py", "sweep.py", "commands/*"),
+    "hydra": ("choices.py", "config.py", "overrides.py", "sweep.py", "commands/*"),
     "omegaconf": ("config.py", "commands/*"),
     "pytorch_lightning": (
         "methods/module.py",
@@ -300,7 +300,7 @@ def test_the_root_holds_only_what_all_rooms_share() -> None:
     """Modules at the package's root."""
     root = {path.split("/")[1] for path in SOURCES if path.count("/") == 1}
     named = ["contracts", "distributed", "draws", "config", "machine", "meter", "cli", "version"]
-    named += ["errors", "overrides", "sweep", "__init__"]
+    named += ["errors", "overrides", "sweep", "choices", "__init__"]
     assert root == {f"{name}.py" for name in named}
 
 

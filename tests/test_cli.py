@@ -306,7 +306,7 @@ def test_stray_module_in_the_users_folder_is_not_imported(tmp_path: Path) -> Non
         ("optm.clip=1", "did you mean optim.clip?"),
         ("data=foldr", "did you mean folder?"),
         ("compat=dinov7", "there is no such choice"),
-        ("seed", "cannot be parsed as KEY=VALUE"),
+        ("seed", "did you mean seed=VALUE?"),
         ("losses=[dino]", "did you mean loss?"),
         ("~loss.dyno", "did you mean loss.dino?"),
         # what other overrides choose and add counts, and so does what an experiment does

@@ -87,7 +87,7 @@ class Estimate(pl.Callback):
         elif clock.seconds_per_step is not None:
             measured = self._measure(trainer, pl_module, batch.num_images)
             self.results = {"estimate": measured._asdict()}
-            tqdm.write(measured.line(), file=sys.stdout)
+            tqdm.write(f"{measured.line()}\n", file=sys.stdout)
             sys.stdout.flush()
 
     def _measure(

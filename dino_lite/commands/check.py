@@ -42,6 +42,7 @@ from dino_lite.machine import Facts, num_cores
 from dino_lite.meter import meter
 from dino_lite.methods.clock import Clock
 from dino_lite.planning.checks import check_values
+from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
@@ -51,12 +52,6 @@ from dino_lite.runs.timing import compare, time_loading, time_training
 
 _TIMED_BATCH = 16  # images loaded for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")
-# Decisions that depend on the number and size of the images.
-_BY_DATA = (
-    *("backbone.name", "augment.global_size", "augment.local_size", "backbone.patch_size"),
-    *("method.head.num_prototypes", "method.momentum.base", "loader.batch_size"),
-    *("trainer.max_epochs", "trainer.max_time"),
-)
 
 Found = dict[str, tuple[Int[np.ndarray, "n"], Inspected]]  # by split: image indices, inspection
 
@@ -89,10 +84,10 @@ def run_check(config: Config) -> dict[str, Any]:
     report = _describe(config, splits, found)
     report["duplicates"] = describe_duplicates(groups, len(found["train"][0]), hashing)
     report["plan"] = None if planned is None else [d._asdict() for d in planned.decisions]
-    report["speed"] = None
+    report["network"] = report["speed"] = None
     if facts is not None:
         try:
-            report["speed"] = _measure(config, facts, splits, out)
+            report["network"], report["speed"] = _measure(config, facts, splits, out)
         except UserError as error:
             refusal = str(error)
     findings = [*_judge(report, config, refusal)]
@@ -100,7 +95,7 @@ def run_check(config: Config) -> dict[str, Any]:
     report["findings"] = [finding._asdict() for finding in findings]
     report["ok"] = all(finding.level != "error" for finding in findings)
     report["seconds"] = round(time.monotonic() - started, 1)
-    _say(report, planned)
+    _say(report, planned, facts, splits)
     _write(report, out, splits, found, groups)
     if config["pack"]:
         _pack(splits, Path(config["pack"]))
@@ -151,9 +146,11 @@ def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     return {"data": splits.name, "splits": described, "labels": labels}
 
 
-def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[str, Any]:
-    """Measure loading and training speed of the planned run; write crops.png. Raises UserError as
-    pretrain does.
+def _measure(
+    config: Config, facts: Facts, splits: Splits, out: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The size of the network, and loading and training speed of the planned run; write crops.png.
+    Raises UserError as pretrain does.
     """
     trainer, loader = config["trainer"], config["loader"]
     num_devices = trainer["devices"] * trainer["num_nodes"]
@@ -164,6 +161,7 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
     # Compiling a graph for each timed size would take minutes.
     timed |= {"trainer": trainer | length | {"compile": False}, "callbacks": None}
     datamodule, module, _ = build(timed, facts, splits, Run(out))
+    network = network_size(module.method.export_backbone())
     datamodule.bad_files.path = None  # they are listed already
     loaded = time_loading(datamodule)
     crops = datamodule.on_after_batch_transfer(loaded.batch, 0)
@@ -185,7 +183,7 @@ def _measure(config: Config, facts: Facts, splits: Splits, out: Path) -> dict[st
         num_images=facts.num_images,
         num_epochs=Clock.of(trainer, facts.num_images, loader["batch_size"]).num_epochs,
     )
-    return speed | {"device": facts.device_name}
+    return network, speed | {"device": facts.device_name}
 
 
 def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Finding]:
@@ -205,17 +203,19 @@ def _judge(report: dict[str, Any], config: Config, refusal: str) -> Iterator[Fin
         yield from judge_speed(report["speed"])
 
 
-def _say(report: dict[str, Any], planned: Plan | None) -> None:
+def _say(report: dict[str, Any], planned: Plan | None, facts: Facts | None, splits: Splits) -> None:
     """Print the report."""
     train = report["splits"]["train"]
     for name, split in report["splits"].items():
         print(split_table(name, split))
     print(class_table(train, report["labels"]))
     print(duplicate_table(report["duplicates"]))
-    if planned is not None:
-        chosen = [d for d in planned.decisions if d.key in _BY_DATA and d.value is not None]
-        print("chosen automatically for a run on this data (dino-lite pretrain, same keys):")
-        print(Plan(planned.config, chosen).table())
+    if planned is not None and facts is not None:
+        print("\nthe run on this data (dino-lite pretrain, same keys):")
+        print(overview(planned, facts, report["network"], splits.labels_from))
+        if planned.config["plan"] == "full":
+            print(f"all automatic choices:\n{planned.table()}")
+        print("\n".join(["", *(f"{n}\n" for n in [*splits.left_out, *embedded(planned.config)])]))
     if report["speed"] is not None:
         print(speed_table(report["speed"]))
     for finding in report["findings"]:

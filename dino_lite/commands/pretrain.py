@@ -5,7 +5,7 @@ train → finish.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,18 @@ import torch
 from dino_lite import config as cfg
 from dino_lite.config import Config, command, compose, get
 from dino_lite.contracts import Backbone, Splits
-from dino_lite.data.wording import count
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
 from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.planning.checks import check_values
+from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.build import build
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.finish import finish
 from dino_lite.runs.identity import absolute_paths, data_card, requested, run_name
+from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
 from dino_lite.runs.trainer import quiet_lightning
@@ -43,7 +44,7 @@ def pretrain(*overrides: str) -> dict[str, Any]:
 def run_pretrain(config: Config) -> dict[str, Any]:
     """Train, or resume the run of the same request."""
     config = check_values(absolute_paths(config))
-    request = requested(config)
+    request, named = requested(config), config["name"] != "auto"
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
     trust = config.get("trust")
     config = begin_config(config)
@@ -80,7 +81,13 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
         quiet_lightning()
         if rank() == 0:
-            say_plan(planned, run, facts, splits.left_out, resuming)
+            # Of a resumed run, the saved configuration decides.
+            shown = Plan(config, [] if resuming else planned.decisions)
+            network = network_size(built[0][1].method.export_backbone())
+            say_plan(shown, run, facts, splits, network)
+            other = None if resuming or named else other_length(run, request)
+            for note in [*splits.left_out, *embedded(config), *filter(None, [other])]:
+                say(f"{note}\n")
             if not resuming:
                 run.clear([*PICTURES, "crops", "curves"])
             write_run(run, config, request, facts, splits)
@@ -115,20 +122,15 @@ def _finish(
 
 
 def say_plan(
-    planned: Plan, run: Run, facts: Facts, left_out: Sequence[str], resuming: bool
+    planned: Plan, run: Run, facts: Facts, splits: Splits, network: Mapping[str, int]
 ) -> None:
-    """Print run, data, device and automatic decisions before training starts."""
-    data = f"{facts.source}: {count(facts.num_images, 'image')} of {facts.sizes}"
-    labels = f"{count(facts.num_classes, 'class')}, {count(facts.num_test, 'test image')}"
-    labels = labels if facts.num_classes else "no labels"
-    say(
-        f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "
-        f"{facts.device_name}"
-    )
-    for sentence in left_out:
-        say(f"note: {sentence}")
-    if planned.decisions and not resuming:
-        say(f"chosen automatically (override any with KEY=VALUE):\n{planned.table()}")
+    """Print the run and its plan: at most ten lines, or every decision with plan=full."""
+    resuming = run.last.is_file()
+    say(f"{'resuming' if resuming else 'run'} {run.folder}")
+    say(overview(planned, facts, network, splits.labels_from))
+    if planned.config["plan"] == "full" and planned.decisions:
+        say(f"all automatic choices:\n{planned.table()}")
+    say("")
 
 
 def say(text: str) -> None:

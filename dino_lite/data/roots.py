@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +30,14 @@ def is_url(root: object) -> bool:
 def several(root: object) -> list[str | Path] | None:
     """The items of a list, or of a text written `[a,b]` that is not itself a path; None otherwise.
 
-    A path containing a comma must be given in a list (YAML, Python), not in a text.
+    In a text, a path containing a comma must be quoted: `['a,b',c]`.
     """
     if isinstance(root, str):
         listed = len(root) > 2 and root[0] == "[" and root[-1] == "]"
         if not listed or expand(root).exists():
             return None
-        return [part.strip().strip("'\"") for part in root[1:-1].split(",")]
+        parts = re.findall(r"\s*('[^']*'|\"[^\"]*\"|[^,\s][^,]*)", root[1:-1])
+        return [part.strip().strip("'\"") for part in parts]
     return None if root is None or isinstance(root, Path) else [*root]  # type: ignore[misc]
 
 

@@ -115,6 +115,7 @@ class Settings(TypedDict, total=False):
     runs_dir: str
     checkpoint: str | None
     trust: list[str] | str | None
+    plan: Literal["short", "full"]
     preset: Preset
     seed: Count
     baselines: bool

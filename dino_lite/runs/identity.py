@@ -25,6 +25,7 @@ SPEED = (
     "overrides",  # how the settings were given, not what they are
     "choices",
     "baselines",
+    "plan",
     "callbacks",
     "loader.num_workers",
     "trainer.devices",

@@ -118,7 +118,8 @@ def _check_request(
         if old is _MISSING and not _names(words - old_words, key):
             continue  # the key was added after the run was started
         if key.startswith("trainer.max_"):
-            why = "schedules depend on the length of a run: start a new run with another name="
+            why = "schedules depend on the length of a run: start a new run with another name=, "
+            why += f"or from its weights with checkpoint={run.folder}"
         elif _MISSING not in (old, new) and key not in chosen and not _names(old_words, key):
             raise UserError(
                 f"{run.folder} was started when the default of {key} was {_shown(old)}; it is now "

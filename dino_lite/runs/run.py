@@ -15,8 +15,8 @@ try:
 except ImportError:  # Windows: no lock, so two processes may train the same run
     fcntl = None  # type: ignore[assignment]
 
-from dino_lite.contracts import UserError
 from dino_lite.data.names import file_name
+from dino_lite.errors import UserError
 
 
 class Run:
@@ -53,6 +53,18 @@ class Run:
                     "another name=."
                 ) from error
             yield
+
+    def is_locked(self) -> bool:
+        """Whether a process trains the run now; False where there are no locks."""
+        try:
+            with open(self.folder / ".lock") as lock:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock yet, or not readable
+            return False
+        return False
 
     def results(self) -> dict[str, Any]:
         """Content of results.json, empty if there is none yet."""
