@@ -7,7 +7,9 @@ import difflib
 import errno
 import functools
 import inspect
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lite.contracts import UserError
+from dino_lite.interrupts import interrupt, on_stop
 
 Config = dict[str, Any]
 # Keys whose values are always taken as strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
@@ -214,7 +217,7 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
                 function(asked(to_plain(config), given.overrides.task, given.runtime.choices))
 
         def main() -> None:
-            with user_errors():
+            with user_errors(), on_stop(interrupt):
                 flags = _FLAGS.parse_known_args()[0]
                 overrides = [a for a in sys.argv[1:] if re.match("~|[^-].*=", a, re.DOTALL)]
                 searched = any(a.startswith("hydra.searchpath=") for a in overrides)
@@ -232,13 +235,13 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Report a UserError, a full disk or an unwritable folder in one line and exit with code 2;
-    after Ctrl-C, exit with code 130.
+    after a signal, such as Ctrl-C, exit with code 128 plus its number.
     """
     try:
         yield
     except UserError as error:
         print(f"dino-lite: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(error.exit_code) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         if not full and not isinstance(error, PermissionError | NotADirectoryError):
@@ -246,8 +249,11 @@ def user_errors() -> Iterator[None]:
         print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("dino-lite: interrupted.", file=sys.stderr)
-        raise SystemExit(130) from error
+        number = getattr(error, "number", signal.SIGINT)
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"dino-lite: interrupted{by}.", file=sys.stderr)
+        raise SystemExit(128 + number) from error
 
 
 def _search_in(folder: str) -> str:

@@ -25,6 +25,18 @@ LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # limit of logits held 
 class UserError(Exception):
     """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
+    exit_code = 2
+
+
+class Interrupted(UserError):
+    """A signal ended the command, and what is left of its work is told in one sentence. The exit
+    code is 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+
 
 class MatchError(TypeError):
     """A loss reads a Match whose student or target it cannot compare."""

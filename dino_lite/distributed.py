@@ -178,6 +178,15 @@ def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
     return peak + all_reduce_sum_((tensor - peak).exp()).log()
 
 
+def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes. With several, synchronizes with the device."""
+    if not is_distributed():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [float(value) for value in tensor.tolist()]
+
+
 def broadcast_value(value: float, device: torch.device) -> float:
     """Broadcast `value` from rank 0. With several ranks, synchronizes with the device."""
     if not is_distributed():

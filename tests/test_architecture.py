@@ -23,7 +23,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dino_lit
 # A room may import from rooms of lower rank and from itself, never from neighbors of its own rank.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("contracts", "version"),
-    ("distributed", "draws", "settings"),
+    ("distributed", "draws", "interrupts", "settings"),
     ("nn", "optim", "losses", "backbones", "data"),
     ("methods", "eval", "formats"),
     ("callbacks", "config", "machine"),
@@ -296,8 +296,8 @@ def test_no_two_modules_have_one_name() -> None:
 def test_the_root_holds_only_what_all_rooms_share() -> None:
     """Modules at the package's root."""
     root = {path.split("/")[1] for path in SOURCES if path.count("/") == 1}
-    named = ("contracts", "distributed", "draws", "config", "machine", "cli", "version", "__init__")
-    assert root == {f"{name}.py" for name in named}
+    named = ("contracts", "distributed", "draws", "interrupts", "config", "machine", "cli", "version")
+    assert root == {f"{name}.py" for name in (*named, "__init__")}
 
 
 def test_exceptions_for_length_are_needed() -> None:
