@@ -7,9 +7,7 @@ import difflib
 import errno
 import functools
 import inspect
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dino_lite.contracts import UserError
-from dino_lite.interrupts import interrupt, on_stop
+from dino_lite.interrupts import interrupt, on_stop, report_interrupt
 
 Config = dict[str, Any]
 # Keys whose values are always taken as strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
@@ -249,11 +247,7 @@ def user_errors() -> Iterator[None]:
         print(f"dino-lite: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
-        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"dino-lite: interrupted{by}.", file=sys.stderr)
-        raise SystemExit(128 + number) from error
+        raise SystemExit(report_interrupt(error)) from error
 
 
 def _search_in(folder: str) -> str:

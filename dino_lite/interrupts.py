@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Ctrl-C; `timeout`, systemd and scancel; a closed terminal; Slurm's usual warning before a job's end
+# Ctrl-C; `timeout`, systemd and scancel; a closed terminal; Slurm's usual warning of a time limit
 STOP_SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -36,6 +38,21 @@ class Stopped(SystemExit):
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Signal handler that raises Interrupt."""
     raise Interrupt(number)
+
+
+def by_signal(number: int) -> str:
+    """ " by SIGTERM", for messages; nothing for Ctrl-C."""
+    return "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+
+
+def report_interrupt(error: KeyboardInterrupt) -> int:
+    """Print one line, on the first rank of a machine; returns the exit code: 128 plus the signal's
+    number.
+    """
+    number = error.number if isinstance(error, Interrupt) else signal.SIGINT
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"dino-lite: interrupted{by_signal(number)}.", file=sys.stderr)
+    return 128 + int(number)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -54,7 +53,9 @@ class Checkpoints(Checkpoint):
         self._first_step = 0  # of this process
         self._stop: tuple[int, float] | None = None  # signal that asked to stop, and when
         self._signals = ExitStack()  # restores the signal handlers
-        self._constant: set[str] = set()  # buffers that are not finite by construction, such as masks
+        self._constant: set[str] = (
+            set()
+        )  # buffers that are not finite by construction, such as masks
 
     def state_dict(self) -> dict[str, Any]:
         """The best k-NN so far."""
@@ -65,8 +66,11 @@ class Checkpoints(Checkpoint):
         self.best = state_dict["best"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Note which buffers are not finite by construction, before weights are restored."""
+        """Note which buffers are not finite by construction, before weights are restored; keep
+        Lightning from handling signals, which it does in the middle of a step.
+        """
         self._constant = set(_not_finite(dict(pl_module.named_buffers())))
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the timer, and install the signal handlers."""
@@ -108,7 +112,8 @@ class Checkpoints(Checkpoint):
             try:
                 self._save(trainer, "last.ckpt")
             except UserError as error:  # the original exception is more important
-                sys.stderr.write(f"{error}\n")
+                if str(error) != str(exception):
+                    sys.stderr.write(f"{error}\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
@@ -120,9 +125,9 @@ class Checkpoints(Checkpoint):
         is_due = self.every_n_minutes is not None and waited >= 60 * self.every_n_minutes
         stop = 0 if self._stop is None else self._stop[0]
         values = [float(is_due and trainer.is_global_zero), float(stop)]
-        is_due, stop = (int(value) for value in all_reduce_max(values, pl_module.device))
-        at_step = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        return bool(is_due or at_step), stop
+        by_time, stop = (int(value) for value in all_reduce_max(values, pl_module.device))
+        by_step = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        return bool(by_time or by_step), stop
 
     def _save_best(self, trainer: pl.Trainer) -> None:
         knn = float(trainer.callback_metrics.get("knn", float("nan")))
@@ -173,21 +178,24 @@ class Checkpoints(Checkpoint):
             )
 
     def _on_stop(self, number: int, trainer: pl.Trainer) -> None:
-        now = time.monotonic()
-        is_again = self._stop is not None and now - self._stop[1] > _AGAIN
-        if self._stop is None:
-            self._stop = number, now
-        elif not (number == signal.SIGINT and is_again) or self._is_saving:
+        """Signal handler, called between two instructions of the main thread."""
+        now, is_ctrl_c = time.monotonic(), number == signal.SIGINT
+        is_first = self._stop is None
+        self._stop = asked = self._stop or (number, now)
+        if not trainer.is_global_zero or self._is_saving:
             return
+        is_again = is_ctrl_c and now - asked[1] > _AGAIN
         if is_again or trainer.global_step == self._first_step:
             raise Interrupt(number)
-        if trainer.is_global_zero:
-            by = "" if number == signal.SIGINT else f"{signal.Signals(number).name}: "
-            hint = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        if is_first:
+            by, hint = (
+                ("", "; press Ctrl-C again to stop at once")
+                if is_ctrl_c
+                else (f"{signal.Signals(number).name}: ", "")
+            )
             sys.stderr.write(f"\n{by}Stopping after this step and saving{hint}.\n")
-        # What runs between steps may take longer than the system waits before it kills.
-        if _is_between_steps(trainer) and not self._is_saving:
-            self._save(trainer, "last.ckpt")
+            if _is_between_steps(trainer):  # an evaluation may take longer than the system waits
+                self._save(trainer, "last.ckpt")
 
 
 def _is_between_steps(trainer: pl.Trainer) -> bool:
@@ -205,5 +213,6 @@ def _not_finite(tensors: dict[str, Any]) -> list[str]:
     if not floats:
         return []
     largest = torch._foreach_norm(list(floats.values()), float("inf"))
-    finite = torch.stack([each.cpu() if each.is_cpu else each.float() for each in largest])
-    return [name for name, fine in zip(floats, finite.isfinite().tolist(), strict=True) if not fine]
+    finite = [each.isfinite().to(largest[0].device) for each in largest]
+    fine = torch.stack(finite).tolist()
+    return [name for name, is_fine in zip(floats, fine, strict=True) if not is_fine]

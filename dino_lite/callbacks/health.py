@@ -143,8 +143,8 @@ def _blame(alarm: Alarm, rate_doubt: str | None) -> Alarm:
 def _skipped(num: int, num_steps: int, remedy: str) -> Alarm:
     return Alarm(
         "skipped_steps",
-        f"{num:,} of {num_steps:,} steps so far had a gradient that is not finite and were skipped, "
-        f"which changes no weight; if there are more, {remedy}.",
+        f"{num:,} of {num_steps:,} steps so far had a gradient that is not finite and were "
+        f"skipped, which changes no weight; if there are more, {remedy}.",
     )
 
 

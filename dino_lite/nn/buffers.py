@@ -19,7 +19,7 @@ class KeptBuffers:
         self._modules = list(modules)
         self._kept: dict[tuple[int, str], Tensor] = {}
         for group in _alike(self._named()):
-            parts = _joined(group.values()).split([part.numel() for part in group.values()])
+            parts = torch.split(_joined(group.values()), [b.numel() for b in group.values()])
             self._kept.update(zip(group, parts, strict=True))
 
     @torch.no_grad()
@@ -33,7 +33,7 @@ class KeptBuffers:
         same = {k: b for k, b in named.items() if k in kept and b.numel() == kept[k].numel()}
         for group in _alike(same):
             chosen = torch.where(ok, _joined(group.values()), torch.cat([kept[k] for k in group]))
-            parts = chosen.split([part.numel() for part in group.values()])
+            parts = torch.split(chosen, [b.numel() for b in group.values()])
             values = [part.view_as(b) for part, b in zip(parts, group.values(), strict=True)]
             torch._foreach_copy_(list(group.values()), values)
 
