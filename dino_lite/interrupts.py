@@ -46,12 +46,12 @@ def by_signal(number: int) -> str:
 
 
 def report_interrupt(error: KeyboardInterrupt) -> int:
-    """Print one line, on the first rank of a machine; returns the exit code: 128 plus the signal's
+    """Write one line, on the first rank of a machine; returns the exit code: 128 plus the signal's
     number.
     """
     number = error.number if isinstance(error, Interrupt) else signal.SIGINT
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"dino-lite: interrupted{by_signal(number)}.", file=sys.stderr)
+        sys.stderr.write(f"dino-lite: interrupted{by_signal(number)}.\n")
     return 128 + int(number)
 
 
