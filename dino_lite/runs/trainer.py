@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytorch_lightning as pl
+import torch.distributed as dist
 from lightning_fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -18,7 +19,6 @@ from lightning_fabric.plugins.environments import (
 )
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
-from torch.distributed import is_torchelastic_launched
 
 from dino_lite.config import Config
 from dino_lite.contracts import UserError
@@ -28,6 +28,8 @@ from dino_lite.planning.groups import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.metrics_file import MetricsFile
 from dino_lite.runs.run import Run
+
+_SET_BY_LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def build_trainer(
@@ -88,7 +90,7 @@ def _launcher(devices: int) -> ClusterEnvironment | None:
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices))  # srun -n does not set it
         os.environ["SLURM_NTASKS"] = os.environ["SLURM_STEP_NUM_TASKS"]
         return SLURMEnvironment(auto_requeue=False)
-    is_ours = "SLURM_NTASKS" in os.environ and not is_torchelastic_launched()
+    is_ours = "SLURM_NTASKS" in os.environ and not dist.is_torchelastic_launched()
     return LightningEnvironment() if is_ours else None
 
 
@@ -100,11 +102,18 @@ def as_command(module: str, overrides: Sequence[str]) -> Iterator[None]:
     """
     main, argv = sys.modules["__main__"], sys.argv
     spec = getattr(main, "__spec__", None)
+    before = {key: os.environ.get(key) for key in _SET_BY_LAUNCHER}
+    had_group = dist.is_available() and dist.is_initialized()
     main.__spec__, sys.argv = find_spec(module), [module, *overrides]
     try:
         yield
-    finally:
+        if dist.is_available() and dist.is_initialized() and not had_group:
+            dist.destroy_process_group()
+    finally:  # so that the program can train again
         main.__spec__, sys.argv = spec, argv
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            os.environ |= {} if value is None else {key: value}
 
 
 def quiet_lightning() -> None:

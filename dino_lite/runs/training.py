@@ -16,7 +16,7 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.interrupts import Stopped, by_signal
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
-from dino_lite.planning.checks import mixes_images
+from dino_lite.planning.checks import mixes_images, traits_of
 from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.run import Run
 from dino_lite.runs.timing import is_out_of_memory
@@ -45,6 +45,8 @@ def train(
     again from scratch with half the micro-batch size, which is saved in config.yaml. Raises
     UserError if that does not help, and Interrupted after a signal.
     """
+    if config["trainer"]["compile"] and not traits_of(config).convolutional:
+        say("compiling the network in the first step, which takes a minute or more")
     parts = built.pop()  # the only reference, so that its memory can be freed
     while not _fit(config, facts, run, *parts, resuming):
         del parts
@@ -105,12 +107,12 @@ def _interrupted(run: Run, module: PretrainModule, number: int) -> Interrupted:
     """The sentence that ends an interrupted run: from where the same command continues."""
     where = f"{run.folder} was interrupted{by_signal(number)}"
     if not run.last.is_file():
-        text = f"{where} before anything was saved: the same command starts it from the beginning."
+        text = f"{where} before anything was saved; run the same command to start again."
         return Interrupted(text, number)
     saved = int(read_checkpoint(run.last)["global_step"])
     done = module.trainer.global_step
     lost = " (the steps since then are lost)" if done > saved else ""
-    text = f"{where}; the same command resumes it after step {saved:,}{lost}."
+    text = f"{where}; run the same command to resume it after step {saved:,}{lost}."
     return Interrupted(text, number)
 
 
