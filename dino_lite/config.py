@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino_lite.choices import add_choice, explain_choice, own_choices, wanted_choice
 from dino_lite.errors import UserError, user_errors
+from dino_lite.interrupts import interrupt, on_stop
 from dino_lite.overrides import quote, quote_override, quoted, read_flags, unknown_flags
 from dino_lite.settings.words import as_overrides, explain_flag
 from dino_lite.sweep import Sweep, jobs_of
@@ -198,12 +199,12 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
         def job(config: DictConfig) -> None:
             given = HydraConfig.get()
             words = given.overrides.task
-            several = given.mode == RunMode.MULTIRUN
-            with user_errors(), sweep.job(words) if several else nullcontext():
+            kept = sweep.job(words) if given.mode == RunMode.MULTIRUN else nullcontext()
+            with user_errors(), on_stop(interrupt), kept:
                 function(asked(to_plain(config), words, given.runtime.choices))
 
         def main() -> None:
-            with user_errors():
+            with user_errors(), on_stop(interrupt):
                 sys.argv[1:] = arguments_of(primary, sys.argv[1:])
                 flags = read_flags(sys.argv[1:])
                 jobs = check_overrides(primary, flags)

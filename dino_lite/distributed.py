@@ -36,16 +36,22 @@ def is_distributed() -> bool:
     return up and not _alone
 
 
+def srun_tasks() -> int:
+    """Number of tasks that srun started for this program; 1 without srun, within an interactive
+    shell, and in a task that uses torchrun. (An allocation alone sets SLURM_NTASKS.)
+    """
+    return 1 if "RANK" in os.environ else int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+
+
 def rank() -> int:
     """This process's rank; before the group is initialized, read from the launcher's environment
     variables.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if variable in os.environ and (variable != "SLURM_PROCID" or "SLURM_NTASKS" in os.environ):
-            return int(os.environ[variable])
-    return 0
+    if srun_tasks() > 1:
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def world_size() -> int:
@@ -176,6 +182,15 @@ def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     peak.clamp_(min=torch.finfo(peak.dtype).min)  # −inf − (−inf) would be NaN
     return peak + all_reduce_sum_((tensor - peak).exp()).log()
+
+
+def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes. With several, synchronizes with the device."""
+    if not is_distributed():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [float(value) for value in tensor.tolist()]
 
 
 def broadcast_value(value: float, device: torch.device) -> float:

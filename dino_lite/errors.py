@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from dino_lite.interrupts import report_interrupt
 
 # Of an OSError: what a user can mend.
 _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -15,9 +18,17 @@ _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class UserError(Exception):
     """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
 
+    exit_code = 2
+
 
 class Interrupted(UserError):
-    """The user or the system ended the run: a sweep ends with it."""
+    """A signal ended the command, and with it a sweep; what is left of its work is told in one
+    sentence. The exit code is 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
 
 
 def sentence(error: Exception) -> str | None:
@@ -38,8 +49,8 @@ def sentence(error: Exception) -> str | None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Report in one line what `sentence` knows, and exit with code 2; after Ctrl-C, exit with code
-    130.
+    """Report in one line what `sentence` knows, and exit with code 2; after a signal, such as
+    Ctrl-C, exit with code 128 plus its number.
     """
     try:
         yield
@@ -47,7 +58,6 @@ def user_errors() -> Iterator[None]:
         if (said := sentence(error)) is None:
             raise
         print(f"dino-lite: {said}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(getattr(error, "exit_code", 2)) from error
     except KeyboardInterrupt as error:
-        print("dino-lite: interrupted.", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(report_interrupt(error)) from error

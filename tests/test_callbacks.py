@@ -295,14 +295,15 @@ def test_without_labels_there_is_no_accuracy(tmp_path: Path) -> None:
 
 
 def test_a_diverged_teacher_has_no_knn(tmp_path: Path) -> None:
-    """Features that are not finite give NaN, which is never the best."""
+    """Features that are not finite give NaN, which is never the best; no such state is saved."""
     run = Training(tmp_path, OnlineEval(), Checkpoints(tmp_path))
     run.method.teachers.get_parameter("ema.module.backbone.norm.weight").data.fill_(torch.nan)
-    run.fit()
+    with pytest.raises(UserError, match=r"backbone\.norm\.weight is not finite.*nothing was saved"):
+        run.fit()
     assert np.isnan(run.column("knn")[NUM_STEPS - 1])
     assert np.isnan(run.column("probe")[NUM_STEPS - 1])
     assert run.column("rankme") == {}
-    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+    assert not [*tmp_path.glob("checkpoints/*")]
 
 
 @pytest.mark.parametrize(("num_images", "most"), [(5, 10), (10, 10), (1000, 7), (50_000, 5000)])
@@ -445,6 +446,52 @@ def test_ctrl_c_is_given_back(tmp_path: Path) -> None:
     Training(tmp_path, Checkpoints(tmp_path), look).fit()
     assert seen[0] is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, name: str) -> None:
+    """The former checkpoint stays, and the run ends with the name of the tensor."""
+    every = {"last.ckpt": 1, "best.ckpt": None}[name]
+    run = Training(tmp_path, OnlineEval(every_n_steps=1), Checkpoints(tmp_path, None, every))
+    run.method.register_buffer("mask", torch.tensor([-torch.inf, 0.0]))  # by construction
+
+    def poison(step: int) -> None:
+        if step == 3:
+            run.trainer.callback_metrics["knn"] = torch.tensor(101.0)
+            state = next(iter(run.trainer.optimizers[0].state.values()))
+            state["exp_avg"].view(-1)[0] = torch.nan
+
+    run.trainer.callbacks.insert(-1, At(end=poison))
+    message = r"optimizer\.0\.exp_avg is not finite after step 4: .* (kept|saved); lower optim.rate"
+    with pytest.raises(UserError, match=message):
+        run.fit()
+    if every:
+        assert read(tmp_path / "checkpoints" / name)["global_step"] == 3
+    for path in tmp_path.glob("checkpoints/*"):
+        assert torch.isfinite(read(path)["optimizer_states"][0]["state"][0]["exp_avg"]).all()
+
+
+def test_skipped_steps_are_counted_over_sessions(tmp_path: Path) -> None:
+    """In metrics, in checkpoints, on the progress line and as a warning."""
+    health = Health(every_n_steps=1)
+    run = Training(tmp_path, health, Checkpoints(tmp_path, None, every_n_steps=1))
+    compare = run.method.compare
+
+    def bad(*args: Any) -> Any:
+        outputs = compare(*args)
+        if run.trainer.global_step in (1, 2):
+            match = outputs["cls"]
+            nan = match.student._replace(z=match.student.z * torch.nan)
+            return outputs | {"cls": match._replace(student=nan)}
+        return outputs
+
+    run.method.compare = bad  # type: ignore[method-assign]
+    run.fit()
+    assert [*run.column("skipped_total").values()] == [0, 1, 2, 2, 2, 2]
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["skipped_total"] == 2
+    (warning,) = health.warnings
+    assert warning["text"].startswith("1 of 2 steps so far had a gradient that is not finite")
+    assert "2 skipped" in RunProgress()._describe(run.trainer, run.module, 1.0)
 
 
 def test_the_clock_makes_checkpoints_too(tmp_path: Path) -> None:

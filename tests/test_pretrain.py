@@ -162,6 +162,8 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         "callbacks.online_eval=null"
     ]
     whole = checkpoint(train(tmp_path / "1x1", *plain))
+    (folder,) = (path for path in (tmp_path / "1x1").iterdir() if path.is_dir())
+    logged = {"1x1": last_loss(folder)}
     others = {"1x4": checkpoint(train(tmp_path / "1x4", *plain, "trainer.micro_batch_size=2"))}
     for name, micro in (("2x1", 0), ("2x2", 2)):
         arguments = tiny_command(
@@ -172,9 +174,18 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(tmp_path: Path)
         assert result.returncode == 0, result.stderr[-3000:]
         (folder,) = (path for path in (tmp_path / name).iterdir() if path.is_dir())
         others[name] = checkpoint(folder)
+        logged[name] = last_loss(folder)
     for name, other in others.items():
         assert other["global_step"] == 5, name
         assert_same(whole["state_dict"], other["state_dict"], name, tolerance=1e-9)
+    for name, loss in logged.items():  # the mean over ranks, not rank 0's
+        assert loss == pytest.approx(logged["1x1"], rel=1e-5), name
+
+
+def last_loss(folder: Path) -> float:
+    """The last loss in metrics.csv."""
+    with open(folder / "metrics.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]][-1]
 
 
 @pytest.mark.slow

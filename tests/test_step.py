@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor
 
 import oracle
-from dino_lite.contracts import Crops, Loss, Progress, UserError
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.contracts import Crops, Loss, Match, Progress, UserError
+from dino_lite.distributed import all_reduce_mean_
 from dino_lite.losses.koleo import KoLeoLoss
 from dino_lite.losses.prototype import PrototypeLoss
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
+from dino_lite.nn.batch_norm import across_ranks
+from dino_lite.nn.heads import DINOHead
 from dino_lite.optim.lars import LARS
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant, Cosine, Warmup
+from ranks import on_ranks
 from test_dino import make_step, random_crops, tiny_dino
 
 START = Progress(0, 10, 5)
@@ -385,6 +391,92 @@ def test_a_bad_gradient_is_as_if_the_step_had_not_been(
     assert_equal_states(method, twin, rtol=0.0, atol=0.0)
 
 
+class Queue(torch.nn.Module, Loss):
+    """A loss with a queue of what it has seen, as another package may bring one."""
+
+    reads, weight = "cls", Constant(1.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.loss = PrototypeLoss("cls", Constant(1.0))
+
+    def forward(self, match: Match) -> Tensor:
+        """A new tensor each time, as `torch.cat` gives one."""
+        value: Tensor = self.loss(match)
+        self.seen = torch.cat([self.seen[1:], value.detach()[None]])
+        return value
+
+
+def batch_normalized(rank: int | None = None) -> DINO:
+    """A DINO of a small convnet with batch normalization."""
+    torch.manual_seed(1)
+    backbone = ConvNet(widths=[8, 16], depths=[1, 1], patch_size=4, norm="batch")
+    head = partial(DINOHead, num_prototypes=12, hidden_dim=16, bottleneck_dim=8, batch_norm=True)
+    method = DINO(backbone, head, Constant(0.9), Constant(0.04))
+    if rank is not None:
+        across_ranks(method)
+    return method
+
+
+def poisoned_steps(rank: int | None = None) -> tuple[list[str], Tensor]:
+    """After a good step, one with an infinite pixel (on rank 1 only, if there are several) and
+    micro-batches: what has changed, and the loss of a good step that follows.
+    """
+    method, queue = batch_normalized(rank), Queue()
+    losses = {"dino": PrototypeLoss("cls", Constant(1.0)), "queue": queue}
+    rates = {"learning_rate": Constant(1e-3), "weight_decay": Constant(0.1)}
+    step = Step(method, losses, OPTIMIZERS["fused"](method), micro_batch_size=2, **rates)
+    if rank is not None:
+        step.backward = averaged(method)
+    torch.manual_seed(2 + (rank or 0))
+    step(random_crops(), START)
+    kept = {n: b.clone() for n, b in method.named_buffers() if n != "step"}
+    before, seen = snapshot(method) | kept, queue.seen.clone()
+    assert torch.isfinite(step(random_crops(), START)["grad_norm"])
+    assert "teachers.ema.module.backbone" in "".join(changed(method, before))
+    before, seen = snapshot(method), queue.seen.clone()
+    bad = random_crops() if rank == 0 else poisoned(random_crops())
+    assert int(step(bad, START)["skipped"]) == 1
+    left = [*changed(method, before)] + ([] if torch.equal(queue.seen, seen) else ["queue"])
+    return left, step(random_crops(), START)["loss"]
+
+
+def averaged(method: DINO) -> Callable[[Tensor], None]:
+    """A backward pass that averages gradients over ranks, as DDP does."""
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        for parameter in method.student.parameters():
+            if parameter.grad is not None:
+                all_reduce_mean_(parameter.grad)
+
+    return backward
+
+
+def test_a_bad_batch_leaves_running_statistics_and_queues() -> None:
+    """Of batch normalization in student and teacher, and of losses; later steps are finite."""
+    left, loss = poisoned_steps()
+    assert left == []
+    assert torch.isfinite(loss)
+
+
+def test_a_bad_batch_of_one_process_is_skipped_by_all() -> None:
+    """Statistics over both would be NaN in both."""
+    for left, loss in on_ranks(2, poisoned_steps):
+        assert left == []
+        assert torch.isfinite(loss)
+
+
+def test_all_skipped_steps_are_counted() -> None:
+    """Those in a row apart."""
+    step = make_step(tiny_dino())
+    for batch in (poisoned(random_crops()), random_crops(), poisoned(random_crops())):
+        scalars = step(batch, START)
+    assert int(step.skipped_total) == 2
+    assert int(scalars["skipped"]) == 1
+
+
 def test_the_first_step_may_be_bad() -> None:
     """Moments that do not exist yet start from nothing afterwards."""
     method = tiny_dino()
@@ -418,6 +510,7 @@ def test_a_wrapped_optimizer_is_stepped_through_its_wrapper(fused: bool) -> None
     before = snapshot(method)
     step(poisoned(random_crops()), Progress(1, 10, 5))
     assert changed(method, before) == set()
+    assert wrapper.num_steps == 2  # Lightning's count and the method's stay equal
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
@@ -432,6 +525,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     step(bad, START)
     with pytest.raises(UserError, match=r"^3 optimizer steps in a row .*optim\.rate"):
         step.check()
+    assert step.remedy == "lower optim.rate or lower optim.clip"
+    step = make_step(method, clip=0.0, rate_doubt="lower optim.rate (10 is much)")
+    assert step.remedy == "lower optim.rate (10 is much) or set optim.clip=3"
 
 
 # ------------------------------------------------------------------------------------ drop path

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
 
 from dino_lite.contracts import UserError
-from dino_lite.distributed import broadcast_value
+from dino_lite.distributed import all_reduce_max
+from dino_lite.interrupts import Interrupt, Stopped, on_stop
 from dino_lite.settings.kinds import Positive, Size
 from dino_lite.settings.validate import checked
+
+_AGAIN = 1.0  # seconds after which a Ctrl-C is a second one: `timeout` and torchrun repeat signals
 
 
 class Checkpoints(Checkpoint):
@@ -25,8 +29,12 @@ class Checkpoints(Checkpoint):
 
     last: every `every_n_minutes` or `every_n_steps`, at the end, and when the run is interrupted.
     best: whenever `knn` reaches a new maximum, which is stored in checkpoints. Files are replaced
-    atomically and hold the state between two optimizer steps: on Ctrl-C the current step is
-    completed first. (A second Ctrl-C aborts it; the previous last.ckpt is kept.)
+    atomically and hold the state between two optimizer steps. A state with a tensor that is not
+    finite is not written and ends the run: no later step could repair it.
+
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, on any rank, end the run after the current step and save
+    it. While no step is running (evaluation, waiting for data), rank 0 saves immediately. Before
+    the first step there is nothing to save, and the run ends at once, as with a second Ctrl-C.
     """
 
     @checked
@@ -41,9 +49,13 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self._saved_at = -1  # step of last.ckpt
         self._saved_time = 0.0
-        self._between_steps = True
-        self._asked_to_stop = False
-        self._handler_before: Any = None
+        self._is_saving = False
+        self._first_step = 0  # of this process
+        self._stop: tuple[int, float] | None = None  # signal that asked to stop, and when
+        self._signals = ExitStack()  # restores the signal handlers
+        self._constant: set[str] = (
+            set()
+        )  # buffers that are not finite by construction, such as masks
 
     def state_dict(self) -> dict[str, Any]:
         """The best k-NN so far."""
@@ -53,21 +65,18 @@ class Checkpoints(Checkpoint):
         """Restore the best k-NN so far."""
         self.best = state_dict["best"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the timer, and install the SIGINT handler that waits for the end of the step."""
-        self._saved_time, self._saved_at = time.monotonic(), trainer.global_step
-        self._asked_to_stop, self._between_steps = False, True
-        in_charge = threading.current_thread() is threading.main_thread()
-        if in_charge and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._handler_before = signal.signal(
-                signal.SIGINT, self._on_interrupt if trainer.is_global_zero else signal.SIG_IGN
-            )
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Note which buffers are not finite by construction, before weights are restored; keep
+        Lightning from handling signals, which it does in the middle of a step.
+        """
+        self._constant = set(_not_finite(dict(pl_module.named_buffers())))
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Mark the state as inconsistent until the end of the step."""
-        self._between_steps = False
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the timer, and install the signal handlers."""
+        self._saved_time, self._saved_at = time.monotonic(), trainer.global_step
+        self._first_step, self._stop = trainer.global_step, None
+        self._signals.enter_context(on_stop(lambda number, _: self._on_stop(number, trainer)))
 
     def on_train_batch_end(
         self,
@@ -77,45 +86,48 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save checkpoints that are due, then stop if an interrupt was requested."""
-        self._between_steps = True
+        """Save checkpoints that are due, then stop if any rank was asked to."""
         self._save_best(trainer)
-        if self._is_due(trainer, pl_module):
+        is_due, number = self._agree(trainer, pl_module)
+        if (is_due or number) and trainer.global_step != self._saved_at:
             self._save(trainer, "last.ckpt")
-        if self._asked_to_stop:
-            raise KeyboardInterrupt
+        if number:
+            raise Stopped(number)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state."""
         self._save_best(trainer)
         if trainer.global_step > 0:
             self._save(trainer, "last.ckpt")
-        self._give_back_handler()
+        self._signals.close()
+        if self._stop is not None:
+            raise Stopped(self._stop[0])
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save the state if it is consistent: on rank 0 only, since other ranks may have exited."""
-        self._give_back_handler()
-        step = trainer.global_step
-        if not (self._between_steps and trainer.is_global_zero and step > max(self._saved_at, 0)):
-            return
-        try:
-            self._save(trainer, "last.ckpt", alone=True)
-        except UserError as error:  # the original exception is more important
-            sys.stderr.write(f"{error}\n")
+        """Save the state if it is consistent."""
+        self._signals.close()
+        if _is_between_steps(trainer) and trainer.global_step > max(self._saved_at, 0):
+            try:
+                self._save(trainer, "last.ckpt")
+            except UserError as error:  # the original exception is more important
+                if str(error) != str(exception):
+                    sys.stderr.write(f"{error}\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore the previous SIGINT handler."""
-        self._give_back_handler()
+        """Restore the previous signal handlers."""
+        self._signals.close()
 
-    def _is_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            return trainer.global_step != self._saved_at
-        if self.every_n_minutes is None:
-            return False
-        waited = time.monotonic() - self._saved_time >= 60 * self.every_n_minutes
-        return bool(broadcast_value(float(waited), pl_module.device))  # all ranks must save
+    def _agree(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[bool, int]:
+        """Whether last.ckpt is due, and the signal that asked any rank to stop (0: none)."""
+        waited = time.monotonic() - self._saved_time
+        is_due = self.every_n_minutes is not None and waited >= 60 * self.every_n_minutes
+        stop = 0 if self._stop is None else self._stop[0]
+        values = [float(is_due and trainer.is_global_zero), float(stop)]
+        by_time, stop = (int(value) for value in all_reduce_max(values, pl_module.device))
+        by_step = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        return bool(by_time or by_step), stop
 
     def _save_best(self, trainer: pl.Trainer) -> None:
         knn = float(trainer.callback_metrics.get("knn", float("nan")))
@@ -123,36 +135,84 @@ class Checkpoints(Checkpoint):
             self.best = knn
             self._save(trainer, "best.ckpt")
 
-    def _save(self, trainer: pl.Trainer, name: str, alone: bool = False) -> None:
-        """Write `name` atomically; all ranks must call it unless `alone`."""
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        """Write `name` atomically, on rank 0. Raises UserError if the state is not finite."""
         folder = Path(self.run_dir or trainer.default_root_dir).expanduser() / "checkpoints"
         path, part = folder / name, folder / f".{name}.part"
+        self._is_saving = True
         try:
-            if alone:
+            self._demand_finite(trainer, path)
+            if trainer.is_global_zero:
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
                 trainer.strategy.save_checkpoint(checkpoint, part)
-            else:
-                trainer.save_checkpoint(part, weights_only=False)
-            if trainer.is_global_zero:
                 os.replace(part, path)
         except (OSError, RuntimeError) as error:
-            if trainer.is_global_zero:
-                part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+            if "DataLoader worker" in str(error):  # raised by torch's handler of SIGCHLD
+                raise
             raise UserError(
                 f"Cannot write {path} ({error}): free disk space, then run the same command again."
             ) from error
+        finally:
+            self._is_saving = False
         if name == "last.ckpt":
             self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_to_stop:
-            raise KeyboardInterrupt
-        self._asked_to_stop = True
-        sys.stderr.write(
-            "\nStopping after this step and saving; press Ctrl-C again to stop at once.\n"
-        )
+    def _demand_finite(self, trainer: pl.Trainer, path: Path) -> None:
+        """Raise UserError if a step found the run to have diverged, or if a tensor is not finite.
+        All ranks see the same.
+        """
+        module = cast(Any, trainer.lightning_module)
+        module.check()
+        tensors = module.state_dict()
+        for optimizer in trainer.optimizers:
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
+        wrong = [name for name in _not_finite(tensors) if name not in self._constant]
+        if wrong:
+            kept = f"the earlier {path.name} is kept" if path.is_file() else "nothing was saved"
+            raise UserError(
+                f"{wrong[0]} is not finite after step {trainer.global_step}"
+                f"{f', and {len(wrong) - 1} other tensors' if wrong[1:] else ''}: the run has "
+                f"diverged, and {kept}; {module.remedy}."
+            )
 
-    def _give_back_handler(self) -> None:
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
+    def _on_stop(self, number: int, trainer: pl.Trainer) -> None:
+        """Signal handler, called between two instructions of the main thread."""
+        now, is_ctrl_c = time.monotonic(), number == signal.SIGINT
+        is_first = self._stop is None
+        self._stop = asked = self._stop or (number, now)
+        if not trainer.is_global_zero or self._is_saving:
+            return
+        is_again = is_ctrl_c and now - asked[1] > _AGAIN
+        if is_again or trainer.global_step == self._first_step:
+            raise Interrupt(number)
+        if is_first:
+            by, hint = (
+                ("", "; press Ctrl-C again to stop at once")
+                if is_ctrl_c
+                else (f"{signal.Signals(number).name}: ", "")
+            )
+            sys.stderr.write(f"\n{by}Stopping after this step and saving{hint}.\n")
+            if _is_between_steps(trainer):  # an evaluation may take longer than the system waits
+                self._save(trainer, "last.ckpt")
+
+
+def _is_between_steps(trainer: pl.Trainer) -> bool:
+    """Whether student, teacher and optimizer belong to the same step."""
+    return not cast(Any, trainer.lightning_module).in_step
+
+
+def _not_finite(tensors: dict[str, Any]) -> list[str]:
+    """Names of the floating-point tensors that contain NaN or infinity. Synchronizes once."""
+    floats = {
+        name: value.detach()
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    }
+    if not floats:
+        return []
+    largest = torch._foreach_norm(list(floats.values()), float("inf"))
+    finite = [each.isfinite().to(largest[0].device) for each in largest]
+    fine = torch.stack(finite).tolist()
+    return [name for name, is_fine in zip(floats, fine, strict=True) if not is_fine]

@@ -88,9 +88,12 @@ class Health(pl.Callback):
         started = time.monotonic()
         self._looks.append(self._now)
         values = health(self._looks)
+        module = cast(Any, pl_module)
         alarm = collapse(values, len(self._now.probs), self._now.temp)
         if self._lasts(alarm, run_fraction(trainer, pl_module)) and alarm is not None:
-            self._tell(trainer, alarm)
+            self._tell(trainer, _blame(alarm, module.rate_doubt))
+        if skipped := int(trainer.callback_metrics.get("skipped_total", 0)):
+            self._tell(trainer, _skipped(skipped, trainer.global_step, module.remedy))
         values["health_seconds"] = self._seconds + time.monotonic() - started
         for logger in trainer.loggers:  # log_dict would repeat them in all later rows
             logger.log_metrics(values, step=trainer.global_step - 1)
@@ -129,6 +132,20 @@ class Health(pl.Callback):
             if trainer.max_steps > 0:  # a short run must leave time for a window of samples
                 every = min(every, max(1, int(trainer.max_steps * _LASTING) // _WINDOW))
         return step % every == 0
+
+
+def _blame(alarm: Alarm, rate_doubt: str | None) -> Alarm:
+    """The alarm, with a learning rate far above the usual one as its likeliest cause."""
+    what, _, advice = alarm.text.partition("; ")
+    return alarm if rate_doubt is None else Alarm(alarm.kind, f"{what}; {rate_doubt}, or {advice}")
+
+
+def _skipped(num: int, num_steps: int, remedy: str) -> Alarm:
+    return Alarm(
+        "skipped_steps",
+        f"{num:,} of {num_steps:,} steps so far had a gradient that is not finite and were "
+        f"skipped, which changes no weight; if there are more, {remedy}.",
+    )
 
 
 def _storages(module: nn.Module) -> set[int]:

@@ -100,6 +100,7 @@ class RunProgress(ProgressBar):
         parts = [
             (f"step {trainer.global_step:,}", True),
             (f"loss {values.get('loss', 0.0):.3f}", "loss" in values),
+            (f"{values.get('skipped_total', 0):.0f} skipped", values.get("skipped_total", 0) > 0),
             (f"k-NN {values.get('knn', 0.0):.1f} %", values.get("knn", -1.0) >= 0),
             (
                 f"{values.get('images_per_second', 0.0):,.0f} images/s",

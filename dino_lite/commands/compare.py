@@ -17,8 +17,9 @@ from dino_lite.data.roots import several
 from dino_lite.data.wording import count
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
-from dino_lite.eval.measure import beside, comparable, line, measure, terminable
+from dino_lite.eval.measure import beside, comparable, line, measure
 from dino_lite.eval.results import amount, interval
+from dino_lite.interrupts import interrupt, on_stop
 from dino_lite.meter import named
 from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_comparison
@@ -54,7 +55,7 @@ def run_compare(config: Config) -> dict[str, Any]:
     notes = [f"{name} was {other}" for name, s in subjects.items() if (other := elsewhere(s))]
     if rank() == 0:
         print("\n".join([f"on {data.name}", *notes]), flush=True)
-    with terminable():
+    with on_stop(interrupt):
         rows = measure_all(config, subjects, evaluations)
     told = {"data": data.name, "notes": notes, "rows": [row._asdict() for row in rows]}
     if rank() == 0:

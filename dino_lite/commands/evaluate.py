@@ -10,7 +10,8 @@ from dino_lite.contracts import Evaluation
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.gallery import PICTURES, draw_on_all_ranks
-from dino_lite.eval.measure import beside, comparable, line, measure, terminable
+from dino_lite.eval.measure import beside, comparable, line, measure
+from dino_lite.interrupts import interrupt, on_stop
 from dino_lite.meter import named
 from dino_lite.planning.checks import check_values
 from dino_lite.report.terminal import print_results
@@ -38,7 +39,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
         print("\n".join([*subject.notes, title]), flush=True)
     results: dict[str, dict[str, Any]] = {}
     try:
-        with terminable():
+        with on_stop(interrupt):
             _measure(subject, evaluations, config, results)
     except KeyboardInterrupt:
         if rank() == 0:

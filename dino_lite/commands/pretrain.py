@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dino_lite import config as cfg
-from dino_lite.config import Config, command, compose, get
+from dino_lite.config import Config, command, compose, get, quote_override
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
@@ -29,7 +29,7 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
-from dino_lite.runs.trainer import quiet_lightning
+from dino_lite.runs.trainer import as_command, check_launcher, quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
 
@@ -38,12 +38,15 @@ def pretrain(*overrides: str) -> dict[str, Any]:
     """Train as `dino-lite pretrain OVERRIDES` does; returns the results of the run, with its folder
     as "run".
     """
-    return run_pretrain(compose("pretrain", overrides))
+    config = compose("pretrain", overrides)
+    with as_command(__name__, [quote_override(override) for override in overrides]):
+        return run_pretrain(config)
 
 
 def run_pretrain(config: Config) -> dict[str, Any]:
     """Train, or resume the run of the same request."""
     config = check_values(absolute_paths(config))
+    check_launcher(config)
     request, named = requested(config), config["name"] != "auto"
     is_auto = get(config, "trainer.micro_batch_size") == "auto"
     trust = config.get("trust")

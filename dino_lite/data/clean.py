@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import reason
+from dino_lite.data.workers import worker_context
 
 
 def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
@@ -125,6 +126,7 @@ class CleanData:
             CleanImages(source, self.size),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            multiprocessing_context=worker_context(self.num_workers),
             collate_fn=as_read,
             pin_memory=pin,
         )

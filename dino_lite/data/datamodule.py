@@ -20,6 +20,7 @@ from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, Pixels, joi
 from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
 from dino_lite.data.sources import ArraySource
+from dino_lite.data.workers import worker_context
 from dino_lite.settings.kinds import Count, Fraction, Size
 from dino_lite.settings.validate import checked
 
@@ -137,6 +138,7 @@ class DataModule(pl.LightningDataModule):
             self._parts(),
             batch_sampler=sampler,
             num_workers=self.num_workers,
+            multiprocessing_context=worker_context(self.num_workers),
             collate_fn=_as_cropped,
             pin_memory=on_cuda,
         )

@@ -19,6 +19,7 @@ from dino_lite.contracts import Source
 from dino_lite.data.decode import ORIENTATION, decode
 from dino_lite.data.sources import reason
 from dino_lite.data.suffixes import FORMATS
+from dino_lite.data.workers import worker_context
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which suffices here
 BLANK_STD = 2.0  # of luma, out of 255: below, an image is one color and noise
@@ -84,6 +85,7 @@ def inspect(
         batch_size=_PART_SIZE,
         sampler=indices.tolist(),
         num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers),
         collate_fn=_as_found,
         generator=torch.Generator(),  # leaves the global generator alone
     )

@@ -13,6 +13,7 @@ from dino_lite.data.clean import Batch, as_read
 from dino_lite.data.crops import MultiCrop, Photometric
 from dino_lite.data.resample import resized_crop
 from dino_lite.data.sources import reason
+from dino_lite.data.workers import worker_context
 
 _MIRRORED = Photometric(jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0)
 Key = tuple[int, int]  # epoch, index of the image
@@ -69,6 +70,7 @@ def random_batches(
         crops,
         batch_sampler=keys,
         num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers),
         collate_fn=as_read,
         generator=generator,  # otherwise it would draw from the global generator
     )

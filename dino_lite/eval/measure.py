@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dino_lite.contracts import Backbone, Evaluation
@@ -54,30 +50,3 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     """A result in one line."""
     bounds = f" ({interval(found)})" if found["interval"] else ""
     return f"{name}: {found['metric']} {amount(found)}{bounds}, {found['seconds']:.1f} s"
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, in the main thread and
-    unless SIGTERM is handled already.
-    """
-    asked = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    in_charge = threading.current_thread() is threading.main_thread()
-    if not in_charge or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except RuntimeError as error:  # a worker process was terminated too
-        if asked:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

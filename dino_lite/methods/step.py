@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_lite.contracts import (
     Crops,
@@ -22,6 +22,7 @@ from dino_lite.contracts import (
 )
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
+from dino_lite.nn.buffers import KeptBuffers
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
 from dino_lite.optim.schedules import Span, span_steps
 
@@ -36,7 +37,8 @@ class Step:
     gradients add up to the whole batch's. During `freeze_last_layer` the prototypes do not change:
     parameter groups marked `last_layer` have a learning rate of 0 but accumulate optimizer moments
     (DINOv2), last layers in other groups get no gradient (DINO). If a gradient is not finite, the
-    update and all that follows it are skipped; `max_skipped` consecutive skipped steps end the run.
+    step changes nothing but the step count; `max_skipped` consecutive skipped steps end the run.
+    `rate_doubt` says that the learning rate is unusually high, and is then advised about first.
     `backward` and `no_sync` come from the strategy that synchronizes ranks.
     """
 
@@ -55,6 +57,7 @@ class Step:
         autocast: torch.dtype | None = None,
         seed: int = 0,
         max_skipped: int = 20,
+        rate_doubt: str | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
@@ -71,9 +74,10 @@ class Step:
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
         self.max_skipped, self.backward, self.no_sync = max_skipped, backward, no_sync
-        self.skipped: Tensor | None = (
-            None  # consecutive steps without a finite gradient; on the device
-        )
+        self.rate_doubt = rate_doubt
+        # Steps without a finite gradient, on the device: consecutive ones, and all of them.
+        self.skipped: Tensor | None = None
+        self.skipped_total: Tensor | int = 0
         self.num_steps = int(method.step)  # the host's copy of method.step
         self.clip_groups = clip_groups(method.student, clip_by)
         apart = {p for g in optimizer.param_groups if g.get("last_layer") for p in g["params"]}
@@ -90,6 +94,8 @@ class Step:
         # Drop path draws from the global generator. It is seeded by seed, step and rank, so that a
         # resumed run draws the same paths.
         torch.manual_seed(hash((self.seed, self.num_steps, rank())))
+        stateful = [self.method, *(x for x in self.losses.values() if isinstance(x, nn.Module))]
+        buffers = KeptBuffers(stateful)
         with self._autocast(crops):
             targets = self.method.targets(crops, at)
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,9 +107,11 @@ class Step:
         norm = clip_gradients_(gradients, self.clip)
         ok = torch.isfinite(norm)
         self._update(ok)
+        buffers.restore_unless_(ok)
         self.method.after_step(at, ok)
         self.num_steps += 1
         self.skipped = self._count_skipped(ok)
+        self.skipped_total = self.skipped_total + (~ok).long()
         return scalars | {"grad_norm": norm, "skipped": self.skipped.float()}
 
     def _write_rates(self, at: Progress, frozen: bool) -> None:
@@ -157,19 +165,27 @@ class Step:
         )  # Lightning's wrapper counts steps
         if getattr(inner, "_step_supports_amp_scaling", False):
             inner.found_inf = (~ok).to(torch.float32)
-            self.optimizer.step()
-        elif bool(ok):
-            self.optimizer.step()
+        elif not ok:
+            self.optimizer.zero_grad(set_to_none=True)  # nothing to update, but the step counts
+        self.optimizer.step()
 
     def check(self) -> None:
         """Raise UserError after too many consecutive skipped steps. Synchronizes."""
         if self.skipped is not None and int(self.skipped) >= self.max_skipped:
             raise UserError(
                 f"{int(self.skipped)} optimizer steps in a row had a gradient that is not "
-                "finite: the run has diverged; "
-                "lower optim.rate, lower optim.clip, or use trainer.precision=32, "
-                "and start again from scratch or from best.ckpt."
+                f"finite: the run has diverged; {self.remedy}, and start again from scratch or "
+                "from best.ckpt."
             )
+
+    @property
+    def remedy(self) -> str:
+        """What to change if the run diverges, the likeliest cause first."""
+        changes = [self.rate_doubt or "lower optim.rate"]
+        changes.append("lower optim.clip" if self.clip else "set optim.clip=3")
+        if self.autocast is not None:
+            changes.append("use trainer.precision=32")
+        return f"{', '.join(changes[:-1])} or {changes[-1]}"
 
     def _count_skipped(self, ok: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=ok.device)

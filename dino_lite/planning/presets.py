@@ -130,6 +130,13 @@ def _drop_path(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.1, "as in DINO"
 
 
+def usual_rate(config: Config, facts: Facts) -> float:
+    """The default of `optim.rate` for the chosen optimizer (conf/optim)."""
+    optimizer = config["optim"]["optimizer"]["_target_"].rpartition(".")[2]
+    usual = {"LARS": 0.3, "SGD": 0.03}
+    return usual[optimizer] if optimizer in usual else _rate(config, facts)[0]
+
+
 def _rate(config: Config, facts: Facts) -> tuple[float, str]:
     traits = traits_of(config)
     if not traits.small:

@@ -16,9 +16,13 @@ from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
+from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning.groups import Loader, Optim, Trainer
+from dino_lite.planning.presets import usual_rate
 from dino_lite.runs.begin import build_method
 from dino_lite.runs.run import Run
+
+_FAR = 10.0  # times the usual learning rate
 
 
 def build(
@@ -53,6 +57,7 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
         clip_by=optim.clip_by,
         freeze_last_layer=optim.freeze_last_layer,
         max_skipped=optim.max_skipped,
+        rate_doubt=_rate_doubt(config, facts),
         micro_batch_size=trainer.micro_batch_size,
         autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
         seed=config["seed"],
@@ -71,3 +76,16 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
     module = PretrainModule(method, step, optimizer, clock, groups)
     module.bare_step()  # raises UserError now if the parts do not fit
     return module
+
+
+def _rate_doubt(config: Config, facts: Facts) -> str | None:
+    """A phrase if the learning rate is more than ten times the usual one."""
+    optim, usual = config["optim"], usual_rate(config, facts)
+    scaled = scale_rate(usual, config["loader"]["batch_size"], optim["rate_rule"])
+    base = optim["learning_rate"].get("base")
+    keys = (("rate", optim["rate"], usual), ("learning_rate.base", base, scaled))
+    for key, value, default in keys:
+        if isinstance(value, int | float) and value > _FAR * default:
+            times = f"{value / default:,.0f} times the usual {default:g}"
+            return f"lower optim.{key} ({value:g} is {times})"
+    return None

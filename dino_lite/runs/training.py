@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import signal
+import threading
 from collections.abc import Callable
 
 import pytorch_lightning as pl
@@ -12,9 +14,11 @@ from dino_lite.config import Config, put, save
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.wording import count
+from dino_lite.interrupts import Stopped, by_signal
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
-from dino_lite.planning.checks import mixes_images
+from dino_lite.planning.checks import mixes_images, traits_of
+from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.run import Run
 from dino_lite.runs.timing import is_out_of_memory
 from dino_lite.runs.trainer import build_trainer
@@ -40,8 +44,10 @@ def train(
 
     If a single device runs out of memory in the first steps and `may_shrink`, the run is built
     again from scratch with half the micro-batch size, which is saved in config.yaml. Raises
-    UserError if that does not help, or if the user interrupts the run.
+    UserError if that does not help, and Interrupted after a signal.
     """
+    if config["trainer"]["compile"] and not traits_of(config).convolutional:
+        say("compiling the network in the first step, which takes a minute or more")
     parts = built.pop()  # the only reference, so that its memory can be freed
     while not _fit(config, facts, run, *parts, resuming):
         del parts
@@ -65,14 +71,21 @@ def _fit(
 ) -> bool:
     """Train. Returns False if a run on one device ran out of memory in its first steps."""
     trainer = build_trainer(config, facts, run, module.clock.num_steps, callbacks, resuming)
+    ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         last = str(run.last) if resuming else None
         trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
-    except SystemExit:  # raised by Lightning after Ctrl-C
-        raise Interrupted(
-            f"{run.folder} was interrupted; run the same command to resume it."
-        ) from None
+    except SystemExit as stop:  # Stopped, or raised by Lightning after an Interrupt
+        if not trainer.is_global_zero:
+            raise SystemExit(0) from None  # rank 0 tells
+        cause = stop if isinstance(stop, Stopped) else stop.__context__
+        raise _interrupted(run, module, getattr(cause, "number", signal.SIGINT)) from None
     except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error) and "killed" in str(error):
+            raise UserError(
+                f"{run.folder}: the system killed a loader worker, as it does when memory runs "
+                "out: set a smaller loader.num_workers, and run the same command again."
+            ) from error
         if not is_out_of_memory(error):
             raise
         if trainer.world_size == 1 and module.clock.seconds_per_step is None:
@@ -82,11 +95,26 @@ def _fit(
             "resume it from its last checkpoint."
         ) from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, ctrl_c)  # Lightning ignores it after an Interrupt
         if trainer.is_global_zero:
             run.add_warnings([w for c in callbacks for w in getattr(c, "warnings", [])])
             for results in filter(None, (getattr(c, "results", None) for c in callbacks)):
                 run.add_results(results)
     return True
+
+
+def _interrupted(run: Run, module: PretrainModule, number: int) -> Interrupted:
+    """The sentence that ends an interrupted run: from where the same command continues."""
+    where = f"{run.folder} was interrupted{by_signal(number)}"
+    if not run.last.is_file():
+        text = f"{where} before anything was saved; run the same command to start again."
+        return Interrupted(text, number)
+    saved = int(read_checkpoint(run.last)["global_step"])
+    done = module.trainer.global_step
+    lost = " (the steps since then are lost)" if done > saved else ""
+    text = f"{where}; run the same command to resume it after step {saved:,}{lost}."
+    return Interrupted(text, number)
 
 
 def _smaller_micro_batch(config: Config, may_shrink: bool, say: Callable[[str], None]) -> int:
