@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dino_lite import config as cfg
-from dino_lite.config import Config, command, compose, get, quote_override
+from dino_lite.config import Config, command, compose, get
 from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
 from dino_lite.machine import Facts, environment, keep_freed_memory
+from dino_lite.overrides import quote_override
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
