@@ -48,11 +48,12 @@ def config_dir() -> Path:
 
 
 def arguments_of(primary: str, given: Sequence[str]) -> list[str]:
-    """The command line of `primary` as Hydra reads it. Raises UserError for what it cannot be."""
+    """The command line of `primary` with paths that stand alone as KEY=VALUE. Raises UserError."""
+    translate = functools.partial(as_overrides, primary, conf=config_dir())
     for flag in unknown_flags(given):
-        after = [*given[given.index(flag) + 1 :], None][0]
-        raise UserError(explain_flag(primary, flag, after, config_dir()))
-    return quoted(given, lambda words: as_overrides(primary, words, config_dir()))
+        raise UserError(explain_flag(primary, flag, given, config_dir()))
+    words = read_flags(given).overrides
+    return [*given] if translate(words) == words else quoted(given, translate)
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:

@@ -144,7 +144,7 @@ def test_what_needs_no_torch_imports_none() -> None:
     said = done.stderr.splitlines()
     assert "did you mean pretrain?" in said[0]
     assert "optm.clip: there is no such key" in said[1]
-    assert "unrecognized arguments: --flag" in said[2]
+    assert "--flag: there is no such flag" in said[2]
     assert len(said) == 3
 
 

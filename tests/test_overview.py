@@ -28,18 +28,19 @@ def test_a_plan_is_nine_lines_of_what_was_chosen_why_and_what_changes_it() -> No
     told = planned()
     known = facts(num_classes=4, num_test=20)
     text = overview(told, known, {"features": 3072, "parameters": 2_150_000}, "the folders a, b")
+    why = {decision.key: f"({decision.reason})" for decision in told.decisions}
+    network, prototypes = "resnet, 3,072 features, 2.1 million parameters", "512 prototypes"
+    crops = f"2 of 64 and 4 of 32 pixels, patches of 8 {why['augment.global_size']}"
     assert text.splitlines()[:-1] == [
         "  data     photos: 5,000 images of about 400x300 pixels, 20 test images",
         "  labels   4 classes (the folders a, b) [data.labels=none]",
-        "  device   cpu, float32 (this CPU is not faster in bfloat16)",
-        "  network  resnet, 3,072 features, 2.1 million parameters (5,000 images on a CPU: learns "
-        "in minutes there, unlike a ViT) [backbone=vit_small]",
-        "  method   dino, loss dino, 512 prototypes (for 5,000 images) [method=dinov2]",
-        "  crops    2 of 64 and 4 of 32 pixels, patches of 8 (images are about 400x300 and train "
-        "on cpu) [augment.global_size=96]",
-        "  batch    64 images (on a CPU, more steps matter more than larger batches) "
-        "[loader.batch_size=128]",
-        "  length   30m (runs on a CPU are limited by time) [trainer.max_time=2h]",
+        f"  device   cpu, float32 {why['trainer.precision']}",
+        f"  network  {network} {why['backbone']} [backbone=vit_small]",
+        f"  method   dino, loss dino, {prototypes} {why['method.head.num_prototypes']} "
+        "[method=dinov2]",
+        f"  crops    {crops} [augment.global_size=96]",
+        f"  batch    64 images {why['loader.batch_size']} [loader.batch_size=128]",
+        f"  length   30m {why['trainer.max_time']} [trainer.max_time=2h]",
     ]
     assert f"plan=full lists all {len(told.decisions)} automatic choices" in text
 

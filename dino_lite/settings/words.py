@@ -65,11 +65,12 @@ def as_overrides(command: str, words: Sequence[str | os.PathLike[str]], conf: Pa
     return [*kept, f"{key}={value}"]
 
 
-def explain_flag(command: str, flag: str, after: str | None, conf: Path) -> str:
-    """One sentence for a flag that does not exist, `--data PATH` or `--epochs=3`; `after` is the
-    next argument.
+def explain_flag(command: str, flag: str, given: Sequence[str], conf: Path) -> str:
+    """One sentence for a flag among the arguments `given` that does not exist, `--data PATH` or
+    `--epochs=3`.
     """
     name, _, value = flag.partition("=")
+    after = "".join(given[given.index(flag) + 1 :][:1])
     value = value or (after if after and not after.startswith("-") else "VALUE")
     plain = name.lstrip("-").replace("-", "_")
     known = {key.rpartition(".")[2]: key for key in reversed([*_keys(command, conf)])}
