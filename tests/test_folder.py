@@ -350,6 +350,22 @@ def test_patterns_take_in_and_leave_out(tmp_path: Path) -> None:
     assert "data.train=none" in sentence(open_folder, tmp_path, train="none")
 
 
+def test_masks_in_the_folder_of_their_images_are_left_out(tmp_path: Path) -> None:
+    """If nearly all that are called so belong to an image beside them."""
+    for kind in ("benign", "normal"):
+        fill(tmp_path, *(f"{kind}/{kind} ({i}){end}.png" for i in (1, 2) for end in ("", "_mask")))
+    fill(tmp_path, "benign/benign (1)_mask_1.png")
+    splits = open_folder(tmp_path)
+    assert len(splits.train) == 4
+    assert classes(splits.train) == ["benign", "benign", "normal", "normal"]
+    assert splits.left_out[0].startswith(
+        "5 images were left out as masks of the images beside them"
+    )
+    assert len(open_folder(tmp_path, exclude="none").train) == 9
+    fill(tmp_path / "worn", "a.png", "a_mask.png", "b_mask.png", "c_mask.png")
+    assert len(open_folder(tmp_path / "worn").train) == 4
+
+
 def test_class_levels(tmp_path: Path) -> None:
     """The kingdom, the species, and no class at all."""
     fill(

@@ -11,6 +11,7 @@ from dino_lite.data.class_names import name_classes
 from dino_lite.data.folder_names import matches, split_of
 from dino_lite.data.labels import Split, find_labels, listed
 from dino_lite.data.layout import Layout, read_layout, were
+from dino_lite.data.masks_beside import without_masks
 from dino_lite.data.paths import PathList, Paths, joined
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.selection import Patterns, Selection, select
@@ -72,6 +73,11 @@ def read_folders(
     empty = [(top, each) for top, each in found if not len(each.images)]
     if not whose or (empty and all_needed):
         raise UserError(_why_empty(*empty[0]))
+    beside: list[str] = []
+    if chosen.automatic:
+        parted = [(top, each, *without_masks(each.images)) for top, each in whose]
+        whose = [(top, each._replace(images=images)) for top, each, images, _ in parted]
+        beside = [sentence for *_, sentence in parted if sentence]
     layouts = [_layout(top, each.images, chosen) for top, each in whose]
     _check_not_empty(whose, layouts, chosen)
     of_train, of_test = name_classes(
@@ -96,7 +102,7 @@ def read_folders(
         PathSource(*_together(trains), named.train, named.classes, channels),
         PathSource(*_together(tests), named.test, named.classes, channels) if tests else None,
         f"{name}+{len(whose) - 1}" if len(whose) > 1 else name,
-        tuple(left_out + [sentence for _, each in found for sentence in describe_unread(each)]),
+        (*left_out, *beside, *(told for _, each in found for told in describe_unread(each))),
         named.origin,
     )
 

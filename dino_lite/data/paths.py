@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 
 from dino_lite.data.shared import share
 
@@ -71,15 +71,22 @@ class Paths:
         chosen[list(folders)] = True
         if chosen.all() and not without:
             return self
-        rows = chosen[self.folder_of]
-        lengths: np.ndarray = np.diff(self._bounds.astype(np.int64))
+        kept = self.where(chosen[self.folder_of])
         number = np.cumsum(chosen) - 1
-        return Paths(
-            [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen).tolist()],
-            number[self.folder_of[rows]],
-            self._names[np.repeat(rows, lengths)],
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])]),
-        )
+        names = [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen).tolist()]
+        return Paths(names, number[kept.folder_of], kept._names, kept._bounds)
+
+    def where(self, rows: Bool[np.ndarray, "N"]) -> Paths:
+        """The paths of these rows, in order."""
+        lengths: np.ndarray = np.diff(self._bounds.astype(np.int64))
+        names = self._names[np.repeat(rows, lengths)]
+        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])])
+        return Paths(self.folders(), self.folder_of[rows], names, bounds)
+
+    def mentions(self, words: Sequence[bytes]) -> bool:
+        """Whether the names of files contain one of these words in lower case, or appear to."""
+        names = self._names.tobytes().lower()
+        return any(word in names for word in words)
 
     def names_in(self, number: int) -> list[bytes]:
         """The names of the files directly in folder `number`."""

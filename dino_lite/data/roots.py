@@ -36,8 +36,8 @@ def several(root: object) -> list[str | Path] | None:
         listed = len(root) > 2 and root[0] == "[" and root[-1] == "]"
         if not listed or expand(root).exists():
             return None
-        parts = re.findall(r"\s*('[^']*'|\"[^\"]*\"|[^,\s][^,]*)", root[1:-1])
-        return [part.strip().strip("'\"") for part in parts]
+        parts = re.finditer(r"(?:^|,)\s*(?:'([^']*)'|\"([^\"]*)\"|([^,]*))", root[1:-1])
+        return [(part[1] or part[2] or part[3] or "").strip() for part in parts]
     return None if root is None or isinstance(root, Path) else [*root]  # type: ignore[misc]
 
 
