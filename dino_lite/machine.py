@@ -38,6 +38,7 @@ class Facts(NamedTuple):
     num_cores: int
     bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
     compiler: bool = False  # torch.compile has the compiler it needs for the device
+    warnings: tuple[str, ...] = ()  # about the data, for the user
 
 
 def pick_accelerator(asked: str, key: str) -> str:

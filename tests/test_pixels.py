@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_lite.data import decode
+from dino_lite.data import decode, pil
 from dino_lite.data.suffixes import FORMATS, KNOWN, SUFFIXES
 from test_image_zoo import read, seen
 from zoo import gradient, saved
@@ -46,7 +46,7 @@ def test_heic_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatc
     """In the reason of bad_files.csv."""
     data = heic(1)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    decode._heif_format.cache_clear()
+    pil._heif_format.cache_clear()
     assert "pip install 'dino-lite[heif]'" in reason(data)
 
 

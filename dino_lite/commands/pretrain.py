@@ -121,6 +121,8 @@ def say_plan(planned: Plan, run: Run, facts: Facts, resuming: bool) -> None:
         f"{'resuming' if resuming else 'run'} {run.folder}\n{data}, {labels}; device "
         f"{facts.device_name}"
     )
+    for warning in facts.warnings:
+        say(f"warning: {warning}")
     if planned.decisions and not resuming:
         say(f"chosen automatically (override any with KEY=VALUE):\n{planned.table()}")
 

@@ -12,6 +12,7 @@ from dino_lite.data.files import open_files
 from dino_lite.data.folder import open_folder
 from dino_lite.data.huggingface import holds_images, open_huggingface
 from dino_lite.data.npz import open_npz
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, is_pattern, is_url, several
 from dino_lite.data.shapes import open_shapes
 from dino_lite.data.shards import open_shards
@@ -20,41 +21,49 @@ from dino_lite.data.suffixes import SUFFIXES
 from dino_lite.settings.kinds import Size
 
 
-def open_auto(root: Root | None = None, labels: str | None = "auto", channels: Size = 3) -> Splits:
+def open_auto(
+    root: Root | None = None,
+    labels: str | None = "auto",
+    channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
+) -> Splits:
     """Open the data set at `root`; without `root`, the embedded shapes.
 
     `root` is a list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or
     Arrow files with images, an .npz file, CIFAR-10, or one or several folders or a pattern.
     `labels` applies to folders and lists; other formats use their own labels, which `none`
-    discards.
+    discards. `channels` to `truncated`: see `Pixels`.
     """
+    pixels = Pixels(channels, range, background, truncated)
     if root is None:
         return _with_own_labels(open_shapes(channels=channels), labels)
     if several(root) is not None or is_pattern(root):
-        return open_folder(root, labels, channels)
+        return open_folder(root, labels, *pixels)
     assert isinstance(root, str | Path)
     path = Path(str(root)) if is_url(root) else expand(root)
     if path.is_dir() and (path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir()):
         return _with_own_labels(open_builtin("cifar10", root, channels=channels), labels)
     kind = _kind(str(root), path)
     if kind == "shards":
-        return _with_own_labels(open_shards(root, channels), labels)
+        return _with_own_labels(open_shards(root, *pixels), labels)
     if kind == "huggingface":
-        return _with_own_labels(open_huggingface(root, channels=channels), labels)
+        return _with_own_labels(open_huggingface(root, **pixels._asdict()), labels)
     if path.is_dir():
-        return open_folder(root, labels, channels)
+        return open_folder(root, labels, *pixels)
     suffix = files.suffix_of(str(root))
     if suffix in files.SUFFIXES:
-        return open_files(root, labels, channels)
+        return open_files(root, labels, **pixels._asdict())
     if suffix == ".npz":
-        return _with_own_labels(open_npz(root, channels), labels)
+        return _with_own_labels(open_npz(root, channels, range), labels)
     if path.is_file():
         raise UserError(
             f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
             f"({', '.join(files.SUFFIXES)}), tar shards, an .npz file, or torchvision's "
             f"{CIFAR10_FOLDER}."
         )
-    return open_folder(root, labels, channels)
+    return open_folder(root, labels, *pixels)
 
 
 def _with_own_labels(splits: Splits, labels: str | None) -> Splits:

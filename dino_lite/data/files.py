@@ -15,6 +15,7 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import File
 from dino_lite.data.labels import NO_LABELS, Labels, Named, NameList, encode
 from dino_lite.data.paths import PathList, Paths
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_url
 from dino_lite.data.sources import PathSource, expand
@@ -39,6 +40,9 @@ def open_files(
     channels: Size = 3,
     base: str | Path | None = None,
     storage_options: dict[str, Any] | None = None,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
 ) -> Splits:
     """The images in the list `root`: paths or URLs, in its order.
 
@@ -48,7 +52,7 @@ def open_files(
 
     Relative paths are relative to `base`, by default the folder of the list. Splits: train, and val
     or else test; without a split column all is train. `labels`: auto takes the list's, `none`
-    discards them. `channels`: every image is converted to that many, see `decode`.
+    discards them. `channels`, `range`, `background`, `truncated`: see `Pixels`.
     `storage_options`: see `Remote`.
     """
     if labels not in (None, "auto", "none"):
@@ -78,7 +82,8 @@ def open_files(
         raise UserError(
             f"{where} cannot be read as a list of files ({error}): check it."
         ) from error
-    return _splits(where, collected, labels, channels, _base(where, base), opener)
+    pixels = Pixels(channels, range, background, truncated)
+    return _splits(where, collected, labels, pixels, _base(where, base), opener)
 
 
 def suffix_of(root: str) -> str:
@@ -90,7 +95,7 @@ def _splits(
     where: str,
     collected: dict[str, tuple[PathList, NameList]],
     labels: str | None,
-    channels: int,
+    pixels: Pixels,
     base: bytes,
     opener: Remote,
 ) -> Splits:
@@ -106,10 +111,10 @@ def _splits(
     for paths in (train_paths, test_paths):
         _check_protocols(opener, base, paths)
     return Splits(
-        PathSource(base, train_paths, found.train, found.classes, channels, opener),
+        PathSource(base, train_paths, found.train, found.classes, pixels, opener),
         None
         if test_paths is None
-        else PathSource(base, test_paths, found.test, found.classes, channels, opener),
+        else PathSource(base, test_paths, found.test, found.classes, pixels, opener),
         PurePosixPath(_without_query(where)).stem,
     )
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.labels import Split, find_labels
 from dino_lite.data.paths import PathList, Paths, joined
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.sources import PathSource, text
 from dino_lite.data.suffixes import SUFFIXES
@@ -16,7 +17,12 @@ from dino_lite.settings.kinds import Size
 
 
 def open_folder(
-    root: Root | None = None, labels: str | None = "auto", channels: Size = 3
+    root: Root | None = None,
+    labels: str | None = "auto",
+    channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
 ) -> Splits:
     """The images below `root` in the byte order of their paths, without hidden files and folders.
 
@@ -29,7 +35,7 @@ def open_folder(
 
     Classes: the first folder below the split, if plausible, or according to `labels`: auto, none,
     folder, or FILE.csv (path,label; paths relative to `root`). See `labels.find_labels`.
-    `channels`: every image is converted to that many, see `decode`.
+    `channels` to `truncated`: see `Pixels`.
     """
     found = [(top, _listed(top)) for top in tops(root)]
     whose = [(top, paths) for top, paths in found if len(paths)]
@@ -44,9 +50,10 @@ def open_folder(
     tests = [test for _, test in splits if test is not None]
     named = find_labels(labels, trains, tests)
     name = os.path.basename(whose[0][0].folder) or "root"
+    pixels = Pixels(channels, range, background, truncated)
     return Splits(
-        PathSource(*_together(trains), named.train, named.classes, channels),
-        PathSource(*_together(tests), named.test, named.classes, channels) if tests else None,
+        PathSource(*_together(trains), named.train, named.classes, pixels),
+        PathSource(*_together(tests), named.test, named.classes, pixels) if tests else None,
         f"{name}+{len(whose) - 1}" if len(whose) > 1 else name,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.byte_ranges import names_below
 from dino_lite.data.labels import NO_LABELS, encode_known
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import is_url
 from dino_lite.data.row_groups import RowGroups
 from dino_lite.data.rows import Rows, RowSource, Table
@@ -21,6 +22,7 @@ from dino_lite.data.shards import split_names
 from dino_lite.data.sources import expand
 from dino_lite.settings.kinds import Size
 
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "picture", "photo")
 _TESTS = ("validation", "val", "valid", "test")  # names of a test split, the first that exists
 
 
@@ -34,6 +36,9 @@ def open_huggingface(
     streaming: bool = False,
     download: bool = False,
     channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
 ) -> Splits:
     """A data set on the Hub by name, or a local folder or file of Parquet or Arrow.
 
@@ -65,7 +70,8 @@ def open_huggingface(
     chosen = _choose(text, tables, train, test)
     name = text.rstrip("/").rpartition("/")[2]
     name = Path(name).stem if name.endswith((".parquet", ".arrow")) else name
-    return _splits(name, *chosen, image, label, channels)
+    pixels = Pixels(channels, range, background, truncated)
+    return _splits(name, *chosen, image, label, pixels)
 
 
 def _require() -> None:
@@ -219,12 +225,23 @@ def holds_images(path: Path) -> bool:
 
 
 def _is_image(feature: Any) -> bool:
-    kind, dtype = type(feature).__name__, getattr(feature, "dtype", "")
     return (
-        kind == "Image"
-        or (kind == "Value" and dtype in ("binary", "large_binary"))
+        type(feature).__name__ == "Image"
+        or _is_bytes(feature)
         or (isinstance(feature, dict) and "bytes" in feature)
     )
+
+
+def _is_bytes(feature: Any) -> bool:
+    """Plain bytes, which may be an image or something else."""
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _item(feature: Any) -> Any:
+    """What a list holds; None for another kind of column."""
+    if isinstance(feature, list):  # in older versions of `datasets`
+        return feature[0]
+    return getattr(feature, "feature", None)
 
 
 def _splits(
@@ -233,7 +250,7 @@ def _splits(
     test: Table | None,
     image: str | None,
     label: str | None,
-    channels: int,
+    pixels: Pixels,
 ) -> Splits:
     if len(train) == 0:
         raise UserError(f"{name} has no row in its train split: check data.root and data.train.")
@@ -244,10 +261,10 @@ def _splits(
         of_test = [] if test is None else _names(test, named)
         labels = encode_known(_names(train, named), of_test, classes)
     return Splits(
-        RowSource(train, column, labels.train, labels.classes, f"{name}/train", channels),
+        RowSource(train, column, labels.train, labels.classes, f"{name}/train", pixels),
         None
         if test is None
-        else RowSource(test, column, labels.test, labels.classes, f"{name}/test", channels),
+        else RowSource(test, column, labels.test, labels.classes, f"{name}/test", pixels),
         name,
     )
 
@@ -258,8 +275,17 @@ def _names(table: Table, column: str) -> list[Any]:
 
 
 def _image_column(name: str, features: Any, asked: str | None) -> str:
-    """The requested column of images, or the first one."""
+    """The requested column of images; else the first of those that are known to be images, by type
+    or by name, or the first of bytes.
+    """
     found = [column for column, feature in features.items() if _is_image(feature)]
+    lists = [column for column, feature in features.items() if _is_image(_item(feature))]
+    if lists and not [column for column in found if not _is_bytes(features[column])]:
+        raise UserError(
+            f"{name} has several images a row in its column {lists[0]}: write one image a row "
+            "(explode the list), as a struct with bytes."
+        )
+    found.sort(key=lambda column: (_is_bytes(features[column]), column.lower() not in _IMAGES))
     if asked is not None and asked not in found:
         raise UserError(
             f"data.image={asked} is not a column of images in {name}, which has "

@@ -35,6 +35,7 @@ from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX
 from dino_lite.data.paths import PathList
+from dino_lite.data.pixels import Background, Bounds, Pixels, as_pixels
 from dino_lite.data.roots import is_url
 from dino_lite.data.shared import share
 from dino_lite.data.sources import digest, expand
@@ -52,14 +53,20 @@ _NUM_CONNECTIONS = 8  # shards indexed at once over a network
 _SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?![a-z])")
 
 
-def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
+def open_shards(
+    root: str | Path | None = None,
+    channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
+) -> Splits:
     """The images of tar shards: a folder of them, a single one, or a pattern
     `train-{000..146}.tar`.
 
     `root` may be a URL: s3://…, https://…. Shards with the word `train` in their path are train;
     those with `val`, or else `test`, are test; without train, or with nothing else, every image is
     train. Labels: key.cls or "label" in key.json, a number or text; -1 for unlabeled images.
-    `channels`: every image is converted to that many, see `decode`.
+    `channels` to `truncated`: see `Pixels`.
     """
     base, shards = find_shards(root)
     index = _load_index(base, shards)
@@ -68,9 +75,10 @@ def open_shards(root: str | Path | None = None, channels: Size = 3) -> Splits:
     train, test = split_names(shards)
     of_train, of_test = index.part(train), index.part(test)
     found = _labels(base, of_train, of_test)
+    pixels = Pixels(channels, range, background, truncated)
     return Splits(
-        ShardSource(base, of_train, found.train, found.classes, channels),
-        ShardSource(base, of_test, found.test, found.classes, channels) if of_test.names else None,
+        ShardSource(base, of_train, found.train, found.classes, pixels),
+        ShardSource(base, of_test, found.test, found.classes, pixels) if of_test.names else None,
         base.rpartition("/")[2] or "shards",
     )
 
@@ -88,12 +96,13 @@ class ShardSource(Source):
         index: TarIndex,
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
-        channels: int = 3,
+        pixels: Pixels | int = 3,
     ) -> None:
         self.base, self.shards, self._bounds = base, index.shards, index.bounds
         self.groups = index.bounds
         self.labels = None if labels is None else share(labels)
-        self.classes, self.channels = classes, channels
+        self.classes, self.pixels = classes, as_pixels(pixels)
+        self.channels = self.pixels.channels
         names = PathList()
         for name in index.names:
             names.add(name.encode("utf-8", "surrogateescape"))
@@ -110,7 +119,7 @@ class ShardSource(Source):
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        return decode(io.BytesIO(self.encoded(index)[0]), self.channels, min_pixels)
+        return decode(io.BytesIO(self.encoded(index)[0]), self.pixels, min_pixels)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""
