@@ -8,9 +8,10 @@ from pathlib import Path
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data import files
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
+from dino_lite.data.columns import holds_images
 from dino_lite.data.files import open_files
 from dino_lite.data.folder import open_folder
-from dino_lite.data.huggingface import holds_images, open_huggingface
+from dino_lite.data.huggingface import open_huggingface
 from dino_lite.data.npz import open_npz
 from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, is_pattern, is_url, several

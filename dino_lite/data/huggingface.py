@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.byte_ranges import names_below
+from dino_lite.data.columns import image_column, label_column
 from dino_lite.data.labels import NO_LABELS, encode_known
 from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import is_url
@@ -22,7 +24,6 @@ from dino_lite.data.shards import split_names
 from dino_lite.data.sources import expand
 from dino_lite.settings.kinds import Size
 
-_IMAGES = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "picture", "photo")
 _TESTS = ("validation", "val", "valid", "test")  # names of a test split, the first that exists
 
 
@@ -206,44 +207,6 @@ def _choose(
 # ------------------------------------------------------------------------------------ columns
 
 
-def holds_images(path: Path) -> bool:
-    """Whether an Arrow file, or a Parquet file according to its schema, holds images, not paths."""
-    if path.suffix.lower() == ".arrow":
-        return True
-    try:
-        from pyarrow import parquet, types
-
-        kinds = [field.type for field in parquet.read_schema(path)]
-    except (ImportError, OSError, ValueError):  # reported when it is opened
-        return False
-    return any(
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-        for kind in kinds
-    )
-
-
-def _is_image(feature: Any) -> bool:
-    return (
-        type(feature).__name__ == "Image"
-        or _is_bytes(feature)
-        or (isinstance(feature, dict) and "bytes" in feature)
-    )
-
-
-def _is_bytes(feature: Any) -> bool:
-    """Plain bytes, which may be an image or something else."""
-    return getattr(feature, "dtype", "") in ("binary", "large_binary")
-
-
-def _item(feature: Any) -> Any:
-    """What a list holds; None for another kind of column."""
-    if isinstance(feature, list):  # in older versions of `datasets`
-        return feature[0]
-    return getattr(feature, "feature", None)
-
-
 def _splits(
     name: str,
     train: Table,
@@ -254,61 +217,31 @@ def _splits(
 ) -> Splits:
     if len(train) == 0:
         raise UserError(f"{name} has no row in its train split: check data.root and data.train.")
-    column = _image_column(name, train.features, image)
-    labels, named = NO_LABELS, _label_column(name, train.features, label)
+    column = image_column(name, train.features, image)
+    labels, named, why = NO_LABELS, label_column(name, train.features, label), ""
     if named is not None:
         classes = getattr(train.features[named], "names", None) or ()
-        of_test = [] if test is None else _names(test, named)
-        labels = encode_known(_names(train, named), of_test, classes)
+        of_train, of_test = _names(train, named), [] if test is None else _names(test, named)
+        if all(isinstance(value, Hashable) for value in of_train + of_test):
+            labels = encode_known(of_train, of_test, classes)
+        else:
+            why = (
+                f"no labels: the column {named} holds several for an image, which eval.multilabel "
+                "measures (eval.multilabel.targets=FILE.csv)"
+            )
     return Splits(
         RowSource(train, column, labels.train, labels.classes, f"{name}/train", pixels),
         None
         if test is None
         else RowSource(test, column, labels.test, labels.classes, f"{name}/test", pixels),
         name,
+        labels_from=why,
     )
 
 
 def _names(table: Table, column: str) -> list[Any]:
     """All labels; `datasets` uses -1 for a missing one."""
     return [None if value == -1 else value for value in table.column(column)]
-
-
-def _image_column(name: str, features: Any, asked: str | None) -> str:
-    """The requested column of images; else the first of those that are known to be images, by type
-    or by name, or the first of bytes.
-    """
-    found = [column for column, feature in features.items() if _is_image(feature)]
-    lists = [column for column, feature in features.items() if _is_image(_item(feature))]
-    if lists and not [column for column in found if not _is_bytes(features[column])]:
-        raise UserError(
-            f"{name} has several images a row in its column {lists[0]}: write one image a row "
-            "(explode the list), as a struct with bytes."
-        )
-    found.sort(key=lambda column: (_is_bytes(features[column]), column.lower() not in _IMAGES))
-    if asked is not None and asked not in found:
-        raise UserError(
-            f"data.image={asked} is not a column of images in {name}, which has "
-            f"{', '.join(found) or 'none'}: choose of these."
-        )
-    if not found:
-        raise UserError(
-            f"{name} has no column of images or of their bytes, but {', '.join(features)}; a list "
-            "of paths is for data=files."
-        )
-    return asked or found[0]
-
-
-def _label_column(name: str, features: Any, asked: str | None) -> str | None:
-    if asked == "none":
-        return None
-    if asked is not None and asked not in features:
-        raise UserError(
-            f"data.label={asked} is not a column of {name}, which has {', '.join(features)}: "
-            "choose one of these, or none."
-        )
-    named = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    return asked or next((c for c in (*named, "label", "labels") if c in features), None)
 
 
 def _not_opened(root: str, error: Exception) -> str:

@@ -20,7 +20,7 @@ _HEIF = re.compile(rb"(?s).{4}ftyp.{0,48}?(hei[cxms]|hev[cxms])")  # brands of H
 # Not all of Pillow's: EPS would start another program. TGA comes last since it has no signature.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 # Tags of TIFF.
-_WIDTH, _HEIGHT, _BITS, _KIND, _SAMPLES, _PLANAR = 256, 257, 258, 262, 277, 284
+_WIDTH, _HEIGHT, _BITS, _KIND, _SAMPLES, _PLANAR, _EXTRA = 256, 257, 258, 262, 277, 284, 338
 _COLORS, _SAMPLE_FORMAT = 320, 339
 _GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # between the levels of a PNG's gray below 8 bits
 _BYTE = 1  # type of a tag
@@ -55,8 +55,8 @@ def _heif_format() -> tuple[str, ...]:
 def open_image(file: Any, pixels: Pixels) -> Image.Image | None:
     """The image, header read; None for a TIFF that tifffile must read.
 
-    Pillow reads at most four samples, may take the first for the whole image, misreads 16-bit
-    planes and 8-bit signed values, and reduces colors of 16 bits to 8.
+    Pillow reads at most four samples, may take the first for the whole image, misreads planes
+    of 16 bits or with alpha and signed values of 8 bits, and reduces colors of 16 bits to 8.
     """
     start = start_of(file)
     is_tiff = start[:4] in _TIFF
@@ -74,7 +74,10 @@ def open_image(file: Any, pixels: Pixels) -> Image.Image | None:
     tags: Any = getattr(image, "tag_v2", {})
     num, bits = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,)))
     planes = num if tags.get(_PLANAR) == 2 else 1
-    if planes > 4 or (planes > 1 and bits > 8) or (num > 1 and bits > 8 and pixels.range):
+    with_alpha = set(tags.get(_EXTRA, ())) & {1, 2}
+    if planes > 4 or (planes > 1 and (bits > 8 or with_alpha or tags.get(_KIND, 0) < 2)):
+        return None
+    if num > 1 and bits > 8 and pixels.range:
         return None
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 and bits <= 8
     return None if signed or image.mode == "LAB" else image
@@ -162,7 +165,7 @@ def load(
         _load(image, partial)
     deep_png = image.format == "PNG" and bool(kinds & {"RGB;16B", "LA;16B", "RGBA;16B"})
     if deep_png and (pixels.range or (with_alpha and "transparency" in image.info)):
-        return _deep_png(file, pixels), turn, left
+        return _deep_png(file, pixels, image.info.get("transparency")), turn, left
     if (
         image.format == "PPM"
         and pixels.range
@@ -254,7 +257,7 @@ def _deep_gray(image: Image.Image, file: Any, pixels: Pixels, stored: dict[int, 
     return Samples(shown, alpha, largest if known else 0, 2**bits - 1 if known else 0)
 
 
-def _deep_png(file: Any, pixels: Pixels) -> Samples:
+def _deep_png(file: Any, pixels: Pixels, key: Any) -> Samples:
     """Colors of 16 bits, which Pillow reduces to 8, by torchvision."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
@@ -265,9 +268,13 @@ def _deep_png(file: Any, pixels: Pixels) -> Samples:
     content = torch.frombuffer(bytearray(essential_png(file.read())), dtype=torch.uint8)
     values = decode_png(content, ImageReadMode.UNCHANGED).numpy().transpose(1, 2, 0)
     num = values.shape[2]
-    if pixels.channels not in (1, 3) or num in (1, 3):
+    if pixels.channels not in (1, 3):
         return Samples(to_8_bits(values, 16, pixels.range))
-    return Samples(to_8_bits(values[..., :-1], 16, pixels.range), to_8_bits(values[..., -1]))
+    alpha = None if num in (1, 3) else to_8_bits(values[..., -1])
+    colors = values if alpha is None else values[..., :-1]
+    if key is not None:
+        alpha = np.where((colors == np.asarray(key)).all(-1), 0, 255).astype(np.uint8)
+    return Samples(to_8_bits(colors, 16, pixels.range), alpha)
 
 
 def _deep_ppm(image: Image.Image, file: Any, places: list[Any]) -> Shaped[np.ndarray, "..."] | None:
