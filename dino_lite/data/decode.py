@@ -94,10 +94,10 @@ def upright_size(file: File) -> tuple[int, int]:
             height, width = _npy_header(file)[0][:2]
             return height, width
         try:
-            image = pil.open_image(file, Pixels())
+            image = pil.open_image(file, Pixels(), pil.start_of(file))
         except Exception as error:
             file = repair.without_metadata(file, error)
-            image = pil.open_image(file, Pixels())
+            image = pil.open_image(file, Pixels(), pil.start_of(file))
         if image is not None:
             return pil.size_as_seen(image, file)
         with open_tiff(file, 3) as tiff:
@@ -139,9 +139,10 @@ def _read_once(
     file: File, pixels: Pixels, min_pixels: int | None, alpha: bool, partial: bool = False
 ) -> _Read:
     """Read a file; with `partial` what there is of an incomplete one."""
-    if pil.start_of(file).startswith(_NUMPY):
+    start = pil.start_of(file)
+    if start.startswith(_NUMPY):
         return _read_npy(file, pixels, partial)
-    image = pil.open_image(file, pixels)
+    image = pil.open_image(file, pixels, start)
     if image is None:
         with open_tiff(file, pixels.channels) as tiff:
             _check_pixels(math.prod(tiff.shape) // 3)

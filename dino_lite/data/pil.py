@@ -52,13 +52,12 @@ def _heif_format() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def open_image(file: Any, pixels: Pixels) -> Image.Image | None:
-    """The image, header read; None for a TIFF that tifffile must read.
+def open_image(file: Any, pixels: Pixels, start: bytes) -> Image.Image | None:
+    """The image, header read, of a file with this start; None for a TIFF that tifffile must read.
 
     Pillow reads at most four samples, may take the first for the whole image, misreads planes
     of 16 bits or with alpha and signed values of 8 bits, and reduces colors of 16 bits to 8.
     """
-    start = start_of(file)
     is_tiff = start[:4] in _TIFF
     if is_tiff:
         listen()
@@ -71,6 +70,8 @@ def open_image(file: Any, pixels: Pixels) -> Image.Image | None:
         if is_tiff:
             return None
         raise
+    if not is_tiff:
+        return image
     tags: Any = getattr(image, "tag_v2", {})
     num, bits = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,)))
     planes = num if tags.get(_PLANAR) == 2 else 1
@@ -124,8 +125,10 @@ def format_and_mode(image: Any) -> tuple[str, str]:
     Pillow's mode of 16-bit RGB is "RGB"; only the raw mode of its tiles differs. "MPO" is a JPEG
     followed by a preview.
     """
+    if image.format in ("JPEG", "MPO"):
+        return "JPEG", image.mode
     deep = ";16" not in image.mode and any(";16" in str(tile[3]) for tile in image.tile)
-    return "JPEG" if image.format == "MPO" else image.format or "", image.mode + deep * ";16"
+    return image.format or "", image.mode + deep * ";16"
 
 
 def reduce(image: Image.Image, min_pixels: int) -> None:

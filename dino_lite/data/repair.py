@@ -34,6 +34,7 @@ def repaired(
     if content.startswith(_JPEG):
         content = essential_jpeg(content)
         yield io.BytesIO(content), False
+        content = content.removesuffix(b"\xff")  # half of the end marker
         padded = [content + fill * _PADDING + _END for fill in (b"\0", b"\x55")]
         if has_all_scans(content) and _equal(padded, read):
             yield io.BytesIO(padded[0]), False

@@ -72,6 +72,8 @@ def open_tiff(file: Any, channels: int) -> Iterator[Tiff]:
         raise ValueError("needs tifffile: pip install 'dino-lite[tiff]'") from error
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
+        if not tiff.pages:
+            raise ValueError("damaged TIFF, without a directory of images")
         page: Any = tiff.pages[0]
         image: Any = page if channels in (1, 3) else tiff.series[0]
         if image.dtype is None:
