@@ -89,15 +89,15 @@ def look(file: File, pixels: Pixels | int = 3, min_pixels: int | None = None) ->
 def upright_size(file: File) -> tuple[int, int]:
     """Height and width of `decode`'s result, from the header alone. Raises as `decode` does."""
     with _reasons():
-        start = pil.start_of(file)
+        start = repair.start_of(file)
         if start.startswith(_NUMPY):
             height, width = _npy_header(file)[0][:2]
             return height, width
         try:
-            image = pil.open_image(file, Pixels(), pil.start_of(file))
+            image = pil.open_image(file, Pixels(), repair.start_of(file))
         except Exception as error:
             file = repair.without_metadata(file, error)
-            image = pil.open_image(file, Pixels(), pil.start_of(file))
+            image = pil.open_image(file, Pixels(), repair.start_of(file))
         if image is not None:
             return pil.size_as_seen(image, file)
         with open_tiff(file, 3) as tiff:
@@ -117,7 +117,7 @@ def _read(file: File, pixels: Pixels, min_pixels: int | None, alpha: bool) -> _R
     try:
         return _read_once(file, pixels, min_pixels, alpha)
     except UnidentifiedImageError:
-        if not pil.start_of(file).startswith(repair.METADATA):
+        if not repair.start_of(file).startswith(repair.METADATA):
             raise
         error: Exception = OSError("damaged header")
     except Exception as caught:
@@ -139,7 +139,7 @@ def _read_once(
     file: File, pixels: Pixels, min_pixels: int | None, alpha: bool, partial: bool = False
 ) -> _Read:
     """Read a file; with `partial` what there is of an incomplete one."""
-    start = pil.start_of(file)
+    start = repair.start_of(file)
     if start.startswith(_NUMPY):
         return _read_npy(file, pixels, partial)
     image = pil.open_image(file, pixels, start)

@@ -26,14 +26,6 @@ _GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # between the levels of a PNG's 
 _BYTE = 1  # type of a tag
 
 
-def start_of(file: Any) -> bytes:
-    """The leading bytes, which identify the format."""
-    file.seek(0)
-    start: bytes = file.read(64)
-    file.seek(0)
-    return start
-
-
 @cache
 def _formats() -> tuple[str, ...]:
     """Those of _FORMATS that the installed Pillow supports."""
@@ -169,11 +161,8 @@ def load(
     deep_png = image.format == "PNG" and bool(kinds & {"RGB;16B", "LA;16B", "RGBA;16B"})
     if deep_png and (pixels.range or (with_alpha and "transparency" in image.info)):
         return _deep_png(file, pixels, image.info.get("transparency")), turn, left
-    if (
-        image.format == "PPM"
-        and pixels.range
-        and (values := _deep_ppm(image, file, places)) is not None
-    ):
+    values = _deep_ppm(image, file, places) if image.format == "PPM" and pixels.range else None
+    if values is not None:
         return Samples(to_8_bits(values, 16, pixels.range)), turn, left
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_gray(image, file, pixels, stored), turn, left

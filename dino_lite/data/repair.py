@@ -17,6 +17,14 @@ _END = b"\xff\xd9"
 _PADDING = 1024  # bytes
 
 
+def start_of(file: Any) -> bytes:
+    """The leading bytes, which identify the format."""
+    file.seek(0)
+    start: bytes = file.read(64)
+    file.seek(0)
+    return start
+
+
 def repaired(
     file: Any, truncated: bool, read: Callable[[io.BytesIO], UInt8[np.ndarray, "..."]]
 ) -> Iterator[tuple[io.BytesIO, bool]]:
