@@ -86,8 +86,8 @@ def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> It
             f"augment.global_size={global_size}: their crops are enlarged; a smaller "
             "augment.global_size trains faster and loses little.",
         )
-    deep = (train["num_deep"], train["largest_value"], train["largest_fraction"])
-    for text in (*judge_range(*deep), *judge_alpha(train["num_vanishing"], num)):
+    deep = (train.get(key, 0) for key in ("num_deep", "largest_value", "largest_fraction"))
+    for text in (*judge_range(*deep), *judge_alpha(train.get("num_vanishing", 0), num)):
         yield Finding("warning", text)
     if train["num_blank"] > _MANY * num:
         yield Finding(
