@@ -62,6 +62,7 @@ class Source(ABC):
     labels: Int[np.ndarray, "N"] | None = None  # indices into `classes`; -1: unlabeled
     classes: Sequence[str] = ()
     channels: int = 3  # to which `data.decode.decode` converts the files from `encoded`
+    pixels: Any = None  # its other settings (`data.pixels.Pixels`); None: the defaults
     # Images groups[g] to groups[g+1] are stored, so best read, together (a shard, a row group).
     groups: Int64[np.ndarray, "bounds"] | None = None
 

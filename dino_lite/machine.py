@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     bf16: bool  # the device multiplies bfloat16 matrices faster than float32 ones
     sizes: str = ""  # of the images of the sample: "37x301 to 320x40 pixels"
     compiler: bool = False  # torch.compile has the compiler it needs for the device
+    warnings: tuple[str, ...] = ()  # about the data, for the user
 
 
 def pick_accelerator(asked: str, key: str) -> str:

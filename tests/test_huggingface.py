@@ -225,7 +225,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     )
     file = tmp_path / "plain.parquet"
     plain.to_parquet(file)
-    source: Any = open_huggingface(file, streaming=True).train
+    source: Any = open_huggingface(file, image="first", streaming=True).train
     assert source.encoded(3) == (encoded(3, "JPEG"), ".jpg")
     assert (source.classes, source.labels.tolist()) == (["a", "b"], [1, 0, -1, 1, 0, 1])
     other: Any = open_huggingface(file, image="second", label="kind").train
@@ -327,3 +327,47 @@ def test_rows_are_packed_as_they_are(parquet: Path, tmp_path: Path) -> None:
     key = int(Path(packed.name(0)).stem)
     assert packed.encoded(0) == (encoded(key), ".png")
     assert packed.classes == ["cat", "dog"]
+
+
+# ------------------------------------------------------------------- odd columns (pixels.json)
+
+
+def table(path: Path, **columns: Any) -> Path:
+    """A Parquet file written by pyarrow alone."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_as_lists(tmp_path: Path, streaming: bool) -> None:
+    """Are no labels, and the sentence names the evaluation that takes several."""
+    images = [{"bytes": encoded(i), "path": None} for i in range(4)]
+    path = table(tmp_path / "a.parquet", image=images, labels=[[0, 1], [1], [], [2]])
+    splits = open_huggingface(path, streaming=streaming)
+    assert splits.train.labels is None
+    assert "eval.multilabel" in splits.labels_from
+    assert splits.train.read(3).shape[2] == 3
+
+
+@pytest.mark.parametrize("other", ["md5", "embedding", "mask"])
+@pytest.mark.parametrize("struct", [False, True])
+def test_bytes_before_image(tmp_path: Path, other: str, struct: bool) -> None:
+    """A column called image wins, and so does one of image structs."""
+    images: list[Any] = [encoded(i) for i in range(4)]
+    named = "image"
+    if struct:
+        images, named = [{"bytes": content, "path": None} for content in images], "scan"
+    path = table(tmp_path / "a.parquet", **{other: [b"abc"] * 4, named: images})
+    source: Any = open_auto(path).train
+    assert source.image == named
+    assert source.read(0).shape[2] == 3
+
+
+def test_images_as_lists_are_refused_with_the_cure(tmp_path: Path) -> None:
+    """Several images a row."""
+    image = {"bytes": encoded(0), "path": None}
+    path = table(tmp_path / "a.parquet", images=[[image, image], [image]])
+    assert "several images a row in its column images" in sentence(open_auto, path)

@@ -24,6 +24,7 @@ from dino_lite.data.facts import read_facts
 from dino_lite.data.inspection import inspect
 from dino_lite.data.pack import write_shards
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.pixels import Pixels
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset
 from dino_lite.eval.store import content_key
@@ -188,6 +189,7 @@ class Told(Source):
     labels = np.arange(10, dtype=np.int64) * 2
     classes = tuple("abcdefghijklmnopqrst")
     channels = 5
+    pixels = Pixels(5, background="white")
     groups = np.array([0, 3, 7, 10], dtype=np.int64)
 
     def __init__(self) -> None:
@@ -237,6 +239,7 @@ FORWARDED: dict[str, tuple[Callable[[Subset], Any], Any]] = {
     "labels": (lambda part: part.labels.tolist(), [16, 2, 4, 6]),  # type: ignore[union-attr]
     "classes": (lambda part: part.classes, Told.classes),
     "channels": (lambda part: part.channels, 5),
+    "pixels": (lambda part: part.pixels, Pixels(5, background="white")),
     "groups": (lambda part: part.groups.tolist(), [0, 1, 3, 4]),  # type: ignore[union-attr]
     "read": (lambda part: [part.read(0, 50)[0, 0, 0], part.read(1)[0, 0, 0]], [58, 1]),
     "name": (lambda part: part.name(0), "image 8"),

@@ -58,7 +58,7 @@ def test_facts(tmp_path: Path) -> None:
     facts = read_facts(open_folder(tmp_path))
     assert facts[:6] == (7, 6, 2, 20, 30, 3)
     names = ("num_images", "num_test", "num_classes", "height", "width", "channels")
-    assert facts._fields == (*names, "mean", "std", "sizes")
+    assert facts._fields == (*names, "mean", "std", "sizes", "warnings")
     assert facts.mean == (0, 0, 0)
 
 
@@ -91,6 +91,7 @@ def test_facts_look_at_few_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
         (0, 0, 0),
         (1e-3, 1e-3, 1e-3),
         "3x2 pixels",
+        (),
     )
     assert len(looked) == 128
     assert len(set(looked)) == 64

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data import files
 from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
+from dino_lite.data.columns import holds_images
 from dino_lite.data.files import open_files
 from dino_lite.data.folder import look_through, open_folder, read_folders
-from dino_lite.data.huggingface import holds_images, num_rows, open_huggingface
+from dino_lite.data.huggingface import num_rows, open_huggingface
 from dino_lite.data.layout import were
 from dino_lite.data.npz import open_npz
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, Top, is_pattern, is_url, several
 from dino_lite.data.selection import Patterns, select
 from dino_lite.data.shapes import open_shapes
@@ -28,6 +31,9 @@ def open_auto(
     root: Root | None = None,
     labels: str | None = "auto",
     channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
     train: Patterns = None,
     test: Patterns = None,
     exclude: Patterns = None,
@@ -39,74 +45,61 @@ def open_auto(
 
     `root` is a list of files (.csv, .tsv, .parquet, .txt; a path or URL), tar shards, Parquet or
     Arrow files with images, an .npz file, CIFAR-10, or one or several folders or a pattern. Of a
-    folder with files, shards and tables, those that hold most images are read. `train`, `test`,
-    `exclude` and `class_level` as in `open_folder`; `path_column` and `label_column` as in
-    `open_files`. `labels` applies to folders and lists; other formats use their own labels, which
-    `none` discards.
+    folder with files, shards and tables, those that hold most images are read. `labels` applies to
+    folders and lists; other formats use their own labels, which `none` discards. `channels` to
+    `truncated`: see `Pixels`. `train` to `class_level`: see `open_folder`; columns: see
+    `open_files`.
     """
+    pixels = Pixels(channels, range, background, truncated)
     if root is None:
         return _with_own_labels(open_shapes(channels=channels), labels)
-    several_roots = several(root) is not None
-    if several_roots or is_pattern(root):
-        return open_folder(root, labels, channels, train, test, exclude, class_level)
+    settings = {"train": train, "test": test, "exclude": exclude, "class_level": class_level}
+    way: dict[str, Any] = pixels._asdict() | settings
+    if several(root) is not None or is_pattern(root):
+        return open_folder(root, labels, **way)
     assert isinstance(root, str | Path)
     path = Path(str(root)) if is_url(root) else expand(root)
     if path.is_dir():
-        return _open_in_folder(path, labels, channels, train, test, exclude, class_level)
+        return _open_in_folder(path, labels, way)
     suffix = files.suffix_of(str(root))
     if str(root).lower().endswith((".tar", ".tar.gz", ".tgz")):
-        found = open_shards(root, channels, train, test, exclude, class_level)
-        return _with_own_labels(found, labels)
+        return _with_own_labels(open_shards(root, **way), labels)
     if suffix in (".parquet", ".arrow") and path.is_file() and holds_images(path):
-        return _with_own_labels(open_huggingface(root, channels=channels), labels)
+        return _with_own_labels(open_huggingface(root, **pixels._asdict()), labels)
     if suffix in files.SUFFIXES:
-        return open_files(
-            root,
-            labels,
-            channels,
-            train=train,
-            test=test,
-            exclude=exclude,
-            class_level=class_level,
-            path_column=path_column,
-            label_column=label_column,
-        )
+        columns: dict[str, Any] = {"path_column": path_column, "label_column": label_column}
+        return open_files(root, labels, **way, **columns)
     if suffix == ".npz":
-        return _with_own_labels(open_npz(root, channels), labels)
+        return _with_own_labels(open_npz(root, channels, range), labels)
     if path.is_file():
         raise UserError(
             f"data.root={root} is a file of no known kind: give a folder of images, a list of them "
             f"({', '.join(files.SUFFIXES)}), tar shards, an .npz file, or torchvision's "
             f"{CIFAR10_FOLDER}."
         )
-    return open_folder(root, labels, channels)
+    return open_folder(root, labels, **way)
 
 
-def _open_in_folder(
-    path: Path,
-    labels: str | None,
-    channels: int,
-    train: Patterns,
-    test: Patterns,
-    exclude: Patterns,
-    class_level: int,
-) -> Splits:
-    """The files, tar shards or tables in a folder, whichever hold most images."""
+def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Splits:
+    """The files, tar shards or tables in a folder, whichever hold most images. `way`: the settings
+    that `open_folder` and `open_shards` share.
+    """
+    of_table = {key: value for key, value in way.items() if key not in ("exclude", "class_level")}
     if path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
-        return _with_own_labels(open_builtin("cifar10", path, channels=channels), labels)
+        return _with_own_labels(open_builtin("cifar10", path, channels=way["channels"]), labels)
     if any((path / name).is_file() for name in _OF_DATASETS):
-        found = open_huggingface(path, train=train, test=test, channels=channels)
-        return _with_own_labels(found, labels)
-    chosen, top = select(train, test, exclude), Top(str(path))
+        return _with_own_labels(open_huggingface(path, **of_table), labels)
+    chosen, top = select(way["train"], way["test"], way["exclude"]), Top(str(path))
     held = look_through(top, chosen)
     kinds = _kinds(path, held)
     kind = max(kinds, key=lambda name: kinds[name][0]) if kinds else "folder"
     if kind == "shards":
-        splits = open_shards(path, channels, train, test, exclude, class_level)
+        splits = open_shards(path, **way)
     elif kind == "huggingface":
-        splits = open_huggingface(path, train=train, test=test, channels=channels)
+        splits = open_huggingface(path, **of_table)
     else:
-        splits = read_folders([(top, held)], False, labels, channels, chosen, class_level)
+        pixels = Pixels(**{field: way[field] for field in Pixels._fields})
+        splits = read_folders([(top, held)], False, labels, pixels, chosen, way["class_level"])
     others = tuple(
         f"{were(num)} left out ({example}), as data.root={path} holds more images of another "
         f"kind: data={other} reads these instead."
@@ -128,9 +121,8 @@ def _kinds(path: Path, held: Found) -> dict[str, tuple[int, str]]:
     images = len(held.images)
     first = os.fsdecode(held.images[0]) if images else ""
     if not images and not (tars and tables):
-        return (
-            {"shards": (1, tars[0])} if tars else {"huggingface": (1, tables[0])} if tables else {}
-        )
+        only = "shards" if tars else "huggingface"
+        return {only: (1, (tars or tables)[0])} if tars or tables else {}
     kinds: dict[str, tuple[int, str]] = {"folder": (images, first)}
     if tars:
         kinds["shards"] = (num_packed(str(path), tars), tars[0])

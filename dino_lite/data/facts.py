@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, UInt8
 
 from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.data.decode import Look, look
+from dino_lite.data.findings import judge_alpha, judge_range
 from dino_lite.data.sources import reason
 from dino_lite.data.wording import count
 
@@ -21,6 +25,7 @@ class DataFacts(NamedTuple):
 
     `num_classes` is 0 without labels. `mean` and `std` of each channel are in [0, 1]. `sizes`: the
     sizes of the images that were read, "64x48 pixels" or "37x301 to 320x40 pixels" (by area).
+    `warnings`: sentences that name settings of data which would show more of the images.
     """
 
     num_images: int
@@ -32,6 +37,7 @@ class DataFacts(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: str
+    warnings: tuple[str, ...] = ()
 
 
 def read_facts(splits: Splits) -> DataFacts:
@@ -42,15 +48,20 @@ def read_facts(splits: Splits) -> DataFacts:
     source = splits.train
     spread = np.linspace(0, len(source) - 1, min(len(source), NUM_LOOKED_AT)).astype(int).tolist()
     source.prefetch(spread)
-    seen, sizes = [], []
+    seen, sizes, stored = [], [], []
     for index in spread:  # both at once, so that a table's row group is read only once
-        image, size = _read(source, index), _size(source, index)
+        found = _stored(source, index)
+        image = _read(source, index) if found is None else found.pixels
+        size = _size(source, index) if found is None else found.header.size
         if not isinstance(image, str):
             seen.append(_look(image))
         if size is not None:
             sizes.append(size)
+        if found is not None:
+            stored.append(found)
     seen = seen or [_look(first_readable(source))]
     sizes = sizes or [look.size for look in seen]
+    vanishing = sum(found.vanishes for found in stored)
     height, width = np.median(sizes, axis=0)
     mean = np.mean([look.mean for look in seen], axis=0)  # C
     square = np.mean([look.square for look in seen], axis=0)
@@ -67,6 +78,7 @@ def read_facts(splits: Splits) -> DataFacts:
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
         sizes=_span(sizes),
+        warnings=(*_judge_range(stored), *judge_alpha(vanishing, len(stored))),
     )
 
 
@@ -75,6 +87,12 @@ def _span(sizes: list[tuple[int, int]]) -> str:
     ends = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     shown = dict.fromkeys(f"{width}x{height}" for height, width in (ends[0], ends[-1]))
     return f"{' to '.join(shown)} pixels"
+
+
+def _judge_range(stored: Sequence[Look]) -> Iterator[str]:
+    deep = [(found.largest, found.largest / found.full) for found in stored if found.full]
+    largest, fraction = map(max, zip(*deep, strict=True)) if deep else (0, 0.0)
+    return judge_range(len(deep), largest, fraction)
 
 
 class _Look(NamedTuple):
@@ -99,6 +117,17 @@ def _read(source: Source, index: int) -> UInt8[np.ndarray, "H W C"] | str:
         return source.read(index, _MIN_PIXELS)
     except (OSError, ValueError) as error:
         return f"{source.name(index)}: {reason(error)}"
+
+
+def _stored(source: Source, index: int) -> Look | None:
+    """An image and the header of its file, if it has one and can be read."""
+    try:
+        content = source.encoded(index)
+        if content is not None:
+            return look(io.BytesIO(content[0]), source.pixels or source.channels, _MIN_PIXELS)
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def first_readable(source: Source) -> UInt8[np.ndarray, "H W C"]:

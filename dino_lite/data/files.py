@@ -27,6 +27,7 @@ from dino_lite.data.list_columns import (
 )
 from dino_lite.data.listed import split_listed
 from dino_lite.data.paths import PathList, Paths
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_url
 from dino_lite.data.selection import Patterns, select
@@ -57,6 +58,9 @@ def open_files(
     channels: Size = 3,
     base: str | Path | None = None,
     storage_options: dict[str, Any] | None = None,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
     train: Patterns = None,
     test: Patterns = None,
     exclude: Patterns = None,
@@ -74,8 +78,7 @@ def open_files(
     Relative paths are relative to `base`, by default the folder of the list. Without a column of
     splits, or of labels, the folders of the paths serve instead, as in `open_folder`, which
     explains `train`, `test`, `exclude` and `class_level`. `labels`: auto, or `none` for none.
-    `channels`: every image is converted to that many, see `decode`. `storage_options`: see
-    `Remote`.
+    `channels`, `range`, `background`, `truncated`: see `Pixels`. `storage_options`: see `Remote`.
     """
     if labels not in (None, "auto", "none"):
         raise UserError(
@@ -94,6 +97,7 @@ def open_files(
     parts = split_listed(where, listed, chosen, class_level)
     for part in (parts.train, parts.test):
         _check_protocols(opener, below, part)
+    pixels = Pixels(channels, range, background, truncated)
     origin = "data.labels=none"
     of = NO_LABELS
     if labels == "auto":
@@ -101,10 +105,10 @@ def open_files(
         if of.train is None and why_unlabeled:
             origin = f"{why_unlabeled}, and {origin}"
     return Splits(
-        PathSource(below, parts.train, of.train, of.classes, channels, opener),
+        PathSource(below, parts.train, of.train, of.classes, pixels, opener),
         None
         if parts.test is None
-        else PathSource(below, parts.test, of.test, of.classes, channels, opener),
+        else PathSource(below, parts.test, of.test, of.classes, pixels, opener),
         PurePosixPath(_without_query(where)).stem,
         tuple(parts.left_out),
         origin,

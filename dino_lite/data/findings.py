@@ -10,6 +10,7 @@ from dino_lite.data.wording import count
 
 _MANY = 0.01  # of the images: more than this is a warning
 _NEARLY_ALL = 0.95
+_SMALL_PART = 1 / 8  # of the range of 16 bits
 _UNEQUAL = 20  # ratio of the largest class to the smallest
 _FEW_IMAGES = 1000
 
@@ -55,6 +56,27 @@ def judge_files(name: str, split: dict[str, Any], max_bad_fraction: float) -> It
         )
 
 
+def judge_range(num_deep: int, largest: int, fraction: float) -> Iterator[str]:
+    """Whether `num_deep` images of more than 8 bits use a small part of their range: `fraction`,
+    with the value `largest`.
+    """
+    if num_deep and fraction < _SMALL_PART:
+        yield (
+            f"{num_deep:,} {'image' if num_deep == 1 else 'images'} of more than 8 bits use "
+            f"{fraction:.1%} of their range (largest value: {largest:,}), so that they become "
+            f"nearly black: set data.range=[0,{2 ** max(largest.bit_length(), 1) - 1}]."
+        )
+
+
+def judge_alpha(num_vanishing: int, num: int) -> Iterator[str]:
+    """Whether `num_vanishing` of `num` images are lost without their alpha channel."""
+    if num_vanishing > _MANY * num:
+        yield (
+            f"{num_vanishing:,} of {num:,} images show one color, since their transparency is "
+            "dropped: set data.background=white, or black or [R,G,B]."
+        )
+
+
 def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> Iterator[Finding]:
     """Whether the images of train suit the planned crops and batch size."""
     num = max(train["num_readable"], 1)
@@ -65,6 +87,9 @@ def judge_pixels(train: dict[str, Any], batch_size: int, global_size: int) -> It
             f"below augment.global_size={global_size}: the crops are enlarged; a smaller "
             "augment.global_size trains faster and loses little.",
         )
+    deep = (train.get(key, 0) for key in ("num_deep", "largest_value", "largest_fraction"))
+    for text in (*judge_range(*deep), *judge_alpha(train.get("num_vanishing", 0), num)):
+        yield Finding("warning", text)
     if train["num_blank"] > _MANY * num:
         yield Finding(
             "warning",

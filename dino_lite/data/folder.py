@@ -13,6 +13,7 @@ from dino_lite.data.labels import Split, find_labels, listed
 from dino_lite.data.layout import Layout, read_layout, were
 from dino_lite.data.masks_beside import without_masks
 from dino_lite.data.paths import PathList, Paths, joined
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.selection import Patterns, Selection, select
 from dino_lite.data.sources import PathSource, text
@@ -25,6 +26,9 @@ def open_folder(
     root: Root | None = None,
     labels: str | None = "auto",
     channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
     train: Patterns = None,
     test: Patterns = None,
     exclude: Patterns = None,
@@ -41,11 +45,12 @@ def open_folder(
 
     Classes: the first folder below the split (`class_level` 0; -1 is the last), if plausible, or
     according to `labels`: auto, none, folder, or FILE.csv (path,label; paths relative to `root`).
-    See `labels.find_labels`. `channels`: every image is converted to that many, see `decode`.
+    See `labels.find_labels`. `channels` to `truncated`: see `Pixels`.
     """
     chosen = select(train, test, exclude)
     found = [(top, look_through(top, chosen)) for top in tops(root)]
-    return read_folders(found, several(root) is not None, labels, channels, chosen, class_level)
+    pixels = Pixels(channels, range, background, truncated)
+    return read_folders(found, several(root) is not None, labels, pixels, chosen, class_level)
 
 
 def look_through(top: Top, chosen: Selection) -> Found:
@@ -64,7 +69,7 @@ def read_folders(
     found: Sequence[tuple[Top, Found]],
     all_needed: bool,
     labels: str | None,
-    channels: int,
+    pixels: Pixels,
     chosen: Selection,
     class_level: int,
 ) -> Splits:
@@ -99,8 +104,8 @@ def read_folders(
     name = os.path.basename(whose[0][0].folder) or "root"
     left_out = [sentence for layout in layouts for sentence in layout.left_out]
     return Splits(
-        PathSource(*_together(trains), named.train, named.classes, channels),
-        PathSource(*_together(tests), named.test, named.classes, channels) if tests else None,
+        PathSource(*_together(trains), named.train, named.classes, pixels),
+        PathSource(*_together(tests), named.test, named.classes, pixels) if tests else None,
         f"{name}+{len(whose) - 1}" if len(whose) > 1 else name,
         (*left_out, *beside, *(told for _, each in found for told in describe_unread(each))),
         named.origin,

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.byte_ranges import names_below
+from dino_lite.data.columns import image_column, label_column
 from dino_lite.data.labels import NO_LABELS, encode_known
 from dino_lite.data.layout import read_layout, split_files
+from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import is_url
 from dino_lite.data.row_groups import RowGroups
 from dino_lite.data.rows import Rows, RowSource, Table
@@ -33,6 +36,9 @@ def open_huggingface(
     streaming: bool = False,
     download: bool = False,
     channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
 ) -> Splits:
     """A data set on the Hub by name, or a local folder or file of Parquet or Arrow.
 
@@ -69,7 +75,8 @@ def open_huggingface(
     found = _choose(text, opened, chosen)
     name = text.rstrip("/").rpartition("/")[2]
     name = Path(name).stem if name.endswith((".parquet", ".arrow")) else name
-    splits = _splits(name, *found[:2], image, label, channels)
+    pixels = Pixels(channels, range, background, truncated)
+    splits = _splits(name, *found[:2], image, label, pixels)
     return splits._replace(left_out=tuple(left_out + found[2]))
 
 
@@ -218,54 +225,33 @@ def _choose(
 # ------------------------------------------------------------------------------------ columns
 
 
-def holds_images(path: Path) -> bool:
-    """Whether an Arrow file, or a Parquet file according to its schema, holds images, not paths."""
-    if path.suffix.lower() == ".arrow":
-        return True
-    try:
-        from pyarrow import parquet, types
-
-        kinds = [field.type for field in parquet.read_schema(path)]
-    except (ImportError, OSError, ValueError):  # reported when it is opened
-        return False
-    return any(
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-        for kind in kinds
-    )
-
-
-def _is_image(feature: Any) -> bool:
-    kind, dtype = type(feature).__name__, getattr(feature, "dtype", "")
-    return (
-        kind == "Image"
-        or (kind == "Value" and dtype in ("binary", "large_binary"))
-        or (isinstance(feature, dict) and "bytes" in feature)
-    )
-
-
 def _splits(
     name: str,
     train: Table,
     test: Table | None,
     image: str | None,
     label: str | None,
-    channels: int,
+    pixels: Pixels,
 ) -> Splits:
     if len(train) == 0:
         raise UserError(f"{name} has no row in its train split: check data.root and data.train.")
-    column = _image_column(name, train.features, image)
-    labels, named = NO_LABELS, _label_column(name, train.features, label)
+    column = image_column(name, train.features, image)
+    labels, named = NO_LABELS, label_column(name, train.features, label)
     if named is not None:
         classes = getattr(train.features[named], "names", None) or ()
-        of_test = [] if test is None else _names(test, named)
-        labels = encode_known(_names(train, named), of_test, classes, f"the column {named}")
+        of_train, of_test = _names(train, named), [] if test is None else _names(test, named)
+        if all(isinstance(value, Hashable) for value in of_train + of_test):
+            labels = encode_known(of_train, of_test, classes, f"the column {named}")
+        else:
+            labels = NO_LABELS._replace(
+                origin=f"the column {named} holds several for an image, which eval.multilabel "
+                "measures (eval.multilabel.targets=FILE.csv)"
+            )
     return Splits(
-        RowSource(train, column, labels.train, labels.classes, f"{name}/train", channels),
+        RowSource(train, column, labels.train, labels.classes, f"{name}/train", pixels),
         None
         if test is None
-        else RowSource(test, column, labels.test, labels.classes, f"{name}/test", channels),
+        else RowSource(test, column, labels.test, labels.classes, f"{name}/test", pixels),
         name,
         labels_from=labels.origin or "no column is called label",
     )
@@ -274,34 +260,6 @@ def _splits(
 def _names(table: Table, column: str) -> list[Any]:
     """All labels; `datasets` uses -1 for a missing one."""
     return [None if value == -1 else value for value in table.column(column)]
-
-
-def _image_column(name: str, features: Any, asked: str | None) -> str:
-    """The requested column of images, or the first one."""
-    found = [column for column, feature in features.items() if _is_image(feature)]
-    if asked is not None and asked not in found:
-        raise UserError(
-            f"data.image={asked} is not a column of images in {name}, which has "
-            f"{', '.join(found) or 'none'}: choose of these."
-        )
-    if not found:
-        raise UserError(
-            f"{name} has no column of images or of their bytes, but {', '.join(features)}; a list "
-            "of paths is for data=files."
-        )
-    return asked or found[0]
-
-
-def _label_column(name: str, features: Any, asked: str | None) -> str | None:
-    if asked == "none":
-        return None
-    if asked is not None and asked not in features:
-        raise UserError(
-            f"data.label={asked} is not a column of {name}, which has {', '.join(features)}: "
-            "choose one of these, or none."
-        )
-    named = [column for column, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    return asked or next((c for c in (*named, "label", "labels") if c in features), None)
 
 
 def _not_opened(root: str, error: Exception) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -16,19 +15,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source
-from dino_lite.data.decode import ORIENTATION, decode
+from dino_lite.data.decode import BLANK_STD, look
 from dino_lite.data.sources import reason
 from dino_lite.data.suffixes import FORMATS
 from dino_lite.data.workers import worker_context
 
 MIN_PIXELS = 256 * 256  # large JPEGs are decoded smaller, which suffices here
-BLANK_STD = 2.0  # of luma, out of 255: below, an image is one color and noise
 GRAY_DIFFERENCE = 2.0  # mean difference of adjacent channels, out of 255: below, there is no color
 _PART_SIZE = 64  # images per item of work
 _NUM_SAMPLED = 128 * 128  # at most, pixels of an image in its statistics
 
 # One image. "digest" covers the file's bytes, or without a file shape and pixels; "hash" is
-# perceptual. 56 bytes.
+# perceptual. 61 bytes.
 ROW = np.dtype(
     [
         ("digest", np.uint64),
@@ -43,6 +41,9 @@ ROW = np.dtype(
         ("misnamed", np.bool_),  # the suffix belongs to another format
         ("gray", np.bool_),
         ("blank", np.bool_),
+        ("vanishes", np.bool_),  # it shows one color since alpha is dropped
+        ("largest", np.uint16),  # value, of an image of more than 8 bits
+        ("full", np.uint16),  # the largest that its bits can be; 0 up to 8 bits
     ]
 )
 
@@ -136,51 +137,14 @@ def read_into(row: Any, source: Source, index: int) -> UInt8[np.ndarray, "h w C"
         return pixels
     content, suffix = stored
     row["num_bytes"], row["digest"] = len(content), _digest(content)
-    pixels = decode(io.BytesIO(content), source.channels, MIN_PIXELS)
-    header = read_header(content)
-    # Only JPEGs are decoded at a reduced size.
-    size = header.size if header.format == "JPEG" else pixels.shape[:2]
-    row["height"], row["width"] = size
-    row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.rotated
+    found = look(io.BytesIO(content), source.pixels or source.channels, MIN_PIXELS)
+    header = found.header
+    row["height"], row["width"] = header.size
+    row["format"], row["mode"], row["rotated"] = header.format, header.mode, header.orientation > 1
+    row["largest"], row["full"], row["vanishes"] = found.largest, found.full, found.vanishes
     named = FORMATS.get(suffix.lower())
-    row["misnamed"] = bool(named and header.format) and named != header.format
-    return pixels
-
-
-class Header(NamedTuple):
-    """Facts from the header of a readable file; empty if Pillow does not support the file, as a
-    TIFF that only tifffile reads.
-
-    Format and mode are Pillow's ("JPEG"; "L", "P", "CMYK"), with ";16" for 16 bits, or an .npy's
-    dtype. `rotated`: EXIF rotates or mirrors it. `size`: height and width, upright.
-    """
-
-    format: str = ""
-    mode: str = ""
-    rotated: bool = False
-    size: tuple[int, int] = (0, 0)
-
-
-def read_header(content: bytes) -> Header:
-    """Parse the header in a file's bytes, without decoding pixels."""
-    file = io.BytesIO(content)
-    if content.startswith(b"\x93NUMPY"):
-        return Header("NPY", str(np.load(file, allow_pickle=False).dtype))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `decode` limits the number of pixels
-            image = Image.open(file)
-            # Pillow's mode of 16-bit RGB is "RGB"; only the raw mode of its tiles differs.
-            deep = any(";16" in str(tile[3]) for tile in image.tile) and ";16" not in image.mode
-            # In a PNG, Pillow would decode the pixels to look for EXIF after them.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
-    except Exception:  # damaged EXIF raises any exception
-        return Header()
-    # "MPO" is a JPEG followed by a preview.
-    kind = "JPEG" if image.format == "MPO" else image.format or ""
-    size = image.size if orientation > 4 else image.size[::-1]
-    return Header(kind, image.mode + deep * ";16", 1 < orientation <= 8, size)
+    row["misnamed"] = named is not None and named != header.format
+    return found.pixels
 
 
 def look_at(

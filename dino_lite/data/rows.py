@@ -12,6 +12,7 @@ from jaxtyping import Int, Int64, UInt8
 
 from dino_lite.contracts import Source
 from dino_lite.data.decode import decode, upright_size
+from dino_lite.data.pixels import Pixels, as_pixels
 from dino_lite.data.row_groups import Cell
 from dino_lite.data.sources import digest
 
@@ -76,10 +77,11 @@ class RowSource(Source):
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
         title: str,
-        channels: int,
+        pixels: Pixels | int = 3,
     ) -> None:
         self.table, self.image, self.title = table, image, title
-        self.labels, self.classes, self.channels = labels, classes, channels
+        self.labels, self.classes, self.pixels = labels, classes, as_pixels(pixels)
+        self.channels = self.pixels.channels
         self.groups = table.groups
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ class RowSource(Source):
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        return decode(io.BytesIO(self.encoded(index)[0]), self.channels, min_pixels)
+        return decode(io.BytesIO(self.encoded(index)[0]), self.pixels, min_pixels)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""

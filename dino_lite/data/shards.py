@@ -36,6 +36,7 @@ from dino_lite.data.labels import Labels, encode_known
 from dino_lite.data.pack import CLASSES, INDEX
 from dino_lite.data.packed import Packed, split_packed
 from dino_lite.data.paths import PathList
+from dino_lite.data.pixels import Background, Bounds, Pixels, as_pixels
 from dino_lite.data.roots import is_url
 from dino_lite.data.selection import Patterns, select
 from dino_lite.data.shared import share
@@ -56,6 +57,9 @@ _NUM_CONNECTIONS = 8  # shards indexed at once over a network
 def open_shards(
     root: str | Path | None = None,
     channels: Size = 3,
+    range: Bounds | None = None,
+    background: Background | None = None,
+    truncated: bool = False,
     train: Patterns = None,
     test: Patterns = None,
     exclude: Patterns = None,
@@ -67,8 +71,8 @@ def open_shards(
     `root` may be a URL: s3://…, https://…. The names of the shards say which are train and which
     are test, or else the folders in them, see `layout.read_layout`; `train`, `test` and `exclude`
     say otherwise, as in `open_folder`. Labels: key.cls or "label" in key.json, a number or text; -1
-    for unlabeled images; without any, the folders in the shards. `channels`: every image is
-    converted to that many, see `decode`.
+    for unlabeled images; without any, the folders in the shards. `channels` to `truncated`: see
+    `Pixels`.
     """
     chosen = select(train, test, exclude)
     base, shards = find_shards(root)
@@ -80,10 +84,10 @@ def open_shards(
         asked = ",".join(chosen.train or [])
         raise UserError(f"data.train={asked} names no shard of {base}, and no folder in them.")
     found = _labels(base, parts)
-    of_test = parts.test
+    of_test, pixels = parts.test, Pixels(channels, range, background, truncated)
     return Splits(
-        ShardSource(base, parts.train, found.train, found.classes, channels),
-        ShardSource(base, of_test, found.test, found.classes, channels) if of_test.names else None,
+        ShardSource(base, parts.train, found.train, found.classes, pixels),
+        ShardSource(base, of_test, found.test, found.classes, pixels) if of_test.names else None,
         base.rpartition("/")[2] or "shards",
         tuple(parts.left_out),
         found.origin,
@@ -111,12 +115,13 @@ class ShardSource(Source):
         index: TarIndex,
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
-        channels: int = 3,
+        pixels: Pixels | int = 3,
     ) -> None:
         self.base, self.shards, self._bounds = base, index.shards, index.bounds
         self.groups = index.bounds
         self.labels = None if labels is None else share(labels)
-        self.classes, self.channels = classes, channels
+        self.classes, self.pixels = classes, as_pixels(pixels)
+        self.channels = self.pixels.channels
         names = PathList()
         for name in index.names:
             names.add(name.encode("utf-8", "surrogateescape"))
@@ -133,7 +138,7 @@ class ShardSource(Source):
 
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
-        return decode(io.BytesIO(self.encoded(index)[0]), self.channels, min_pixels)
+        return decode(io.BytesIO(self.encoded(index)[0]), self.pixels, min_pixels)
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of image `index`, from its header. Raises as `read` does."""

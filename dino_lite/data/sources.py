@@ -17,6 +17,7 @@ from torch import Tensor
 from dino_lite.contracts import Source, UserError
 from dino_lite.data.decode import File, decode, upright_size
 from dino_lite.data.paths import Paths
+from dino_lite.data.pixels import Pixels, as_pixels
 from dino_lite.data.remote import Remote
 from dino_lite.data.shared import share
 
@@ -62,13 +63,14 @@ class PathSource(Source):
         paths: Paths,
         labels: Int[np.ndarray, "N"] | None,
         classes: list[str],
-        channels: int = 3,
+        pixels: Pixels | int = 3,
         opener: Remote | None = None,
     ) -> None:
         self.folder, self.paths, self.opener = folder, paths, opener or Remote()
         self.labels = None if labels is None else share(labels)
         self.classes = classes
-        self.channels = channels
+        self.pixels = as_pixels(pixels)
+        self.channels = self.pixels.channels
         self._fetched: dict[int, bytes | OSError] = {}  # by `prefetch`
         self._digest: str | None = None
 
@@ -86,7 +88,7 @@ class PathSource(Source):
     def read(self, index: int, min_pixels: int | None = None) -> UInt8[np.ndarray, "H W C"]:
         """Image `index`, as `decode` gives it."""
         with self._open(index) as file:
-            return decode(file, self.channels, min_pixels)
+            return decode(file, self.pixels, min_pixels)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Fetch those behind URLs concurrently for `read`, and drop those fetched before."""

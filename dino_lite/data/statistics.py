@@ -43,7 +43,13 @@ def describe(source: Source, found: Inspected, global_size: int) -> dict[str, An
         "num_rotated": int(good["rotated"].sum()),
         "num_misnamed": int(good["misnamed"].sum()),
         "num_gray": int(good["gray"].sum()),
-        "num_blank": int(good["blank"].sum()),
+        "num_blank": int((good["blank"] & ~good["vanishes"]).sum()),
+        "num_vanishing": int(good["vanishes"].sum()),
+        "num_deep": int((good["full"] > 0).sum()),
+        "largest_value": int(good["largest"].max(initial=0)),
+        "largest_fraction": round(
+            float((good["largest"] / np.maximum(good["full"], 1)).max(initial=0)), 4
+        ),
         "num_small": int((shorter < global_size).sum()),
         "shorter_side": _spread(shorter) | {"histogram": _histogram(shorter, SIDES)},
         "longer_side": _spread(np.maximum(height, width)),

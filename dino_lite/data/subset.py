@@ -19,7 +19,8 @@ class Subset(Source):
     def __init__(self, source: Source, rows: Int[np.ndarray, "n"]) -> None:
         self.source, self.rows = source, rows
         self.labels = None if source.labels is None else source.labels[rows]
-        self.classes, self.channels = source.classes, source.channels
+        self.classes = source.classes
+        self.channels, self.pixels = source.channels, source.pixels
         self.groups = None
         if source.groups is not None:  # runs of images that lie in one group
             group = np.searchsorted(source.groups, rows, "right")

@@ -149,6 +149,8 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
         *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
         *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
     ]
+    if source.pixels is not None and any(source.pixels[1:]):  # channels are those of normalize
+        about.append([*source.pixels[1:]])
     total.update(json.dumps(about).encode())
     total.update(b"" if source.labels is None else source.labels.tobytes())
     total.update(_stamps(source))

@@ -89,7 +89,9 @@ def build_evaluations(config: Config) -> dict[str, Evaluation]:
 
 
 def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config:
-    """The data configuration given by the user, else the run's own."""
+    """The data configuration given by the user, else the run's own. How images become pixels is as
+    in the run, if not said otherwise.
+    """
     asked: Config = config["data"]
     if asked.get("root") is None and asked["_target_"].endswith(".open_auto"):
         if opened.data is None:
@@ -98,6 +100,9 @@ def asked_data(config: Config, checkpoint: Checkpoint, opened: Opened) -> Config
             )
         demand_trust(targets(opened.data), config["trust"], checkpoint)
         return dict(opened.data)
+    own = opened.data or {}
+    pixels = {key: own[key] for key in ("range", "background") if key in asked and own.get(key)}
+    asked = asked | {key: value for key, value in pixels.items() if asked[key] is None}
     if asked.get("channels") == 3:  # the default
         return asked | {"channels": opened.backbone.in_chans}
     return asked
