@@ -199,9 +199,8 @@ def command(primary: str) -> Callable[[Callable[[Config], Any]], Callable[[], No
         @functools.wraps(function)
         def job(config: DictConfig) -> None:
             given = HydraConfig.get()
-            words = given.overrides.task
-            kept = sweep.job(words) if given.mode == RunMode.MULTIRUN else nullcontext()
-            with user_errors(), on_stop(interrupt), kept:
+            several, words = given.mode == RunMode.MULTIRUN, given.overrides.task
+            with user_errors(), on_stop(interrupt), sweep.job(words) if several else nullcontext():
                 function(asked(to_plain(config), words, given.runtime.choices))
 
         def main() -> None:

@@ -90,12 +90,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             network = network_size(built[0][1].method.export_backbone())
             say_plan(shown, run, facts, splits, network)
             other = None if resuming or named else other_length(run, request)
-            for note in [
-                *splits.left_out,
-                *facts.warnings,
-                *embedded(config),
-                *filter(None, [other]),
-            ]:
+            notes = (*splits.left_out, *facts.warnings, *embedded(config), other)
+            for note in filter(None, notes):
                 say(f"{note}\n")
             if not resuming:
                 run.clear([*PICTURES, "crops", "curves"])

@@ -98,8 +98,7 @@ def open_files(
     for part in (parts.train, parts.test):
         _check_protocols(opener, below, part)
     pixels = Pixels(channels, range, background, truncated)
-    origin = "data.labels=none"
-    of = NO_LABELS
+    of, origin = NO_LABELS, "data.labels=none"
     if labels == "auto":
         of, origin = parts.labels, parts.labels.origin
         if of.train is None and why_unlabeled:
