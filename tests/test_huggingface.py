@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -293,6 +294,24 @@ def test_splits_are_chosen(parquet: Path) -> None:
         assert (len(turned.train), len(turned.test or [])) == (NUM_TEST, NUM_TRAIN)
     told = sentence(open_huggingface, parquet, train="unlabeled")
     assert "data.train=unlabeled" in told
+
+
+def test_splits_of_parquet_files_by_their_names(tmp_path: Path, parquet: Path) -> None:
+    """In any words; what is in neither split is counted by rows."""
+    source = sorted(parquet.rglob("*.parquet"))[-1]
+    rows = len(open_huggingface(source).train)
+    root = tmp_path / "set" / "deep" / "down"
+    root.mkdir(parents=True)
+    for name in ("cats-training-0", "cats-eval-0", "cats-test-0", "unsupervised"):
+        shutil.copy(source, root / f"{name}.parquet")
+    for streaming in (False, True):
+        splits = open_huggingface(tmp_path / "set", streaming=streaming)
+        assert (len(splits.train), len(splits.test or [])) == (rows, rows)
+        counted = [int(sentence.split()[0]) for sentence in splits.left_out]
+        assert counted == [rows, rows]
+        other = open_huggingface(tmp_path / "set", test="cats-test", streaming=streaming)
+        assert len(other.test or []) == rows
+    assert len(open_auto(tmp_path / "set").train) == rows
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:

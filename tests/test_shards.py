@@ -204,6 +204,45 @@ def test_splits_by_name(names: list[str], train: list[str], test: list[str]) -> 
     assert split_files(dict.fromkeys(names, 1))[:2] == (train, test)
 
 
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_tree_in_tars_is_read_as_the_same_tree_on_disk(tmp_path: Path, num_shards: int) -> None:
+    """Splits, classes and masks by the folders in them, whichever shards they lie in."""
+    folder = photos(tmp_path / "photos")
+    (folder / "train" / "a" / "masks").mkdir()
+    for number in (0, 2, 4):
+        (folder / "train" / "a" / "masks" / f"{number:02}.png").write_bytes(encoded(200))
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.[pP]*"))
+    for shard in range(num_shards):
+        members = {str(f): (folder / f).read_bytes() for f in files[shard::num_shards]}
+        write_tar(tmp_path / "tars" / f"part-{shard}.tar", members)
+    on_disk, packed = open_folder(folder), open_auto(tmp_path / "tars")
+    assert contents(packed.train) == contents(on_disk.train)
+    assert contents(packed.test) == contents(on_disk.test)
+    assert packed.labels_from == on_disk.labels_from == "the folders a, b"
+    assert packed.left_out[0].startswith("3 images were left out as masks or annotations")
+    every = open_auto(tmp_path / "tars", train=".", test="none", exclude="none")
+    assert (len(every.train), every.test) == (23, None)
+
+
+def test_folders_in_shards_of_splits_are_classes(tmp_path: Path) -> None:
+    """Names of shards never are; labels in the shards take precedence over folders."""
+    pictures = {f"{c}/{i}.png": encoded(i + 10 * (c == "b")) for c in "ab" for i in (1, 2)}
+    for name in ("set-train-000", "set-train-001", "set-val-000", "more"):
+        write_tar(tmp_path / "tars" / f"{name}.tar", pictures)
+    splits = open_shards(tmp_path / "tars")
+    assert classes(splits.train) == ["a", "a", "b", "b"] * 2
+    assert classes(splits.test) == ["a", "a", "b", "b"]
+    assert splits.left_out[0].startswith("4 images were left out (more)")
+    chosen = open_shards(tmp_path / "tars", train="more", test="*val*")
+    assert (len(chosen.train), len(chosen.test or [])) == (4, 4)
+    assert len(open_shards(tmp_path / "tars", exclude="*train-001*").train) == 4
+    told = sentence(open_shards, tmp_path / "tars", train="none_such")
+    assert "data.train=none_such" in told
+    labeled = {"a/1.png": encoded(1), "a/1.cls": b"7", "b/1.png": encoded(2), "b/1.cls": b"9"}
+    write_tar(tmp_path / "tars" / "set-train-000.tar", labeled)
+    assert open_shards(tmp_path / "tars", train="*train-000").train.classes == ["7", "9"]
+
+
 def test_braces() -> None:
     """Counting keeps leading zeros, lists may hold counts."""
     assert expand_braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
