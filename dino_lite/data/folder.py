@@ -19,6 +19,7 @@ from dino_lite.data.selection import Patterns, Selection, select
 from dino_lite.data.sources import PathSource, text
 from dino_lite.data.suffixes import KNOWN, SUFFIXES
 from dino_lite.data.walk import ARCHIVES, Found, walk
+from dino_lite.data.wording import count
 from dino_lite.settings.kinds import Size
 
 
@@ -201,7 +202,7 @@ def describe_unread(found: Found) -> list[str]:
     if found.unlisted:
         name, why = next(iter(found.unlisted.items()))
         num = len(found.unlisted)
-        what = "1 folder was" if num == 1 else f"{num:,} folders were"
+        what = f"{count(num, 'folder')} {'was' if num == 1 else 'were'}"
         sentences.append(
             f"{what} left out, as {name} cannot be listed ({why}): change its permissions, or say "
             f"data.exclude={name}."

@@ -17,6 +17,7 @@ from jaxtyping import Int, Int64
 from dino_lite.contracts import UserError
 from dino_lite.data.paths import Paths
 from dino_lite.data.sources import text
+from dino_lite.data.wording import count
 
 
 class Split(NamedTuple):
@@ -119,7 +120,7 @@ def encode(train: Named | None, test: Named | None, origin: str = "") -> Labels:
 
 
 def _without_label(num: int) -> str:
-    return "1 image has no label" if num == 1 else f"{num:,} images have no label"
+    return f"{count(num, 'image')} {'has' if num == 1 else 'have'} no label"
 
 
 def encode_known(
@@ -217,14 +218,14 @@ def _why_none(found: Named, path: Callable[[int], str]) -> str:
         return "all images are in one folder"
     if len(lost):
         name = posixpath.basename(path(int(lost[0])))
-        what = "1 image is" if len(lost) == 1 else f"{len(lost):,} images are"
+        what = f"{count(len(lost), 'image')} {'is' if len(lost) == 1 else 'are'}"
         which = name if len(lost) == 1 else f"the first being {name}"
         return f"{what} in no class folder ({which}): data.exclude=NAME leaves out what is no class"
     codes, counts = np.unique(found.codes, return_counts=True)
     single = [found.names[code] for code in codes[counts == 1].tolist()]
     if not single:
         return ""
-    what = f"class {single[0]} has" if len(single) == 1 else f"{len(single):,} classes have"
+    what = f"class {single[0]} has" if len(single) == 1 else f"{count(len(single), 'class')} have"
     of = "" if len(single) == 1 else f" ({listed(single)})"
     return f"{what} one image{of}: data.labels=folder keeps such classes"
 

@@ -22,6 +22,7 @@ from dino_lite.data.folder_names import (
     without_mask,
 )
 from dino_lite.data.folder_tree import FolderNode, folder_tree
+from dino_lite.data.wording import count
 
 Stems = Callable[
     [str], Iterable[str]
@@ -280,7 +281,7 @@ def _names(names: Iterable[str]) -> str:
 
 def were(num: int) -> str:
     """The number of images, as the beginning of a sentence."""
-    return "1 image was" if num == 1 else f"{num:,} images were"
+    return f"{count(num, 'image')} {'was' if num == 1 else 'were'}"
 
 
 # ------------------------------------------------------------------------------------ classes

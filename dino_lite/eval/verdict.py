@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_lite.data.wording import count
 from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import PROTOTYPES, num_prototypes, number
 
@@ -137,9 +138,8 @@ def health_line(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) ->
 
 def unreadable_line(num: int) -> str:
     """The number of images that could not be read; "" for 0."""
-    images = f"{num:,} image{'' if num == 1 else 's'}"
     told = "could not be read (bad_files.csv): training used others, evaluation left them out"
-    return f"{images} {told}." if num else ""
+    return f"{count(num, 'image')} {told}." if num else ""
 
 
 def prototypes_text(curves: Mapping[str, np.ndarray]) -> str:
