@@ -304,7 +304,7 @@ def test_folders_of_a_list_are_its_splits_and_classes(tmp_path: Path) -> None:
         assert (len(every.train), every.test) == (8, None)
 
 
-def test_a_list_in_latin_1(tmp_path: Path) -> None:
+def test_latin1_csv_is_read(tmp_path: Path) -> None:
     """Labels can be printed, and paths are those of the files."""
     fill(tmp_path, "é.png", "a.png")
     text = "path,label\né.png,Müller\na.png,x\né.png,Müller\na.png,x\n"

@@ -12,6 +12,7 @@ import pytest
 
 from dino_lite.data import walk as walk_module
 from dino_lite.data.auto import open_auto
+from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
 from dino_lite.data.roots import absolute
 from dino_lite.runs.identity import absolute_paths
@@ -379,7 +380,7 @@ def test_class_levels(tmp_path: Path) -> None:
     assert open_folder(tmp_path, class_level=2).train.labels is None
 
 
-def test_folders_of_the_system_are_not_looked_into(tmp_path: Path) -> None:
+def test_lost_found_and_folders_of_the_system_are_not_looked_into(tmp_path: Path) -> None:
     """Those of disk stations hold several folders for each image; it may be forbidden, too."""
     fill(tmp_path, "cat/1.jpg", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/2.jpg")
     (tmp_path / "lost+found").mkdir(mode=0)
@@ -397,7 +398,7 @@ def test_folders_of_the_system_are_not_looked_into(tmp_path: Path) -> None:
     assert len(open_folder(tmp_path, exclude=["none", "lost+found"]).train) == 3
 
 
-def test_other_files_cost_no_system_call(tmp_path: Path) -> None:
+def test_twenty_thousand_texts_cost_no_system_call(tmp_path: Path) -> None:
     """Thousands of texts beside the images; nor do images, where the listing tells their kind."""
     fill(tmp_path, "a.png", "b.png")
     for i in range(50):
@@ -429,9 +430,20 @@ def test_images_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "deep/down/a.7z"])
-def test_a_folder_of_archives_is_told_to_be_unpacked(tmp_path: Path, name: str) -> None:
+def test_archives_only_are_told_to_be_unpacked(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"x")
     told = sentence(open_auto, tmp_path)
     assert name in told
     assert "unpack" in told
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "set.tar", "data/deep/0.parquet"])
+def test_archives_only_that_git_lfs_has_not_fetched(tmp_path: Path, name: str) -> None:
+    """The cause and the cure, whatever the file should be."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    (tmp_path / name).write_bytes(pointer)
+    told = sentence(lambda: read_facts(open_auto(tmp_path)))
+    assert "git lfs pull" in told
+    assert name in told

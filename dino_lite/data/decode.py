@@ -17,6 +17,7 @@ from dino_lite.data import pil, repair
 from dino_lite.data.pixels import Pixels, as_pixels, check_dtype, on_background, to_8_bits, vanishes
 from dino_lite.data.pixels import to_channels as to_channels
 from dino_lite.data.quiet import quiet
+from dino_lite.data.suffixes import FETCH, POINTER
 from dino_lite.data.tiff import Samples, open_tiff, read_tiff
 
 File = IO[bytes] | IOBase  # readable and seekable
@@ -117,7 +118,9 @@ def _read(file: File, pixels: Pixels, min_pixels: int | None, alpha: bool) -> _R
     try:
         return _read_once(file, pixels, min_pixels, alpha)
     except UnidentifiedImageError:
-        if not repair.start_of(file).startswith(repair.METADATA):
+        if (start := repair.start_of(file)).startswith(POINTER):
+            raise OSError(FETCH) from None
+        if not start.startswith(repair.METADATA):
             raise
         error: Exception = OSError("damaged header")
     except Exception as caught:

@@ -17,7 +17,7 @@ from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.roots import Root, Top, several, tops
 from dino_lite.data.selection import Patterns, Selection, select
 from dino_lite.data.sources import PathSource, text
-from dino_lite.data.suffixes import KNOWN, SUFFIXES
+from dino_lite.data.suffixes import FETCH, KNOWN, POINTER, SUFFIXES
 from dino_lite.data.walk import ARCHIVES, Found, walk
 from dino_lite.data.wording import count
 from dino_lite.settings.kinds import Size
@@ -178,6 +178,12 @@ def _why_empty(top: Top, found: Found) -> str:
     why = f"{top.folder} holds no image file"
     archives = [file for suffix in ARCHIVES for file in found.others.get(suffix, [])]
     unread = describe_unread(found)
+    tables = [file for kind in (".parquet", ".arrow") for file in found.others.get(kind, [])]
+    for table in tables[:1]:
+        with open(os.path.join(top.folder, table), "rb") as file:
+            fetched = file.read(len(POINTER)) != POINTER
+        cause = "holds no column of images" if fetched else FETCH
+        return f"{why}, and {table} {cause}."
     if archives:
         return f"{why}, but {len(archives)} compressed archives ({listed(archives)}): unpack them."
     if unread:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+POINTER = b"version https://git-lfs"  # the start of a file that Git LFS has not fetched
+FETCH = "is a pointer of Git LFS: git lfs pull fetches the file"
 HEIF = "pip install 'dino-lite[heif]'"
 _OTHERS = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 # Format of each suffix, by Pillow's names; loading Pillow's own list would import every plugin.

@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
-from dino_lite.data.suffixes import SUFFIXES
+from dino_lite.data.suffixes import FETCH, POINTER, SUFFIXES
 
 FORMAT = 1  # version of an index file; others are ignored
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
@@ -102,8 +102,10 @@ def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
     A sample is a run of members with one key. Its image is the member key.jpg (or .png …); if there
     is none, every member with such an ending. Its label is key.cls or "label" in key.json.
     """
-    start = file.read(6)
+    start = file.read(len(POINTER))
     file.seek(0)
+    if start == POINTER:
+        raise UserError(f"{shard} {FETCH}.")
     if start.startswith(_COMPRESSED):
         raise UserError(
             f"{shard} is compressed, so that images cannot be read from its middle: unpack it "
