@@ -6,6 +6,8 @@ Right values are computed here with NumPy alone.
 from __future__ import annotations
 
 import io
+import os
+import signal
 import struct
 import sys
 import threading
@@ -20,6 +22,7 @@ from PIL import Image
 
 from dino_lite.contracts import UserError
 from dino_lite.data import pil
+from dino_lite.data import quiet as quiet_module
 from dino_lite.data.auto import open_auto
 from dino_lite.data.decode import decode, look, upright_size
 from dino_lite.data.facts import read_facts
@@ -485,3 +488,25 @@ def test_suffixes_are_read_or_known() -> None:
     assert not KNOWN.keys() & set(SUFFIXES)
     assert {b".heic", b".heif"} <= KNOWN.keys() | set(SUFFIXES)
     assert tuple(sorted(suffix.encode() for suffix in FORMATS)) == SUFFIXES
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_worker_forked_while_a_thread_decodes_can_decode() -> None:
+    """Locks of the parent's other threads do not exist in the child."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def decoding() -> None:
+        with quiet_module._lock:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=decoding)
+    thread.start()
+    entered.wait(60)
+    if (child := os.fork()) == 0:
+        signal.alarm(20)  # ends the child, should it wait
+        with quiet_module.quiet():
+            os._exit(7)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

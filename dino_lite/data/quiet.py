@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,17 @@ _LOGGERS = ("PIL.TiffImagePlugin", "tifffile")
 _heard = threading.local()  # .messages: of the block `quiet` in this thread, if it is in one
 _lock = threading.Lock()
 _blocks: list[Any] = [0, None]  # how many are open in all threads; what restores the warnings
+
+
+def _start_anew() -> None:
+    """In a forked process: no other thread of the parent, which may hold the lock, exists here."""
+    global _lock
+    _lock = threading.Lock()
+    _blocks[0] = 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 @contextmanager
