@@ -58,10 +58,20 @@ def test_joined_and_cut(first: list[bytes], second: list[bytes], folder: bytes) 
     both = joined([(b"a/", paths_of(first)), (b"", paths_of(second))])
     assert list(both) == [*(b"a/" + path for path in first), *second]
     items = paths_of([*both])
-    below = [i for i, name in enumerate(items.folders()) if name.startswith(folder)]
-    wanted = [item for item in both if item[: item.rfind(b"/") + 1].startswith(folder)]
-    assert list(items.select(below, folder)) == [item[len(folder) :] for item in wanted]
-    assert sum(items.num_in_folders()[below]) == len(wanted)
+    rows = np.array([name.startswith(folder) for name in both], bool)
+    wanted = [item for item in both if item.startswith(folder)]
+    found, numbers = items.where(rows, folder)
+    assert list(found) == [item[len(folder) :] for item in wanted]
+    assert [items.folders()[i][len(folder) :] for i in numbers] == found.folders()
+
+
+@given(PATHS, st.sampled_from([b"mask", b"a", b"z/", b"ab"]))
+def test_folders_that_mention_a_word(items: list[bytes], word: bytes) -> None:
+    """Of names of files alone, not of two that follow each other."""
+    paths = paths_of(items)
+    of = {paths.folders()[i] for i in paths.folders_that_mention([word])}
+    wanted = {i[: i.rfind(b"/") + 1] for i in items if word in i[i.rfind(b"/") + 1 :].lower()}
+    assert wanted <= of  # and perhaps one whose name ends where the word begins
 
 
 def test_more_folders_than_a_byte_counts() -> None:

@@ -89,7 +89,8 @@ def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Spli
         return _with_own_labels(open_builtin("cifar10", path, channels=way["channels"]), labels)
     if any((path / name).is_file() for name in _OF_DATASETS):
         return _with_own_labels(open_huggingface(path, **of_table), labels)
-    chosen, top = select(way["train"], way["test"], way["exclude"]), Top(str(path))
+    chosen = select(way["train"], way["test"], way["exclude"], way["class_level"])
+    top = Top(str(path))
     held = look_through(top, chosen)
     kinds = _kinds(path, held)
     kind = max(kinds, key=lambda name: kinds[name][0]) if kinds else "folder"
@@ -99,7 +100,7 @@ def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Spli
         splits = open_huggingface(path, **of_table)
     else:
         pixels = Pixels(**{field: way[field] for field in Pixels._fields})
-        splits = read_folders([(top, held)], False, labels, pixels, chosen, way["class_level"])
+        splits = read_folders([(top, held)], False, labels, pixels, chosen)
     others = tuple(
         f"{were(num)} left out ({example}), as data.root={path} holds more images of another "
         f"kind: data={other} reads these instead."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
-from dino_lite.data.folder_names import is_images
+from dino_lite.data.folder_names import is_photographs
 
 Folder = TypeVar("Folder", bound=Hashable)
 Parts = Mapping[Folder, list[str]]  # parts of each folder's path that may name its class
@@ -37,7 +37,7 @@ def _unwrapped(folders: Parts[Folder], kept: frozenset[str | None]) -> dict[Fold
 def _named(folders: Parts[Folder], level: int) -> dict[Folder, str | None]:
     named: dict[Folder, str | None] = {}
     for path, parts in folders.items():
-        if level < 0 and len(parts) > 1 and is_images(parts[-1]):
+        if level < 0 and len(parts) > 1 and is_photographs(parts[-1]):
             parts = parts[:-1]  # cat/images
         within = -len(parts) <= level < len(parts)
         named[path] = parts[level] if within else None

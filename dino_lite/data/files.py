@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.decode import File
 from dino_lite.data.folder_names import matches
-from dino_lite.data.labels import NO_LABELS, Named, NameList
+from dino_lite.data.labels import NO_LABELS, NameList
 from dino_lite.data.list_columns import (
     Asked,
     Columns,
-    check_first,
     encoder,
     find_columns,
     is_heading,
+    missing_suffix,
     plain_columns,
     readable,
     separator_of,
 )
-from dino_lite.data.listed import split_listed
+from dino_lite.data.listed import Listed, split_listed
 from dino_lite.data.paths import PathList, Paths
 from dino_lite.data.pixels import Background, Bounds, Pixels
 from dino_lite.data.remote import Remote
@@ -91,10 +91,10 @@ def open_files(
         raise UserError(
             f"data.root={where} is not a list of files: give one of {', '.join(SUFFIXES)}."
         )
-    below, chosen = _base(where, base), select(train, test, exclude)
+    below, chosen = _base(where, base), select(train, test, exclude, class_level)
     asked = Asked(path_column, label_column)
-    listed, why_unlabeled = _read_list(opener, where, below, asked, chosen.exclude)
-    parts = split_listed(where, listed, chosen, class_level)
+    rows, why_unlabeled = _read_list(opener, where, below, asked, chosen.exclude)
+    parts = split_listed(where, rows, chosen)
     for part in (parts.train, parts.test):
         _check_protocols(opener, below, part)
     pixels = Pixels(channels, range, background, truncated)
@@ -116,26 +116,27 @@ def open_files(
 
 def _read_list(
     opener: Remote, where: str, below: bytes, asked: Asked, exclude: Sequence[str]
-) -> tuple[dict[str | None, tuple[Paths, Named]], str]:
-    """Paths and labels of each split, and why there are no labels if there are none."""
-    collected: dict[str | None, tuple[PathList, NameList]] = {}
+) -> tuple[Listed, str]:
+    """The rows of the list, and why there are no labels if there are none."""
+    paths, labels, splits = PathList(), NameList(), NameList()
+    split = None
     try:
         with _open_list(opener, where) as file:
             found = _READERS[suffix_of(where)](file, where, asked, below)
             for path, label, split in found.rows:
                 if exclude and matches(os.fsdecode(path), exclude):
                     continue
-                paths, names = collected.setdefault(split, (PathList(), NameList()))
                 paths.add(path)
-                names.add(label)
+                labels.add(label)
+                splits.add(split)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{where} cannot be read as a list of files ({error}): check it."
         ) from error
-    if not collected:
+    if not len(paths):
         raise UserError(f"{where} lists no image: check data.root.")
-    listed = {split: (paths.paths(), names.named()) for split, (paths, names) in collected.items()}
-    return listed, found.why_unlabeled
+    named = None if split is None else splits.named()
+    return Listed(paths.paths(), labels.named(), named), found.why_unlabeled
 
 
 def suffix_of(root: str) -> str:
@@ -168,9 +169,9 @@ def _without_query(where: str) -> str:
 
 
 def _text_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
-    lines = map(bytes.strip, file.read().removeprefix(b"\xef\xbb\xbf").splitlines())
+    lines = map(bytes.strip, file.read().removeprefix(codecs.BOM_UTF8).splitlines())
     rows = (Row(line) for line in lines if line and not line.startswith(b"#"))
-    return Rows(rows, "a text file has no labels")
+    return Rows(_with_suffix(rows, where, base), "a text file has no labels")
 
 
 def _csv_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
@@ -179,20 +180,21 @@ def _csv_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
     lines: Iterator[str] = codecs.iterdecode(file, "utf-8-sig", "surrogateescape")
     if is_utf_16:
         lines = iter(file.read().decode("utf-16").splitlines(keepends=True))
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
     reader = csv.reader(chain([first], lines), delimiter=separator_of(first, suffix_of(where)))
     numbered = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
     filled = (row for row in numbered if any(row[1]))
-    top = list(islice(filled, 2))
+    top: list[tuple[int, list[str]]] = list(islice(filled, _NUM_SAMPLED))
     cells = [row for _, row in top]
     if not cells:
         return Rows(iter(()), "")
     if is_heading(cells[0], cells[1] if len(cells) > 1 else None):
-        columns = find_columns(cells[0], cells[1] if len(cells) > 1 else [], where, asked)
+        columns = find_columns(cells[0], cells[1:], where, asked)
         del top[0]
     else:
         columns = plain_columns(cells[0], where, asked)
-    return Rows(_csv_cells(chain(top, filled), columns, where, base), columns.why_unlabeled)
+    rows = _csv_cells(chain(top, filled), columns, where, base)
+    return Rows(_with_suffix(rows, where, base), columns.why_unlabeled)
 
 
 def _csv_cells(
@@ -206,11 +208,7 @@ def _csv_cells(
         path, label, split = (None if i is None else cells[i] for i in columns[:3])
         if not path:
             raise UserError(f"Row {number} of {where} has no path: fix it.")
-        name = encoded(path)
-        if not columns.certain:
-            check_first(name, base, where)
-            columns = columns._replace(certain=True)
-        yield Row(name, readable(label) if label else None, split)
+        yield Row(encoded(path), readable(label) if label else None, split)
 
 
 def _parquet_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
@@ -220,8 +218,11 @@ def _parquet_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
         raise UserError(f"{where} needs pyarrow: pip install 'dino-lite[parquet]'.") from error
     table = parquet.ParquetFile(file)
     names = table.schema_arrow.names
-    sample = next((list(batch.to_pylist()[0].values()) for batch in table.iter_batches(1)), [])
-    columns = find_columns(names, [c if isinstance(c, str) else "" for c in sample], where, asked)
+    top: list[dict[str, Any]] = next(
+        (batch.to_pylist() for batch in table.iter_batches(_NUM_SAMPLED)), []
+    )
+    sample = [[cell if isinstance(cell, str) else "" for cell in row.values()] for row in top]
+    columns = find_columns(names, sample, where, asked)
     chosen = [None if i is None else names[i] for i in columns[:3]]
 
     def rows() -> Iterator[Row]:
@@ -233,15 +234,23 @@ def _parquet_rows(file: File, where: str, asked: Asked, base: bytes) -> Rows:
                 number += 1
                 if not path or not isinstance(path, str | bytes):
                     raise UserError(f"Row {number} of {where} has no path: fix it.")
-                if number == 1 and not columns.certain:
-                    check_first(os.fsencode(path), base, where)
                 if label is not None and not isinstance(label, int):
                     label = str(label).strip() or None
                 yield Row(os.fsencode(path), label, None if chosen[2] is None else str(split))
 
-    return Rows(rows(), columns.why_unlabeled)
+    return Rows(_with_suffix(rows(), where, base), columns.why_unlabeled)
 
 
+def _with_suffix(rows: Iterator[Row], where: str, base: bytes) -> Iterator[Row]:
+    """The rows, with the suffix that their paths lack."""
+    suffix: bytes | None = None
+    for row in rows:
+        if suffix is None:
+            suffix = missing_suffix(row.path, base, where)
+        yield row._replace(path=row.path + suffix) if suffix else row
+
+
+_NUM_SAMPLED = 50  # rows that are looked at to understand the columns
 _READERS = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,

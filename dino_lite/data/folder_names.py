@@ -1,4 +1,4 @@
-"""The words in names of folders that name splits, images, and masks."""
+"""The words in names of folders and files that name splits, photographs, and masks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,42 @@ from fnmatch import translate
 from functools import cache
 from typing import Literal
 
-Kind = Literal["train", "val", "test"]
+Kind = Literal["train", "val", "dev", "eval", "test"]
+HELD_OUT: tuple[Kind, ...] = ("val", "dev", "eval", "test")  # the first that exists is test
 
 _WORDS: dict[str, Kind] = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("eval", "evaluation"), "eval"),
     **dict.fromkeys(("test", "testing"), "test"),
+    "dev": "dev",
 }
 # Camel case, digits and separators divide a name: train2017, SegmentationClass, seg_train.
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 _NUMBERED = re.compile(r"[-_.]\d+[-_]of[-_]\d+.*")  # -00000-of-00004-0123abcd
-_IMAGES = re.compile(r"images?|imgs?|photos?|pictures?|pics|rgb|jpe?gs?")
-# What belongs to photographs and is none, if photographs are beside it.
-_MASKS = re.compile(
-    r"masks?|\w*annot|annots|annotations?|trimaps?|labels?|segmentations?|gt|groundtruths?|truths?|"
-    r"semantic|instances?|panoptic|depths?|normals?|mattes?|thumbnails?|thumbs?|previews?"
+_GLUED = (  # VOCtest, trainset
+    re.compile(r"(?P<a>[A-Z]{2,})(?P<b>(?:trainval|train|val|test)(?![a-z]))"),
+    re.compile(r"(?i)(?<![a-z])(?P<a>trainval|train|val|test)(?P<b>(?:sets?|data|images?|imgs?)$)"),
 )
-_MASK_STEM = re.compile(r"[-_. ]+(?:gt|seg|l|\w*(?:mask|label|annot|trimap|segment|thumb)\w*)$")
-JUNK = frozenset(
+_PHOTOGRAPHS = re.compile(
+    r"images?|imgs?|photos?|photographs?|pictures?|pics?|rgb|frames?|inputs?|jpe?gs?|sat"
+)
+_FILLER = re.compile(r"raw|originals?|resized|full|left|right|bit|part|hq|\d+")
+# What belongs to photographs and is none. The weak words are often classes, too.
+_MASKS = re.compile(
+    r"masks?|annots?|annotations?|\w+annot|trimaps?|segmentations?|groundtruths?|thumbnails?|"
+    r"thumbs?"
+)
+_WEAK = re.compile(
+    r"labels?|gt|truths?|semantic|instances?|panoptic|depths?|normals?|mattes?|previews?|manual|"
+    r"segmim"
+)
+_OF_MASK = re.compile(
+    r"[-_. ]+(?:gt|seg|manual\d*|[^\W_]*(?:mask|annot|trimap|segment|thumb)[^\W_]*)(?:[-_]?\d+)?$"
+)
+_OF_LABEL = re.compile(r"[-_. ]+(?:l|[^\W_]*label[^\W_]*)$")
+_OF_PHOTOGRAPH = re.compile(r"[-_. ]+(?:sat|image|img|rgb|photo|orig|original|training)$")
+_JUNK = frozenset(
     (
         *("@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found"),
         *("system volume information", "__macosx", "__pycache__"),
@@ -38,51 +56,73 @@ def tokens_of(name: str) -> list[str]:
     return [token.lower() for token in _TOKEN.findall(name)]
 
 
-def is_mask(name: str) -> bool:
-    """Whether a folder of this name may hold masks, annotations or thumbnails."""
-    return any(_MASKS.fullmatch(token) for token in tokens_of(name))
-
-
-def is_images(name: str) -> bool:
-    """Whether a folder of this name holds the photographs among other kinds of images."""
-    return any(_IMAGES.fullmatch(token) for token in tokens_of(name))
-
-
-def without_mask(name: str) -> list[str]:
-    """The words of a folder's name without those of a mask."""
-    rest = [token for token in tokens_of(name) if not _MASKS.fullmatch(token)]
-    return rest or [name.lower().removesuffix("annot")]
-
-
-def of_photograph(stem: str) -> str:
-    """The stem of the photograph that a mask with this stem belongs to."""
-    return _MASK_STEM.sub("", stem)
-
-
 def is_junk(name: str) -> bool:
-    """Whether a folder of this name belongs to an operating system or a disk station."""
-    return name.lower() in JUNK
+    """Whether a folder of this name is hidden, or of an operating system or a disk station."""
+    return name.startswith(".") or name.lower() in _JUNK
 
 
 def split_of(name: str) -> tuple[Kind, tuple[str, ...]] | None:
     """The split that `name` says, and its other words, which must be equal in the names of all
-    splits (`seg_train`, `seg_test`); None if it says none. Numbers behind the word are dropped.
+    splits (`seg_train`, `seg_test`); None if it says none. Numbers are dropped.
     """
-    tokens = tokens_of(_NUMBERED.sub("", name))
+    name = _NUMBERED.sub("", name)
+    for pattern in _GLUED:
+        name = pattern.sub(r"\g<a>_\g<b>", name)
+    tokens = tokens_of(name)
     places = [i for i, token in enumerate(tokens) if token in _WORDS]
     kinds = {_WORDS[tokens[i]] for i in places}
-    adjacent = bool(places) and places[-1] - places[0] < len(places)
-    if not adjacent or kinds == {"train", "test"} or len(kinds) > 2:
+    if not kinds or places[-1] - places[0] >= len(places):
         return None
-    kind: Kind = "train" if "train" in kinds else "test" if "test" in kinds else "val"
-    before, behind = tokens[: places[0]], tokens[places[-1] + 1 :]
-    return kind, (*before, *(token for token in behind if not token.isdecimal()))
+    if kinds == {"train", "val"}:
+        kinds = {"train"}
+    if kinds == {"dev", "test"}:
+        kinds = {"test"}
+    if len(kinds) > 1:
+        return None
+    rest = tuple(token for token in tokens if token not in _WORDS and not token.isdecimal())
+    return kinds.pop(), rest
+
+
+def is_photographs(name: str) -> bool:
+    """Whether a folder of this name holds the photographs of a set, as `train_images` does."""
+    tokens = [t for t in tokens_of(name) if t not in _WORDS and not _FILLER.fullmatch(t)]
+    return bool(tokens) and all(map(_PHOTOGRAPHS.fullmatch, tokens))
+
+
+def mask_strength(name: str) -> int:
+    """2 if a folder of this name may hold masks, annotations or thumbnails; 1 if its name is that
+    of a class as often (`normal`, `label`); else 0.
+    """
+    tokens = tokens_of(name)
+    if any(map(_MASKS.fullmatch, tokens)) or "groundtruth" in "".join(tokens):
+        return 2
+    is_weak = any(map(_WEAK.fullmatch, tokens)) and not any(map(_PHOTOGRAPHS.fullmatch, tokens))
+    return int(is_weak)
+
+
+def without_mask(name: str) -> list[str]:
+    """The words of a folder's name without those of a mask."""
+    name = re.sub(r"(?<=[a-z])annot\b", "", name)
+    return [t for t in tokens_of(name) if not _MASKS.fullmatch(t) and not _WEAK.fullmatch(t)]
+
+
+def photograph_of(stem: str, strict: bool = False) -> str:
+    """The stem of the photograph that belongs to a mask with this stem in lower case, `1` of
+    `1_mask`; the stem itself if it is none of a mask. `strict`: not for the endings of labels.
+    """
+    found = _OF_MASK.sub("", stem)
+    return found if strict or found != stem else _OF_LABEL.sub("", stem)
+
+
+def plain_photograph(stem: str) -> str:
+    """The stem of a photograph without an ending such as `_image`."""
+    return _OF_PHOTOGRAPH.sub("", stem)
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether `path`, or a folder that it is in, matches a pattern. `*` also matches slashes, case
-    is ignored, and a pattern without a slash, as `masks` or `masks/**`, matches at any depth. "."
-    matches everything.
+    """Whether `path`, or a folder that it is in, matches a pattern. `*` also matches slashes and
+    case is ignored. A pattern with a slash starts at the root, as `./masks`; one without, as
+    `masks` or `masks/**`, matches at any depth. "." matches everything.
     """
     return _compiled(tuple(patterns)).fullmatch(path.lower()) is not None
 
@@ -91,9 +131,11 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
     forms = []
     for pattern in patterns:
-        form = re.sub(r"(/\*{1,2})+$", "", pattern.lower().removeprefix("./").rstrip("/"))
+        form = re.sub(r"(/\*{1,2}|/)+$", "", pattern.lower())
+        is_anchored = "/" in form
+        form = form.removeprefix(".").lstrip("/") if form.startswith(("./", "/")) else form
         if form in (".", ""):
             return re.compile("(?s:.*)")
-        anywhere = "" if "/" in form else "(?s:.*/)?"
+        anywhere = "" if is_anchored else "(?s:.*/)?"
         forms.append(f"{anywhere}{translate(form)[:-2]}(?s:/.*)?")  # without its \\Z
     return re.compile("|".join(forms) or "(?!)")

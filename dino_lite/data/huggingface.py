@@ -219,7 +219,11 @@ def _choose(
                 f"{root} has the splits {', '.join(tables)}: {asked} must name one of them."
             )
     test = next(iter(found.test), None)
-    return tables[next(iter(found.train))], None if test is None else tables[test], found.left_out
+    return (
+        tables[next(iter(found.train))],
+        None if test is None else tables[test],
+        list(found.left_out),
+    )
 
 
 # ------------------------------------------------------------------------------------ columns

@@ -7,42 +7,31 @@ Neither touches a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from dino_lite.data.folder_names import (
-    Kind,
-    is_images,
-    is_junk,
-    is_mask,
-    matches,
-    of_photograph,
-    split_of,
-    tokens_of,
-    without_mask,
-)
+from dino_lite.data.folder_names import HELD_OUT, Kind, is_junk, matches, split_of
 from dino_lite.data.folder_tree import FolderNode, folder_tree
+from dino_lite.data.masks import MaskFinder, Names
 from dino_lite.data.wording import count
-
-Stems = Callable[
-    [str], Iterable[str]
-]  # names, without suffixes, of the images directly in a folder
 
 _NUM_NAMED = 3  # folders named in a sentence
 
 
 class Layout(NamedTuple):
-    """The folders of train and of test, and sentences that count what is in neither.
+    """The folders of train and of test with the parts of their paths that may name their class, and
+    sentences that count what is in neither.
 
     `train_folder`: the folder that names the split ("a/train"), "" if there is none or several;
     `test_folder` likewise.
     """
 
-    train: dict[str, list[str]]  # parts of each folder's path that may name its class
-    train_folder: str
+    train: dict[str, list[str]]
     test: dict[str, list[str]]
-    test_folder: str
-    left_out: list[str]
+    train_folder: str = ""
+    test_folder: str = ""
+    left_out: Sequence[str] = ()
 
 
 class _Place(NamedTuple):
@@ -54,34 +43,36 @@ class _Place(NamedTuple):
 
 def read_layout(
     folders: Mapping[str, int],
-    stems: Stems = lambda _: (),
+    names: Names = lambda _: (),
     train: Sequence[str] | None = None,
     test: Sequence[str] | None = None,
     exclude: bool = True,
 ) -> Layout:
     """Assign each of `folders` ("train/cat", "" for the top; with its number of images).
 
-    Where names with a train word and a val or test word stand side by side, they are splits, and
-    what is beside them is left out; val is the test split, or else test. Without such names all is
-    train. Masks, annotations and thumbnails are left out (if `exclude`) beside a folder of images,
-    or if most of their stems equal those of a folder beside them. `train`, `test`: patterns of the
-    folders that are a split instead, see `matches`; an empty list: none.
+    Where names with a train word and a val or test word stand side by side, they are splits; all
+    that is beside them, or beside folders around them, is left out. Of the held-out splits, val is
+    the test split, or else dev, eval, test. Without such names all is train. Masks and the like are
+    left out (if `exclude`), see `MaskFinder`, to which `names` gives the images of a folder.
+    `train`, `test`: patterns of the folders that are a split instead, see `matches`; an empty list:
+    none.
     """
     top = folder_tree(folders)
-    named = [pattern for pattern in (*(train or ()), *(test or ())) if pattern != "."]
-    left_out = _exclude(top, stems, named) if exclude else []
-    places, names = _find_splits(top)
+    wanted = [pattern for pattern in (*(train or ()), *(test or ())) if pattern != "."]
+    left_out = _exclude(top, names, wanted) if exclude else []
+    places, of_splits = _find_splits(top)
     asked = train is not None or test is not None
-    _take(places, names, train, test)
+    _take(places, of_splits, train, test)
     left_out += _describe_left(folders, places, asked)
 
-    def part(kind: str) -> tuple[dict[str, list[str]], str]:
-        deciding = {path: place.decided_by for path, place in places.items() if place.kind == kind}
-        one = next(iter(deciding.values()), "")
-        parts = {path: _class_parts(path, names) for path in deciding}
-        return parts, one if all(name == one for name in deciding.values()) else ""
+    def part(kind: str) -> dict[str, list[str]]:
+        return {p: _class_parts(p, of_splits) for p, place in places.items() if place.kind == kind}
 
-    return Layout(*part("train"), *part("test"), left_out)
+    def folder(kind: str) -> str:
+        deciding = {place.decided_by for place in places.values() if place.kind == kind}
+        return deciding.pop() if len(deciding) == 1 else ""
+
+    return Layout(part("train"), part("test"), folder("train"), folder("test"), left_out)
 
 
 def split_files(
@@ -101,57 +92,34 @@ def split_files(
 
     found = read_layout(named, train=numbered(train), test=numbered(test), exclude=False)
     parts = [[of[name] for name in of if name in part] for part in (found.train, found.test)]
-    return parts[0], parts[1], found.left_out
+    return parts[0], parts[1], list(found.left_out)
 
 
 # ------------------------------------------------------------------------------------ exclusion
 
 
-def _exclude(top: FolderNode, stems: Stems, kept: Sequence[str]) -> list[str]:
-    """Remove junk, and masks and the like, from the tree, save those that match `kept`; sentences
-    that count them.
+def _exclude(top: FolderNode, names: Names, wanted: Sequence[str]) -> list[str]:
+    """Remove junk, and masks and the like, from the tree, save the folders that are `wanted` by
+    name; sentences that count them.
     """
     removed: dict[str, list[tuple[str, int]]] = {}
+    finder = MaskFinder(names)
     for node in top.walk():
-        children = node.held()
-        others = [child for child in children if not is_mask(child.name)]
-        images = any(is_images(other.name) for other in others)
-        for child in children:
-            what = "files of the system" if is_junk(child.name) else ""
-            if child not in others and (images or _repeats(child, others, node, stems)):
+        held = node.held()
+        for child in held:
+            what = ""
+            if is_junk(child.name):
+                what = "files of the system"
+            elif finder.is_mask(child, [other for other in held if other is not child]):
                 what = "masks or annotations"
-            if what and not matches(child.path, kept):
-                removed.setdefault(what, []).append((child.name, child.total))
+            if what and not (matches(child.path, wanted) and not matches(node.path, wanted)):
+                removed.setdefault(what, []).append((child.path, child.total))
                 child.add(-child.total)
     return [
-        f"{were(sum(num for _, num in found))} left out as {what} ({_names(n for n, _ in found)}): "
+        f"{were(sum(num for _, num in found))} left out as {what} ({_shown(n for n, _ in found)}): "
         "data.exclude=none takes them in."
         for what, found in removed.items()
     ]
-
-
-def _repeats(
-    mask: FolderNode, others: Sequence[FolderNode], parent: FolderNode, stems: Stems
-) -> bool:
-    """Whether most images of `mask` are called like those of one folder beside it, or of its
-    parent. Where other folders are called alike too, names are numbers and say nothing, unless the
-    names of the folders say that they belong together ("train", "train_masks").
-    """
-
-    def below(node: FolderNode) -> set[str]:
-        return {stem.lower() for each in node.walk() for stem in stems(each.path)}
-
-    mine = below(mask)
-    mine |= {of_photograph(stem) for stem in mine}
-
-    def alike(theirs: set[str]) -> bool:
-        return bool(theirs) and len(mine & theirs) > mask.total / 2
-
-    if parent.own and alike({stem.lower() for stem in stems(parent.path)}):
-        return True
-    found = [other for other in others if alike(below(other))]
-    rest = without_mask(mask.name)
-    return len(found) == 1 or any(tokens_of(other.name) == rest for other in found)
 
 
 # ------------------------------------------------------------------------------------ splits
@@ -159,48 +127,60 @@ def _repeats(
 
 def _find_splits(top: FolderNode) -> tuple[dict[str, _Place], set[str]]:
     """The place of every folder with images, and the folders whose names are those of splits."""
-    places: dict[str, _Place] = {}
+    places: dict[str, _Place | None] = {}
     names: set[str] = set()
+    around: set[str] = set()  # folders that splits are in
     waiting: list[tuple[FolderNode, _Place | None]] = [(top, None)]
     while waiting:
         node, place = waiting.pop()
-        decided = {} if place else _places_of(node.held())
-        if node.own:
-            places[node.path] = place or _Place(
-                *(("beside", node.path) if decided else ("train", ""))
-            )
         children = node.held()
+        decided = {} if place else _places_of(children)
+        if node.own:
+            places[node.path] = place
+        if decided:
+            around.update(_around(node.path))
         names.update(decided)
-        if len(children) > 1 and all(split_of(c.name) in _BARE for c in children):
-            names.update(child.path for child in children)  # val beside test, without train
+        if len(children) > 1 and all(_is_bare(split_of(child.name)) for child in children):
+            names.update(child.path for child in children)  # val and test, without train
         waiting.extend((child, place or decided.get(child.path)) for child in reversed(children))
-    if [child.name for child in top.held()] == ["train"] and not top.own and not names:
-        places = dict.fromkeys(places, _Place("train", "train"))
-    return places, names
+    if not around:
+        only = [child.name for child in top.held()] == ["train"] and not top.own
+        whole = _Place("train", "train" if only else "")
+        return dict.fromkeys(places, whole), names
+    undecided = {p: next((a for a in _around(p) if a not in around), p) for p in places}
+    return {p: place or _Place("beside", undecided[p]) for p, place in places.items()}, names
 
 
-_BARE: list[tuple[Kind, tuple[str, ...]]] = [("train", ()), ("val", ()), ("test", ())]
+def _is_bare(found: tuple[Kind, tuple[str, ...]] | None) -> bool:
+    """Whether a name says a split and nothing else."""
+    return found is not None and not found[1]
 
 
 def _places_of(siblings: Sequence[FolderNode]) -> dict[str, _Place]:
-    """The place of each sibling by its path, if a train word and a val or test word are there."""
+    """The place of each sibling by its path, if they are splits: the other words in the names of
+    train and of a held-out split are equal, or all siblings name splits and one does without other
+    words (`train_mini`, `val`). Else nothing.
+    """
     said = {node.path: split_of(node.name) for node in siblings}
     kinds: dict[tuple[str, ...], set[Kind]] = {}
-    for found in said.values():
-        if found:
-            kinds.setdefault(found[1], set()).add(found[0])
-    rests = {rest for rest, of in kinds.items() if "train" in of and len(of) > 1}
-    if not rests:
-        return {}
+    for found in filter(None, said.values()):
+        kinds.setdefault(found[1], set()).add(found[0])
+    equal = {rest for rest, of in kinds.items() if "train" in of and len(of) > 1}
+    if not equal:
+        every = set().union(*kinds.values())
+        complete = all(said.values()) and "train" in every and len(every) > 1
+        if not complete or () not in kinds:
+            return {}
+        equal, kinds = set(kinds), dict.fromkeys(kinds, every)
     places = {}
-    for path, found in said.items():
-        if found is None or found[1] not in rests:
+    for path, split in said.items():
+        if split is None or split[1] not in equal:
             places[path] = _Place("beside", path)
-        elif found[0] == "train":
+        elif split[0] == "train":
             places[path] = _Place("train", path)
         else:
-            second = "val" if "val" in kinds[found[1]] else "test"
-            places[path] = _Place("test" if found[0] == second else "spare", path)
+            first = next(kind for kind in HELD_OUT if kind in kinds[split[1]])
+            places[path] = _Place("test" if split[0] == first else "spare", path)
     return places
 
 
@@ -240,39 +220,46 @@ def _describe_left(folders: Mapping[str, int], places: dict[str, _Place], asked:
     for path, place in places.items():
         counts = deciding.setdefault(place.kind, {})
         counts[place.decided_by] = counts.get(place.decided_by, 0) + folders[path]
-
-    def keys(kind: str) -> list[str]:
-        return list(dict.fromkeys(name.rpartition("/")[2] or "." for name in deciding[kind]))
-
     found = []
     for kind in ("spare", "beside"):
         if kind not in deciding:
             continue
-        left = f"{were(sum(deciding[kind].values()))} left out ({_names(deciding[kind])})"
+        left = f"{were(sum(deciding[kind].values()))} left out ({_shown(deciding[kind])})"
+        train, test = (deciding.get(split, {}) for split in ("train", "test"))
         if asked:
             found.append(f"{left}, as neither data.train nor data.test names them.")
         elif kind == "spare":
             found.append(
-                f"{left}, as {_names(deciding['test'])} is the test split: "
-                f"data.test={_value(keys(kind))} takes them instead."
+                f"{left}, as {_shown(test)} is the test split: "
+                f"data.test={_patterns(deciding[kind], places)} takes them instead."
             )
         else:
+            loose = any(path in folders and path in deciding[kind] for path in _parents(train))
+            key = _patterns([*train, *deciding[kind]], places)
+            key = ". data.test=none" if loose or "," in key[200:] else key
             found.append(
-                f"{left}, as they are beside the splits {_names(deciding['train'])} and "
-                f"{_names(deciding['test'])}: "
-                f"data.train={_value([*keys('train'), *keys(kind)])} takes them in."
+                f"{left}, as they are beside the splits {_shown(train)} and {_shown(test)}: "
+                f"data.train={key} takes them in."
             )
     return found
 
 
-def _value(names: Sequence[str]) -> str:
-    """Names as the value of a key on the command line."""
-    if "." in names:
-        return "."
-    return names[0] if len(names) == 1 else f"'[{','.join(names)}]'"
+def _parents(paths: Iterable[str]) -> set[str]:
+    return {around for path in paths for around in _around(path)[:-1]}
 
 
-def _names(names: Iterable[str]) -> str:
+def _patterns(chosen: Iterable[str], places: Mapping[str, object]) -> str:
+    """The value of a key that names these folders and no other: their names, or their paths."""
+    inside = [path for path in chosen if path]
+    names = list(dict.fromkeys(path.rpartition("/")[2] for path in inside))
+    unsure = {path for path in places if matches(path, names)}
+    if any(not set(_around(path)) & set(inside) for path in unsure):
+        names = [f"./{path}" for path in inside]
+    plain = [re.sub(r"""[][,'"*={}$\\ ]""", "?", name) for name in names]
+    return plain[0] if len(plain) == 1 else f"'[{','.join(plain)}]'"
+
+
+def _shown(names: Iterable[str]) -> str:
     """Some distinct names for a sentence."""
     distinct = list(dict.fromkeys(name or "the folder itself" for name in names))
     more = len(distinct) - _NUM_NAMED

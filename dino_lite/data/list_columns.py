@@ -9,18 +9,22 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dino_lite.contracts import UserError
+from dino_lite.data.folder_names import split_of
 from dino_lite.data.suffixes import SUFFIXES
 
+# Names of columns, without case and separators.
 _PATHS = (
-    *("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path"),
-    *("image_name", "img", "image_id", "id"),
+    *("path", "filename", "file", "filepath", "image", "imagepath", "imagename", "imgname", "img"),
+    *("imageid", "imgid", "id", "idcode"),
 )
 _LABELS = (
-    *("class", "classes", "class_name", "label_name", "labels", "species", "breed", "category"),
-    *("category_name", "genus", "family", "variety", "cultivar", "diagnosis", "dx", "target"),
+    *("class", "classes", "classname", "classid", "labelname", "labels", "species", "breed"),
+    *("category", "categoryname", "genus", "family", "variety", "cultivar", "diagnosis", "dx"),
+    *("target", "cls"),
 )
 _SPLITS = ("split", "set", "subset", "partition")
-_SEPARATORS = ",;\t"
+_SEPARATORS = ",;\t|"
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
 
 
 class Columns(NamedTuple):
@@ -30,7 +34,6 @@ class Columns(NamedTuple):
     label: int | None = None
     split: int | None = None
     why_unlabeled: str = "the list has no column of labels"
-    certain: bool = True  # whether the first cells are known to be paths
 
 
 class Asked(NamedTuple):
@@ -58,30 +61,43 @@ def is_heading(first: Sequence[str], second: Sequence[str] | None) -> bool:
     """Whether the first row of a CSV is a heading: it holds no path, but a known name, or the
     second row holds a path.
     """
-    if any(map(looks_like_path, first)) or any("/" in cell for cell in first):
+    if any(map(looks_like_path, first)):
         return False
     known = {*_PATHS, *_LABELS, *_SPLITS, "label"}
-    return bool(known.intersection(map(str.lower, first))) or any(
-        map(looks_like_path, second or ())
-    )
+    if known.intersection(map(_plain, first)):
+        return True
+    return not any("/" in cell for cell in first) and any(map(looks_like_path, second or ()))
 
 
-def find_columns(names: Sequence[str], sample: Sequence[str], where: str, asked: Asked) -> Columns:
-    """The columns of a list by the `names` in its heading and a `sample` row. Raises UserError if
-    none or several may hold the path, or several the label.
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def find_columns(
+    names: Sequence[str], rows: Sequence[Sequence[str]], where: str, asked: Asked
+) -> Columns:
+    """The columns of a list by the `names` in its heading and some of its first `rows`. Raises
+    UserError if none or several may hold the path, or several the label.
     """
-    lower = [name.lower() for name in names]
-    path, certain = _path_column(lower, sample, where, asked.path)
-    split = next((lower.index(name) for name in _SPLITS if name in lower), None)
-    label, why = _label_column(lower, where, asked.label, path)
-    return Columns(path, label, split, why, certain)
+    plain = [_plain(name) for name in names]
+    path = _path_column(names, plain, rows[0] if rows else (), where, asked.path)
+    split = plain.index("split") if "split" in plain else None
+    for name in _SPLITS[1:]:  # they may mean something else
+        if split is None and name in plain:
+            column = plain.index(name)
+            said = [split_of(row[column]) for row in rows if len(row) > column]
+            split = column if said and all(said) else None
+    label, why = _label_column(names, plain, where, asked.label, path)
+    return Columns(path, label, split, why)
 
 
 def plain_columns(first: Sequence[str], where: str, asked: Asked) -> Columns:
     """Path, label and split of a CSV without a heading, whose first row is `first`."""
-    if asked != Asked() or len(first) > 3:
+    paths = [i for i, cell in enumerate(first) if looks_like_path(cell)]
+    if asked != Asked() or len(first) > 3 or (paths and paths[0] != 0):
         raise UserError(
-            f"{where} has no heading: its first row must name the columns, as path,label,split."
+            f"{where} has no heading that is known: its first row must name the columns, as "
+            "path,label,split."
         )
     return Columns(0, 1 if len(first) > 1 else None, 2 if len(first) > 2 else None)
 
@@ -115,28 +131,36 @@ def _as_latin_1(escaped: re.Match[str]) -> str:
     return bytes([ord(escaped[0]) - 0xDC00]).decode("cp1252", "replace")
 
 
-def check_first(path: bytes, base: bytes, where: str) -> None:
-    """Raise UserError unless the first path of a list, which may be none, is a file or a URL."""
-    if b"://" not in os.path.join(base, path) and not os.path.isfile(os.path.join(base, path)):
-        raise UserError(
-            f"{where} names {os.fsdecode(path)!r} as its first image, and there is no such file: "
-            "name the column with the images' paths as data.path_column, with their suffixes."
-        )
+def missing_suffix(path: bytes, base: bytes, where: str) -> bytes:
+    """What the first path of a list lacks to be that of a file: nothing, or a suffix, which all
+    lack then. Raises UserError if it has no suffix of an image and is not the name of a file.
+    """
+    place = os.path.join(base, path)
+    if looks_like_path(os.fsdecode(path)) or b"://" in place or os.path.isfile(place):
+        return b""
+    for suffix in map(str.encode, _SUFFIXES):
+        if os.path.isfile(place + suffix):
+            return suffix
+    raise UserError(
+        f"{where} names {os.fsdecode(path)!r} as its first image, and there is no such file, also "
+        "not with the suffix of an image: name the column of paths as data.path_column, or the "
+        "folder they are in: data=files data.base=FOLDER."
+    )
 
 
 def _path_column(
-    names: Sequence[str], sample: Sequence[str], where: str, asked: str | None
-) -> tuple[int, bool]:
+    names: Sequence[str], plain: Sequence[str], sample: Sequence[str], where: str, asked: str | None
+) -> int:
     if asked is not None:
-        return _position(names, asked, where, "path_column"), True
-    if "path" in names:
-        return names.index("path"), True
+        return _position(names, asked, where, "path_column")
+    if "path" in plain:
+        return plain.index("path")
     images = [i for i, cell in enumerate(sample[: len(names)]) if looks_like_path(cell)]
-    known = [i for i, name in enumerate(names) if name in _PATHS]
+    known = [i for i, name in enumerate(plain) if name in _PATHS]
     both = [i for i in images if i in known]
     for found in (images, both, [] if images else known):
         if len(found) == 1:
-            return found[0], bool(images)
+            return found[0]
     several = ", ".join(names[i] for i in images or known)
     raise UserError(
         f"{where} has {'no column path' if not several else f'the columns {several}'}: name the "
@@ -145,27 +169,28 @@ def _path_column(
 
 
 def _label_column(
-    names: Sequence[str], where: str, asked: str | None, path: int
+    names: Sequence[str], plain: Sequence[str], where: str, asked: str | None, path: int
 ) -> tuple[int | None, str]:
     if asked == "none":
         return None, "data.label_column=none"
     if asked is not None:
         return _position(names, asked, where, "label_column"), ""
-    if "label" in names:
-        return names.index("label"), ""
-    found = [i for i, name in enumerate(names) if name in _LABELS and i != path]
+    if "label" in plain:
+        return plain.index("label"), ""
+    found = [i for i, name in enumerate(plain) if name in _LABELS and i != path]
     if len(found) > 1:
         raise UserError(
             f"{where} has the columns {', '.join(names[i] for i in found)}: name the one with the "
             "labels as data.label_column, or none."
         )
-    others = [name for i, name in enumerate(names) if i != path and name not in _SPLITS]
+    others = [name for i, name in enumerate(names) if i != path and plain[i] not in _SPLITS]
     why = f"none of the columns {', '.join(others)} is called label: data.label_column names it"
     return (found[0], "") if found else (None, why if others else Columns(0).why_unlabeled)
 
 
 def _position(names: Sequence[str], asked: str, where: str, key: str) -> int:
-    if asked.lower() not in names:
+    lower = [name.lower() for name in names]
+    if str(asked).lower() not in lower:
         has = ", ".join(names)
         raise UserError(f"data.{key}={asked} is no column of {where}, which has {has}.")
-    return names.index(asked.lower())
+    return lower.index(str(asked).lower())

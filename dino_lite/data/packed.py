@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from dino_lite.data.class_names import name_classes
+from dino_lite.data.folder_names import matches
 from dino_lite.data.labels import NO_LABELS, Labels, Named, encode_auto
-from dino_lite.data.layout import Layout, read_layout, split_files
+from dino_lite.data.layout import split_files
+from dino_lite.data.path_layout import layout_of
+from dino_lite.data.paths import PathList
 from dino_lite.data.selection import Selection
 from dino_lite.data.tar_index import TarIndex
 
@@ -20,43 +26,37 @@ class Packed(NamedTuple):
     train: TarIndex
     test: TarIndex
     by_folder: Labels
-    left_out: list[str]
+    left_out: Sequence[str]
 
 
-def split_packed(index: TarIndex, chosen: Selection, class_level: int = 0) -> Packed:
+def split_packed(index: TarIndex, chosen: Selection) -> Packed:
     """Split by the names of shards; where these say nothing, by the folders in the shards."""
+    if chosen.exclude:
+        index = _where(index, ~np.array([matches(n, chosen.exclude) for n in index.names], bool))
     counts = dict(zip(index.shards, np.diff(index.bounds).tolist(), strict=True))
     trains, tests, left_out = split_files(counts, chosen.train, chosen.test)
     if not any("/" in name for name in index.names):
         return Packed(index.part(trains), index.part(tests), NO_LABELS, left_out)
-    folder_of = [posixpath.dirname(name) for name in index.names]
     if trains and (tests or left_out):  # the folders name the classes only
-        found = (index.part(trains), index.part(tests))
-        folders = [sorted({posixpath.dirname(name) for name in part.names}) for part in found]
-        inner = [{path: path.split("/") if path else [] for path in each} for each in folders]
-        layout = Layout(inner[0], "", inner[1], "", left_out)
+        train, test = index.part(trains), index.part(tests)
+        both = [sorted({posixpath.dirname(n) for n in part.names}) for part in (train, test)]
+        inner = [{path: path.split("/") if path else [] for path in each} for each in both]
     else:
-        layout = _inner_layout(index, folder_of, chosen)
-        rows = [
-            [i for i, folder in enumerate(folder_of) if folder in part]
-            for part in (layout.train, layout.test)
-        ]
-        whole = len(rows[0]) == len(folder_of)
-        found = (index if whole else index.select(rows[0]), index.select(rows[1]))
-    classes = name_classes(layout.train, layout.test, class_level)
+        paths = PathList()
+        for name in index.names:
+            paths.add(os.fsencode(name))
+        of = layout_of(paths.paths(), chosen)
+        train, test = _where(index, of.train), _where(index, of.test)
+        left_out = list(of.layout.left_out)
+        inner = [of.layout.train, of.layout.test]
+    classes = name_classes(inner[0], inner[1], chosen.class_level)
     named = [
-        Named.collect(of[posixpath.dirname(name)] for name in part.names)
-        for of, part in zip(classes, found, strict=True)
+        Named.collect(of_folder[posixpath.dirname(name)] for name in part.names)
+        for of_folder, part in zip(classes, (train, test), strict=True)
     ]
-    of_test = named[1] if found[1].names else None
-    by_folder = encode_auto(named[0], of_test, found[0].names.__getitem__)
-    return Packed(*found, by_folder, layout.left_out)
+    of_test = named[1] if test.names else None
+    return Packed(train, test, encode_auto(named[0], of_test, train.names.__getitem__), left_out)
 
 
-def _inner_layout(index: TarIndex, folder_of: list[str], chosen: Selection) -> Layout:
-    """The layout of the folders in all shards, as if these were unpacked into one place."""
-    stems: dict[str, list[str]] = {folder: [] for folder in folder_of}
-    for folder, name in zip(folder_of, index.names, strict=True):
-        stems[folder].append(posixpath.splitext(posixpath.basename(name))[0])
-    counts = {folder: len(names) for folder, names in stems.items()}
-    return read_layout(counts, stems.__getitem__, chosen.train, chosen.test, chosen.automatic)
+def _where(index: TarIndex, rows: Bool[np.ndarray, "N"]) -> TarIndex:
+    return index if rows.all() else index.select(np.flatnonzero(rows).tolist())

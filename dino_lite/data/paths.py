@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -65,33 +67,36 @@ class Paths:
         """All folders, by number."""
         return [self.folder(number) for number in range(self.num_folders)]
 
-    def select(self, folders: Collection[int], without: bytes = b"") -> Paths:
-        """The paths in these folders, in order, without their common beginning `without`."""
-        chosen = np.zeros(self.num_folders, bool)
-        chosen[list(folders)] = True
-        if chosen.all() and not without:
-            return self
-        kept = self.where(chosen[self.folder_of])
-        number = np.cumsum(chosen) - 1
-        names = [self.folder(i)[len(without) :] for i in np.flatnonzero(chosen).tolist()]
-        return Paths(names, number[kept.folder_of], kept._names, kept._bounds)
-
-    def where(self, rows: Bool[np.ndarray, "N"]) -> Paths:
-        """The paths of these rows, in order."""
+    def where(self, rows: Bool[np.ndarray, "N"], without: bytes = b"") -> tuple[Paths, list[int]]:
+        """The paths of these rows, in order, without their common beginning `without`; and the
+        numbers that their folders had.
+        """
+        if rows.all() and not without:
+            return self, list(range(self.num_folders))
+        of_row = self.folder_of[rows]
+        used = np.flatnonzero(np.bincount(of_row, minlength=self.num_folders)).tolist()
+        number = np.zeros(self.num_folders, np.int64)
+        number[used] = np.arange(len(used))
         lengths: np.ndarray = np.diff(self._bounds.astype(np.int64))
-        names = self._names[np.repeat(rows, lengths)]
-        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])])
-        return Paths(self.folders(), self.folder_of[rows], names, bounds)
+        found = Paths(
+            [self.folder(i)[len(without) :] for i in used],
+            number[of_row],
+            self._names[np.repeat(rows, lengths)],
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[rows])]),
+        )
+        return found, used
 
-    def mentions(self, words: Sequence[bytes]) -> bool:
-        """Whether the names of files contain one of these words in lower case, or appear to."""
-        names = self._names.tobytes().lower()
-        return any(word in names for word in words)
+    def folders_that_mention(self, words: Sequence[bytes]) -> list[int]:
+        """The folders with a file whose name contains one of these words in lower case."""
+        pattern = re.compile(b"|".join(map(re.escape, words)))
+        places = [found.start() for found in pattern.finditer(self._names.tobytes().lower())]
+        rows = np.searchsorted(self._bounds, places, "right") - 1
+        return np.unique(self.folder_of[rows]).tolist() if places else []
 
-    def names_in(self, number: int) -> list[bytes]:
-        """The names of the files directly in folder `number`."""
-        rows = np.flatnonzero(self.folder_of == number).tolist()
-        return [self._names[self._bounds[i] : self._bounds[i + 1]].tobytes() for i in rows]
+    def file_names(self, rows: Iterable[int]) -> list[str]:
+        """The names of files without their folders."""
+        bounds, names = self._bounds, self._names
+        return [os.fsdecode(names[bounds[i] : bounds[i + 1]].tobytes()) for i in rows]
 
     def num_in_folders(self) -> Int[np.ndarray, "folders"]:
         """The number of paths directly in each folder."""

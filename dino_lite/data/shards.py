@@ -74,12 +74,12 @@ def open_shards(
     for unlabeled images; without any, the folders in the shards. `channels` to `truncated`: see
     `Pixels`.
     """
-    chosen = select(train, test, exclude)
+    chosen = select(train, test, exclude, class_level)
     base, shards = find_shards(root)
     index = _load_index(base, [shard for shard in shards if not matches(shard, chosen.exclude)])
     if not index.names:
         raise UserError(f"{base} has no image (key.jpg, key.png …) in its shards: check data.root.")
-    parts = split_packed(index, chosen, class_level)
+    parts = split_packed(index, chosen)
     if not parts.train.names:
         asked = ",".join(chosen.train or [])
         raise UserError(f"data.train={asked} names no shard of {base}, and no folder in them.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ def walk(root: bytes, exclude: Sequence[str] = (), junk: bool = False) -> Found:
         try:
             status = os.stat(folder)
             with os.scandir(folder) as listing:
-                entries = [entry for entry in map(_entry, listing) if entry]
+                entries, more = _entries(listing)
         except OSError as error:
             if not below:
                 raise UserError(
@@ -61,46 +61,42 @@ def walk(root: bytes, exclude: Sequence[str] = (), junk: bool = False) -> Found:
         if (here := (status.st_dev, status.st_ino)) in around:
             continue
         if exclude:
-            entries = [
-                e for e in entries if not matches(os.fsdecode(below + e.rstrip(b"/")), exclude)
-            ]
+            entries, more = (
+                [e for e in each if not matches(os.fsdecode(below + e.rstrip(b"/")), exclude)]
+                for each in (entries, more)
+            )
+        for name in more:
+            suffix = os.path.splitext(name)[1].lower().decode()
+            others.setdefault(suffix, []).append(os.fsdecode(below + name))
         found: list[tuple[bytes, list[bytes], frozenset[_Identity]]] = []
-        for kind, run in groupby(sorted(entries), _kind):
-            if kind == b"/":
+        for is_folder, run in groupby(sorted(entries), lambda entry: entry.endswith(b"/")):
+            if is_folder:
                 named = [name for name in run if junk or not is_junk(os.fsdecode(name[:-1]))]
                 found.extend((below + name, [], around | {here}) for name in named)
-            elif kind:
-                others.setdefault(kind.decode(), []).extend(
-                    os.fsdecode(below + name) for name in run
-                )
             else:
                 found.append((below, list(run), around))
         waiting.extend(reversed(found))
     return Found(images.paths(), others, unlisted)
 
 
-def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
-    """A folder's name with a slash, the name of a file that may hold images, or None; only links
-    need a system call.
+def _entries(listing: Iterable[os.DirEntry[bytes]]) -> tuple[list[bytes], list[bytes]]:
+    """Names of folders, with a slash, and of images; and names of other files that may hold images.
+    Only links need a system call.
     """
-    if entry.name.startswith(b"."):
-        return None
-    try:
-        if entry.is_dir():
-            return entry.name + b"/"
-        if entry.name.lower().endswith(_NAMED) and entry.is_file():
-            return entry.name
-    except OSError:  # a link to itself
-        pass
-    return None
-
-
-_NAMED = SUFFIXES + _COLLECTED
-
-
-def _kind(entry: bytes) -> bytes:
-    """`/` for a folder, the suffix of a file that is none of an image, else nothing."""
-    if entry.endswith(b"/"):
-        return b"/"
-    suffix = os.path.splitext(entry)[1].lower()
-    return suffix if suffix in _COLLECTED else b""
+    entries: list[bytes] = []
+    others: list[bytes] = []
+    for entry in listing:
+        name = entry.name
+        if name.startswith(b"."):
+            continue
+        try:
+            if entry.is_dir():
+                entries.append(name + b"/")
+            elif (lower := name.lower()).endswith(SUFFIXES):
+                if entry.is_file():
+                    entries.append(name)
+            elif lower.endswith(_COLLECTED) and entry.is_file():
+                others.append(name)
+        except OSError:  # a link to itself
+            continue
+    return entries, sorted(others)
