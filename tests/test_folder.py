@@ -447,3 +447,19 @@ def test_archives_only_that_git_lfs_has_not_fetched(tmp_path: Path, name: str) -
     told = sentence(lambda: read_facts(open_auto(tmp_path)))
     assert "git lfs pull" in told
     assert name in told
+
+
+def test_pictures_of_runs_and_checks_are_no_data(tmp_path: Path) -> None:
+    """A run in the folder that it trains on sees the same images when it is resumed."""
+    fill(tmp_path, "a.png", "b/c.png")
+    before = open_folder(tmp_path)
+    for folder, files in (("runs/x", ("config.yaml", "environment.json")), ("d", ("check.json",))):
+        fill(tmp_path / folder, "crops.png", "deep/pca.png")
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
+    after = open_folder(tmp_path)
+    assert after.train.digest() == before.train.digest()
+    assert after.left_out[0].startswith("2 folders of runs or checks (d, runs/x) were left out")
+    assert len(open_folder(tmp_path, exclude="none").train) == 6
+    (tmp_path / "check.json").write_text("{}")  # written by `out=.`
+    assert len(open_folder(tmp_path).train) == 2

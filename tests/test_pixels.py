@@ -510,3 +510,16 @@ def test_a_worker_forked_while_a_thread_decodes_can_decode() -> None:
     leave.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("suffix", ["tif", "npy"])
+def test_values_that_are_no_numbers_are_within_the_range(tmp_path: Path, suffix: str) -> None:
+    """NaN becomes the lowest, infinities the ends."""
+    values = np.array([[0, 0.5, 1, np.nan], [np.inf, -np.inf, 2, -1]], np.float32)
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "npy":
+        np.save(file, values)
+    else:
+        Image.fromarray(values, "F").save(file)
+    shown = decode(io.BytesIO(file.read_bytes()), Pixels(1, [0, 1]))[..., 0]
+    assert shown.tolist() == [[0, 128, 255, 0], [255, 0, 255, 0]]

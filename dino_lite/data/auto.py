@@ -24,6 +24,7 @@ from dino_lite.data.sources import expand
 from dino_lite.data.walk import Found
 from dino_lite.settings.kinds import Size
 
+_OF_FOLDERS = ("exclude", "class_level")
 _OF_DATASETS = ("dataset_dict.json", "state.json")  # written by `Dataset.save_to_disk`
 
 
@@ -84,7 +85,7 @@ def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Spli
     """The files, tar shards or tables in a folder, whichever hold most images. `way`: the settings
     that `open_folder` and `open_shards` share.
     """
-    of_table = {key: value for key, value in way.items() if key not in ("exclude", "class_level")}
+    of_table = {key: value for key, value in way.items() if key not in _OF_FOLDERS}
     if path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
         return _with_own_labels(open_builtin("cifar10", path, channels=way["channels"]), labels)
     if any((path / name).is_file() for name in _OF_DATASETS):
@@ -97,6 +98,11 @@ def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Spli
     if kind == "shards":
         splits = open_shards(path, **way)
     elif kind == "huggingface":
+        if way["class_level"]:
+            raise UserError(
+                f"data.class_level={way['class_level']} is for folders, lists and tar shards, but "
+                f"{path} holds images in tables: leave it out."
+            )
         splits = open_huggingface(path, **of_table)
     else:
         pixels = Pixels(**{field: way[field] for field in Pixels._fields})

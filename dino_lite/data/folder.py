@@ -65,7 +65,7 @@ def look_through(top: Top, chosen: Selection) -> Found:
     for file in (file[start:] for file in top.files):
         if os.fsencode(file).lower().endswith(SUFFIXES) and not matches(file, chosen.exclude):
             images.add(os.fsencode(file))
-    return Found(images.paths(), {}, {})
+    return Found(images.paths(), {}, {}, [])
 
 
 def read_folders(

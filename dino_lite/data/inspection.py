@@ -35,7 +35,7 @@ ROW = np.dtype(
         ("height", np.int32),
         ("width", np.int32),
         ("format", "S9"),
-        ("mode", "S9"),
+        ("mode", "S14"),
         ("readable", np.bool_),
         ("rotated", np.bool_),
         ("misnamed", np.bool_),  # the suffix belongs to another format

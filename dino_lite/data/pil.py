@@ -232,7 +232,8 @@ def _deep_gray(image: Image.Image, file: Any, pixels: Pixels, stored: dict[int, 
         values, bits = values.astype(np.uint16), stored.get(_BITS, (16,))[0]
     elif pixels.range is None:
         raise ValueError(
-            "pixels have 32 bits, of unknown range; store 8 or 16, or set data.range=[low, high]"
+            "pixels are signed, floats or of 32 bits, of unknown range; store 8 or 16 unsigned "
+            "bits, or set data.range=[low, high]"
         )
     else:
         check_dtype(values.dtype, pixels.range)
@@ -242,11 +243,12 @@ def _deep_gray(image: Image.Image, file: Any, pixels: Pixels, stored: dict[int, 
         alpha = np.where(values == key, 0, 255).astype(np.uint8)
     if image.format == "JPEG2000" and pixels.range:
         values = values >> (16 - _jp2_bits(file))
-    shown, largest = to_8_bits(values, bits, pixels.range), int(values.max()) if bits else 0
+    shown = to_8_bits(values, bits, pixels.range)
+    full = 2**bits - 1 if values.dtype == np.uint16 else 0
+    largest = int(values.max()) if full else 0
     if stored.get(_KIND) == 0:  # white is zero
-        shown, largest = 255 - shown, 2**bits - 1 - int(values.min())
-    known = values.dtype == np.uint16
-    return Samples(shown, alpha, largest if known else 0, 2**bits - 1 if known else 0)
+        shown, largest = 255 - shown, full - int(values.min()) if full else 0
+    return Samples(shown, alpha, largest, full)
 
 
 def _deep_png(file: Any, pixels: Pixels, key: Any) -> Samples:

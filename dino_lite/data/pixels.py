@@ -62,7 +62,9 @@ def to_8_bits(
     if bounds is not None and bits not in range(1, 8):
         low, high = bounds
         exact = np.float32 if values.dtype.itemsize <= 2 else np.float64
-        scaled = (np.nan_to_num(values.astype(exact)) - exact(low)) * exact(255 / (high - low))
+        # NaN is low; infinities are clipped, as other values outside are.
+        clipped = np.clip(np.nan_to_num(values.astype(exact), nan=low), low, high)
+        scaled = (clipped - exact(low)) * exact(255 / (high - low))
         mapped: np.ndarray = np.clip(scaled + exact(0.5), 0, 255.5).astype(np.uint8)
         return mapped
     check_dtype(values.dtype, None)

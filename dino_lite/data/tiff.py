@@ -60,7 +60,7 @@ class Tiff(NamedTuple):
             self.page.photometric, "GRAY"
         )
         bits = self.page.bitspersample
-        return f"{kind};{bits if self.dtype.kind == 'u' else self.dtype}"[:9]
+        return f"{kind};{bits if self.dtype.kind == 'u' else self.dtype}"
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def why_empty(top: Top, found: Found, chosen: Selection) -> str:
 
 
 def describe_unread(found: Found) -> list[str]:
-    """Sentences that count images of a kind that is not read here, archives, and folders without
-    access.
+    """Sentences that count images of a kind that is not read here, archives, folders of runs, and
+    those without access.
     """
     sentences = []
     for cure in dict.fromkeys(KNOWN.values()):
@@ -93,6 +93,12 @@ def describe_unread(found: Found) -> list[str]:
         sentences.append(
             f"{_compressed(archives)} {'was' if len(archives) == 1 else 'were'} left out: unpack "
             f"what should be read, or say data.exclude='[{suffixes}]'."
+        )
+    if found.own:
+        was = "was" if len(found.own) == 1 else "were"
+        sentences.append(
+            f"{count(len(found.own), 'folder')} of runs or checks ({listed(found.own)}) {was} left "
+            "out: data.exclude=none takes their pictures in."
         )
     if found.unlisted:
         name, why = next(iter(found.unlisted.items()))
