@@ -311,3 +311,56 @@ def test_latin1_csv_is_read(tmp_path: Path) -> None:
     assert splits.train.read(0).shape == (4, 6, 3)
     "".join([*splits.train.classes, splits.labels_from, splits.train.name(0)]).encode()
     assert open_auto(written(tmp_path / "l.csv", text, "utf-16")).train.classes == ["Müller", "x"]
+
+
+def test_names_without_their_suffix(tmp_path: Path) -> None:
+    """Ids whose files are there with a suffix; what names no file is refused, not trained on."""
+    fill(tmp_path, "00ab.png", "01cd.png", "train/02ef.jpg")
+    ids = written(tmp_path / "l.csv", "id,breed\n00ab,pug\n01cd,boxer\n00ab,pug\n01cd,boxer\n")
+    splits = open_auto(ids)
+    assert names(splits.train)[:2] == ["00ab.png", "01cd.png"]
+    assert splits.train.classes == ["boxer", "pug"]
+    for text in ("ImageID,LabelName\nx1,cat\n", "images/a.jpg 0\n", "path\n"):
+        told = sentence(open_auto, written(tmp_path / "l.txt", text))
+        assert "there is no such file" in told
+        assert "data.base=" in told
+    assert "data.path_column" in sentence(open_auto, written(ids, "who,img_name\nme,x1\n"))
+    below = open_files(written(tmp_path / "m.csv", "id\n02ef\n"), base=tmp_path / "train")
+    assert names(below.train) == ["02ef.jpg"]
+
+
+def test_columns_that_mean_something_else(tmp_path: Path) -> None:
+    """A set or partition is one of splits only if its values are; patterns take all that match."""
+    rows = [(f"{i}.png", word) for i, word in enumerate(("train1", "train2", "val", "extra"))]
+    text = "path,{}\n" + "".join(f"{path},{word}\n" for path, word in rows)
+    listed = written(tmp_path / "l.csv", text.format("split"))
+    assert names(open_auto(listed).train) == ["0.png", "1.png"]
+    assert names(open_auto(listed, train="[train*,extra]").train) == ["0.png", "1.png", "3.png"]
+    every = open_auto(listed, train=".", test="none")
+    assert (len(every.train), every.left_out) == (4, ())
+    assert "no image of the split train" in sentence(open_auto, listed, test=".")
+    told = open_auto(listed).left_out[0]
+    assert "data.train='[train1,train2,extra]'" in told
+    other = written(listed, "path,set\n0.png,coco\n1.png,flickr\n")
+    assert len(open_auto(other).train) == 2
+    assert len(open_auto(written(listed, text.format("set"))).train) == 4
+    lone = written(listed, "path,split\n0.png,train\n1.png,extra\n")
+    assert "None" not in open_auto(lone).left_out[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image|label\n1.png|x\n2.png|y\n",
+        "# comment\npath,label\n1.png,x\n2.png,y\n",
+        "Path,Frontal/Lateral,class\n1.png,F,x\n2.png,L,y\n",
+        "image_name;Class Name\n1.png;x\n2.png;y\n",
+    ],
+)
+def test_dialects(tmp_path: Path, text: str) -> None:
+    """The heading is understood, and no image."""
+    fill(tmp_path, "1.png", "2.png")
+    splits = open_auto(written(tmp_path / "l.csv", text + text.split("\n", 2)[-1]))
+    assert set(names(splits.train)) == {"1.png", "2.png"}
+    if "#" not in text:
+        assert splits.train.classes == ["x", "y"]

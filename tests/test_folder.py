@@ -463,3 +463,24 @@ def test_pictures_of_runs_and_checks_are_no_data(tmp_path: Path) -> None:
     assert len(open_folder(tmp_path, exclude="none").train) == 6
     (tmp_path / "check.json").write_text("{}")  # written by `out=.`
     assert len(open_folder(tmp_path).train) == 2
+
+
+@pytest.mark.parametrize("name", ["train.zip", "Training.tar", "ILSVRC_train.tar.gz"])
+def test_train_in_an_archive_beside_held_out_images_is_refused(tmp_path: Path, name: str) -> None:
+    """They would be trained on instead."""
+    fill(tmp_path, "val/a/1.png", "val/b/2.png")
+    (tmp_path / name).write_bytes(b"x")
+    told = sentence(open_auto, tmp_path)
+    assert name in told
+    assert "not unpacked" in told
+    assert len(open_auto(tmp_path, train=".").train) == 2
+    fill(tmp_path, "train/a/3.png")
+    splits = open_auto(tmp_path)
+    assert (len(splits.train), len(splits.test or [])) == (1, 2)
+    if name != "Training.tar":  # it holds nothing that can be read
+        assert any("compressed archive" in sentence for sentence in splits.left_out)
+
+
+def test_a_test_split_of_everything_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "a/1.png", "b/2.png")
+    assert "data.test=. leaves no image" in sentence(open_folder, tmp_path, test=".")
