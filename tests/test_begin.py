@@ -118,17 +118,17 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "named"),
     [
         ("backbone.depth=4", "backbone.depth=4 (the run: 6)"),
-        ("++backbone.depth=4 seed=1", "backbone.depth=4 (the run: 6)"),
-        ("backbone.mlp='swiglu'", "backbone.mlp=swiglu (the run: null)"),
+        (
+            "++backbone.depth=4 backbone.mlp='swiglu'",
+            "backbone.depth=4 (the run: 6), backbone.mlp=",
+        ),
         ("backbone=vit_tiny", "backbone.name=vit_tiny_patch16_224 (the run: vit)"),
         ("backbone=convnet", "backbone._target_=dino_lite.backbones.convnet.ConvNet (the run: "),
-        ("method.head.num_prototypes=64", "method.head.num_prototypes=64 (the run: 512)"),
-        ("method.center_momentum=0.5", "method.center_momentum=0.5 (the run: 0.9)"),
-        ("compat=dinov2 method=dino", "backbone.position_offset=0.1 (the run: 0.0)"),
         (
-            "experiment=dino_vit_small_imagenet",
-            "backbone.name=vit_small_patch16_224 (the run: vit)",
+            "method.head.num_prototypes=64 method.center_momentum=0.5",
+            "method.center_momentum=0.5 (the run: 0.9), method.head.num_prototypes=64 (the",
         ),
+        ("compat=dinov2 method=dino", "backbone.position_offset=0.1 (the run: 0.0)"),
     ],
 )
 def test_what_differs_from_the_run_begun_with_is_refused(

@@ -299,15 +299,15 @@ def test_collectives_do_nothing_in_one_process() -> None:
         ({}, 0),
         ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
         ({"LOCAL_RANK": "1"}, 1),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, 5),
-        ({"SLURM_PROCID": "5"}, 0),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}, 5),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, 0),
     ],
 )
 def test_before_the_group_is_up_the_launcher_tells_the_rank(
     environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun's variables, Lightning's, SLURM's; an allocation alone is no launcher."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

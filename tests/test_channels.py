@@ -155,7 +155,7 @@ def test_data_of_a_users_own_come_in_the_backbones_channels(
     assert "None of the 8 images can be read" in told
     assert "has 3 channels, not data.channels=5" in told
     told = sentence(run_evaluate, config(five_run, "data.channels=1"))
-    assert "have 1 channels, but the backbone takes 5" in told
+    assert "have 1 channel, but the backbone takes 5" in told
     told = sentence(run_export, compose("export", [f"checkpoint={five_run}", *asked]))
     assert "not data.channels=5" in told
 
@@ -169,7 +169,7 @@ def test_channels_that_do_not_fit_are_a_sentence(tmp_path: Path) -> None:
     told = sentence(run_pretrain, tiny(runs_dir, "data.channels=4"))
     assert "the embedded shapes have 3" in told
     told = sentence(run_pretrain, tiny(runs_dir, "data.channels=1", "backbone.in_chans=3"))
-    assert "the images have 1 channels" in told
+    assert "the images have 1 channel;" in told
     five = (f"data.root={root}", "data.channels=5", "augment.where=worker")
     told = sentence(run_pretrain, tiny(runs_dir, *five, data="folder"))
     assert "PIL does not support 5 channels" in told

@@ -29,6 +29,7 @@ from tiny import tiny, train
 pytestmark = pytest.mark.slow
 
 PICTURES = ("attention.png", "pca.png", "neighbors.png")
+SHORT = "trainer.max_steps=2"
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def test_what_is_missing_is_made_by_the_same_command_without_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A picture that was removed; the weights are not touched, the others not drawn anew."""
-    run = train(tmp_path)
+    run = train(tmp_path, SHORT)
     assert all((run / name).is_file() for name in PICTURES)
     assert state(run)["trained"]
     assert state(run)["finished"]
@@ -48,7 +49,7 @@ def test_what_is_missing_is_made_by_the_same_command_without_training(
     kept[run / "checkpoints" / "last.ckpt"] = (run / "checkpoints/last.ckpt").stat().st_mtime_ns
     (run / "pca.png").unlink()
     del kept[run / "pca.png"]
-    assert train(tmp_path) == run
+    assert train(tmp_path, SHORT) == run
     assert (run / "pca.png").is_file()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     out = capsys.readouterr().out
@@ -73,7 +74,8 @@ def test_a_failure_after_training_leaves_a_trained_run(
 
         return measure
 
-    asked = tiny(tmp_path, "baselines=true")
+    monkeypatch.setattr(finish, "QUICK", {})
+    asked = tiny(tmp_path, "baselines=true", SHORT)
     with monkeypatch.context() as patch:
         patch.setattr(finish, "knn_against_baselines", failing(RuntimeError("no memory for this")))
         with pytest.raises(RuntimeError, match="no memory"):
@@ -116,6 +118,7 @@ def test_a_test_split_without_a_label_is_not_measured_on(
         return splits._replace(train=train, labels_from="the folders a, b")
 
     monkeypatch.setattr(commands, "open_splits", unlabeled)
+    monkeypatch.setattr(finish, "QUICK", {})
     run = train(tmp_path, "baselines=true", "loader.max_bad_fraction=0.1")
     assert "leave-one-out on train (43 images)" in state(run)["knn_protocol"]
     out = capsys.readouterr().out
@@ -133,26 +136,26 @@ def test_a_picture_that_fails_blocks_nothing(
 
     with monkeypatch.context() as patch:
         patch.setitem(gallery.QUICK, "pca", failing)
-        run = train(tmp_path)
+        run = train(tmp_path, SHORT)
     assert "pca.png was not drawn: no such font" in capsys.readouterr().out
     assert state(run)["finished"]
     assert not (run / "pca.png").exists()
-    train(tmp_path)
+    train(tmp_path, SHORT)
     assert (run / "pca.png").is_file()
 
 
 def test_a_run_that_is_trained_again_keeps_nothing_of_before(tmp_path: Path) -> None:
     """Its checkpoint was deleted: results and pictures are those of the new weights."""
-    run = train(tmp_path)
+    run = train(tmp_path, SHORT)
     planted = state(run) | {"knn_trained": 99.99, "last": {"knn": {"value": 1.0}}}
     (run / "results.json").write_text(json.dumps(planted))
     (run / "pca.png").write_bytes(b"old")
     (run / "checkpoints" / "last.ckpt").unlink()
     with pytest.raises(UserError, match="interrupted"):
-        train(tmp_path, "callbacks.stop={_target_: tiny.StopAt, step: 3}")
+        train(tmp_path, SHORT, "callbacks.stop={_target_: tiny.StopAt, step: 1}")
     assert not (run / "results.json").exists()
     assert not (run / "pca.png").exists()
-    assert train(tmp_path) == run
+    assert train(tmp_path, SHORT) == run
     assert {"knn_trained", "last"} & state(run).keys() == set()
-    assert state(run)["steps"] == 8
+    assert state(run)["steps"] == 2
     assert (run / "pca.png").read_bytes() != b"old"

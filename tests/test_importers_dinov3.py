@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a second norm": (hub(cls_norm__weight=torch.ones(48)), r"1 unknown.*cls_norm\.weight"),
     "no last norm": (without("norm.weight"), r"lacks norm\.weight.*DINOv3 ViTs, can be opened"),
-    "half an MLP": (without("blocks.1.mlp.fc1.bias"), r"1 weights missing.*blocks\.1\.mlp\.fc1"),
+    "half an MLP": (without("blocks.1.mlp.fc1.bias"), r"1 weight missing.*blocks\.1\.mlp\.fc1"),
     "unknown heads": (
         lambda folder: with_config(without()(folder)),
         "number of heads for a width of 48.*NAME.json next to",

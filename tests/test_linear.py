@@ -72,7 +72,7 @@ def test_classes_of_one_image_are_told() -> None:
     labels = task.train.labels.clone()
     labels[0] = 3
     lone = task._replace(train=task.train._replace(labels=labels), num_classes=4)
-    assert "none of 1 classes with one image" in Linear(**QUICK).score(lone)["protocol"]
+    assert "none of 1 class with one image" in Linear(**QUICK).score(lone)["protocol"]
 
 
 def test_the_same_seed_gives_the_same_result() -> None:

@@ -209,7 +209,7 @@ def test_data_that_this_version_reads_differently_is_not_called_changed(
     """`before`: the paths whose digest an earlier version stored."""
     node = {"_target_": "dino_lite.data.folder.open_folder", "root": str(fill(tmp_path, *files))}
     card = {"num_images": len(before), "digest": digest([name.encode() for name in before])}
-    with pytest.raises(UserError, match=r"the data is the same.* reads 1 images .*data\.exclude"):
+    with pytest.raises(UserError, match=r"the data is the same.* reads 1 image .*data\.exclude"):
         check_data(Run(tmp_path / "run"), card, node, open_splits(node))
     (tmp_path / files[0]).unlink()
     fill(tmp_path, "train/new.png")

@@ -128,7 +128,7 @@ def test_out_of_memory_on_resume_goes_on_from_the_checkpoint(
         ([AUTO, "method=dinov2"], 4, r"KoLeo .* so trainer\.micro_batch_size=4 would change"),
         ([AUTO, "method.head.batch_norm=true"], 4, r"trainer\.micro_batch_size=4 would change"),
         (["trainer.micro_batch_size=8"], 4, r"of 8 images: set a smaller trainer\.micro_batch"),
-        ([AUTO], 0, r"of 1 images: set a smaller trainer\.micro_batch_size"),
+        ([AUTO], 0, r"of 1 image: set a smaller trainer\.micro_batch_size"),
     ],
 )
 def test_where_half_would_not_do_it_is_a_sentence(

@@ -87,9 +87,10 @@ def test_how_much_is_printed_is_no_part_of_a_run() -> None:
 
 @pytest.mark.slow
 def test_a_run_prints_its_plan_in_ten_lines_and_notes_apart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Then all of it with plan=full; a run like an earlier one but longer names that one."""
+    monkeypatch.setattr("dino_lite.commands.pretrain.finish", lambda *_: None)
     first = run_pretrain(tiny(tmp_path, "trainer.max_steps=2"))["run"]
     plan_of_first, *rest = capsys.readouterr().out.split("\n\n")
     assert plan_of_first.splitlines()[0] == f"run {first}"

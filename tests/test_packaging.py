@@ -86,7 +86,7 @@ def test_sdist_can_be_built_into_a_wheel(tmp_path: Path) -> None:
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     """A plain `pip install .` brings what dino_lite imports; functions may import an extra's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    provides = {"hydra-core": "hydra", "pillow": "PIL", "scikit-learn": "sklearn"}
+    provides = {"hydra-core": "hydra", "pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
 
     def packages(lines: list[str]) -> set[str]:
         names = [re.split(r"[<>=~! \[]", line)[0] for line in lines]

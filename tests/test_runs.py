@@ -13,6 +13,7 @@ import yaml
 
 from dino_lite.commands.runs import runs, table
 from dino_lite.contracts import UserError
+from dino_lite.runs import finish
 from dino_lite.runs.listing import Listed, list_runs
 from dino_lite.runs.run import Run
 from tiny import train
@@ -105,8 +106,11 @@ def test_the_table_says_it_in_a_line_each() -> None:
     ]
 
 
-def test_the_command_lists_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A real run, by a path alone; an empty folder and a missing one."""
+    monkeypatch.setattr(finish, "QUICK", {})
     name = train(tmp_path / "runs", "trainer.max_steps=2").name
     capsys.readouterr()
     out = tmp_path / "list.json"

@@ -111,7 +111,7 @@ def broken(root: Path, how: str) -> None:
         ("size", r"40x25 pixels, but its image 40x24"),
         ("missing", "1 of 3 images have no mask"),
         ("damaged", "cannot be read as a mask"),
-        ("one class", "have 1 classes"),
+        ("one class", r"have 1 class \("),
         ("image", "cannot be read"),
     ],
 )

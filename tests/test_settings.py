@@ -7,7 +7,8 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pytest
 
@@ -77,7 +78,7 @@ def allows(hint: Any, value: Any, values: Any = None) -> bool | None:
         base = allows(get_args(hint)[0], value)
         musts = [must for must in hint.__metadata__ if isinstance(must, Must)]
         return base and all(must.holds(value) for must in musts)
-    if isinstance(hint, type(int | None)):
+    if get_origin(hint) in (Union, UnionType):
         told = [allows(each, value) for each in get_args(hint)]
         return None if None in told else any(told)
     if get_origin(hint) is Literal:

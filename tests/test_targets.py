@@ -42,7 +42,7 @@ def test_rows_find_their_images_in_any_split_and_any_order(tmp_path: Path) -> No
         ("path,x\nc/9.png,1\n", "the row of c/9.png matches no image"),
         ("path,x\n1.png,1\n", "the row of 1.png matches 2 images"),
         ("path,x\na/1.png,1\n./a/1.png,2\n", "two rows of a/1.png"),
-        ("path,x\na/1.png,big\n", "Row 2 of .* is not a path and 1 numbers"),
+        ("path,x\na/1.png,big\n", "Row 2 of .* is not a path and 1 number:"),
         ("path,x\na/1.png,nan\n", "Row 2"),
         ("path,x,y\na/1.png,1\n", "Row 2"),
         ("path,x\n,1\n", "Row 2"),

@@ -213,7 +213,7 @@ def splits(labels: list[int] | None, why: str = "", num_classes: int = 7) -> Spl
         (splits([0, 1, 2], "the file L.csv"), "L.csv", "7 classes: the file L.csv"),
         (splits([0, 1, 2]), None, "7 classes: c0, c1, c2, c3, c4 and 2 more"),
         (splits(None, "class c has one image"), "auto", "no labels: class c has one image"),
-        (splits(None), "none", "no labels: data.labels=none"),
+        (splits(None, "data.labels=none"), "none", "no labels: data.labels=none"),
         (splits([-1, -1, -1]), "auto", "no labels: the data has none"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image
 
+from dino_lite.data.wording import count
 from dino_lite.settings.kinds import Must, Size
 
 Bounds = Annotated[
@@ -140,7 +141,7 @@ def to_channels(pixels: UInt8[np.ndarray, "*S"], channels: int) -> UInt8[np.ndar
     if pixels.shape[2] != channels:
         last = f"; an array is H W C, but this is {pixels.shape}"
         raise ValueError(
-            f"has {pixels.shape[2]} channels, not data.channels={channels}"
+            f"has {count(pixels.shape[2], 'channel')}, not data.channels={channels}"
             + (last if pixels.shape[0] == channels else "")
         )
     return np.ascontiguousarray(pixels)

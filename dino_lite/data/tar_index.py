@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
 from dino_lite.data.suffixes import FETCH, POINTER, SUFFIXES
+from dino_lite.data.wording import count
 
 FORMAT = 1  # version of an index file; others are ignored
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
@@ -126,8 +127,8 @@ def index_tar(shard: str, file: File, num_bytes: int) -> TarIndex:
                 raise tarfile.ReadError("damaged header")
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(
-            f"{shard} is not a complete tar file ({error}, after {len(images)} images): fetch "
-            "or pack it again, or leave it out."
+            f"{shard} is not a complete tar file ({error}, after {count(len(images), 'image')}): "
+            "fetch or pack it again, or leave it out."
         ) from error
     except Exception as error:  # OSError, or what a protocol's package raises
         raise UserError(

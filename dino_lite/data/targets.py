@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from dino_lite.contracts import Source, UserError
+from dino_lite.data.wording import count
 
 
 class Targets(NamedTuple):
@@ -81,7 +82,8 @@ def _read(
             numbers = []
         if not path or not numbers or not np.isfinite(numbers).all():
             raise UserError(
-                f"Row {number} of {where} is not a path and {len(heading) - 1} numbers: fix it."
+                f"Row {number} of {where} is not a path and "
+                f"{count(len(heading) - 1, 'number')}: fix it."
             )
         paths.append(posixpath.normpath(path))
         values.append(numbers)

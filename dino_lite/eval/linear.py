@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, Evaluation, UserError
+from dino_lite.data.wording import count
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
@@ -201,7 +202,7 @@ class Linear(Evaluation):
         judge = "the test images"
         if held is not None:
             lone = len(torch.unique(task.train.labels)) - len(torch.unique(held.labels))
-            none = f", none of {lone:,} classes with one image" if lone else ""
+            none = f", none of {count(lone, 'class')} with one image" if lone else ""
             judge = (
                 f"{len(held.labels):,} images held out of train (a tenth of each class, at least "
                 f"one{none}), then retrained on all of train"

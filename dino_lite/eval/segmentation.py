@@ -18,6 +18,7 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixel_labels import MaskedImages, open_masks
 from dino_lite.data.sources import expand
 from dino_lite.data.subset import spread
+from dino_lite.data.wording import count
 from dino_lite.eval.features import check_finite, device_of, frozen
 from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import resampled, result
@@ -114,7 +115,7 @@ class Segmentation(Evaluation):
         numbers = sorted({*learned, *test.numbers()})
         if len(learned) < 2 or len(numbers) > _MOST_CLASSES:
             raise UserError(
-                f"{expand(self.root)}: the masks have {len(numbers)} classes (of train: "
+                f"{expand(self.root)}: the masks have {count(len(numbers), 'class')} (of train: "
                 f"{len(learned)}), but 2 to {_MOST_CLASSES} are needed; check "
                 f"eval.segmentation.ignore={self.ignore}."
             )

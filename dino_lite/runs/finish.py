@@ -12,6 +12,7 @@ from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.parts import append_rows
 from dino_lite.data.subset import Subset, spread
+from dino_lite.data.wording import count
 from dino_lite.eval.baselines import (
     KNN_KEYS,
     baseline_table,
@@ -122,7 +123,7 @@ def labels_from(splits: Splits, how: str | None) -> str:
     origin = splits.labels_from or f"{', '.join(names[:_NUM_NAMED])}{more}"
     guessed = splits.labels_from and how == "auto"
     off = "; data.labels=none if they mean nothing" if guessed else ""
-    return f"{len(names):,} classes: {origin}{off}"
+    return f"{count(len(names), 'class')}: {origin}{off}"
 
 
 def _has_labels(source: Source) -> bool:

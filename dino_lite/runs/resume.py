@@ -7,6 +7,7 @@ from typing import Any
 
 from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, Trust, UserError
+from dino_lite.data.wording import count
 from dino_lite.planning.checks import mixes_images
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.identity import SPEED, changed_from_defaults
@@ -87,16 +88,17 @@ def check_data(run: Run, before: Config, node: Config, splits: Splits) -> None:
 
     if same(splits):
         return
-    num, was = len(splits.train), f"{run.folder} was trained on {before['num_images']:,} images"
+    now, then = count(len(splits.train), "image"), count(before["num_images"], "image")
+    was = f"{run.folder} was trained on {then}"
     if keys := next(filter(earlier, _EARLIER), None):
         asked = " ".join(f"data.{key}={value}" for key, value in keys.items())
         raise UserError(
-            f"{was}; the data is the same, but this version of dino_lite reads {num:,} images of "
+            f"{was}; the data is the same, but this version of dino_lite reads {now} of "
             f"it as train: choose another name= for a new run, which reads the data as before with "
             f"{asked}."
         )
     raise UserError(
-        f"{was}, and the data has changed since (now {num:,} images): restore it, or choose "
+        f"{was}, and the data has changed since (now {now}): restore it, or choose "
         "another name= for a new run."
     )
 

@@ -12,10 +12,12 @@ from importlib.util import find_spec
 
 import pytorch_lightning as pl
 import torch.distributed as dist
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.plugins.environments import (  # type: ignore[attr-defined]
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite.config import Config
