@@ -18,7 +18,7 @@ from dino_lite.contracts import Backbone, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
 from dino_lite.machine import Facts, environment, keep_freed_memory
-from dino_lite.overrides import quote_override
+from dino_lite.overrides import job_arguments, outside_hydra, quote_override
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
@@ -40,7 +40,12 @@ def pretrain(*overrides: str) -> dict[str, Any]:
     as "run".
     """
     config = compose("pretrain", overrides)
-    with as_command(__name__, [quote_override(override) for override in overrides]):
+    return _run_as_command(config, [quote_override(override) for override in overrides])
+
+
+def _run_as_command(config: Config, arguments: list[str]) -> dict[str, Any]:
+    """Train; other processes are started as `dino-lite pretrain ARGUMENTS`."""
+    with outside_hydra(), as_command("dino_lite.commands.pretrain", arguments):
         return run_pretrain(config)
 
 
@@ -147,7 +152,7 @@ def say(text: str) -> None:
 @command("pretrain")
 def main(config: Config) -> None:
     """Command line."""
-    run_pretrain(config)
+    _run_as_command(config, job_arguments())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -74,7 +76,8 @@ def _fit(
     ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         last = str(run.last) if resuming else None
-        trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
+        with _others_end_too(trainer.strategy.launcher):
+            trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
     except SystemExit as stop:  # Stopped, or raised by Lightning after an Interrupt
         if not trainer.is_global_zero:
             raise SystemExit(0) from None  # rank 0 tells
@@ -102,6 +105,20 @@ def _fit(
             for results in filter(None, (getattr(c, "results", None) for c in callbacks)):
                 run.add_results(results)
     return True
+
+
+@contextmanager
+def _others_end_too(launcher: Any) -> Iterator[None]:
+    """Context in which an error ends the processes that Lightning's `launcher` has started: their
+    exit codes would make it kill this one, and with it the other jobs of a sweep.
+    """
+    try:
+        yield
+    except Exception:
+        if processes := getattr(launcher, "procs", None):
+            launcher.kill(signal.SIGKILL)
+            processes.clear()  # which Lightning's observer watches
+        raise
 
 
 def _interrupted(run: Run, module: PretrainModule, number: int) -> Interrupted:
