@@ -116,9 +116,14 @@ def test_each_job_starts_its_other_processes_by_its_own_arguments(
 
 def test_a_group_ends_with_the_program_that_fails(tmp_path: Path) -> None:
     """Else the next job of a sweep would train in the group of the one that has ended."""
-    with pytest.raises(UserError), as_command("dino_lite.commands.pretrain", []):
-        dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
-        raise UserError("it is wrong.")
+
+    def fail() -> None:
+        with as_command("dino_lite.commands.pretrain", []):
+            dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+            raise UserError("it is wrong.")
+
+    with pytest.raises(UserError):
+        fail()
     assert not dist.is_initialized()
 
 
