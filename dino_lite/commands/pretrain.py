@@ -14,9 +14,10 @@ import torch
 
 from dino_lite import config as cfg
 from dino_lite.config import Config, command, compose, get
-from dino_lite.contracts import Backbone, Splits
+from dino_lite.contracts import Backbone, Interrupted, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
+from dino_lite.interrupts import by_signal, number_of
 from dino_lite.machine import Facts, environment, keep_freed_memory
 from dino_lite.overrides import job_arguments, outside_hydra, quote_override
 from dino_lite.planning.checks import check_values
@@ -124,8 +125,18 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 def _finish(
     run: Run, config: Config, facts: Facts, splits: Splits, backbone: Backbone
 ) -> dict[str, Any]:
-    """Add missing pictures and baselines to the trained run; returns its results."""
-    finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+    """Add missing pictures and baselines to the trained run; returns its results. Raises
+    Interrupted after a signal.
+    """
+    try:
+        finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+    except KeyboardInterrupt as stop:
+        number = number_of(stop)
+        raise Interrupted(
+            f"{run.folder} was interrupted{by_signal(number)}, but is trained and saved; run the "
+            "same command to finish it.",
+            number,
+        ) from None
     say(f"pictures, curves and results: {run.folder}")
     say(f"dino-lite report checkpoint={run.folder} shows them on one page")
     return run.results() | {"run": str(run.folder)}

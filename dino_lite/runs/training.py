@@ -16,7 +16,7 @@ from dino_lite.config import Config, put, save
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.wording import count
-from dino_lite.interrupts import Stopped, by_signal
+from dino_lite.interrupts import Stopped, by_signal, number_of
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
 from dino_lite.planning.checks import mixes_images, traits_of
@@ -82,7 +82,7 @@ def _fit(
         if not trainer.is_global_zero:
             raise SystemExit(0) from None  # rank 0 tells
         cause = stop if isinstance(stop, Stopped) else stop.__context__
-        raise _interrupted(run, module, getattr(cause, "number", signal.SIGINT)) from None
+        raise _interrupted(run, module, number_of(cause)) from None
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error) and "killed" in str(error):
             raise UserError(
