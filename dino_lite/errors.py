@@ -22,13 +22,11 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """A signal ended the command, and with it a sweep; what is left of its work is told in one
-    sentence. The exit code is 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """A signal has ended the command; the sentence says what is left of its work."""
 
     def __init__(self, text: str, number: int = signal.SIGINT) -> None:
         super().__init__(text)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 def sentence(error: Exception) -> str | None:

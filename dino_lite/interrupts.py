@@ -1,4 +1,14 @@
-"""Signals that ask a process to stop, and the exceptions by which it does."""
+"""Signals that ask a process to stop, and the exceptions by which it does:
+
+    Interrupt    wherever the program is: by the handler that commands install, and in training by
+                 Checkpoints, before the first step and after a second Ctrl-C; ends the command
+                 with "interrupted" (Lightning turns it into SystemExit, training into Interrupted)
+    Stopped      between two steps, by Checkpoints, after saving; training turns it into Interrupted
+    Interrupted  by training and by the end of pretraining (errors.py): ends the command, and with
+                 it a sweep, with one sentence on what is left of its work
+
+Each holds the signal's number; the exit code is 128 plus that: 130 for Ctrl-C, 143 for SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +30,7 @@ STOP_SIGNALS = tuple(
 
 
 class Interrupt(KeyboardInterrupt):
-    """Stop at once: raised wherever the program is when signal `number` arrives."""
+    """Stop at once."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,7 +38,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 class Stopped(SystemExit):
-    """Training has ended between two steps because of signal `number`, after saving."""
+    """Training has ended, and is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -40,19 +50,22 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupt(number)
 
 
+def number_of(error: BaseException | None) -> int:
+    """The signal that an exception is about: Ctrl-C, where it does not say."""
+    return int(getattr(error, "number", signal.SIGINT))
+
+
 def by_signal(number: int) -> str:
     """ " by SIGTERM", for messages; nothing for Ctrl-C."""
     return "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
 
 
 def report_interrupt(error: KeyboardInterrupt) -> int:
-    """Write one line, on the first rank of a machine; returns the exit code: 128 plus the signal's
-    number.
-    """
-    number = error.number if isinstance(error, Interrupt) else signal.SIGINT
+    """Write one line, on the first rank of a machine; returns the exit code."""
+    number = number_of(error)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"dino-lite: interrupted{by_signal(number)}.\n")
-    return 128 + int(number)
+    return 128 + number
 
 
 @contextmanager

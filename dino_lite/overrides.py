@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 
 from dino_lite.errors import UserError
@@ -103,3 +108,27 @@ def parses(override: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def job_arguments() -> list[str]:
+    """The arguments that run the job of Hydra that is running now, without others of a sweep."""
+    given, flags = HydraConfig.get(), read_flags(sys.argv[1:])
+    search = [each for each in given.overrides.hydra if each.startswith("hydra.searchpath=")]
+    folder = Path(given.runtime.cwd, flags.config_dir) if flags.config_dir else None
+    kept = {"path": flags.config_path, "name": flags.config_name, "dir": folder}
+    where = [f"--config-{key}={value}" for key, value in kept.items() if value]
+    return [*given.overrides.task, *search, *where]
+
+
+@contextmanager
+def outside_hydra() -> Iterator[None]:
+    """Context in which no job of Hydra seems to run: Lightning starts the other processes of one by
+    a command line of its own, which does not fit jobs of a sweep.
+    """
+    job = Singleton._instances.pop(HydraConfig, None)
+    try:
+        yield
+    finally:
+        Singleton._instances.pop(HydraConfig, None)
+        if job is not None:
+            Singleton._instances[HydraConfig] = job

@@ -32,7 +32,7 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import spread
-from dino_lite.eval.collapse import rankme
+from dino_lite.eval.collapse import SKIPPED, rankme
 from dino_lite.eval.features import extract
 from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
@@ -471,27 +471,69 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, name: str) -> N
         assert torch.isfinite(read(path)["optimizer_states"][0]["state"][0]["exp_avg"]).all()
 
 
-def test_skipped_steps_are_counted_over_sessions(tmp_path: Path) -> None:
-    """In metrics, in checkpoints, on the progress line and as a warning."""
-    health = Health(every_n_steps=1)
+def test_skipped_steps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In metrics, in checkpoints, on the progress line and as a warning: said when the first is
+    seen, kept as it is at the end. They are no collapse, which would end this run.
+    """
+    health = Health(every_n_steps=1, on_collapse="stop")
     run = Training(tmp_path, health, Checkpoints(tmp_path, None, every_n_steps=1))
-    compare = run.method.compare
-
-    def bad(*args: Any) -> Any:
-        outputs = compare(*args)
-        if run.trainer.global_step in (1, 2):
-            match = outputs["cls"]
-            nan = match.student._replace(z=match.student.z * torch.nan)
-            return outputs | {"cls": match._replace(student=nan)}
-        return outputs
-
-    run.method.compare = bad  # type: ignore[method-assign]
+    _poison(run, 1, 2)
     run.fit()
     assert [*run.column("skipped_total").values()] == [0, 1, 2, 2, 2, 2]
     assert read(tmp_path / "checkpoints" / "last.ckpt")["skipped_total"] == 2
     (warning,) = health.warnings
-    assert warning["text"].startswith("1 of 2 steps so far had a gradient that is not finite")
+    assert warning["text"].startswith("2 of 6 steps so far had a gradient that is not finite")
+    assert (warning["kind"], warning["step"]) == (SKIPPED, 6)
+    assert capsys.readouterr().err.count("not finite") == 1
     assert "2 skipped" in RunProgress()._describe(run.trainer, run.module, 1.0)
+
+
+def test_a_skipped_step_does_not_blind_health(tmp_path: Path) -> None:
+    """It is no sample; those before and after it are counted together."""
+    run = Training(tmp_path, Health(every_n_steps=1))
+    _poison(run, 2)
+    run.fit()
+    values = run.column("prototype_perplexity")
+    assert [*values] == [0, 1, 3, 4, 5]
+    assert np.isfinite([*values.values()]).all()
+
+
+def test_a_run_with_skipped_steps_can_be_resumed(tmp_path: Path) -> None:
+    """A skipped step is no collapse, in the session that made it or a later one."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    first = Training(
+        tmp_path,
+        Health(every_n_steps=1, on_collapse="stop"),
+        Checkpoints(tmp_path),
+        At(end=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None),
+    )
+    _poison(first, 1)
+    with pytest.raises(SystemExit):
+        first.fit()
+    health = Health(every_n_steps=4, on_collapse="stop")
+    Training(tmp_path, health, Checkpoints(tmp_path)).fit(path)
+    assert read(path)["global_step"] == NUM_STEPS
+    assert health.warnings[0]["text"].startswith("1 of 6 steps")
+
+
+def _poison(run: Training, *steps: int) -> None:
+    """The teacher and the student see what is not finite in `steps`, counted from 0."""
+    compare = run.method.compare
+
+    def bad(*args: Any) -> Any:
+        outputs = compare(*args)
+        if run.trainer.global_step in steps:
+            parts = {
+                key: value._replace(z=value.z * torch.nan)
+                for key, value in (
+                    ("student", outputs["cls"].student),
+                    ("target", outputs["cls"].target),
+                )
+            }
+            return {key: match._replace(**parts) for key, match in outputs.items()}
+        return outputs
+
+    run.method.compare = bad  # type: ignore[method-assign]
 
 
 def test_the_clock_makes_checkpoints_too(tmp_path: Path) -> None:

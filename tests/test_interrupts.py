@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
+from dino_lite.callbacks import checkpoints
 from dino_lite.callbacks.checkpoints import Checkpoints
+from dino_lite.commands import pretrain
 from dino_lite.config import user_errors
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data import workers
 from dino_lite.data.workers import Worker
 from dino_lite.interrupts import STOP_SIGNALS, Interrupt, interrupt, on_stop
+from dino_lite.runs.run import Run
 from ranks import command
 from test_callbacks import NUM_STEPS, At, Training, read
 from test_pretrain import assert_same
@@ -89,24 +92,46 @@ def test_a_signal_between_steps_is_saved_at_once(tmp_path: Path, number: int) ->
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    ("number", "steps", "said"),
+    [
+        (signal.SIGTERM, [2, 3], ["SIGTERM: Stopping after this step and saving."]),
+        (
+            signal.SIGINT,
+            [2],
+            [
+                "Stopping after this step and saving; press Ctrl-C again to stop at once.",
+                "Stopping when the checkpoint is written.",
+            ],
+        ),
+    ],
+)
 def test_a_signal_during_a_save_lets_it_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    steps: list[int],
+    said: list[str],
 ) -> None:
-    """The next step is the last."""
+    """The next step is the last; after a second Ctrl-C there is none."""
+    monkeypatch.setattr(checkpoints, "_AGAIN", 0.0)
     run = Training(tmp_path, Checkpoints(tmp_path, every_n_steps=2))
     save, saved = run.trainer.strategy.save_checkpoint, []
 
     def slow(content: dict[str, Any], path: Path, storage_options: Any = None) -> None:
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
+        if not saved:
+            send(number)
+            send(number)
         saved.append(content["global_step"])
         save(content, path, storage_options)
 
     monkeypatch.setattr(run.trainer.strategy, "save_checkpoint", slow)
     with pytest.raises(SystemExit):
         run.fit()
-    assert saved == [2, 3]
-    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert saved == steps
+    assert read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == steps[-1]
+    assert [line for line in capsys.readouterr().err.splitlines() if "Stopping" in line] == said
 
 
 def test_a_signal_at_the_end_keeps_the_final_state(tmp_path: Path) -> None:
@@ -137,6 +162,21 @@ def test_an_interrupted_run_says_what_was_saved(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match=r"before anything was saved; run the same command"):
         train(tmp_path, stop)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_a_trained_run_that_is_interrupted_says_so(tmp_path: Path) -> None:
+    """While it is drawn or measured; the same command does the rest."""
+    for number, by in ((signal.SIGTERM, " by SIGTERM"), (signal.SIGINT, "")):
+        said = rf"interrupted{by}, but is trained and saved; run the same command to finish it\.$"
+        with pytest.MonkeyPatch.context() as patch, on_stop(interrupt):
+            patch.setattr(pretrain, "finish", lambda *_, number=number: send(number))
+            with pytest.raises(Interrupted, match=said) as ended:
+                train(tmp_path)
+        assert ended.value.exit_code == 128 + number
+    run = train(tmp_path)
+    assert checkpoint(run)["global_step"] == 8
+    assert Run(run).results()["finished"]
 
 
 class SignalAtStart(pl.Callback):

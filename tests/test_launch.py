@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from dino_lite.commands import pretrain as pretrain_command
 from dino_lite.contracts import UserError
 from dino_lite.distributed import rank
+from dino_lite.runs import training
 from dino_lite.runs.trainer import _launcher, as_command, check_launcher
 
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
@@ -76,3 +84,55 @@ def test_other_processes_run_the_command_and_not_the_program(slurm: pytest.Monke
     assert rank() == 0
     assert "LOCAL_RANK" not in os.environ
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs"),
+    [
+        (["PATH", "seed=1"], [["seed=1", "data.root='PATH'"]]),
+        (["seed=0,1", "trust=[p]", "-m"], [["seed=0", "trust=[p]"], ["seed=1", "trust=[p]"]]),
+        (["-m", "data.root='PATH/a,b'", "seed=2"], [["data.root='PATH/a,b'", "seed=2"]]),
+        (["--config-dir", "PATH", "seed=1"], [["seed=1", "--config-dir=PATH"]]),
+    ],
+)
+def test_each_job_starts_its_other_processes_by_its_own_arguments(
+    slurm: pytest.MonkeyPatch, tmp_path: Path, given: list[str], jobs: list[list[str]]
+) -> None:
+    """Without flags of the sweep; what Lightning would start is what the job's user would type."""
+    lines = []
+
+    def look(config: dict[str, Any]) -> dict[str, Any]:
+        assert not HydraConfig.initialized()  # Lightning would go by that
+        lines.append([*_basic_subprocess_cmd()])
+        return {}
+
+    slurm.setattr(pretrain_command, "run_pretrain", look)
+    slurm.setattr(sys, "argv", ["", *(each.replace("PATH", str(tmp_path)) for each in given)])
+    pretrain_command.main()
+    start = [sys.executable, "-m", "dino_lite.commands.pretrain"]
+    own = [[each.replace("PATH", str(tmp_path)) for each in job] for job in jobs]
+    assert lines == [[*start, *job] for job in own]
+
+
+def test_a_group_ends_with_the_program_that_fails(tmp_path: Path) -> None:
+    """Else the next job of a sweep would train in the group of the one that has ended."""
+
+    def fail() -> None:
+        with as_command("dino_lite.commands.pretrain", []):
+            dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+            raise UserError("it is wrong.")
+
+    with pytest.raises(UserError):
+        fail()
+    assert not dist.is_initialized()
+
+
+def test_the_exit_code_of_another_process_does_not_end_a_sweep() -> None:
+    """Lightning's observer of those that it has started kills the program, seconds later."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)
+    launcher.procs.append(other)
+    with pytest.raises(UserError), training._others_end_too(launcher):
+        raise UserError("it is wrong.")
+    assert other.wait(5) == -signal.SIGKILL
+    assert launcher.procs == []

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Checkpoint
-from torch import Tensor
 
+from dino_lite.callbacks.finite import demand_finite, not_finite
 from dino_lite.contracts import UserError
 from dino_lite.distributed import all_reduce_max
 from dino_lite.interrupts import Interrupt, Stopped, on_stop
@@ -34,7 +33,8 @@ class Checkpoints(Checkpoint):
 
     Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, on any rank, end the run after the current step and save
     it. While no step is running (evaluation, waiting for data), rank 0 saves immediately. Before
-    the first step there is nothing to save, and the run ends at once, as with a second Ctrl-C.
+    the first step there is nothing to save, and the run ends at once, as with a second Ctrl-C. A
+    checkpoint that is being written is completed before.
     """
 
     @checked
@@ -52,10 +52,10 @@ class Checkpoints(Checkpoint):
         self._is_saving = False
         self._first_step = 0  # of this process
         self._stop: tuple[int, float] | None = None  # signal that asked to stop, and when
+        self._at_once = False  # whether a second Ctrl-C came during a save
         self._signals = ExitStack()  # restores the signal handlers
-        self._constant: set[str] = (
-            set()
-        )  # buffers that are not finite by construction, such as masks
+        # Buffers that are not finite by construction, such as masks
+        self._constant: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """The best k-NN so far."""
@@ -69,13 +69,13 @@ class Checkpoints(Checkpoint):
         """Note which buffers are not finite by construction, before weights are restored; keep
         Lightning from handling signals, which it does in the middle of a step.
         """
-        self._constant = set(_not_finite(dict(pl_module.named_buffers())))
+        self._constant = set(not_finite(dict(pl_module.named_buffers())))
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the timer, and install the signal handlers."""
         self._saved_time, self._saved_at = time.monotonic(), trainer.global_step
-        self._first_step, self._stop = trainer.global_step, None
+        self._first_step, self._stop, self._at_once = trainer.global_step, None, False
         self._signals.enter_context(on_stop(lambda number, _: self._on_stop(number, trainer)))
 
     def on_train_batch_end(
@@ -141,7 +141,7 @@ class Checkpoints(Checkpoint):
         path, part = folder / name, folder / f".{name}.part"
         self._is_saving = True
         try:
-            self._demand_finite(trainer, path)
+            demand_finite(trainer, self._constant, path)
             if trainer.is_global_zero:
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
                 trainer.strategy.save_checkpoint(checkpoint, part)
@@ -157,62 +157,32 @@ class Checkpoints(Checkpoint):
             self._is_saving = False
         if name == "last.ckpt":
             self._saved_at, self._saved_time = trainer.global_step, time.monotonic()
-
-    def _demand_finite(self, trainer: pl.Trainer, path: Path) -> None:
-        """Raise UserError if a step found the run to have diverged, or if a tensor is not finite.
-        All ranks see the same.
-        """
-        module = cast(Any, trainer.lightning_module)
-        module.check()
-        tensors = module.state_dict()
-        for optimizer in trainer.optimizers:
-            for number, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
-        wrong = [name for name in _not_finite(tensors) if name not in self._constant]
-        if wrong:
-            kept = f"the earlier {path.name} is kept" if path.is_file() else "nothing was saved"
-            raise UserError(
-                f"{wrong[0]} is not finite after step {trainer.global_step}"
-                f"{f', and {len(wrong) - 1} other tensors' if wrong[1:] else ''}: the run has "
-                f"diverged, and {kept}; {module.remedy}."
-            )
+        if self._at_once:
+            self._at_once = False
+            raise Interrupt
 
     def _on_stop(self, number: int, trainer: pl.Trainer) -> None:
         """Signal handler, called between two instructions of the main thread."""
         now, is_ctrl_c = time.monotonic(), number == signal.SIGINT
         is_first = self._stop is None
         self._stop = asked = self._stop or (number, now)
-        if not trainer.is_global_zero or self._is_saving:
+        if not trainer.is_global_zero:
             return
         is_again = is_ctrl_c and now - asked[1] > _AGAIN
-        if is_again or trainer.global_step == self._first_step:
+        if is_again and self._is_saving:
+            self._at_once = True
+            sys.stderr.write("\nStopping when the checkpoint is written.\n")
+        elif is_again or trainer.global_step == self._first_step:
             raise Interrupt(number)
-        if is_first:
-            by, hint = (
-                ("", "; press Ctrl-C again to stop at once")
-                if is_ctrl_c
-                else (f"{signal.Signals(number).name}: ", "")
-            )
+        elif is_first:
+            by = "" if is_ctrl_c else f"{signal.Signals(number).name}: "
+            hint = "; press Ctrl-C again to stop at once" if is_ctrl_c else ""
             sys.stderr.write(f"\n{by}Stopping after this step and saving{hint}.\n")
-            if _is_between_steps(trainer):  # an evaluation may take longer than the system waits
+            # An evaluation may take longer than the system waits.
+            if _is_between_steps(trainer) and not self._is_saving:
                 self._save(trainer, "last.ckpt")
 
 
 def _is_between_steps(trainer: pl.Trainer) -> bool:
     """Whether student, teacher and optimizer belong to the same step."""
     return not cast(Any, trainer.lightning_module).in_step
-
-
-def _not_finite(tensors: dict[str, Any]) -> list[str]:
-    """Names of the floating-point tensors that contain NaN or infinity. Synchronizes once."""
-    floats = {
-        name: value.detach()
-        for name, value in tensors.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
-    }
-    if not floats:
-        return []
-    largest = torch._foreach_norm(list(floats.values()), float("inf"))
-    finite = [each.isfinite().to(largest[0].device) for each in largest]
-    fine = torch.stack(finite).tolist()
-    return [name for name, is_fine in zip(floats, fine, strict=True) if not is_fine]

@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Crops, Scores, StepOutputs, Targets, UserError
 from dino_lite.distributed import broadcast_value
-from dino_lite.eval.collapse import Alarm, Look, collapse, health, look
+from dino_lite.eval.collapse import SKIPPED, Alarm, Look, collapse, health, look
 from dino_lite.settings.kinds import Size
 from dino_lite.settings.validate import checked
 
@@ -30,8 +30,9 @@ class Health(pl.Callback):
     short runs).
 
     Reads what rank 0's step has computed for its loss; no forward pass is repeated, and neither
-    random state nor weights change. Each kind of alarm is printed once and kept in `warnings`.
-    `on_collapse`: "warn", or "stop" to end the run with that message, after saving last.ckpt.
+    random state nor weights change. Steps that were skipped are counted, and their outputs ignored.
+    Each kind of alarm is printed once and kept in `warnings`. `on_collapse`: "warn", or "stop" to
+    end the run with the message of a collapse, after saving last.ckpt.
     """
 
     @checked
@@ -83,20 +84,31 @@ class Health(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Log the statistics and check them for a collapse."""
-        if self._now is None:
+        if not trainer.is_global_zero or not self._is_due(trainer.global_step, trainer):
             return
-        started = time.monotonic()
+        started, module = time.monotonic(), cast(Any, pl_module)
+        was_skipped = self._tell_skipped(trainer, module)
+        if self._now is None or was_skipped:
+            return
         self._looks.append(self._now)
         values = health(self._looks)
-        module = cast(Any, pl_module)
         alarm = collapse(values, len(self._now.probs), self._now.temp)
         if self._lasts(alarm, run_fraction(trainer, pl_module)) and alarm is not None:
             self._tell(trainer, _blame(alarm, module.rate_doubt))
-        if skipped := int(trainer.callback_metrics.get("skipped_total", 0)):
-            self._tell(trainer, _skipped(skipped, trainer.global_step, module.remedy))
         values["health_seconds"] = self._seconds + time.monotonic() - started
         for logger in trainer.loggers:  # log_dict would repeat them in all later rows
             logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the skipped steps of the whole run."""
+        self._tell_skipped(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Count the skipped steps until then, unless the device may have failed."""
+        if isinstance(exception, UserError | SystemExit):
+            self._tell_skipped(trainer, pl_module)
 
     def _look(self, outputs: StepOutputs) -> None:
         """Add the outputs of a micro-batch to the sample."""
@@ -118,10 +130,22 @@ class Health(pl.Callback):
         self._streak += 1
         return self._streak >= _WINDOW and fraction - self._since >= _LASTING
 
+    def _tell_skipped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Keep the number of skipped steps so far; returns whether the last step was skipped."""
+        module = cast(Any, pl_module)
+        in_a_row, num = module.skipped()
+        if num:
+            alarm = _skipped(num, trainer.global_step, module.remedy)
+            self._tell(trainer, alarm)
+            (kept,) = (warning for warning in self.warnings if warning["kind"] == SKIPPED)
+            kept.update(alarm._asdict(), step=trainer.global_step)
+        return bool(in_a_row)
+
     def _tell(self, trainer: pl.Trainer, alarm: Alarm) -> None:
+        """Keep the first alarm of each kind, and print it; a collapse may end the run instead."""
         if alarm.kind not in {warning["kind"] for warning in self.warnings}:
             self.warnings.append({**alarm._asdict(), "step": trainer.global_step})
-            if self.on_collapse == "stop":
+            if self.on_collapse == "stop" and alarm.kind != SKIPPED:
                 self._ending = alarm  # reported when the run ends
             elif trainer.is_global_zero:
                 tqdm.write(f"warning: {alarm.text}", file=sys.stderr)
@@ -142,7 +166,7 @@ def _blame(alarm: Alarm, rate_doubt: str | None) -> Alarm:
 
 def _skipped(num: int, num_steps: int, remedy: str) -> Alarm:
     return Alarm(
-        "skipped_steps",
+        SKIPPED,
         f"{num:,} of {num_steps:,} steps so far had a gradient that is not finite and were "
         f"skipped, which changes no weight; if there are more, {remedy}.",
     )

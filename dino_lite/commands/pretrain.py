@@ -14,11 +14,12 @@ import torch
 
 from dino_lite import config as cfg
 from dino_lite.config import Config, command, compose, get
-from dino_lite.contracts import Backbone, Splits
+from dino_lite.contracts import Backbone, Interrupted, Splits
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.gallery import PICTURES
+from dino_lite.interrupts import by_signal, number_of
 from dino_lite.machine import Facts, environment, keep_freed_memory
-from dino_lite.overrides import quote_override
+from dino_lite.overrides import job_arguments, outside_hydra, quote_override
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, gather_facts, open_splits, plan
@@ -40,7 +41,12 @@ def pretrain(*overrides: str) -> dict[str, Any]:
     as "run".
     """
     config = compose("pretrain", overrides)
-    with as_command(__name__, [quote_override(override) for override in overrides]):
+    return _run_as_command(config, [quote_override(override) for override in overrides])
+
+
+def _run_as_command(config: Config, arguments: list[str]) -> dict[str, Any]:
+    """Train; other processes are started as `dino-lite pretrain ARGUMENTS`."""
+    with outside_hydra(), as_command("dino_lite.commands.pretrain", arguments):
         return run_pretrain(config)
 
 
@@ -119,8 +125,18 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 def _finish(
     run: Run, config: Config, facts: Facts, splits: Splits, backbone: Backbone
 ) -> dict[str, Any]:
-    """Add missing pictures and baselines to the trained run; returns its results."""
-    finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+    """Add missing pictures and baselines to the trained run; returns its results. Raises
+    Interrupted after a signal.
+    """
+    try:
+        finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+    except KeyboardInterrupt as stop:
+        number = number_of(stop)
+        raise Interrupted(
+            f"{run.folder} was interrupted{by_signal(number)}, but is trained and saved; run the "
+            "same command to finish it.",
+            number,
+        ) from None
     say(f"pictures, curves and results: {run.folder}")
     say(f"dino-lite report checkpoint={run.folder} shows them on one page")
     return run.results() | {"run": str(run.folder)}
@@ -147,7 +163,7 @@ def say(text: str) -> None:
 @command("pretrain")
 def main(config: Config) -> None:
     """Command line."""
-    run_pretrain(config)
+    _run_as_command(config, job_arguments())
 
 
 if __name__ == "__main__":

@@ -125,6 +125,9 @@ def health(looks: Sequence[Look]) -> dict[str, float]:
     return dict(zip(values, numbers, strict=True))
 
 
+SKIPPED = "skipped"  # kind of the one warning that tells of no collapse
+
+
 class Alarm(NamedTuple):
     """The kind of a problem in a word, and a sentence that names the setting to change."""
 

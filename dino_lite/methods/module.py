@@ -107,6 +107,12 @@ class PretrainModule(pl.LightningModule):
         if self._step is not None:
             self._step.check()
 
+    def skipped(self) -> tuple[int, int]:
+        """Number of skipped steps: the latest ones in a row, and of the whole run. Synchronizes."""
+        if self._step is None:
+            return 0, self._skipped_before
+        return int(self._step.skipped or 0), int(self._step.skipped_total)
+
     @property
     def rate_doubt(self) -> str | None:
         """Why the learning rate may be too high, None if it is usual."""
@@ -125,7 +131,7 @@ class PretrainModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the training time and the number of skipped steps so far."""
         checkpoint["train_seconds"] = self.clock.seconds
-        checkpoint["skipped_total"] = 0 if self._step is None else int(self._step.skipped_total)
+        checkpoint["skipped_total"] = self.skipped()[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the training time and the number of skipped steps."""

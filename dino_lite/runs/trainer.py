@@ -107,9 +107,9 @@ def as_command(module: str, overrides: Sequence[str]) -> Iterator[None]:
     main.__spec__, sys.argv = find_spec(module), [module, *overrides]
     try:
         yield
+    finally:  # so that the program can train again
         if dist.is_available() and dist.is_initialized() and not had_group:
             dist.destroy_process_group()
-    finally:  # so that the program can train again
         main.__spec__, sys.argv = spec, argv
         for key, value in before.items():
             os.environ.pop(key, None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +16,7 @@ from dino_lite.config import Config, put, save
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.wording import count
-from dino_lite.interrupts import Stopped, by_signal
+from dino_lite.interrupts import Stopped, by_signal, number_of
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
 from dino_lite.planning.checks import mixes_images, traits_of
@@ -74,12 +76,13 @@ def _fit(
     ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         last = str(run.last) if resuming else None
-        trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
+        with _others_end_too(trainer.strategy.launcher):
+            trainer.fit(module, datamodule, ckpt_path=last, weights_only=True)
     except SystemExit as stop:  # Stopped, or raised by Lightning after an Interrupt
         if not trainer.is_global_zero:
             raise SystemExit(0) from None  # rank 0 tells
         cause = stop if isinstance(stop, Stopped) else stop.__context__
-        raise _interrupted(run, module, getattr(cause, "number", signal.SIGINT)) from None
+        raise _interrupted(run, module, number_of(cause)) from None
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error) and "killed" in str(error):
             raise UserError(
@@ -102,6 +105,20 @@ def _fit(
             for results in filter(None, (getattr(c, "results", None) for c in callbacks)):
                 run.add_results(results)
     return True
+
+
+@contextmanager
+def _others_end_too(launcher: Any) -> Iterator[None]:
+    """Context in which an error ends the processes that Lightning's `launcher` has started: their
+    exit codes would make it kill this one, and with it the other jobs of a sweep.
+    """
+    try:
+        yield
+    except Exception:
+        if processes := getattr(launcher, "procs", None):
+            launcher.kill(signal.SIGKILL)
+            processes.clear()  # which Lightning's observer watches
+        raise
 
 
 def _interrupted(run: Run, module: PretrainModule, number: int) -> Interrupted:
