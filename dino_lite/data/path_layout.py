@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dino_lite.data.layout import Layout, read_layout, were
-from dino_lite.data.masks import MASK_WORDS, masks_among
+from dino_lite.data.mask_folders import MASK_WORDS, masks_among
 from dino_lite.data.paths import Paths
 from dino_lite.data.selection import Selection
 
