@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,8 @@ def overview(
     more = "trainer.devices=2" if facts.num_devices > devices else ""
     name, losses = _method(config)
     size, batch = get(config, "augment.global_size"), get(config, "loader.batch_size")
-    larger = size + 4 * setting(config, "backbone.patch_size", 8)
+    step = math.lcm(16, setting(config, "backbone.patch_size", 1))
+    larger = math.ceil(1.5 * size / step) * step
     other = "dino" if name == "dinov2" else "dinov2"
     test = f", {count(facts.num_test, 'test image')}" if facts.num_test else ""
     lines = [

@@ -26,7 +26,8 @@ class Listed(NamedTuple):
     """
 
     name: str
-    state: str  # training | finishing | interrupted | trained | finished | empty | damaged | no config.yaml
+    # training | finishing | interrupted | trained | finished | empty | damaged | no config.yaml
+    state: str
     method: str
     backbone: str
     steps: int
