@@ -88,8 +88,8 @@ def open_timm(name: str) -> Opened:
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # from the network, the hub, its cache, or missing weights
         raise UserError(
-            f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
-            "this model no published weights?"
+            f"{asked} could not be downloaded: are you offline, or has this model no published "
+            "weights?"
         ) from error
     found = _find(dict(model.state_dict()), {"architecture": name}, asked)
     return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
