@@ -20,10 +20,10 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.wording import count
 from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
+from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

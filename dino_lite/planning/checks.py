@@ -8,11 +8,11 @@ from typing import Any
 
 from dino_lite.config import Config, get, leaves
 from dino_lite.contracts import Backbone, Traits, UserError
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import parse_span
 from dino_lite.planning.groups import RECORDS, Settings, Start
 from dino_lite.settings.validate import locate, locate_class, parameters, settings_of, validated
+from dino_lite.wording import count
 
 
 def check_values(config: Config, auto: bool = True) -> Config:

@@ -8,10 +8,10 @@ from typing import Any
 
 from dino_lite.config import Config, get
 from dino_lite.contracts import Backbone
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import setting
 from dino_lite.planning.plan import Plan
+from dino_lite.wording import count
 
 _PRECISIONS = {"32": "float32", "64": "float64", "bf16": "bfloat16"}
 
