@@ -19,7 +19,7 @@ COMMANDS = {
     "runs": "list the runs: state, k-NN, age, size",
 }
 USAGE = (
-    "usage: dino-lite COMMAND [PATH] [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"
+    "usage: dino-lite COMMAND [PATH ...] [KEY=VALUE ...] [--help | --cfg job | --multirun]\n\n"
     + "".join(f"  {name:10s} {what}\n" for name, what in COMMANDS.items())
     + "\nWhat a command does, its settings and examples: dino-lite COMMAND --help\n"
 )
@@ -49,10 +49,10 @@ def main() -> None:
     from dino_lite.config import arguments_of, check_overrides
     from dino_lite.config import command as command_of
     from dino_lite.errors import user_errors
-    from dino_lite.overrides import quoted, read_flags, shows_only
+    from dino_lite.overrides import read_flags, shows_only
 
     with user_errors():
-        arguments = quoted(arguments_of(command, arguments))
+        arguments = arguments_of(command, arguments)
         flags = read_flags(arguments)
         if shows_only(flags):
             sys.argv[1:] = arguments

@@ -48,12 +48,12 @@ def config_dir() -> Path:
 
 
 def arguments_of(primary: str, given: Sequence[str]) -> list[str]:
-    """The command line of `primary` with paths that stand alone as KEY=VALUE. Raises UserError."""
-    translate = functools.partial(as_overrides, primary, conf=config_dir())
+    """The command line of `primary` as Hydra can read it: overrides, with paths that stand alone as
+    KEY=VALUE, then flags. Raises UserError.
+    """
     for flag in unknown_flags(given):
         raise UserError(explain_flag(primary, flag, given, config_dir()))
-    words = read_flags(given).overrides
-    return [*given] if translate(words) == words else quoted(given, translate)
+    return quoted(given, functools.partial(as_overrides, primary, conf=config_dir()))
 
 
 def compose(primary: str, overrides: Sequence[str]) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import sys
 from argparse import Namespace
@@ -18,20 +20,33 @@ from hydra.errors import HydraException
 
 from dino_lite.errors import UserError
 
-# Keys whose values are always taken as strings: `name=1`, `data.root=a,b`, `checkpoint=x=y`.
+# Keys whose values are always strings: `name=1`, `data.root=a,b` without a sweep, `out=x=y`.
 _VERBATIM = re.compile(
     r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
 )
+_COMPLETION = re.compile("(install|uninstall|query)=(bash|fish|zsh)")
 _PLAIN = re.compile(r"[\w./+-]*")
 
 
 def read_flags(arguments: Sequence[str]) -> Namespace:
     """Hydra's flags in `arguments`, with what else there is as `overrides`; both in any order.
-    Raises UserError for a flag that does not exist.
+    Raises UserError for what Hydra refuses.
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
-    return parser.parse_intermixed_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
+    modes = (flags.run, flags.multirun, flags.cfg, flags.info, flags.shell_completion)
+    if sum(map(bool, modes)) > 1:
+        raise UserError(
+            "--run, --multirun, --cfg, --info and --shell-completion exclude each other: choose "
+            "one of them."
+        )
+    if flags.shell_completion and not _COMPLETION.fullmatch(" ".join(flags.overrides)):
+        raise UserError(
+            "--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL, with bash, "
+            'fish or zsh, as in: eval "$(dino-lite -sc install=bash)".'
+        )
+    return flags
 
 
 def unknown_flags(arguments: Sequence[str]) -> list[str]:
@@ -66,7 +81,8 @@ def quoted(
         rest.reverse()  # the last of equal words: the first may be the value of a flag
         rest.remove(override)
         rest.reverse()
-    return [*map(quote_override, translate(flags.overrides)), *rest]
+    quoting = functools.partial(quote_override, several=flags.multirun)
+    return [*map(quoting, translate(flags.overrides)), *rest]
 
 
 def quote(value: str) -> str:
@@ -76,8 +92,10 @@ def quote(value: str) -> str:
     return "'" + escaped.replace("${", r"\${") + "'"
 
 
-def quote_override(argument: str) -> str:
-    """`argument` with its value quoted if Hydra's grammar would reject or change it."""
+def quote_override(argument: str, several: bool = False) -> str:
+    """`argument` with its value quoted if Hydra's grammar would reject or change it. In a sweep,
+    of `several`, commas separate paths and names, unless there is such a path.
+    """
     match = re.fullmatch(r"([+~]{0,2}[\w./@:-]+)=(.*)", argument, re.DOTALL)
     if match is None or argument.startswith("-"):
         return argument
@@ -86,7 +104,8 @@ def quote_override(argument: str) -> str:
     if has_quotes or value in ("", "null"):
         return argument
     if _VERBATIM.fullmatch(key.lstrip("+~")):
-        return f"{key}={quote(value)}"
+        is_one = not several or value.startswith("[") or os.path.exists(os.path.expanduser(value))
+        return f"{key}={','.join(map(quote, [value] if is_one else value.split(',')))}"
     if _PLAIN.fullmatch(value):
         return argument
     return argument if parses(argument) else f"{key}={quote(value)}"

@@ -22,7 +22,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dino_lit
 
 # A room may import from rooms of lower rank and from itself, never from neighbors of its own rank.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("interrupts", "version"),
+    ("interrupts", "version", "wording"),
     ("errors",),
     ("contracts", "overrides"),
     ("distributed", "draws", "settings"),
@@ -301,7 +301,7 @@ def test_the_root_holds_only_what_all_rooms_share() -> None:
     """Modules at the package's root."""
     root = {path.split("/")[1] for path in SOURCES if path.count("/") == 1}
     named = ["contracts", "distributed", "draws", "config", "machine", "meter", "cli", "version"]
-    named += ["errors", "overrides", "sweep", "choices", "interrupts", "__init__"]
+    named += ["errors", "overrides", "sweep", "choices", "interrupts", "wording", "__init__"]
     assert root == {f"{name}.py" for name in named}
 
 

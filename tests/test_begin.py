@@ -120,15 +120,19 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("backbone.depth=4", "backbone.depth=4 (the run: 6)"),
         (
             "++backbone.depth=4 backbone.mlp='swiglu'",
-            "backbone.depth=4 (the run: 6), backbone.mlp=",
+            "backbone.mlp=swiglu (the run: the network's own)",
         ),
-        ("backbone=vit_tiny", "backbone.name=vit_tiny_patch16_224 (the run: vit)"),
-        ("backbone=convnet", "backbone._target_=dino_lite.backbones.convnet.ConvNet (the run: "),
+        ("backbone=vit_tiny", "differ from backbone=vit_tiny (the run: vit): leave"),
+        ("backbone=resnet18 backbone.norm=group", "differ from backbone=resnet18 (the run: vit): "),
         (
             "method.head.num_prototypes=64 method.center_momentum=0.5",
-            "method.center_momentum=0.5 (the run: 0.9), method.head.num_prototypes=64 (the",
+            "method.center_momentum=0.5 (the run: 0.9)",
         ),
-        ("compat=dinov2 method=dino", "backbone.position_offset=0.1 (the run: 0.0)"),
+        ("compat=dinov2 method=dino", "backbone.position_offset=0.1 by compat=dinov2 (the run: 0"),
+        (
+            "experiment=dino_vit_small_imagenet",
+            "vit_small_patch16_224 by experiment=dino_vit_small_imagenet (the run: vit)",
+        ),
     ],
 )
 def test_what_differs_from_the_run_begun_with_is_refused(

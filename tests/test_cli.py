@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 import dino_lite
 from dino_lite.cli import COMMANDS, main
-from dino_lite.config import Config, command, compose
+from dino_lite.config import Config, command, compose, config_dir
 from dino_lite.errors import Interrupted, UserError
 from dino_lite.overrides import parses, quote, quote_override
+from dino_lite.settings.words import as_overrides
 from dino_lite.sweep import Sweep
 
 AWKWARD = [
@@ -167,7 +168,8 @@ def test_help_says_what_a_command_does_with_examples_that_compose(
     assert ("knn, linear" in text) == (name in ("evaluate", "compare"))  # the choices of eval
     examples = re.findall(rf"^  dino-lite {name}(.*?)(?:   |$)", text, re.MULTILINE)
     assert examples
-    compose(name, [word for example in examples for word in shlex.split(example)])
+    lines = [as_overrides(name, shlex.split(example), config_dir()) for example in examples]
+    compose(name, [word for line in lines for word in line])
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,44 @@ def test_a_failed_job_does_not_end_a_sweep(
         "  job 3 (checkpoint=c): file: No space left on device.",
         "  job 4 (checkpoint=d): exit code 1",
     ]
+
+
+def test_paths_and_names_are_swept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also alone; a path with a comma that exists is one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b", "c", "d,e"):
+        (tmp_path / name).mkdir()
+    seen: list[str] = []
+
+    def job(config: Config) -> None:
+        seen.append(config["checkpoint"])
+
+    for words in (["a b,c"], ["checkpoint=a b,c"], ["checkpoint=d,e", "draw=true,false"]):
+        assert sweep(monkeypatch, tmp_path, job, *words) == 0
+    assert seen == ["a b", "c", "a b", "c", "d,e", "d,e"]
+    assert "job 1: runs_dir=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("pretrain --shell-completion", "takes install=SHELL, uninstall=SHELL or query=SHELL, wi"),
+        ("report -sc install=fosh", "with bash, fish or zsh, as in: eval "),
+        ("report --multirun --cfg job", "--info and --shell-completion exclude each o"),
+    ],
+)
+def test_flags_that_print_are_refused_in_a_sentence(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where Hydra itself shows a traceback."""
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, *words.split())
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said in told
+    assert told.count("\n") == 1
 
 
 def test_an_interrupt_ends_the_whole_sweep(

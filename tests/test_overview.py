@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
-from dino_lite.config import compose
+from dino_lite.config import compose, instantiate
 from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, plan
 from dino_lite.runs.identity import requested
@@ -64,6 +65,22 @@ def test_what_is_suggested_can_be_given() -> None:
     words = [line.rpartition("[")[2].strip("]") for line in lines if line.endswith("]")]
     assert len(words) == 5
     assert planned(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "larger"),
+    [
+        ("augment.global_size=48 backbone=convnet", 96),
+        ("augment.global_size=224 backbone=resnet50", 352),
+        ("augment.global_size=224 backbone=vit_small backbone.patch_size=14", 336),
+    ],
+)
+def test_larger_crops_are_about_half_as_large_again(words: str, larger: int) -> None:
+    """In whole patches, also of the patch size that the larger crops get."""
+    assert f"[augment.global_size={larger}]" in overview(planned(*words.split()), facts())
+    node = planned(*words.split(), f"augment.global_size={larger}").config["backbone"]
+    with torch.device("meta"):
+        assert instantiate({key: node[key] for key in node if key != "pretrained"})
 
 
 def test_width_and_parameters_are_those_of_the_network() -> None:

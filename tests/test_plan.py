@@ -283,8 +283,8 @@ REFUSED = {
     "preset=0": "one of tiny",
     "augment.global_size=0": "augment.global_size=0",
     "augment.num_local=-1": "a whole number of at least 0",
-    "backbone.patch_size=128": "a patch is larger than",
-    "augment.global_size=60 backbone.patch_size=8": "not a multiple of backbone.patch_size",
+    "backbone.patch_size=128": "128 pixels: set augment.global_size=128 or another multiple of",
+    "augment.global_size=60 backbone.patch_size=8": "augment.global_size=64 or another multiple of",
     "loader.batch_size=0": "loader.batch_size=0",
     "loader.batch_size=7 trainer.devices=2": "must be divisible",
     "loader.num_workers=-1": "a whole number of at least 0",
@@ -328,7 +328,7 @@ REFUSED = {
     "optim.rate_rule=foo": "one of linear",
     "backbone.drop_path_by=foo": "one of sample, batch",
     "backbone.num_registers=-1": "a whole number of at least 0, or null",
-    "augment.gram_size=100": "not a multiple of backbone.patch_size",
+    "augment.gram_size=100": "the network reduces images by 8 pixels: set augment.gram_size=104 or",
     "method.teacher_temp.per=foo": "one of step, epoch",
     "baselines=maybe": "true or false",
     "backbone.in_chans=1": "the images have 3 channels",
@@ -364,6 +364,15 @@ def test_impossible_values_are_refused_in_a_sentence(request_: str) -> None:
         )
     assert REFUSED[request_] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["backbone=resnet50", "backbone=vit_small"])
+def test_crops_smaller_than_a_patch_are_refused_by_what_was_given(words: str) -> None:
+    """The size of the crops, not the patch size that comes with the network."""
+    given = [words, "backbone.patch_size=32", "augment.global_size=96", "augment.local_size=16"]
+    does = "reduces images by" if words == "backbone=resnet50" else "has patches of"
+    with pytest.raises(UserError, match=rf"^augment\.local_size=16: the network {does} 32 "):
+        plan(compose("pretrain", given), facts())
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,25 @@ def test_damaged_and_foreign_folders_do_no_harm(tmp_path: Path) -> None:
     assert names["torn_0"] == "damaged"
 
 
+def test_a_run_itself_and_the_folder_above_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where there is no run yet, that is said; weights alone are named as such."""
+    monkeypatch.chdir(tmp_path)
+    assert runs() == runs(".") == []
+    assert "no run in runs yet: dino-lite pretrain FOLDER makes" in capsys.readouterr().out
+    first, second = fake(tmp_path / "runs" / "a"), fake(tmp_path / "runs" / "b")
+    assert [run["name"] for run in runs("runs/a")] == ["a"]
+    assert {run["name"] for run in runs(".")} == {"a", "b"} == {run["name"] for run in runs()}
+    monkeypatch.chdir(second.folder)
+    assert [run["name"] for run in runs(".")] == ["b"]
+    first.config_file.unlink()
+    aged(first, 0.0)
+    capsys.readouterr()
+    assert [run["state"] for run in runs(str(first.folder))] == ["no config.yaml"]
+    assert capsys.readouterr().out.rstrip().endswith(" B")
+
+
 def test_the_table_says_it_in_a_line_each() -> None:
     """Columns without any value are left out."""
     first = Listed(
@@ -120,7 +139,7 @@ def test_the_command_lists_and_writes(
     assert f"{name}  finished  dino    vit       " in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     assert runs(str(tmp_path / "none")) == []
-    assert "contains no run" in capsys.readouterr().out
+    assert "There is no run in" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be read"):
         runs(f"runs_dir={tmp_path / 'nowhere'}")
     with pytest.raises(UserError, match=r"ends in \.json"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def test_a_flag_that_does_not_exist_is_answered_with_the_setting(
 
 def test_flags_of_hydra_and_paths_stand_in_any_order() -> None:
     """And a translated line is left as it is: launchers run it again."""
-    line = arguments_of("pretrain", ["--cfg", "job", "my photos=2020", "-m", "seed=1,2"])
-    assert line == ["seed=1,2", "data.root='my photos=2020'", "--cfg", "job", "-m"]
+    line = arguments_of("pretrain", ["--cfg", "job", "my photos=2020", "--resolve", "seed=1"])
+    assert line == ["seed=1", "data.root='my photos=2020'", "--cfg", "job", "--resolve"]
     assert arguments_of("pretrain", line) == line
 
 

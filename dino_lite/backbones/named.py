@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 from typing import Any
 
 import timm
@@ -50,14 +51,22 @@ def explain_name(name: str, known: list[str]) -> str:
     asked = f"backbone={name}"
     model, _, tag = name.removeprefix("timm:").partition(".")
     if (tag or model != name) and (model in known or choice_for(model)):
-        return (
-            f"{asked}: this names weights too; choose backbone={model} for the network (a ViT "
-            "starts from weights in a file with backbone.pretrained=FILE)."
-        )
+        why = f": .{tag} names weights, but a network is chosen without" if tag else ""
+        is_vit = model.startswith("vit") or choice_for(model) in ("auto", "rope")
+        start = "; backbone.pretrained=FILE starts from weights in a file" if is_vit else ""
+        return f"{asked}{why}: write backbone={model}{start}."
     names = [*known, *(name for module in _MODULES for name in timm.list_models(module=module))]
-    resembling = difflib.get_close_matches(model, names, n=8)
+    resembling = [each for each in names if each.startswith(model)]
+    resembling += difflib.get_close_matches(model, names, n=8)
+    if (family := _family(model)) in map(_family, timm.list_models()):
+        resembling = [each for each in resembling if _family(each) == family]
     near = next((each for each in resembling if each in known or choice_for(each)), None)
     hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}, or a timm name."
-    if model in timm.list_models():
-        return f"{asked}: of timm's models, only {_KINDS} are supported; {hint}"
-    return f"{asked}: there is no such choice, and no timm model of that name; {hint}"
+    if near and model not in timm.list_models():
+        return f"{asked}: there is no such choice, and no timm model of that name; {hint}"
+    return f"{asked}: of timm's models, only {_KINDS} are supported; {hint}"
+
+
+def _family(name: str) -> str:
+    """The letters that a model's name begins with: "swin" of swin_tiny."""
+    return "".join(itertools.takewhile(str.isalpha, name))

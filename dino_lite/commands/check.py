@@ -36,7 +36,6 @@ from dino_lite.data.statistics import (
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
-from dino_lite.data.wording import count
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
 from dino_lite.meter import meter
@@ -49,6 +48,7 @@ from dino_lite.runs.build import build
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import Run, write_json
 from dino_lite.runs.timing import compare, time_loading, time_training
+from dino_lite.wording import count
 
 _TIMED_BATCH = 16  # images loaded for timing
 _WRITTEN = ("check.json", "bad_files.csv", "duplicates.csv", "crops.png")

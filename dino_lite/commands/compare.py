@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from dino_lite.config import Config, command, compose
 from dino_lite.contracts import UserError
 from dino_lite.data.roots import several
-from dino_lite.data.wording import count
 from dino_lite.distributed import rank
 from dino_lite.eval.baselines import baselines_of
 from dino_lite.eval.measure import beside, comparable, line, measure
@@ -27,6 +26,7 @@ from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import read_json, write_text
 from dino_lite.runs.subject import Subject, build_evaluations, open_subject, save_results
+from dino_lite.wording import count
 
 
 class Row(NamedTuple):

@@ -15,7 +15,6 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.subset import Subset, spread
-from dino_lite.data.wording import count
 from dino_lite.eval.features import extract
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
@@ -23,6 +22,7 @@ from dino_lite.planning.checks import check_values
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
+from dino_lite.wording import count
 
 _NUM_IMAGES = 8  # for the comparison
 _MOST_FITTED, _BATCH = 10_000, 64  # training images that the principal components are taken of

@@ -27,11 +27,12 @@ def run_runs(config: Config) -> list[dict[str, Any]]:
     if out is not None and out.suffix != ".json":
         raise UserError(f"out={out}: name a file that ends in .json.")
     folder = Path(str(config["runs_dir"])).expanduser()
-    listed = list_runs(folder)
+    new = folder == Path("runs") and not folder.exists()  # before the first run
+    listed = [] if new else list_runs(folder)
     if listed:
         print("\n".join(table(listed, time.time())))
     else:
-        print(f"{folder} contains no run: dino-lite pretrain FOLDER starts one.")
+        print(f"There is no run in {folder} yet: dino-lite pretrain FOLDER makes the first.")
     told = [run._asdict() for run in listed]
     if out is not None:
         write_text(out, json.dumps(told, indent=2) + "\n")
@@ -81,11 +82,11 @@ def _age(seconds: float) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes as text: 2.3 MB, 410 MB, 12 GB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+    """Bytes as text: 7 B, 2.3 MB, 410 MB, 12 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.{0 if num_bytes >= 10 * unit else 1}f} {name}"
-    return f"{num_bytes / 1e3:.0f} kB"
+    return f"{num_bytes} B"
 
 
 @command("runs")

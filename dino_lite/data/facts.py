@@ -14,7 +14,7 @@ from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.decode import Look, look
 from dino_lite.data.findings import judge_alpha, judge_range
 from dino_lite.data.sources import reason
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 NUM_LOOKED_AT = 64
 _MIN_PIXELS = 256 * 256  # enough for the mean color; large files may be decoded smaller

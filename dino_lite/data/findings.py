@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from dino_lite.data.summary import feeders
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 _MANY = 0.01  # of the images: more than this is a warning
 _NEARLY_ALL = 0.95

@@ -17,7 +17,7 @@ from jaxtyping import Int, Int64
 from dino_lite.contracts import UserError
 from dino_lite.data.paths import Paths
 from dino_lite.data.sources import text
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 
 class Split(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from dino_lite.data.folder_names import HELD_OUT, Kind, is_junk, matches, split_of
 from dino_lite.data.folder_tree import FolderNode, folder_tree
 from dino_lite.data.mask_folders import MaskFinder, Names
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 _NUM_NAMED = 3  # folders named in a sentence
 

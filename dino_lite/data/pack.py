@@ -20,7 +20,7 @@ from dino_lite.data.order import permutation
 from dino_lite.data.parts import append_rows
 from dino_lite.data.sources import reason
 from dino_lite.data.tar_index import index_tar, join_indexes, write_index
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 INDEX, CLASSES, LEFT_OUT = "index.npz", "classes.json", "left_out.csv"
 MAX_BYTES = 256 * 2**20

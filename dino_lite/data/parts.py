@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop, plain_globals
 from dino_lite.data.sources import ArraySource, reason
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 try:
     import fcntl

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image
 
-from dino_lite.data.wording import count
 from dino_lite.settings.kinds import Must, Size
+from dino_lite.wording import count
 
 Bounds = Annotated[
     Sequence[float],

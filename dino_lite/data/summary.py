@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 _BAR = 30  # characters of the longest bar
 _SHOWN = 5  # unreadable files shown; all are in bad_files.csv

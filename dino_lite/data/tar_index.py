@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from dino_lite.contracts import UserError
 from dino_lite.data.decode import File
 from dino_lite.data.suffixes import FETCH, POINTER, SUFFIXES
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 FORMAT = 1  # version of an index file; others are ignored
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from dino_lite.contracts import Source, UserError
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 
 class Targets(NamedTuple):

@@ -14,7 +14,7 @@ from dino_lite.data.roots import Top
 from dino_lite.data.selection import Selection
 from dino_lite.data.suffixes import FETCH, KNOWN, POINTER
 from dino_lite.data.walk import ARCHIVES, Found
-from dino_lite.data.wording import count
+from dino_lite.wording import count
 
 
 def check_not_empty(

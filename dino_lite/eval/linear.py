@@ -16,7 +16,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, Evaluation, UserError
-from dino_lite.data.wording import count
 from dino_lite.eval.features import Pooled, device_of
 from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
@@ -26,6 +25,7 @@ from dino_lite.eval.short_grid import ShortGrid
 from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Count, Must, PositiveNumbers, Size, Sizes
 from dino_lite.settings.validate import checked
+from dino_lite.wording import count
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 PUBLISHED_BATCH, PUBLISHED_STEPS = 1024, 12_500  # ten epochs of ImageNet

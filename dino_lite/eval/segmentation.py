@@ -18,7 +18,6 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixel_labels import MaskedImages, open_masks
 from dino_lite.data.sources import expand
 from dino_lite.data.subset import spread
-from dino_lite.data.wording import count
 from dino_lite.eval.features import check_finite, device_of, frozen
 from dino_lite.eval.pictures_patches import segmentation_picture
 from dino_lite.eval.results import resampled, result
@@ -27,6 +26,7 @@ from dino_lite.eval.store import FeatureStore
 from dino_lite.meter import metered
 from dino_lite.settings.kinds import Count, NonNegative, PositiveNumbers, Size
 from dino_lite.settings.validate import checked
+from dino_lite.wording import count
 
 _HELD_OUT = 5  # every fifth image is held out
 _MOST_CLASSES = 256

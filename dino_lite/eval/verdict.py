@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino_lite.data.wording import count
 from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import PROTOTYPES, num_prototypes, number
+from dino_lite.wording import count
 
 LOSS_NOTE = "the loss may rise at first and does not measure quality; k-NN does"
 _FEW = 2000  # images below which pretrained weights are advised

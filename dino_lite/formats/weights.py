@@ -20,10 +20,10 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.wording import count
 from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
+from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -88,8 +88,8 @@ def open_timm(name: str) -> Opened:
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # from the network, the hub, its cache, or missing weights
         raise UserError(
-            f"{asked} could not be downloaded ({type(error).__name__}): are you offline, or has "
-            "this model no published weights?"
+            f"{asked} could not be downloaded: are you offline, or has this model no published "
+            "weights?"
         ) from error
     found = _find(dict(model.state_dict()), {"architecture": name}, asked)
     return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")

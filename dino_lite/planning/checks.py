@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from dino_lite.config import Config, get, leaves
 from dino_lite.contracts import Backbone, Traits, UserError
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import parse_span
 from dino_lite.planning.groups import RECORDS, Settings, Start
 from dino_lite.settings.validate import locate, locate_class, parameters, settings_of, validated
+from dino_lite.wording import count
 
 
 def check_values(config: Config, auto: bool = True) -> Config:
@@ -119,18 +120,7 @@ def setting(config: Config, key: str, otherwise: Any = None) -> Any:
 
 def check(config: Config, facts: Facts) -> None:
     """Check a planned configuration as a whole: reject combinations of values that do not fit."""
-    patch = setting(config, "backbone.patch_size", 1)
-    large, small = get(config, "augment.global_size"), get(config, "augment.local_size")
-    sizes = {"augment.global_size": large}
-    if get(config, "augment.num_local"):
-        sizes["augment.local_size"] = small
-    if gram := config["augment"].get("gram_size"):
-        sizes["augment.gram_size"] = gram
-    for key, size in sizes.items():
-        if patch > size:
-            raise UserError(f"backbone.patch_size={patch}: a patch is larger than {key}={size}.")
-        if size % patch:
-            raise UserError(f"{key}={size} is not a multiple of backbone.patch_size={patch}.")
+    _check_sizes(config)
     _check_channels(config, facts)
     _check_uses(config)
     if setting(config, "augment.where") == "worker" and facts.channels not in (1, 3):
@@ -153,6 +143,21 @@ def check(config: Config, facts: Facts) -> None:
             "CXX; on a GPU also Triton); remove this setting."
         )
     _check_length(config, facts.num_images / batch_size)
+
+
+def _check_sizes(config: Config) -> None:
+    """Check that crops consist of whole patches."""
+    patch, augment = setting(config, "backbone.patch_size", 1), config["augment"]
+    keys = ["global_size", *["local_size"] * bool(augment["num_local"]), "gram_size"]
+    does = "reduces images by" if traits_of(config).convolutional else "has patches of"
+    for key in keys:
+        size = augment.get(key) or patch  # null: no crops of that kind
+        if size % patch:
+            raise UserError(
+                f"augment.{key}={size}: the network {does} {patch} pixels: set augment.{key}="
+                f"{math.ceil(size / patch) * patch} or another multiple of {patch}, or choose "
+                "another network (backbone=, backbone.patch_size=)."
+            )
 
 
 def _check_channels(config: Config, facts: Facts) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from dino_lite.config import Config, get
 from dino_lite.contracts import Backbone
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import setting
 from dino_lite.planning.plan import Plan
+from dino_lite.wording import count
 
 _PRECISIONS = {"32": "float32", "64": "float64", "bf16": "bfloat16"}
 
@@ -55,7 +56,8 @@ def overview(
     more = "trainer.devices=2" if facts.num_devices > devices else ""
     name, losses = _method(config)
     size, batch = get(config, "augment.global_size"), get(config, "loader.batch_size")
-    larger = size + 4 * setting(config, "backbone.patch_size", 8)
+    step = math.lcm(16, setting(config, "backbone.patch_size", 1))
+    larger = math.ceil(1.5 * size / step) * step
     other = "dino" if name == "dinov2" else "dinov2"
     test = f", {count(facts.num_test, 'test image')}" if facts.num_test else ""
     lines = [

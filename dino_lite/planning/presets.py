@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dino_lite.config import Config, config_dir, get, load
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.planning.checks import traits_of
 from dino_lite.planning.groups import PRESETS
+from dino_lite.wording import count
 
 FEW, MANY = 20_000, 1_280_000  # images: the largest small set, and ImageNet
 

@@ -14,12 +14,12 @@ import torch
 from dino_lite.config import Config, get, instantiate
 from dino_lite.contracts import UserError
 from dino_lite.data.photometric import IMAGENET_MEAN, IMAGENET_STD
-from dino_lite.data.wording import count
 from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
 from dino_lite.planning.checks import mixes_images, setting, traits_of
+from dino_lite.wording import count
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
 _PATCHES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}

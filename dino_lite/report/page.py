@@ -8,7 +8,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dino_lite.data.wording import count
 from dino_lite.eval.curves import PROTOTYPES, number
 from dino_lite.eval.verdict import judge, prototypes_text, verdict
 from dino_lite.report.charts import curve_sections
@@ -18,6 +17,7 @@ from dino_lite.report.story import Story, results_of
 from dino_lite.report.thumbnails import find_pictures, picture_figures
 from dino_lite.report.worth import title_of, value_of, worth_section
 from dino_lite.version import __version__
+from dino_lite.wording import count
 
 _LISTED = 20  # unreadable files shown
 _TEMPLATE = Path(__file__).with_name("page.html")

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dino_lite.data.wording import count
 from dino_lite.eval.results import amount, interval, short
 from dino_lite.eval.verdict import judge
+from dino_lite.wording import count
 
 _WIDTH = 120  # columns, if the output is not a terminal
 

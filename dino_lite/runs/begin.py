@@ -69,19 +69,31 @@ def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:
         if groups and method:  # what they choose differs from the defaults beside this method
             bare = dict(leaves(compose("pretrain", [f"method={method}"])))
             given |= {key for key, value in new.items() if bare.get(key, ABSENT) != value}
+    choices = [word for word, node in words.items() if node in groups - {"backbone"}]
+    by = f" by {' '.join(choices)}" if choices else ""
     other: dict[str, str] = {}
     for key in sorted(given):
         value, its = (now.get(key, default_of(now, key)) for now in (new, old))
         if value not in ("auto", its) and not any(_is_below(key, above) for above in other):
-            other[key] = f"{key}={shown(value)} (the run: {shown(its)})"
-    if "backbone._target_" in other:  # another class has other keys
-        other = {k: v for k, v in other.items() if k == "backbone._target_" or k[:9] != "backbone."}
+            theirs = "the network's own" if its is None else shown(its)
+            typed = any(key == node or key.startswith(f"{node}.") for node in words.values())
+            other[key] = f"{key}={shown(value)}{'' if typed else by} (the run: {theirs})"
+    if other.keys() & {"backbone._target_", "backbone.name"}:  # another network has other settings
+        word = next((w for w in words if words[w] in ("backbone", "backbone.name")), None)
+        word = word or f"backbone={_network(config['backbone'])}{by}"
+        other = {key: text for key, text in other.items() if not key.startswith("backbone.")}
+        other = {"backbone": f"{word} (the run: {_network(kept['backbone'])})"} | other
     if other:
         raise UserError(
             f"checkpoint={config['checkpoint']} keeps the backbone and heads of that run, which "
             f"differ from {', '.join(other.values())}: leave these settings out, give the run's "
             "values, or train without checkpoint=."
         )
+
+
+def _network(node: Config) -> str:
+    """What a backbone is called: its name, otherwise its class."""
+    return str(node.get("name") or node["_target_"].rpartition(".")[2])
 
 
 def _is_below(key: str, node: str) -> bool:

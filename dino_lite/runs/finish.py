@@ -12,7 +12,6 @@ from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.parts import append_rows
 from dino_lite.data.subset import Subset, spread
-from dino_lite.data.wording import count
 from dino_lite.eval.baselines import (
     KNN_KEYS,
     baseline_table,
@@ -24,6 +23,7 @@ from dino_lite.eval.gallery import QUICK, draw_all
 from dino_lite.eval.store import FeatureStore
 from dino_lite.eval.verdict import loss_line, unreadable_line, verdict
 from dino_lite.runs.run import Run
+from dino_lite.wording import count
 
 _NUM_DRAWN = 2000  # training images searched for neighbors
 _NUM_NAMED = 5  # classes

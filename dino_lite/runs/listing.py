@@ -26,7 +26,8 @@ class Listed(NamedTuple):
     """
 
     name: str
-    state: str  # training | finishing | interrupted | trained | finished | empty | damaged
+    # training | finishing | interrupted | trained | finished | empty | damaged | no config.yaml
+    state: str
     method: str
     backbone: str
     steps: int
@@ -40,18 +41,30 @@ class Listed(NamedTuple):
 
 
 def list_runs(runs_dir: Path) -> list[Listed]:
-    """The runs in `runs_dir`, newest first; other folders are left out. Raises UserError if there
-    is no such folder.
+    """The runs in `runs_dir`, newest first; other folders are left out. `runs_dir` may also be one
+    run, or a folder without runs whose own "runs" has some. Raises UserError if it cannot be read.
     """
+    if _is_run(runs_dir):
+        return [describe(Run(runs_dir.resolve()))]
+    found, inner = _runs_in(runs_dir), runs_dir / "runs"
+    if not found and inner.is_dir():
+        found = _runs_in(inner)
+    return sorted(map(describe, found), key=lambda run: -run.changed)
+
+
+def _runs_in(folder: Path) -> list[Run]:
     try:
-        folders = [path for path in runs_dir.iterdir() if not path.name.startswith(".")]
+        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise UserError(
-            f"runs_dir={runs_dir} cannot be read ({error.strerror}): name the folder of the runs."
+            f"runs_dir={folder} cannot be read ({error.strerror}): name the folder of the runs."
         ) from error
-    runs = [Run(folder) for folder in folders]
-    known = [run for run in runs if run.config_file.is_file() or run.last.is_file()]
-    return sorted(map(describe, known), key=lambda run: -run.changed)
+    return [Run(path) for path in inside if _is_run(path)]
+
+
+def _is_run(folder: Path) -> bool:
+    run = Run(folder)
+    return run.config_file.is_file() or run.last.is_file()
 
 
 def describe(run: Run) -> Listed:
@@ -85,7 +98,7 @@ def _state(run: Run, config: dict[str, Any], results: dict[str, Any]) -> str:
     if run.is_locked():
         return "finishing" if done else "training"
     if not config:
-        return "damaged"
+        return "damaged" if run.config_file.is_file() else "no config.yaml"
     return done or ("interrupted" if run.last.is_file() else "empty")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from dino_lite.config import Config, get, load, put
 from dino_lite.contracts import Splits, Trust, UserError
-from dino_lite.data.wording import count
 from dino_lite.planning.checks import mixes_images
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.identity import SPEED, changed_from_defaults
@@ -15,6 +14,7 @@ from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate, parameters
+from dino_lite.wording import count
 
 _MISSING = object()
 

@@ -13,7 +13,6 @@ from dino_lite.contracts import Backbone, Evaluation, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.facts import first_readable
 from dino_lite.data.photometric import Normalize
-from dino_lite.data.wording import count
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
@@ -22,6 +21,7 @@ from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
 from dino_lite.runs.trust import demand_trust, targets
+from dino_lite.wording import count
 
 
 class Subject(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 
 from dino_lite.contracts import Crops, UserError
 from dino_lite.data.datamodule import DataModule
-from dino_lite.data.wording import count
 from dino_lite.methods.module import PretrainModule
+from dino_lite.wording import count
 
 
 class Loading(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 from dino_lite.config import Config, put, save
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data.datamodule import DataModule
-from dino_lite.data.wording import count
 from dino_lite.interrupts import Stopped, by_signal, number_of
 from dino_lite.machine import Facts
 from dino_lite.methods.module import PretrainModule
@@ -24,6 +23,7 @@ from dino_lite.runs.checkpoint import read_checkpoint
 from dino_lite.runs.run import Run
 from dino_lite.runs.timing import is_out_of_memory
 from dino_lite.runs.trainer import build_trainer
+from dino_lite.wording import count
 
 Built = tuple[DataModule, PretrainModule, list[pl.Callback]]
 

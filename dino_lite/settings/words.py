@@ -104,13 +104,13 @@ def _is_override(word: str, command: str, conf: Path) -> bool:
 
 def _check_word(word: str, command: str, kept: list[str], conf: Path) -> None:
     """Raise UserError if `word` is neither a path nor a name that the command knows."""
-    if looks_like_path(word):
-        return
     names, what = [], "file or folder"
     if MAIN[command].startswith("checkpoint"):
         names, what = ["latest", *_run_names(kept)], "run, file or folder"
-        if word in names or word.startswith("timm:"):
-            return
+    names_timm = names and "timm:" in word
+    parts = [word] if _exists(word) else word.split(",")  # several in a sweep
+    if names_timm or all(looks_like_path(part) or part in names for part in parts):
+        return
     choices = sorted(path.parent.name for path in conf.glob(f"*/{glob.escape(word)}.yaml"))
     groups = _names(command, conf)
     near = difflib.get_close_matches(word, [*names, *sorted(os.listdir())], n=1, cutoff=0.75)
