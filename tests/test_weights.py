@@ -128,7 +128,7 @@ def put(name: str, *shape: int) -> Callable[[Weights], None]:
     [
         (
             drop("norm.bias"),
-            r"1 weights missing, 0 unknown, 0 of another shape, the first norm\.bias",
+            r"1 weight missing, 0 unknown, 0 of another shape, the first norm\.bias",
         ),
         (put("blocks.2.ls1.gamma", 8), r"0 weights missing, 1 unknown.*the first blocks\.2\.ls1"),
         (put("norm.weight", 9), r"the first norm\.weight \(\(9,\) in the file, \(8,\) here\)"),

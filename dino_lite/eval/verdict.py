@@ -115,10 +115,13 @@ def advice(results: Mapping[str, Any]) -> str:
     seen = results.get("epochs")
     told = "" if seen is None else f" (this one saw each image {seen:,.3g} times)"
     few = results.get("num_images", _FEW) < _FEW
-    weights = ", or start from pretrained weights: backbone.pretrained=FILE" if few else ""
+    start = (
+        ", or start from pretrained weights: backbone.pretrained=FILE (a dino_lite export; published "
+        "weights need a ViT, as backbone=vit_small)"
+    )
     return (
         f"Next: train longer{told}, as another run: name=NEW and a larger trainer.max_time, "
-        f"trainer.max_epochs or trainer.max_steps{weights}."
+        f"trainer.max_epochs or trainer.max_steps{start if few else ''}."
     )
 
 
