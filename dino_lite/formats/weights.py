@@ -127,8 +127,8 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
     if found is None and (spec := about.get("spec")):
         raise UserError(
             f"{asked} is the export of a backbone of kind {spec.get('kind')}, not of a ViT: to "
-            "open it give the exported folder; to start from it give backbone.pretrained alone, without "
-            "other settings of the backbone."
+            "open it give the exported folder; to start from it leave out other settings of the "
+            "backbone."
         )
     if found is None:
         shown = (
