@@ -36,7 +36,7 @@ from dino_lite.data.statistics import (
 )
 from dino_lite.data.subset import spread
 from dino_lite.data.summary import class_table, duplicate_table, speed_table, split_table
-from dino_lite.data.wording import count
+from dino_lite.data.wording import count, labels_told
 from dino_lite.eval.pictures import crops_picture
 from dino_lite.machine import Facts, num_cores
 from dino_lite.meter import meter
@@ -136,14 +136,12 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
 
 def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     """The part of the report about individual images and labels."""
-    how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
-    own = f"data.labels={how}" if splits.train.labels is not None else "the data has none"
-    labels = splits.labels_from or own
+    size = get(config, "augment.global_size")
     described = {
         name: describe(source, found[name][1], 0 if size == "auto" else size)
         for name, source in _sources(splits)
     }
-    return {"data": splits.name, "splits": described, "labels": labels}
+    return {"data": splits.name, "splits": described, "labels": labels_told(splits)}
 
 
 def _measure(
