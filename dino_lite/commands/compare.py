@@ -61,8 +61,8 @@ def run_compare(config: Config) -> dict[str, Any]:
             rows = measure_all(config, subjects, evaluations, kept)
     except KeyboardInterrupt:
         if rank() == 0:
-            told = f"{', '.join(kept)} kept in results.json of each; " if kept else ""
-            print(f"interrupted: {told}no table was made (the same command does that).", flush=True)
+            done = f"{', '.join(kept)} kept in results.json of each; " if kept else ""
+            print(f"interrupted: {done}no table was made (the same command does that).", flush=True)
         raise
     told = {"data": data.name, "notes": notes, "rows": [row._asdict() for row in rows]}
     if rank() == 0:

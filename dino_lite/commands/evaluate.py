@@ -104,11 +104,11 @@ def _left_out(
     ]
     told = [*results, *others]
     kept = f"{', '.join(told)} kept in {subject.checkpoint.results_file}; " if told else ""
-    how = [f"eval=[{','.join(missing)}]"] if missing else []
+    how = f"eval=[{','.join(asked if baselines else missing)}]"
     if baselines:
         missing.append("the other baselines" if others else "baselines")
-        how.append("baselines=true")
-    return f"interrupted: {kept}{', '.join(missing)} not measured ({' '.join(how)} does that)."
+        how += " baselines=true"
+    return f"interrupted: {kept}{', '.join(missing)} not measured ({how} does that)."
 
 
 @command("evaluate")
