@@ -70,10 +70,14 @@ def metered(items: Iterable[T], total: int, what: str, unit: str, each: int = 1)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text: 0:42, 12:05, 3:07:00."""
+    """Seconds as text: 42 s, 12 min 5 s, 3 h 7 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{rest} s"
 
 
 def _lines(total: int, title: str, unit: str) -> Callable[[int], None]:

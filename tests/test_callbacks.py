@@ -628,7 +628,7 @@ def test_disabled_progress_is_silent(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (11_220, "3:07:00")]
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min"), (725, "12 min 5 s"), (11_225, "3 h 7 min")]
 )
 def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
     """Minutes and seconds, with hours where there are any."""

@@ -55,6 +55,21 @@ def test_checkpoints_and_baselines_stand_side_by_side(
         assert kept["baselines"]["untrained"]["value"] == told["rows"][3]["results"]["knn"]["value"]
 
 
+def test_an_interrupt_says_what_is_kept(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And that the table is missing."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dino_lite.eval.retrieval.Retrieval.__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(asked(runs, "checkpoints=[a b,é]", "eval=[knn,retrieval]"))
+    said = capsys.readouterr().out
+    assert "interrupted: knn of a b kept in results.json of each; no table was made" in said
+
+
 @pytest.mark.slow
 def test_equal_baselines_are_measured_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for two networks alike; others of another size, and each then says whose it is."""

@@ -211,4 +211,17 @@ def test_an_interrupt_among_the_baselines_keeps_those_that_were_measured(
     assert kept["baselines"].keys() == {"raw pixels"}
     told = capsys.readouterr().out
     assert "knn of raw pixels: " in told
-    assert "baselines not measured (baselines=true does that)" in told
+    kept = f"knn, knn of raw pixels kept in {whole / 'results.json'}"
+    assert f"{kept}; the other baselines not measured (eval=[knn] baselines=true" in told
+
+
+def test_an_interrupt_before_the_baselines_does_not_forget_them(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that measures the rest asks for them as well."""
+    (whole / "results.json").unlink(missing_ok=True)
+    monkeypatch.setattr(Retrieval, "__call__", interrupting(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(whole, "eval=[knn,retrieval]", "baselines=true")
+    rest = "retrieval, baselines not measured (eval=[knn,retrieval] baselines=true does that)."
+    assert rest in capsys.readouterr().out

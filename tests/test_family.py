@@ -564,13 +564,28 @@ def test_a_run_whose_backbone_its_spec_does_not_rebuild_never_starts(tmp_path: P
         build_method(config | {"backbone": node})
 
 
-def test_a_file_of_weights_is_refused_for_a_family_that_reads_none(tmp_path: Path) -> None:
-    """As for a ConvNet."""
+@pytest.mark.parametrize("outer", ["", "whole.", "state_dict.method.teachers.ema."])
+def test_a_backbone_of_any_family_starts_from_weights_by_its_own_names(
+    tmp_path: Path, outer: str
+) -> None:
+    """Of an export, of a compact one, of a run's checkpoint, where the teacher's are taken."""
     config = plan(tiny(tmp_path, "trainer.max_time=null"), facts(source="shapes")).config
     convnet = {"_target_": "dino_lite.backbones.convnet.ConvNet", "widths": [8], "depths": [1]}
     for node in (_NODE, convnet):
-        with pytest.raises(UserError, match=r"backbone\.pretrained=file: only a ViT or RoPEViT"):
-            build_method(config | {"backbone": node | {"pretrained": "file", "patch_size": 8}})
+        config["backbone"] = node | {"patch_size": 8}
+        weights = build_method(config | {"seed": 7}).export_backbone().state_dict()
+        saved = {outer + name: value for name, value in weights.items()}
+        if outer.startswith("state"):
+            student = {name: torch.zeros_like(value) for name, value in weights.items()}
+            saved = {f"state_dict.method.student.{n}": v for n, v in student.items()} | saved
+        torch.save(saved | ({"reduce.bias": torch.zeros(2)} if outer else {}), tmp_path / "w.pt")
+        config["backbone"]["pretrained"] = str(tmp_path / "w.pt")
+        begun = build_method(config).export_backbone().state_dict()
+        assert all(torch.equal(begun[name], value) for name, value in weights.items())
+        name = next(iter(weights))
+        torch.save({name: weights[name]}, tmp_path / "w.pt")
+        with pytest.raises(UserError, match=r"w\.pt does not fit .*weights? missing"):
+            build_method(config)
 
 
 # ------------------------------------------------------------------------------------- planning

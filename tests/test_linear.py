@@ -251,12 +251,18 @@ def test_the_short_grid_says_what_it_did() -> None:
     found = Linear(grid="short").score(task)
     assert json.loads(json.dumps(found)) == found
     assert found["value"] == 100.0
-    assert "the best of 28 linear heads (short grid) " in found["protocol"]
+    how = (
+        "selected by the lowest loss among those within a standard error of the best accuracy on 6"
+    )
+    assert "one of 28 linear heads (short grid) " in found["protocol"]
+    assert f"{how} images held out of train" in found["protocol"]
     assert found["settings"]["grid"] == "short"
     assert 200 <= found["settings"]["steps"] <= 1000
     tested = [record for record in found["heads"] if record["test %"] is not None]
     assert tested == [found["chosen"]]
-    assert found["chosen"]["head"] in [row["head"] for row in found["table"]]
+    (row,) = [row for row in found["table"] if row["chosen"]]
+    assert (row["head"], row["test %"]) == (found["chosen"]["head"], 100.0)
+    assert [each["test %"] for each in found["table"]].count("") == 3
     assert found["reference_choice"] is None
     assert len(found["table"]) == 4
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dino_lite import meter as module
-from dino_lite.meter import duration, meter, metered, named
+from dino_lite.meter import meter, metered, named
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def test_a_line_has_name_part_done_and_time_left(
         assert list(metered("abc", 2500, "training", "images", 1000)) == ["a", "b", "c"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    left = r"\d+:\d\d left"
+    left = r"\d+ s left"
     assert re.fullmatch(
         rf" 40 %  untrained · linear · training · 1,000 of 2,500 images · {left}", lines[0]
     )
     assert lines[-1].startswith(
-        "100 %  untrained · linear · training · 2,500 of 2,500 images · 0:00"
+        "100 %  untrained · linear · training · 2,500 of 2,500 images · 0 s"
     )
 
 
@@ -74,9 +74,3 @@ def test_only_the_outer_of_two_meters_is_shown(
     first, last = capsys.readouterr().out.splitlines()
     assert "outer · 1 of 2" in first
     assert "next · 1 of 1" in last
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(42, "0:42"), (725, "12:05"), (11220, "3:07:00")])
-def test_durations_are_short(seconds: float, text: str) -> None:
-    """Minutes and seconds, hours where there are any."""
-    assert duration(seconds) == text

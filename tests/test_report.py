@@ -23,7 +23,7 @@ from dino_lite.eval.gallery import PICTURES
 from dino_lite.overrides import quote_override, unquote
 from dino_lite.report.charts import line_chart
 from dino_lite.report.markup import Markup, join, tag
-from dino_lite.report.page import duration, page
+from dino_lite.report.page import page
 from dino_lite.report.story import read_story, reproduce, results_of
 from dino_lite.report.thumbnails import data_uri, find_pictures
 from dino_lite.report.worth import worth_section
@@ -188,8 +188,11 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
         ({"environment.json": None}, "environment.json cannot be read"),
         ({"results.json": "{"}, "results.json cannot be read"),
         (
-            {"metrics.csv": "step,loss,skipped\n1,2,0\n2,2,3\n3,2,0\n"},
-            "Up to 3 consecutive optimizer steps had a non-finite gradient",
+            {
+                "metrics.csv": "step,loss,skipped,skipped_total\n1,2,0,0\n2,2,2,2\n3,2,0,2\n",
+                "results.json": {},
+            },
+            "2 of 4 steps had a gradient that is not finite and were skipped",
         ),
         ({"crops.png": "no picture"}, "crops.png cannot be shown"),
         (
@@ -263,7 +266,9 @@ def test_a_run_without_labels_has_a_page(tmp_path: Path) -> None:
     changes = {"environment.json": environment, "results.json": results}
     _, text = told(write_run(tmp_path / "run", **changes))
     assert "photos: 7 images, no labels" in text
-    assert "No results yet: with labels, dino-lite evaluate" in text
+    assert f"No results yet: with labels, dino-lite evaluate checkpoint={tmp_path}/run" in text
+    assert f"was not compared with baselines: dino-lite evaluate checkpoint={tmp_path}" in text
+    assert "K-NN" not in text
     assert "1 h 6 min" in text
     assert "2,048 MiB" in text
 
@@ -427,12 +432,6 @@ def test_counts_and_baselines_have_the_unit_of_their_result() -> None:
     _, text = read(worth_section(results_of({"duplicates": pairs})))
     assert "12,345\u00a0pairs" in text
     assert "3\u00a0pairs" in text
-
-
-def test_durations_are_said_in_words() -> None:
-    """Seconds, minutes, hours."""
-    said = [duration(seconds) for seconds in (3.2, 60, 83, 7260)]
-    assert said == ["3 s", "1 min", "1 min 23 s", "2 h 1 min"]
 
 
 @pytest.mark.slow

@@ -15,8 +15,15 @@ from dino_lite.contracts import Splits
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval.collapse import health, look
 from dino_lite.eval.curves import num_prototypes, read_curves
-from dino_lite.eval.verdict import exceeds, judge, loss_line, verdict
-from dino_lite.runs.finish import labels_from
+from dino_lite.eval.verdict import (
+    exceeds,
+    expectation,
+    health_line,
+    judge,
+    loss_line,
+    verdict,
+)
+from dino_lite.runs.finish import labels_line
 from test_health import K, N, match
 
 OLD = Path(__file__).parent / "old" / "runs"
@@ -123,9 +130,8 @@ CURVES = {
         ("prototype_perplexity", 9.0, 350.0),
         ("kl_to_uniform", 3.0, math.log(4096 / 350)),
         ("teacher_entropy", 2.0, 5.0),
-        ("embedding_std", 0.5, 0.6),
     ]
-}
+} | {"embedding_std": np.stack([np.arange(10, 110, 5), np.full(20, 0.6)], axis=1)}
 NUMBERS = {
     **{"knn_trained": 61.5, "knn_trained_interval": [58.4, 64.4]},
     **{"knn_untrained": 28.0, "knn_untrained_interval": [25.4, 30.7]},
@@ -153,7 +159,7 @@ def test_a_run_that_learned_nothing_says_what_to_do() -> None:
     first, second, last = verdict(results, CURVES)
     assert first.startswith("nothing was learned yet: 20.0 %")
     assert "saw each image 12 times" in second
-    assert "backbone.pretrained=FILE" in second
+    assert "backbone.pretrained=FILE (a dino_lite export; published weights need a ViT" in second
     assert last == HEALTH
     assert "pretrained" not in verdict(results | {"num_images": 10**5}, CURVES)[1]
     alarm = {"kind": "x", "step": 1200, "text": "collapse: all is one; lower optim.rate."}
@@ -166,7 +172,8 @@ def test_a_run_that_learned_nothing_says_what_to_do() -> None:
 def test_a_run_that_measured_nothing_says_why() -> None:
     """No labels; baselines that were not asked for; a network that has diverged."""
     bare = {name: points for name, points in CURVES.items() if name != "knn"}
-    first, second, last = verdict({"labels": "no labels: class c has one image"}, bare)
+    unlabeled = {"labels": "no labels: class c has one image", "num_classes": 0}
+    first, second, last = verdict(unlabeled, bare)
     assert "neighbors.png" in first
     assert "data.labels=FILE.csv" in first
     assert (second, last) == ("no labels: class c has one image.", HEALTH)
@@ -175,6 +182,37 @@ def test_a_run_that_measured_nothing_says_why() -> None:
     assert verdict({"knn_failed": "it diverged."}, {}) == ["k-NN was not measured: it diverged."]
     half = {"knn_trained": 61.5, "knn_trained_interval": [58.4, 64.4]}
     assert "was not compared" in verdict(half, CURVES)[0]
+    asked = verdict({"baselines": False}, bare, "runs/my run")[0]
+    assert asked == (
+        "k-NN was not compared with baselines, as baselines=false asks: dino-lite evaluate "
+        "'checkpoint=runs/my run' baselines=true does that."
+    )
+
+
+def test_skipped_steps_are_counted_and_are_no_collapse() -> None:
+    """Their final number, not that of the warning; they change neither health nor advice."""
+    early = {"kind": "skipped", "step": 50, "text": "1 of 50 steps so far was skipped."}
+    results = NUMBERS | {"knn_trained": 20.0, "warnings": [early], "steps": 109}
+    curves = CURVES | {"skipped_total": np.array([[49, 1], [108, 3]])}
+    _, second, third, last = verdict(results, curves)
+    assert second.startswith("Next: train longer")
+    assert third == HEALTH
+    assert last.startswith("3 of 109 steps had a gradient that is not finite and were skipped")
+    assert verdict(results | {"skipped_total": 5}, curves)[3].startswith("5 of 109 steps")
+    assert len(verdict(results, CURVES | {"skipped_total": np.array([[108, 0]])})) == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "total"),
+    [([0, 1, 2], 3), (range(8), 8), (range(0, 12, 2), 12), (range(100, 110), 1000), ([], None)],
+    ids=["three", "eight", "too few", "too short a time", "none"],
+)
+def test_no_collapse_is_not_said_of_a_run_that_could_not_show_one(steps: Any, total: Any) -> None:
+    """A warning needs a tenth of the run and a full window after it."""
+    points = np.array([[step, 0.6] for step in steps]).reshape(-1, 2)
+    curves = CURVES | {"embedding_std": points}
+    assert "collapse" not in health_line({"steps": total}, curves)
+    assert "no sign of collapse" in health_line({"steps": 110}, CURVES)
 
 
 def test_the_loss_is_explained_by_what_it_contains() -> None:
@@ -182,6 +220,9 @@ def test_the_loss_is_explained_by_what_it_contains() -> None:
     assert loss_line(CURVES).startswith("Loss: 5.500 at first, 6.100 at the end. It includes the")
     assert "a teacher that changes too" in loss_line({"loss": CURVES["loss"]})
     assert loss_line({}) == ""
+    assert "quality" not in loss_line(CURVES)  # said before training
+    assert expectation(True).endswith("k-NN does")
+    assert expectation(False).endswith("neighbors.png shows it")
 
 
 def test_the_number_of_prototypes_follows_from_what_is_logged() -> None:
@@ -219,4 +260,4 @@ def splits(labels: list[int] | None, why: str = "", num_classes: int = 7) -> Spl
 )
 def test_labels_are_explained(data: Splits, how: str | None, text: str) -> None:
     """By the source's own words, else by names or by the reason that its paths show."""
-    assert labels_from(data, how) == text
+    assert labels_line(data, how) == text

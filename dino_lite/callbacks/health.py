@@ -14,14 +14,21 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Crops, Scores, StepOutputs, Targets, UserError
 from dino_lite.distributed import broadcast_value
-from dino_lite.eval.collapse import SKIPPED, Alarm, Look, collapse, health, look
+from dino_lite.eval.collapse import (
+    EARLIEST,
+    LASTING,
+    SKIPPED,
+    WINDOW,
+    Alarm,
+    Look,
+    collapse,
+    health,
+    look,
+)
 from dino_lite.settings.kinds import Size
 from dino_lite.settings.validate import checked
 
 _MOST_IMAGES = 256  # of rank 0's batch in one sample
-_WINDOW = 10  # samples over which prototypes are counted; also the minimum length of a collapse
-_EARLIEST = 0.1  # fraction of the run before which nearly constant features are not a failure
-_LASTING = 0.05  # fraction of the run that a collapse must last
 
 
 class Health(pl.Callback):
@@ -44,7 +51,7 @@ class Health(pl.Callback):
     ) -> None:
         self.reads, self.every_n_steps, self.on_collapse = reads, every_n_steps, on_collapse
         self.warnings: list[dict[str, Any]] = []  # kind, step, text
-        self._looks: deque[Look] = deque(maxlen=_WINDOW)
+        self._looks: deque[Look] = deque(maxlen=WINDOW)
         self._now: Look | None = None
         self._seconds = 0.0
         self._streak, self._since = 0, 0.0  # consecutive samples with a collapse; fraction at start
@@ -123,12 +130,12 @@ class Health(pl.Callback):
 
     def _lasts(self, alarm: Alarm | None, fraction: float) -> bool:
         """Whether the collapse is late enough in the run and has lasted long enough."""
-        if alarm is None or fraction < _EARLIEST:
+        if alarm is None or fraction < EARLIEST:
             self._streak = 0
             return False
         self._since = self._since if self._streak else fraction
         self._streak += 1
-        return self._streak >= _WINDOW and fraction - self._since >= _LASTING
+        return self._streak >= WINDOW and fraction - self._since >= LASTING
 
     def _tell_skipped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Keep the number of skipped steps so far; returns whether the last step was skipped."""
@@ -154,7 +161,7 @@ class Health(pl.Callback):
         if (every := self.every_n_steps) is None:
             every = max(1, cast(Any, trainer).log_every_n_steps)
             if trainer.max_steps > 0:  # a short run must leave time for a window of samples
-                every = min(every, max(1, int(trainer.max_steps * _LASTING) // _WINDOW))
+                every = min(every, max(1, int(trainer.max_steps * LASTING) // WINDOW))
         return step % every == 0
 
 

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lite.eval.verdict import LOSS_NOTE
+from dino_lite.data.labeled import has_labels
+from dino_lite.eval.verdict import expectation
 from dino_lite.meter import duration
 from dino_lite.settings.kinds import NonNegative
 
@@ -49,7 +50,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what to expect of the loss; draw an empty bar."""
-        self.print(LOSS_NOTE)
+        self.print(expectation(has_labels(cast(Any, trainer).datamodule.splits.train)))
         self._began = time.monotonic()
         self._shown = 0.0 if self._is_terminal() else time.monotonic()
         if self._enabled and self._is_terminal():

@@ -24,6 +24,7 @@ from dino_lite.data.findings import (
     judge_speed,
 )
 from dino_lite.data.inspection import Inspected, inspect
+from dino_lite.data.labeled import labels_told
 from dino_lite.data.names import file_name, safe_name
 from dino_lite.data.pack import check_target, write_shards
 from dino_lite.data.parts import append_rows
@@ -136,14 +137,12 @@ def _inspect(config: Config, splits: Splits, hashing: bool) -> Found:
 
 def _describe(config: Config, splits: Splits, found: Found) -> dict[str, Any]:
     """The part of the report about individual images and labels."""
-    how, size = config["data"].get("labels", "auto"), get(config, "augment.global_size")
-    own = f"data.labels={how}" if splits.train.labels is not None else "the data has none"
-    labels = splits.labels_from or own
+    size = get(config, "augment.global_size")
     described = {
         name: describe(source, found[name][1], 0 if size == "auto" else size)
         for name, source in _sources(splits)
     }
-    return {"data": splits.name, "splits": described, "labels": labels}
+    return {"data": splits.name, "splits": described, "labels": labels_told(splits)}
 
 
 def _measure(

@@ -55,8 +55,15 @@ def run_compare(config: Config) -> dict[str, Any]:
     notes = [f"{name} was {other}" for name, s in subjects.items() if (other := elsewhere(s))]
     if rank() == 0:
         print("\n".join([f"on {data.name}", *notes]), flush=True)
-    with on_stop(interrupt):
-        rows = measure_all(config, subjects, evaluations)
+    kept: list[str] = []
+    try:
+        with on_stop(interrupt):
+            rows = measure_all(config, subjects, evaluations, kept)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            done = f"{', '.join(kept)} kept in results.json of each; " if kept else ""
+            print(f"interrupted: {done}no table was made (the same command does that).", flush=True)
+        raise
     told = {"data": data.name, "notes": notes, "rows": [row._asdict() for row in rows]}
     if rank() == 0:
         print_comparison(rows)
@@ -106,16 +113,16 @@ def elsewhere(subject: Subject) -> str | None:
 
 
 def measure_all(
-    config: Config, subjects: dict[str, Subject], evaluations: dict[str, Any]
+    config: Config, subjects: dict[str, Subject], evaluations: dict[str, Any], kept: list[str]
 ) -> list[Row]:
     """Evaluate the checkpoints, and each distinct baseline once; baselines come last. Each result
-    is saved and printed as soon as it is known.
+    is saved, printed and appended to `kept` as soon as it is known.
     """
     rows: list[Row] = []
     known: dict[tuple[str, str], Row] = {}
     for name, subject in subjects.items():
         size = subject.store.data.size
-        keep = partial(_keep, name, subject)
+        keep = partial(_keep, kept, name, subject)
         with named(name):
             results = measure(subject.backbone, subject.store, evaluations, keep)
         seed, data = int(config["seed"]), subject.store.data
@@ -138,7 +145,8 @@ def measure_all(
     return rows + alone
 
 
-def _keep(name: str, subject: Subject, which: str, found: dict[str, Any]) -> None:
+def _keep(kept: list[str], name: str, subject: Subject, which: str, found: dict[str, Any]) -> None:
+    kept.append(f"{which} of {name}")
     if rank() == 0:
         save_results({which: found}, subject)
         print(line(f"{name}, {which}", found), flush=True)

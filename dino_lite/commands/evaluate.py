@@ -43,7 +43,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
             _measure(subject, evaluations, config, results)
     except KeyboardInterrupt:
         if rank() == 0:
-            print(_left_out(results, evaluations, subject), flush=True)
+            print(_left_out(results, evaluations, subject, config["baselines"]), flush=True)
         raise
     if rank() == 0:
         print(f"written to {subject.checkpoint.results_file}")
@@ -94,15 +94,21 @@ def _measure(
             measure(baseline.build(), subject.store, comparable(evaluations), keep_beside)
 
 
-def _left_out(results: dict[str, Any], asked: dict[str, Evaluation], subject: Subject) -> str:
+def _left_out(
+    results: dict[str, Any], asked: dict[str, Evaluation], subject: Subject, baselines: bool
+) -> str:
     """A sentence on what an interrupted evaluation kept, and how to measure the rest."""
     missing = [name for name in asked if name not in results]
-    kept = f"{', '.join(results)} kept in {subject.checkpoint.results_file}" if results else ""
-    if missing:
-        rest = f"{', '.join(missing)} not measured (eval=[{','.join(missing)}] does that)"
-    else:
-        rest = "baselines not measured (baselines=true does that)"
-    return f"interrupted: {'; '.join(filter(None, (kept, rest)))}."
+    others = [
+        f"{name} of {title}" for name in results for title in results[name].get("baselines", ())
+    ]
+    told = [*results, *others]
+    kept = f"{', '.join(told)} kept in {subject.checkpoint.results_file}; " if told else ""
+    how = f"eval=[{','.join(asked if baselines else missing)}]"
+    if baselines:
+        missing.append("the other baselines" if others else "baselines")
+        how += " baselines=true"
+    return f"interrupted: {kept}{', '.join(missing)} not measured ({how} does that)."
 
 
 @command("evaluate")

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dino_lite.contracts import Scores, Targets
@@ -25,7 +26,20 @@ _PERPLEXITY = 2.5  # prototypes
 _SPREAD = 0.07  # of embeddings, where there are no prototypes
 _HIGHEST_TEMP = 0.07  # the paper's (Caron et al. 2021, section 3.2)
 
+WINDOW = 10  # samples over which prototypes are counted; also the minimum length of a collapse
+EARLIEST = 0.1  # fraction of the run before which nearly constant features are not a failure
+LASTING = 0.05  # fraction of the run that a collapse must last
+
 _LOGITS_BYTES = 64 * 2**20  # of logits held at once
+
+
+def could_alarm(steps: Shaped[np.ndarray, "n"], num_steps: int | None = None) -> bool:
+    """Whether samples at `steps` of a run (up to the last of them if `num_steps` is None) were late
+    and many enough for a collapse to be reported.
+    """
+    total = num_steps or (steps[-1] if len(steps) else 0)
+    late = steps[steps >= EARLIEST * total]
+    return len(late) >= WINDOW and bool(late[-1] - late[0] >= LASTING * total)
 
 
 class Look(NamedTuple):

@@ -21,7 +21,7 @@ from dino_lite.eval.holdout import Task, chooser, classification
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.probes import Head, LinearHeads, accuracy, choose, make_grid, train
 from dino_lite.eval.results import percent, result
-from dino_lite.eval.short_grid import ShortGrid
+from dino_lite.eval.short_grid import CHOICE, ShortGrid
 from dino_lite.eval.store import FeatureStore
 from dino_lite.settings.kinds import Count, Must, PositiveNumbers, Size, Sizes
 from dino_lite.settings.validate import checked
@@ -197,7 +197,10 @@ class Linear(Evaluation):
         return batch, min(PUBLISHED_STEPS, max(_FEWEST_STEPS, _AUTO_EPOCHS * epoch))
 
     def _protocol(self, task: Task, num_heads: int, held: Pooled | None, short: bool) -> str:
-        what = "one linear head" if num_heads == 1 else f"the best of {num_heads} linear heads"
+        what, by = "one linear head", ""
+        if num_heads > 1:
+            what = f"{'one' if short else 'the best'} of {num_heads} linear heads"
+            by = f" by {CHOICE}" if short else ""
         epochs = ", the best of its epochs" if self.cosine == "epoch" and held is None else ""
         judge = "the test images"
         if held is not None:
@@ -208,7 +211,7 @@ class Linear(Evaluation):
                 f"one{none}), then retrained on all of train"
             )
         return (
-            f"{what}{' (short grid)' if short else ''} on frozen features{epochs} selected on "
+            f"{what}{' (short grid)' if short else ''} on frozen features{epochs} selected{by} on "
             f"{judge}; SGD, {task.images}; not augmented (the references train on random crops)"
         )
 
@@ -238,13 +241,20 @@ def _records(
 
 
 def _best_of_each(found: Chosen, by: str) -> list[dict[str, Any]]:
-    """The best head of each kind of features, the chosen one among them, for the terminal."""
-    records = found.records
-    shown = [key for key in records[0] if records[0][key] is not None and key != "rate"]
+    """The most accurate head of each kind of features, or the chosen one of its kind, marked, for
+    the terminal.
+    """
+    records, chosen = found.records, found.records[found.chosen]
+    known = {key for record in records for key, value in record.items() if value is not None}
+    shown = [key for key in records[0] if key in known - {"rate"}]
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         before = best.get(record["features"])
         if before is None or record[by] > before[by]:
             best[record["features"]] = record
-    best[records[found.chosen]["features"]] = records[found.chosen]
-    return [{key: record[key] for key in shown} for record in best.values()]
+    best[chosen["features"]] = chosen
+    return [
+        {key: "" if record[key] is None else record[key] for key in shown}
+        | {"chosen": "yes" if record is chosen else ""}
+        for record in best.values()
+    ]

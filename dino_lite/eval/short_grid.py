@@ -21,6 +21,7 @@ from dino_lite.eval.probes import Head, LinearHeads, accuracy, batches, cosine, 
 from dino_lite.meter import metered
 
 WINDOW = 100  # steps over which a training loss is averaged
+CHOICE = "the lowest loss among those within a standard error of the best accuracy"  # choose_near
 STILL = 0.01  # nats, and fraction: a loss that a window lowers by less stands still
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
+from dino_lite.data.labeled import labels_told
 from dino_lite.data.subset import Subset
 from dino_lite.distributed import all_gather_cat, all_gather_objects, rank, world_size
 from dino_lite.eval.features import Pooled, device_of, dtype_of, extract_pooled
@@ -130,14 +131,10 @@ def demand_labels(splits: Splits, what: str) -> Int[np.ndarray, "N"]:
     are none.
     """
     if splits.train.labels is None:
-        why = splits.labels_from
-        cure = "name a file with data.labels=FILE.csv"
-        if why == "data.labels=none":
-            cure = "leave that out"
-        elif "data." not in why:  # a reason may name the key already
-            cure = f"sort them into one folder per class, or {cure}"
-        why = f" ({why})" if why else ""
-        raise UserError(f"{what} needs labels, and the training images have none{why}; {cure}.")
+        raise UserError(
+            f"{what} needs labels, and the training images have none ({labels_told(splits)}); give "
+            "them by folders, one per class, or by data.labels=FILE.csv."
+        )
     return splits.train.labels
 
 

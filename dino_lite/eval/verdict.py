@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino_lite.eval.baselines import knn_result
+from dino_lite.eval.collapse import could_alarm
 from dino_lite.eval.curves import PROTOTYPES, num_prototypes, number
 from dino_lite.wording import count
 
-LOSS_NOTE = "the loss may rise at first and does not measure quality; k-NN does"
 _FEW = 2000  # images below which pretrained weights are advised
 
 
@@ -74,19 +75,21 @@ def judge(found: Mapping[str, Any]) -> Judgment | None:
     return Judgment(all(above.values()), text)
 
 
-def verdict(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> list[str]:
+def verdict(
+    results: Mapping[str, Any], curves: Mapping[str, np.ndarray], run: str = "latest"
+) -> list[str]:
     """Sentences about a trained run, from its results.json and metrics.csv: what was learned, what
-    to do next, where the labels came from, and the state of the features.
+    to do next, where the labels came from, and the state of the features. `run` is its name in
+    commands.
     """
-    lines = [*_accuracy(results, curves)]
+    lines = [*_accuracy(results, curves, run)]
     if labels := results.get("labels"):
         lines.append(f"{labels}.")
-    lines.append(health_line(results, curves))
-    lines += [f"At step {each['step']:,}, {each['text']}" for each in results.get("warnings") or ()]
+    lines += [health_line(results, curves), skipped_line(results, curves), *alarms(results)]
     return [line for line in lines if line]
 
 
-def _accuracy(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> list[str]:
+def _accuracy(results: Mapping[str, Any], curves: Mapping[str, np.ndarray], run: str) -> list[str]:
     judgment = judge(found) if (found := knn_result(results)) else None
     if judgment is not None:
         begun = results.get("started_from")
@@ -95,30 +98,55 @@ def _accuracy(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> l
         return [f"{judgment.text}.{weights}", next_step]
     if reason := results.get("knn_failed"):
         return [f"k-NN was not measured: {reason}"]
-    if str(results.get("labels")).startswith("no labels"):
+    if results.get("num_classes") == 0:
         return [
             "Without labels there is no accuracy: see in neighbors.png whether images resemble "
             "their nearest neighbors. For a number, give labels to dino-lite evaluate: class "
             "folders, or data.labels=FILE.csv."
         ]
     last = f", {curves['knn'][-1, 1]:.1f} % on train at the end," if "knn" in curves else ""
-    return [
-        f"k-NN{last} was not compared with baselines: dino-lite evaluate checkpoint=… "
-        "baselines=true does that."
-    ]
+    asked = ", as baselines=false asks" if results.get("baselines") is False else ""
+    command = shlex.join(["dino-lite", "evaluate", f"checkpoint={run}", "baselines=true"])
+    return [f"k-NN{last} was not compared with baselines{asked}: {command} does that."]
 
 
 def advice(results: Mapping[str, Any]) -> str:
     """What to do about a run that has not learned enough."""
-    if results.get("warnings"):
+    if alarms(results):
         return "Next: do what the warning below says."
     seen = results.get("epochs")
     told = "" if seen is None else f" (this one saw each image {seen:,.3g} times)"
     few = results.get("num_images", _FEW) < _FEW
-    weights = ", or start from pretrained weights: backbone.pretrained=FILE" if few else ""
+    start = (
+        ", or start from pretrained weights: backbone.pretrained=FILE (a dino_lite export; "
+        "published weights need a ViT, as backbone=vit_small)"
+    )
     return (
         f"Next: train longer{told}, as another run: name=NEW and a larger trainer.max_time, "
-        f"trainer.max_epochs or trainer.max_steps{weights}."
+        f"trainer.max_epochs or trainer.max_steps{start if few else ''}."
+    )
+
+
+def alarms(results: Mapping[str, Any]) -> list[str]:
+    """The run's warnings with their steps, but those of skipped steps: `skipped_line` has their
+    final number.
+    """
+    warnings = results.get("warnings") or ()
+    failures = [each for each in warnings if not str(each.get("kind")).startswith("skipped")]
+    return [f"At step {each['step']:,}, {each['text']}" for each in failures]
+
+
+def skipped_line(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) -> str:
+    """How many steps were skipped; "" for none, or if their number was not logged."""
+    points = curves.get("skipped_total", np.zeros((1, 2)))
+    num = int(results.get("skipped_total", points[-1, 1]))
+    steps = results.get("steps") or int(points[-1, 0]) + 1
+    if not num:
+        return ""
+    return (
+        f"{num:,} of {count(steps, 'step')} had a gradient that is not finite and were skipped, "
+        "which changes no weight; if that is many, trainer.precision=32 or a lower optim.rate may "
+        "help."
     )
 
 
@@ -131,7 +159,8 @@ def health_line(results: Mapping[str, Any], curves: Mapping[str, np.ndarray]) ->
         told.append(f"effective rank of the features {number(curves['rankme'][-1, 1])}")
     if not told:
         return ""
-    if "embedding_std" in curves and not results.get("warnings"):  # the collapse was watched for
+    samples = curves.get("embedding_std", np.empty((0, 2)))[:, 0]
+    if not alarms(results) and could_alarm(samples, results.get("steps")):
         told.insert(0, "no sign of collapse")
     return f"Health: {', '.join(told)}."
 
@@ -150,22 +179,32 @@ def prototypes_text(curves: Mapping[str, np.ndarray]) -> str:
 
 
 def loss_line(curves: Mapping[str, np.ndarray]) -> str:
-    """First and last logged loss and what they mean; "" if none was logged."""
+    """First and last logged loss and what it contains; "" if none was logged."""
     if "loss" not in curves:
         return ""
     points = curves["loss"][:, 1]
     first = f"{points[0]:.3f} at first, " if len(points) > 1 else ""
-    return f"Loss: {first}{points[-1]:.3f} at the end. {loss_note(curves)}"
+    return f"Loss: {first}{points[-1]:.3f} at the end. {_contents(curves)}."
 
 
 def loss_note(curves: Mapping[str, np.ndarray]) -> str:
-    """What to expect of the loss: with prototypes it is the entropy of the teacher's targets plus
-    the divergence from them, and centering raises the former at first.
+    """What the loss contains, and what to expect of it."""
+    return f"{_contents(curves)}: {expectation('knn' in curves)}."
+
+
+def expectation(labeled: bool) -> str:
+    """What to expect of the loss, and what measures quality instead, without a full stop."""
+    instead = "k-NN does" if labeled else "neighbors.png shows it"
+    return f"the loss may rise at first and does not measure quality; {instead}"
+
+
+def _contents(curves: Mapping[str, np.ndarray]) -> str:
+    """With prototypes the loss is the entropy of the teacher's targets plus the divergence from
+    them, and centering raises the former at first.
     """
-    why = "It compares the student with a teacher that changes too"
     if "teacher_entropy" in curves:
-        why = (
+        return (
             "It includes the entropy of the teacher's targets, which grows while these spread over "
             "the prototypes"
         )
-    return f"{why}: {LOSS_NOTE}."
+    return "It compares the student with a teacher that changes too"

@@ -15,8 +15,8 @@ from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
 from dino_lite.formats.dinov3 import rename
 
 LOOKED_FOR = (
-    "looked for a class token and blocks as dino_lite, DINO, DINOv2, DINOv3, timm and Hugging Face "
-    "name them, under any prefix"
+    "looked for the class token and blocks of a ViT as dino_lite, DINO, DINOv2, DINOv3, timm and "
+    "Hugging Face name them, under any prefix"
 )
 STEM = "patch_embed.proj.weight"  # "D C p p": the only weight that depends on image channels
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
@@ -69,7 +69,7 @@ def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | 
     anchors = [name.removesuffix("cls_token") for name in names.values() if _is_anchor(name)]
     if not anchors:
         return None
-    prefix = min(anchors, key=lambda name: not _AVERAGED.search(name))  # the teacher's, or first
+    prefix = _teachers(anchors)
     hugging_face = prefix.endswith("embeddings.")
     prefix = prefix.removesuffix("embeddings.")
     own = {
@@ -102,6 +102,19 @@ def find_backbone(tensors: dict[str, Tensor], about: dict[str, Any]) -> Found | 
     adapted = [name for name, value in weights.items() if id(value) not in kept]
     num_heads = None if dinov3 is None else dinov3.num_heads
     return Found(layout, prefix, weights, unused, adapted, num_heads)
+
+
+def own_weights(tensors: dict[str, Tensor], first: str) -> Found:
+    """As `find_backbone`, of a backbone whose names are ours, `first` among them."""
+    prefix = _teachers([n.removesuffix(first) for n in tensors if n.endswith(first)] or [""])
+    weights = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    unused = [name for name in tensors if not name.startswith(prefix)]
+    return Found(Layout("dino_lite"), prefix, weights, unused, [])
+
+
+def _teachers(prefixes: list[str]) -> str:
+    """The prefix of a teacher's weights if there is one, else the first."""
+    return min(prefixes, key=lambda name: not _AVERAGED.search(name))
 
 
 def _is_anchor(name: str) -> bool:

@@ -20,7 +20,14 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.formats.layouts import LOOKED_FOR, STEM, Found, find_backbone, spec_of
+from dino_lite.formats.layouts import (
+    LOOKED_FOR,
+    STEM,
+    Found,
+    find_backbone,
+    own_weights,
+    spec_of,
+)
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 from dino_lite.wording import count
@@ -32,17 +39,16 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
-    A position embedding of another grid is resampled by the backbone's own rule; a patch embedding
-    of RGB images is adapted to other channels as in timm. Raises UserError if anything else does
-    not fit: no weights are loaded partially.
+    A ViT takes weights by the names of others too, any other backbone by its own names. A position
+    embedding of another grid is resampled by the backbone's own rule; a patch embedding of RGB
+    images is adapted to other channels as in timm. Raises UserError if anything else does not fit:
+    no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
-    if not isinstance(backbone, Transformer):
-        raise UserError(
-            f"{asked}: only a ViT or RoPEViT can start from a file of weights, not a "
-            f"{type(backbone).__name__}; leave it out."
-        )
-    return _fill(backbone, _find(read_tensors(path), read_about(weights_file(path)), asked), asked)
+    tensors, about = read_tensors(path), read_about(weights_file(path))
+    if isinstance(backbone, Transformer):
+        return _fill(backbone, _find(tensors, about, asked), asked)
+    return _fill(backbone, own_weights(tensors, next(iter(backbone.state_dict()))), asked)
 
 
 def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
@@ -118,6 +124,12 @@ def _one_try() -> Iterator[None]:
 
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
     found = find_backbone(tensors, about)
+    if found is None and (spec := about.get("spec")):
+        raise UserError(
+            f"{asked} is the export of a backbone of kind {spec.get('kind')}, not of a ViT: to "
+            "open it give the exported folder; to start from it leave out other settings of the "
+            "backbone."
+        )
     if found is None:
         shown = (
             f"{count(len(tensors), 'tensor')}, the first {next(iter(tensors))}"
@@ -166,7 +178,7 @@ def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
     return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
 
 
-def _fill(backbone: Transformer, found: Found, asked: str) -> Fit:
+def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
     """Load the weights of `found`, adapted to channels and grid, or raise UserError if any weight
     is missing, unknown or of another shape.
     """

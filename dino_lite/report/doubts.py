@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dino_lite.eval.verdict import unreadable_line
+from dino_lite.eval.verdict import alarms, skipped_line, unreadable_line
 from dino_lite.report.story import Story, results_of
+from dino_lite.wording import count
 
 
 def doubts(story: Story) -> list[str]:
@@ -38,22 +39,20 @@ def _unfinished(story: Story) -> Iterator[str]:
 
 
 def _skipped(story: Story) -> Iterator[str]:
-    skipped = story.curves.get("skipped")
-    if skipped is not None and (most := int(skipped[:, 1].max())):
-        yield (
-            f"Up to {most} consecutive optimizer step{'' if most == 1 else 's'} had a non-finite "
-            "gradient and were skipped: a lower optim.rate or trainer.precision=32 may help."
-        )
+    line = skipped_line(story.results, story.curves)
+    if line and not _is_judged(story):
+        yield line
 
 
 def _alarms(story: Story) -> Iterator[str]:
-    """Warnings that the run issued during training (Run.add_warnings), unless the verdict holds
-    them.
-    """
-    if story.results.get("trained") or story.results.get("finished"):
-        return
-    for warning in story.results.get("warnings") or ():
-        yield f"At step {warning['step']:,}, {warning['text']}"
+    """Warnings that the run issued during training (Run.add_warnings)."""
+    if not _is_judged(story):
+        yield from alarms(story.results)
+
+
+def _is_judged(story: Story) -> bool:
+    """Whether the verdict stands in the report: it holds warnings and skipped steps."""
+    return bool(story.results.get("trained") or story.results.get("finished"))
 
 
 def _unreadable(story: Story) -> Iterator[str]:
@@ -62,6 +61,6 @@ def _unreadable(story: Story) -> Iterator[str]:
     for result in results_of(story.results):
         if num := result.found.get("unreadable"):
             yield (
-                f"{result.found['metric']} ({result.name}) excludes {num:,} "
-                f"image{'' if num == 1 else 's'} that could not be read."
+                f"{result.found['metric']} ({result.name}) excludes {count(num, 'image')} that "
+                "could not be read."
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from dino_lite.eval.curves import PROTOTYPES, number
 from dino_lite.eval.verdict import judge, prototypes_text, verdict
+from dino_lite.meter import duration
 from dino_lite.report.charts import curve_sections
 from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
@@ -28,7 +29,7 @@ def page(story: Story, now: datetime) -> str:
     figures, unreadable = picture_figures(find_pictures(story.folder))
     warnings = doubts(story._replace(missing=[*story.missing, *unreadable]))
     sections = [
-        ("worth", "Results", worth_section(results_of(story.results))),
+        ("worth", "Results", worth_section(results_of(story.results), story.folder)),
         ("curves", "Training curves", _curves(story)),
         (
             "pictures",
@@ -77,14 +78,15 @@ def _headline(story: Story) -> Markup:
 def _verdict(story: Story) -> Markup:
     """The sentences with which a run ended, and those about other results with baselines."""
     done = story.results.get("trained") or story.results.get("finished")
-    lines = verdict(story.results, story.curves) if done else []
+    lines = verdict(story.results, story.curves, str(story.folder)) if done else []
     results = results_of(story.results)
     several = len({result.checkpoint for result in results}) > 1
     for result in results:
         judgment = judge(result.found | {"metric": title_of(result, several)})
         if judgment is not None and f"{judgment.text}." not in lines:
             lines.append(f"{judgment.text}.")
-    told = [tag("p", f"{line[0].upper()}{line[1:]}".replace(" %", "\u00a0%")) for line in lines]
+    lines = [line if line.startswith("k-NN") else line[0].upper() + line[1:] for line in lines]
+    told = [tag("p", line.replace(" %", "\u00a0%")) for line in lines]
     return tag("div", *told, class_="verdict") if told else Markup()
 
 
@@ -258,14 +260,3 @@ def _backbone(story: Story) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: 42 s, 12 min 5 s, 3 h 7 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    if minutes:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{rest} s"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino_lite.eval.curves import number
@@ -23,10 +25,13 @@ class _Line(NamedTuple):
     own: bool
 
 
-def worth_section(results: list[Result]) -> Markup:
-    """All evaluations with their baselines, protocols and further details."""
+def worth_section(results: list[Result], folder: Path | None = None) -> Markup:
+    """All evaluations with their baselines, protocols and further details; `folder` is the run's or
+    export's.
+    """
     if not results:
-        told = "No results yet: with labels, dino-lite evaluate checkpoint=… adds them."
+        command = shlex.join(["dino-lite", "evaluate", f"checkpoint={folder or 'FILE'}"])
+        told = f"No results yet: with labels, {command} adds them."
         return tag("p", told, class_="note")
     several = len({result.checkpoint for result in results}) > 1
     lines = [line for result in results for line in _lines(result, several)]

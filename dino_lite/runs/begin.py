@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import UserError
+from dino_lite.formats.tensors import read_about, weights_file
 from dino_lite.formats.weights import fit_positions
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
@@ -24,13 +26,15 @@ _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform
 
 def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
-    backbone, and those that the method inherits. Raises UserError if others are asked for. `trust`
-    is used here and removed from the result: it is neither saved nor hashed.
+    backbone, and those that the method inherits. Raises UserError if others are asked for. If
+    `backbone.pretrained` alone is given and is the export of a convnet, that is the backbone.
+    `trust` is used here and removed from the result: it is neither saved nor hashed.
     """
     config = dict(config)
     trust = config.pop("trust", None)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)
+    config["backbone"] = _as_exported(config["backbone"])
     if not config.get("checkpoint"):
         if (why := method.requires_weights(config["method"])) is not None:
             raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")
@@ -50,6 +54,19 @@ def begin_config(config: Config) -> Config:
     kept = {"backbone": old | own, "method": inherited}
     _refuse_others(config, kept, before.get("overrides") or [])
     return config | {"backbone": old | own, "method": config["method"] | inherited}
+
+
+def _as_exported(backbone: Config) -> Config:
+    """The convnet whose export `pretrained` names, if no other key of `backbone` was set."""
+    folder, start = config_dir() / "backbone", backbone.get("pretrained")
+    if not start or backbone | {"pretrained": None} != load(folder / "auto.yaml"):
+        return backbone
+    spec = read_about(weights_file(start)).get("spec") or {}
+    spec = spec.get("whole", spec)  # of a compact export
+    if spec.get("kind") != ConvNet.kind:
+        return backbone
+    node = load(folder / "convnet.yaml") | {"pretrained": start}
+    return node | {key: spec[key] for key in spec.keys() & node.keys() - {"in_chans"}}
 
 
 def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:

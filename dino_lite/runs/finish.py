@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Backbone, Source, Splits, UserError
+from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData
+from dino_lite.data.labeled import has_labels, labels_told
 from dino_lite.data.parts import append_rows
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.baselines import (
@@ -26,7 +27,6 @@ from dino_lite.runs.run import Run
 from dino_lite.wording import count
 
 _NUM_DRAWN = 2000  # training images searched for neighbors
-_NUM_NAMED = 5  # classes
 
 Say = Callable[[str], None]
 
@@ -39,12 +39,12 @@ def finish(run: Run, config: Config, splits: Splits, backbone: Backbone, say: Sa
     was drawn or measured before is kept.
     """
     run.add_results(_facts(config, splits, run.results()))
-    if splits.test is not None and not _has_labels(splits.test):
+    if splits.test is not None and not has_labels(splits.test):
         splits = splits._replace(test=None)
     size, workers = config["augment"]["global_size"], config["loader"]["num_workers"]
     data = CleanData(splits, size, instantiate(config["normalize"]), 256, workers)
     _draw(run, data, backbone, say)
-    if config["baselines"] and _has_labels(splits.train):
+    if config["baselines"] and has_labels(splits.train):
         _measure(run, data, backbone, int(config["seed"]), say)
     run.add_results({"finished": True})
     _say_verdict(run, say)
@@ -92,7 +92,7 @@ def _say_verdict(run: Run, say: Say) -> None:
     if len(measured_by_knn(results)) == len(KNN_KEYS):
         say(baseline_table(results))
     for line in (
-        *verdict(results, curves),
+        *verdict(results, curves, str(run.folder)),
         loss_line(curves),
         unreadable_line(len(run.unreadable())),
     ):
@@ -104,7 +104,12 @@ def _facts(config: Config, splits: Splits, results: dict[str, Any]) -> dict[str,
     """What the verdict reads besides the numbers."""
     num_images = len(splits.train)
     begun = config.get("checkpoint") or config["backbone"].get("pretrained")
-    facts = {"labels": labels_from(splits, config["data"].get("labels")), "num_images": num_images}
+    facts = {
+        "labels": labels_line(splits, config["data"].get("labels")),
+        "num_classes": len(splits.train.classes) if has_labels(splits.train) else 0,
+        "num_images": num_images,
+        "baselines": bool(config["baselines"]),
+    }
     if begun:
         facts["started_from"] = str(begun)
     if steps := results.get("steps"):
@@ -112,19 +117,12 @@ def _facts(config: Config, splits: Splits, results: dict[str, Any]) -> dict[str,
     return facts
 
 
-def labels_from(splits: Splits, how: str | None) -> str:
-    """Where the labels come from, or why there are none; `how` is data.labels, None if the source
-    has no such key.
+def labels_line(splits: Splits, how: str | None) -> str:
+    """The number of classes and where they come from, or why there are none, without a full stop;
+    `how` is data.labels, None if the source has no such key.
     """
-    if not _has_labels(splits.train):
-        return f"no labels: {splits.labels_from or 'the data has none'}"
-    names = [str(name) for name in splits.train.classes]
-    more = f" and {len(names) - _NUM_NAMED:,} more" if len(names) > _NUM_NAMED else ""
-    origin = splits.labels_from or f"{', '.join(names[:_NUM_NAMED])}{more}"
-    guessed = splits.labels_from and how == "auto"
-    off = "; data.labels=none if they mean nothing" if guessed else ""
-    return f"{count(len(names), 'class')}: {origin}{off}"
-
-
-def _has_labels(source: Source) -> bool:
-    return source.labels is not None and bool((source.labels >= 0).any())
+    told = labels_told(splits)
+    if not has_labels(splits.train):
+        return f"no labels: {told}"
+    off = "; data.labels=none if they mean nothing" if splits.labels_from and how == "auto" else ""
+    return f"{count(len(splits.train.classes), 'class')}: {told}{off}"
