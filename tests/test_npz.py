@@ -11,6 +11,7 @@ import pytest
 from dino_lite.data.auto import open_auto
 from dino_lite.data.decode import to_channels
 from dino_lite.data.npz import open_npz
+from dino_lite.wording import count
 from images import classes, sentence
 
 
@@ -75,7 +76,7 @@ def test_npz_of_any_channels(tmp_path: Path, channels: int) -> None:
             assert np.array_equal(open_npz(path, other).train.read(1), to_channels(many[1], other))
         else:
             told = sentence(open_npz, path, other)
-            assert f"each image has {channels} channels, not data.channels={other}" in told
+            assert f"each image has {count(channels, 'channel')}, not data.channels={other}" in told
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what to expect of the loss; draw an empty bar."""
-        self.print(expectation(has_labels(cast(Any, trainer).datamodule.splits.train)))
+        splits = getattr(cast(Any, trainer).datamodule, "splits", None)
+        if splits is not None:
+            self.print(expectation(has_labels(splits.train)))
         self._began = time.monotonic()
         self._shown = 0.0 if self._is_terminal() else time.monotonic()
         if self._enabled and self._is_terminal():
