@@ -71,7 +71,7 @@ def test_sigterm_to_the_process_group_loses_nothing(tmp_path: Path) -> None:
     )
     assert "Traceback" not in result.stderr
     assert checkpoint(folder)["global_step"] == 5
-    pretrain(*parts)
+    pretrain.pretrain(*parts)
     assert_same(checkpoint(whole)["state_dict"], checkpoint(folder)["state_dict"])
 
 
