@@ -23,7 +23,7 @@ from dino_lite.data.subset import Subset
 from dino_lite.distributed import all_gather_cat, all_gather_objects, rank, world_size
 from dino_lite.eval.features import Pooled, device_of, dtype_of, extract_pooled
 
-_FORMAT = "dino_lite features 1"  # increase the number when the format changes
+_FORMAT = "dino_lite features 2"  # increase the number when the format changes
 
 
 class FeatureStore:
