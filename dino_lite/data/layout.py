@@ -17,6 +17,7 @@ from dino_lite.data.mask_folders import MaskFinder, Names
 from dino_lite.wording import count
 
 _NUM_NAMED = 3  # folders named in a sentence
+_MOST_PATTERNS = 10  # in a key that a sentence names
 
 
 class Layout(NamedTuple):
@@ -235,8 +236,9 @@ def _describe_left(folders: Mapping[str, int], places: dict[str, _Place], asked:
             )
         else:
             loose = any(path in folders and path in deciding[kind] for path in _parents(train))
-            key = _patterns([*train, *deciding[kind]], places)
-            key = ". data.test=none" if loose or "," in key[200:] else key
+            taken = [*train, *deciding[kind]]
+            is_simple = not loose and len(taken) <= _MOST_PATTERNS
+            key = _patterns(taken, places) if is_simple else ". data.test=none"
             found.append(
                 f"{left}, as they are beside the splits {_shown(train)} and {_shown(test)}: "
                 f"data.train={key} takes them in."
