@@ -37,6 +37,14 @@ from test_image_zoo import difference, read, seen
 from zoo import chunk, gradient, luma, npy, png, saved, tiff
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_whatever_ran_before() -> None:
+    """Tests are divided among processes in any order."""
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 WHITE = Pixels(background="white")
 
 
@@ -313,18 +321,21 @@ def packed(values: np.ndarray[Any, Any], bits: int) -> bytes:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("kind", [0, 2, 3])
-def test_the_transparent_color_of_a_png_is_hidden(bits: int, kind: int) -> None:
-    """Of gray, of RGB, and of a palette, at each depth that PNG has."""
+@pytest.mark.parametrize("is_largest", [False, True])
+def test_the_transparent_color_of_a_png_is_hidden(bits: int, kind: int, is_largest: bool) -> None:
+    """Of gray, of RGB, and of a palette, at each depth that PNG has, from 0 to the largest."""
     if (kind == 2 and bits < 8) or (kind == 3 and bits == 16):
         return
-    values = RNG.integers(0, 2**bits, (6, 8, 3) if kind == 2 else (6, 8))
+    rng = np.random.default_rng([bits, kind])
+    values = rng.integers(0, 2**bits, (6, 8, 3) if kind == 2 else (6, 8))
+    values[0, 0] = (2**bits - 1) * is_largest
     values[1] = values[0, 0]
     alpha = (values != values[0, 0]).astype(float)
     alpha = alpha.max(-1) if kind == 2 else alpha
     key = b"".join(int(value).to_bytes(2, "big") for value in np.ravel(values[0, 0]))
     right, palette = levels(values, bits), b""
     if kind == 3:
-        colors, shown = RNG.integers(0, 256, (2**bits, 3)), RNG.integers(0, 256, 2**bits)
+        colors, shown = rng.integers(0, 256, (2**bits, 3)), rng.integers(0, 256, 2**bits)
         right, alpha = colors[values], shown[values] / 255
         key, palette = bytes(shown.tolist()), chunk(b"PLTE", bytes(colors.ravel().tolist()))
     header = struct.pack(">IIBBBBB", 8, 6, bits, kind, 0, 0, 0)

@@ -22,7 +22,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVI
 # Tags of TIFF.
 _WIDTH, _HEIGHT, _BITS, _KIND, _SAMPLES, _PLANAR, _EXTRA = 256, 257, 258, 262, 277, 284, 338
 _COLORS, _SAMPLE_FORMAT = 320, 339
-_GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # between the levels of a PNG's gray below 8 bits
+# Between the levels of a PNG's gray below 8 bits; of one bit, Pillow scales the transparent one.
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
 _BYTE = 1  # type of a tag
 
 
