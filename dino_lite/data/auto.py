@@ -12,7 +12,7 @@ from dino_lite.data.builtin import CIFAR10_FOLDER, open_builtin
 from dino_lite.data.columns import holds_images
 from dino_lite.data.files import open_files
 from dino_lite.data.folder import look_through, open_folder, read_folders
-from dino_lite.data.huggingface import num_rows, open_huggingface
+from dino_lite.data.huggingface import is_saved, num_rows, open_huggingface
 from dino_lite.data.layout import were
 from dino_lite.data.npz import open_npz
 from dino_lite.data.pixels import Background, Bounds, Pixels
@@ -24,8 +24,7 @@ from dino_lite.data.sources import expand
 from dino_lite.data.walk import Found
 from dino_lite.settings.kinds import Size
 
-_OF_FOLDERS = ("exclude", "class_level")
-_OF_DATASETS = ("dataset_dict.json", "state.json")  # written by `Dataset.save_to_disk`
+_OF_FOLDERS = ("exclude", "class_level")  # settings that tables do not have
 
 
 def open_auto(
@@ -88,7 +87,7 @@ def _open_in_folder(path: Path, labels: str | None, way: dict[str, Any]) -> Spli
     of_table = {key: value for key, value in way.items() if key not in _OF_FOLDERS}
     if path.name == CIFAR10_FOLDER or (path / CIFAR10_FOLDER).is_dir():
         return _with_own_labels(open_builtin("cifar10", path, channels=way["channels"]), labels)
-    if any((path / name).is_file() for name in _OF_DATASETS):
+    if is_saved(str(path)):
         return _with_own_labels(open_huggingface(path, **of_table), labels)
     chosen = select(way["train"], way["test"], way["exclude"], way["class_level"])
     top = Top(str(path))

@@ -66,7 +66,7 @@ def open_huggingface(
     chosen = select(None if train == "train" else train, test)
     files: dict[str, list[str]] = {}
     left_out: list[str] = []
-    if not on_hub and not _is_saved(text):
+    if not on_hub and not is_saved(text):
         files, left_out = _files(text, config, chosen)
         chosen = Selection()  # the files are chosen
     opened = (
@@ -80,7 +80,7 @@ def open_huggingface(
     return splits._replace(left_out=tuple(left_out + found[2]))
 
 
-def _is_saved(root: str) -> bool:
+def is_saved(root: str) -> bool:
     """Whether `root` was written by `Dataset.save_to_disk` or that of a DatasetDict."""
     names = ("dataset_dict.json", "state.json")
     return any(os.path.isfile(os.path.join(root, name)) for name in names)
@@ -107,7 +107,7 @@ def _datasets(
         if files:
             kind = "parquet" if _is_parquet(files["train"][0]) else "arrow"
             found = datasets.load_dataset(kind, data_files=files)
-        elif _is_saved(root):
+        elif is_saved(root):
             found = datasets.load_from_disk(root)
         elif download:
             found = datasets.load_dataset(root, config)
@@ -144,7 +144,7 @@ def _from_cache(root: str, config: str | None) -> Any:
 def _row_groups(root: str, config: str | None, files: dict[str, list[str]]) -> dict[str, Table]:
     """Each split as the row groups of its Parquet files, which are the Hub's without `files`."""
     try:
-        if not files and not _is_saved(root):
+        if not files and not is_saved(root):
             from datasets import load_dataset_builder
 
             found = load_dataset_builder(root, config).config.data_files or {}
