@@ -27,8 +27,8 @@ from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.eval.features import frozen
 from dino_lite.eval.pictures import attention_picture
-from dino_lite.formats.dinov3 import rename
 from dino_lite.formats.safetensors import load_backbone
+from dino_lite.formats.timm_names import read_eva
 from dino_lite.nn.teachers import frozen_copy
 from dino_lite.planning.plan import plan
 from test_conf import facts
@@ -77,7 +77,7 @@ def timm_twin(name: str, monkeypatch: pytest.MonkeyPatch | None = None, **sizes:
 def ours(model: Any, name: str, **settings: Any) -> RoPEViT:
     """Our backbone with the timm model's weights."""
     backbone = RoPEViT(name, **SMALL | settings).double().eval()  # type: ignore[arg-type]
-    renamed = rename(dict(model.state_dict()))
+    renamed = read_eva(dict(model.state_dict()), {})
     assert renamed is not None
     backbone.load_state_dict(renamed.weights, strict="mask_token" not in settings)
     return backbone
@@ -117,7 +117,7 @@ def test_gradients_are_timms(name: str, memory: Memory, monkeypatch: pytest.Monk
     (out * weights).sum().backward()
     (model.forward_features(wanted) * weights).sum().backward()
     torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-8, atol=1e-10)
-    slopes = rename({n: p.grad for n, p in model.named_parameters()})
+    slopes = read_eva({n: p.grad for n, p in model.named_parameters()}, {})
     assert slopes is not None
     assert slopes.weights.keys() == dict(backbone.named_parameters()).keys()
     for name, parameter in backbone.named_parameters():

@@ -7,12 +7,14 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from dino_lite.contracts import Backbone
+from dino_lite.data.preprocessing import Preprocessing
 
 
 class Fit(NamedTuple):
     """How a file's weights were loaded into a backbone."""
 
     layout: str  # whose names the file has
+    why: str  # how that was told, one clause
     num_weights: int
     unused: list[str]  # the file's names
     adapted: list[str]  # our names of weights whose values had to be adapted
@@ -20,7 +22,7 @@ class Fit(NamedTuple):
     def notes(self, spec: dict[str, Any]) -> tuple[str, ...]:
         """One clause each on what matched, the `spec`, and what was unused or adapted."""
         notes = [
-            f"all {self.num_weights} weights loaded, from {self.layout}'s layout",
+            f"all {self.num_weights} weights loaded, from {self.layout}'s layout ({self.why})",
             "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
         ]
         if self.unused:
@@ -33,18 +35,30 @@ class Fit(NamedTuple):
 class Opened(NamedTuple):
     """A backbone in eval mode on the CPU, with its metadata.
 
-    `mean` and `std` normalize pixels in [0, 1], one value per channel. `card` is plain JSON about
-    its training. `data` is the data configuration of its run, `fit` how foreign weights matched;
-    None if not applicable.
+    `preprocessing` is how it expects images. `card` is plain JSON about its training. `data` is the
+    data configuration of its run, `fit` how foreign weights matched; None if not applicable.
     """
 
     backbone: Backbone
-    image_size: int  # pixels per side
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     card: dict[str, Any]
     data: dict[str, Any] | None = None
     fit: Fit | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side."""
+        return self.preprocessing.size[0]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, of pixels in [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, of pixels in [0, 1]."""
+        return self.preprocessing.std
 
     @property
     def notes(self) -> tuple[str, ...]:

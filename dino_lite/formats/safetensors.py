@@ -19,6 +19,7 @@ from torch import Tensor
 from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.opened import Opened
 from dino_lite.version import __version__
 
@@ -90,9 +91,10 @@ def export_safetensors(
 def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     """The backbone that `export_safetensors` wrote, with its metadata from config.json."""
     about = read_config(directory)
-    mean, std = tuple(about["mean"]), tuple(about["std"])
+    size = (about["image_size"], about["image_size"])
+    preprocessing = Preprocessing(size, tuple(about["mean"]), tuple(about["std"]))
     backbone, card = load_backbone(directory, trust), about.get("card") or {}
-    return Opened(backbone, about["image_size"], mean, std, card)
+    return Opened(backbone, preprocessing, card)
 
 
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:

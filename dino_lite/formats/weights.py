@@ -20,6 +20,7 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
     STEM,
@@ -33,7 +34,6 @@ from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
@@ -159,11 +159,10 @@ def _open(
     backbone = _empty(spec).to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
     mean, std = _normalization(about, backbone.in_chans)
+    size = _image_size(backbone, about)
     return Opened(
         backbone=backbone,
-        image_size=_image_size(backbone, about),
-        mean=mean,
-        std=std,
+        preprocessing=Preprocessing((size, size), mean, std),
         card={"weights": name, "layout": fit.layout},
         fit=fit,
     )
@@ -182,7 +181,7 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
     """Load the weights of `found`, adapted to channels and grid, or raise UserError if any weight
     is missing, unknown or of another shape.
     """
-    own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.unused)
+    own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.read.unused)
     if "mask_token" not in own and weights.pop("mask_token", None) is not None:
         unused.append("mask_token")
     for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
@@ -211,7 +210,7 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
         )
     backbone.load_state_dict(weights)
     changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
-    return Fit(found.layout.name, len(own), unused, changed)
+    return Fit(found.read.owner, found.read.why, len(own), unused, changed)
 
 
 def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
@@ -244,7 +243,10 @@ def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ..
     """Mean and std from `about` (our, timm's or Hugging Face's keys), else ImageNet's."""
     about = about | (about.get("pretrained_cfg") or {})
     found = []
-    for names, usual in ((("mean", "image_mean"), _MEAN), (("std", "image_std"), _STD)):
+    for names, usual in (
+        (("mean", "image_mean"), IMAGENET_MEAN),
+        (("std", "image_std"), IMAGENET_STD),
+    ):
         told = next((about[name] for name in names if name in about), usual)
         values = tuple(float(value) for value in told)
         found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)

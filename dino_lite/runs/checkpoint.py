@@ -12,6 +12,7 @@ from torch import Tensor
 from dino_lite.config import load
 from dino_lite.contracts import Trust, UserError
 from dino_lite.data.names import file_name
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import open_export
 from dino_lite.formats.tensors import read_about, weights_file
@@ -152,11 +153,12 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
         raise UserError(
             f"{file} does not match {run.config_file}: keep checkpoints in the folder of their run."
         ) from error
+    size, normalize = config["augment"]["global_size"], config["normalize"]
     return Opened(
         backbone=method.export_backbone().float().eval(),
-        image_size=config["augment"]["global_size"],
-        mean=tuple(config["normalize"]["mean"]),
-        std=tuple(config["normalize"]["std"]),
+        preprocessing=Preprocessing(
+            (size, size), tuple(normalize["mean"]), tuple(normalize["std"])
+        ),
         card={"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
         data=config["data"],
     )

@@ -1,0 +1,39 @@
+"""Contract of the formats that `dino-lite export` writes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from dino_lite.formats.opened import Opened
+
+
+class Claim(NamedTuple):
+    """What a written file can do. Every claim is checked in a fresh process in which dino_lite
+    cannot be imported, before the export succeeds.
+
+    `load` and `run` are lines of Python: `load` defines what `run` needs, given `folder` (str);
+    `run` computes `cls` "n D" and `patches` "n P E" of `pixels`, normalized float32 "n C H W" as a
+    torch tensor. The model card shows the same lines.
+    """
+
+    load: str
+    run: str
+    sizes: tuple[tuple[int, int], ...]  # rows and columns in pixels; first that of the training
+    any_size: bool = False  # whether other sizes may be used too, in steps of the patch size
+    tolerance: float = 1e-4  # largest difference, relative to the tokens' root mean square
+
+
+class Format(ABC):
+    """A way to write a backbone for other programs; configured by conf/format/NAME.yaml."""
+
+    name: ClassVar[str]  # of the folder below export/
+    packages: ClassVar[tuple[str, ...]] = ()  # to install for writing or reading it
+
+    @abstractmethod
+    def write(self, opened: Opened, folder: Path) -> list[Claim]:
+        """Write the backbone of `opened`, in float32 on the CPU, into the empty `folder`.
+
+        Raises UserError if the format cannot hold it, naming formats that can.
+        """

@@ -1,0 +1,72 @@
+"""What is known of a foreign program's weights: how they are found in a file, and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class Read(NamedTuple):
+    """The weights of a backbone by our names, as an owner's names were read."""
+
+    owner: str  # for messages: "Hugging Face Dinov2"
+    why: str  # how it was told from others, one clause: "its names begin with embeddings."
+    weights: Tensors
+    unused: list[str]  # their names of what is not part of the backbone, such as heads
+    # Keywords of the backbone's spec that shapes do not tell: "kind", how positions are resampled,
+    # the epsilon of norms. A convolutional network's are complete.
+    spec: dict[str, Any]
+    num_heads: int | None = None  # if known from more than the width
+
+
+class Owner(NamedTuple):
+    """How one program names the weights of its backbones.
+
+    A file of theirs has a name that ends in `anchor`; what precedes it is the prefix, which is
+    removed from all names. `read` gets the names below the prefix and the JSON beside the file, and
+    returns None if the weights are another owner's.
+    """
+
+    anchor: str
+    read: Callable[[Tensors, dict[str, Any]], Read | None]
+
+
+def separate_qkv(
+    parts: dict[str, dict[str, Tensor]], words: tuple[str, str, str] = ("query", "key", "value")
+) -> Tensors:
+    """Queries, keys and values of separate layers as one layer, where all three exist."""
+    return {
+        name: torch.cat([found[word] for word in words])
+        for name, found in parts.items()
+        if len(found) == 3
+    }
+
+
+def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """`name` with its beginning replaced by the first pair (theirs, ours) that fits."""
+    for theirs, ours in pairs:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def gated_mlp(weights: Tensors, gate: str, value: str, out: str) -> Tensors:
+    """Rename an MLP's layers to ours; gate and value, if it has both, are concatenated."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        stem, mlp, rest = name.partition(".mlp.")
+        layer, _, kind = rest.partition(".")
+        first = f"{stem}.mlp.fc1.{kind}"
+        if not mlp or layer not in (gate, value, out):
+            found[name] = tensor
+        elif layer == out:
+            found[f"{stem}.mlp.fc2.{kind}"] = tensor
+        elif layer == value:
+            other = weights.get(f"{stem}.mlp.{gate}.{kind}")
+            found[first] = tensor if other is None else torch.cat([other, tensor])
+    return found
