@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropRate
 from dino_lite.contracts import Backbone, Tokens, Traits, UserError
-from dino_lite.settings.kinds import Count, Size
+from dino_lite.settings.kinds import Count, Positive, Size
 from dino_lite.settings.validate import checked
 
 _GROUP = 16  # channels per group of group normalization
+_NUM_STAGES = 4  # of timm's ResNets and ConvNeXts
 
 
 class ConvNet(Backbone):
@@ -28,11 +29,13 @@ class ConvNet(Backbone):
     which preserves spatial layout: the last map pooled to fields x fields, the map of the stage
     before to twice that per side, and so on, concatenated.
 
-    `name` is a timm ResNet or ConvNeXt, or "resnet" with the `widths` and `depths` of its stages:
-    a network for small images, without 7x7 convolution or max-pooling (He et al. 2016, section
-    4.2). `patch_size` is the total stride. `norm` is "batch" (statistics of the micro-batch, so
-    that the micro-batch size affects training), "group" (Wu & He 2018; per image), or "layer",
-    which every ConvNeXt has. In `intermediate`, blocks are stages.
+    `name` is "resnet" with the `widths` and `depths` of its stages: a network for small images,
+    without 7x7 convolution or max-pooling (He et al. 2016, section 4.2). Or it is a timm ResNet or
+    ConvNeXt, whose widths and depths these replace if given. `patch_size` is the total stride.
+    `norm` is "batch" (statistics of the micro-batch, so that the micro-batch size affects
+    training), "group" (Wu & He 2018; per image), or "layer", which every ConvNeXt has; `norm_eps`
+    replaces the epsilon of its norms, and `last_norm_eps` that of the last one. In
+    `intermediate`, blocks are stages.
     """
 
     kind = "convnet"
@@ -48,8 +51,15 @@ class ConvNet(Backbone):
         widths: Sequence[Size] | None = None,
         depths: Sequence[Size] | None = None,
         fields: Count = 0,
+        norm_eps: Positive | None = None,
+        last_norm_eps: Positive | None = None,
     ) -> None:
         super().__init__()
+        if (norm_eps or last_norm_eps) and norm != "layer":
+            raise UserError(
+                "backbone.norm_eps and backbone.last_norm_eps are of layer normalization, which "
+                "only a ConvNeXt has: set them to null."
+            )
         self.spec: dict[str, Any] = {
             "name": name,
             "patch_size": patch_size,
@@ -61,6 +71,9 @@ class ConvNet(Backbone):
             self.spec |= {"widths": list(widths or ()), "depths": list(depths or ())}
             parts = _small(self.spec, drop_path)
         else:
+            own = {"widths": widths and list(widths), "depths": depths and list(depths)}
+            own |= {"norm_eps": norm_eps, "last_norm_eps": last_norm_eps}
+            self.spec |= {key: value for key, value in own.items() if value}
             parts = _named(self.spec, drop_path)
         self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
         self.patch_size, self.in_chans, self.fields = patch_size, in_chans, fields
@@ -215,8 +228,8 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
     if norm != "layer":
         settings["norm_layer"] = _norm(norm)
     try:
-        model: Any = timm.create_model(name, **settings)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        model: Any = timm.create_model(name, **settings | _sizes(spec))
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = error if str(error) else "patch_size, the total stride, must be 8, 16 or 32"
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
     if isinstance(model, ConvNeXt) is not (norm == "layer"):
@@ -225,10 +238,10 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
         )
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
-        return Parts(stem, layers, nn.Identity(), _widths(model))
+        return Parts(stem, _layers(model), nn.Identity(), _widths(model))
     if isinstance(model, ConvNeXt) and isinstance(model.norm_pre, nn.Identity):
         last: Any = model.head.norm
+        last.eps = spec.get("last_norm_eps", last.eps)
         return Parts(model.stem, list(model.stages), last, _widths(model))
     raise UserError(
         f"backbone.name={name} is not a timm ResNet or ConvNeXt: choose one of those (resnet50, "
@@ -236,6 +249,39 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
     )
 
 
+def _sizes(spec: dict[str, Any]) -> dict[str, Any]:
+    """timm's keywords for the widths, depths and epsilon in `spec`."""
+    widths, depths, eps = (spec.get(key) for key in ("widths", "depths", "norm_eps"))
+    if any(given and len(given) != _NUM_STAGES for given in (widths, depths)):
+        raise UserError(
+            f"backbone: widths={widths} and depths={depths} of name={spec['name']} must have one "
+            f"number for each of its {_NUM_STAGES} stages."
+        )
+    if spec["norm"] == "layer":
+        sizes = {"dims": widths, "depths": depths, "norm_eps": eps}
+    else:
+        sizes = {"channels": widths and _channels(spec), "layers": depths}
+    return {key: value for key, value in sizes.items() if value}
+
+
+def _channels(spec: dict[str, Any]) -> list[int]:
+    """Channels inside the blocks of a timm ResNet whose stages have the widths in `spec`."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Any = timm.create_model(spec["name"])
+    factors = [stage[0].expansion for stage in _layers(model)]
+    if any(width % factor for width, factor in zip(spec["widths"], factors, strict=True)):
+        raise UserError(
+            f"backbone.widths={spec['widths']} must be multiples of {factors}, the factors by "
+            f"which the blocks of name={spec['name']} expand their channels."
+        )
+    return [width // factor for width, factor in zip(spec["widths"], factors, strict=True)]
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """The stages of a timm ResNet."""
+    return [model.layer1, model.layer2, model.layer3, model.layer4]
+
+
 def _widths(model: Any) -> list[int]:
     """Channels of the four stages of a timm model."""
-    return [int(stage["num_chs"]) for stage in model.feature_info][-4:]
+    return [int(stage["num_chs"]) for stage in model.feature_info][-_NUM_STAGES:]

@@ -11,16 +11,23 @@ from torch import Tensor
 
 from dino_lite.backbones.transformer import mlp_of
 from dino_lite.contracts import UserError
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.formats.convnets import convnet_spec
 from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
 from dino_lite.formats.dinov3 import DINOV3
 from dino_lite.formats.hugging_face import HUGGING_FACE
+from dino_lite.formats.hugging_face_convnets import HUGGING_FACE_CONVNETS
+from dino_lite.formats.meta_convnets import META_CONVNETS
 from dino_lite.formats.owner import Owner, Read, Tensors
 from dino_lite.formats.plain import PLAIN
+from dino_lite.formats.timm_convnets import TIMM_CONVNETS
 from dino_lite.formats.timm_names import EVA
+from dino_lite.formats.torchvision_names import TORCHVISION
 
 LOOKED_FOR = (
     "looked for the class token and blocks of a ViT as dino_lite, DINO, DINOv2, DINOv3, timm and "
-    "Hugging Face name them, under any prefix"
+    "Hugging Face name them, and for a ResNet or ConvNeXt as torchvision, timm, DINOv3 and Hugging "
+    "Face name it, under any prefix"
 )
 STEM = "patch_embed.proj.weight"  # "D C p p": the only weight that depends on image channels
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
@@ -31,7 +38,10 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}
 
 
 # In this order: the first that reads the names is the owner.
-OWNERS: tuple[Owner, ...] = (HUGGING_FACE, DINOV3, EVA, PLAIN)
+OWNERS: tuple[Owner, ...] = (
+    *(HUGGING_FACE, DINOV3, EVA, PLAIN),
+    *(*HUGGING_FACE_CONVNETS, *META_CONVNETS, *TIMM_CONVNETS, *TORCHVISION),
+)
 
 
 class Found(NamedTuple):
@@ -105,6 +115,8 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
     config.json), and `overrides`; later ones take precedence. `asked` is the prefix of messages:
     "checkpoint=FILE". Raises UserError.
     """
+    if found.read.spec.get("kind") == ConvNet.kind:
+        return convnet_spec(found.read, about, asked) | overrides
     weights, owner, first = found.weights, found.read.owner, "blocks.0."
     rope = found.read.spec.get("kind") == "rope"
     needed = [STEM, f"{first}attn.qkv.weight", f"{first}mlp.fc2.weight", "norm.weight"]

@@ -13,14 +13,18 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from timm.models import adapt_input_conv
-from torch import Tensor
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
 
+from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dino_lite.formats.convnets import shaped, stem_of
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
     STEM,
@@ -39,16 +43,20 @@ _SECONDS_TO_ANSWER = 5
 def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
-    A ViT takes weights by the names of others too, any other backbone by its own names. A position
-    embedding of another grid is resampled by the backbone's own rule; a patch embedding of RGB
+    ViTs, ResNets and ConvNeXts take weights by the names of others too, any other backbone by its
+    own names. A position embedding of another grid is resampled by the backbone's own rule; a patch embedding of RGB
     images is adapted to other channels as in timm. Raises UserError if anything else does not fit:
     no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
     tensors, about = read_tensors(path), read_about(weights_file(path))
     if isinstance(backbone, Transformer):
-        return _fill(backbone, _find(tensors, about, asked), asked)
-    return _fill(backbone, own_weights(tensors, next(iter(backbone.state_dict()))), asked)
+        found = _find(tensors, about, asked)
+    else:
+        foreign = isinstance(backbone, ConvNet) and "spec" not in about
+        theirs = _searched(tensors, about, asked) if foreign else None
+        found = theirs or own_weights(tensors, next(iter(backbone.state_dict())))
+    return _fill(backbone, found, asked)
 
 
 def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
@@ -60,12 +68,13 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
     """
     asked, file = f"{key}={path}", weights_file(path)
     tensors, about = read_tensors(path, key), read_about(file)
-    found = _find(tensors, about, asked)
+    own = about.get("spec")  # of an export
+    mine = isinstance(own, dict) and own.get("kind") == ConvNet.kind and tensors
+    found = own_weights(tensors, next(iter(tensors))) if mine else _find(tensors, about, asked)
     if found.prefix.startswith("state_dict.method."):  # our checkpoint: the spec is in its run
         raise UserError(
             f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
         )
-    own = about.get("spec")  # of an export
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
     return _open(spec, found, about, asked, weights_file(path).name)
 
@@ -83,11 +92,20 @@ def open_timm(name: str) -> Opened:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{asked}: timm has no such model: {error}.") from error
     stem: Any = getattr(model, "patch_embed", None)
-    if not hasattr(stem, "patch_size"):
-        raise UserError(f"{asked} is not a vision transformer, and others cannot be opened.")
     about = told.to_dict()
-    own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
-    spec = {"name": name, "patch_size": stem.patch_size[0], **own}
+    if isinstance(model, ConvNeXt | ResNet):
+        norm = "layer" if isinstance(model, ConvNeXt) else "batch"
+        spec = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
+        if norm == "batch" and not any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
+            raise UserError(f"{asked} has no batch normalization: of ResNets only those with it can be opened.")
+    elif not hasattr(stem, "patch_size"):
+        raise UserError(
+            f"{asked} is neither a vision transformer nor a ResNet or ConvNeXt, and others cannot "
+            "be opened."
+        )
+    else:
+        own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
+        spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
         with _one_try(), torch.random.fork_rng(devices=[]):
@@ -122,8 +140,15 @@ def _one_try() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _searched(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found | None:
+    try:
+        return find_backbone(tensors, about)
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from error
+
+
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
-    found = find_backbone(tensors, about)
+    found = _searched(tensors, about, asked)
     if found is None and (spec := about.get("spec")):
         raise UserError(
             f"{asked} is the export of a backbone of kind {spec.get('kind')}, not of a ViT: to "
@@ -140,12 +165,12 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
     return found
 
 
-def _empty(spec: dict[str, Any]) -> Transformer:
+def _empty(spec: dict[str, Any]) -> Transformer | ConvNet:
     """The backbone of a spec on the meta device; the random state is preserved."""
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         backbone = build_backbone(spec)
-    if not isinstance(backbone, Transformer):
+    if not isinstance(backbone, Transformer | ConvNet):
         raise UserError(
             f"a {type(backbone).__name__} cannot be opened from its weights file alone: give the "
             "exported folder."
@@ -156,7 +181,12 @@ def _empty(spec: dict[str, Any]) -> Transformer:
 def _open(
     spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str, name: str
 ) -> Opened:
-    backbone = _empty(spec).to_empty(device="cpu").eval()
+    backbone = _empty(spec)
+    if {name for name, _ in backbone.named_buffers()} - backbone.state_dict().keys():
+        with torch.random.fork_rng(devices=[]):  # with the constants that no file contains
+            backbone = build_backbone(spec).eval()
+    else:
+        backbone = backbone.to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
     mean, std = _normalization(about, backbone.in_chans)
     size = _image_size(backbone, about)
@@ -168,12 +198,14 @@ def _open(
     )
 
 
-def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
+def _image_size(backbone: Transformer | ConvNet, about: dict[str, Any]) -> int:
     """Pixels per side for which the weights were trained: from learned positions if any, else from
-    `about`, else 16 patches as in DINOv3.
+    `about`, else 224 of a convnet, or 16 patches as in DINOv3.
     """
     told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
     size = int(backbone.spec.get("image_size") or told)
+    if isinstance(backbone, ConvNet):
+        return size or 224
     return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
 
 
@@ -181,7 +213,10 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
     """Load the weights of `found`, adapted to channels and grid, or raise UserError if any weight
     is missing, unknown or of another shape.
     """
-    own, weights, unused = backbone.state_dict(), dict(found.weights), list(found.read.unused)
+    own, unused = backbone.state_dict(), list(found.read.unused)
+    if isinstance(backbone, ConvNet):
+        found = found._replace(read=found.read._replace(weights=shaped(found.weights, own)))
+    weights = dict(found.weights)
     if "mask_token" not in own and weights.pop("mask_token", None) is not None:
         unused.append("mask_token")
     for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
@@ -190,8 +225,9 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
             unused.append(name)
     if "pos_embed" in weights and isinstance(backbone, ViT):
         weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
-    if STEM in weights:
-        weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
+    stem = stem_of(weights) or STEM
+    if stem in weights:
+        weights[stem] = _fit_channels(weights[stem], backbone.in_chans, asked)
     missing = sorted(own.keys() - weights.keys())
     extra = sorted(weights.keys() - own.keys())
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)

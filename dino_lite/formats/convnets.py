@@ -1,0 +1,241 @@
+"""ResNets and ConvNeXts of others: how their names become ours, and the spec that shapes tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor
+
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.contracts import UserError
+from dino_lite.formats.owner import Read, Tensors
+
+Pairs = tuple[tuple[str, str], ...]
+
+STAGES = range(4)
+CONVNEXT, RESNET = "stages.0.blocks.0.conv_dw.weight", "stages.0.0.conv1.weight"
+_PLAIN = re.compile(r"resnet\d+|convnext(v2)?_\w+")  # names without other pooling or attention
+EPS = 1e-6  # of a ConvNeXt's norms, unless told otherwise
+_COUNTER = "num_batches_tracked"
+# Width of the first stage and depths of timm's ConvNeXts; later stages are twice as wide each.
+_CONVNEXTS = {
+    (40, (2, 2, 6, 2)): "atto",
+    (48, (2, 2, 6, 2)): "femto",
+    (64, (2, 2, 6, 2)): "pico",
+    (80, (2, 2, 8, 2)): "nano",
+    (96, (3, 3, 9, 3)): "tiny",
+    (96, (3, 3, 27, 3)): "small",
+    (128, (3, 3, 27, 3)): "base",
+    (192, (3, 3, 27, 3)): "large",
+    (256, (3, 3, 27, 3)): "xlarge",
+    (352, (3, 3, 27, 3)): "huge",
+    (384, (3, 4, 30, 3)): "xxlarge",
+}
+# Keywords of timm's models that shapes tell, or that do not change the tokens.
+_TOLD_BY_SHAPES = (
+    *("dims", "depths", "layers", "channels", "block", "in_chans", "conv_mlp", "use_grn"),
+    *("stem_type", "stem_width", "patch_size", "kernel_sizes", "ls_init_value", "conv_bias"),
+    *("cardinality", "base_width", "avg_down", "num_classes", "head_hidden_size", "global_pool"),
+    *("head_init_scale", "drop_rate", "drop_path_rate", "zero_init_last", "head_norm_first"),
+)
+
+
+class Names(NamedTuple):
+    """How one program names the weights of a convnet, as pairs (theirs, ours): `begins` replaces
+    the beginning of a name, then `parts` a part of it; in both, the first pair that fits.
+    """
+
+    begins: Pairs
+    parts: Pairs = ()
+
+    def read(self, own: Tensors) -> tuple[Tensors, list[str]]:
+        """Weights by our names, and their names of what is not part of the backbone. Convolutions
+        of unknown names are kept, so that loading them fails.
+        """
+        weights: Tensors = {}
+        unused = []
+        for name, value in own.items():
+            ours = _replaced(name, self.begins, self.parts)
+            if ours is None and value.ndim != 4:
+                unused.append(name)
+            else:
+                weights[ours or name] = value
+        return weights, unused
+
+    def write(self, weights: Tensors) -> Tensors:
+        """Weights by their names, without what they do not have, on the CPU."""
+        begins, parts = ([(ours, theirs) for theirs, ours in pairs] for pairs in self)
+        found = {_replaced(name, begins, parts): value for name, value in weights.items()}
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in found.items()
+            if name is not None
+        }
+
+
+def _replaced(name: str, begins: Any, parts: Any) -> str | None:
+    """`name` after one pair of each kind; None if no beginning fits."""
+    for old, new in begins:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    else:
+        return None
+    found = next(((old, new) for old, new in parts if old in name), ("", ""))
+    return name.replace(*found, 1)
+
+
+def reads(owner: str, why: str, names: Names) -> Callable[[Tensors, dict[str, Any]], Read]:
+    """A reader for the weights that `owner` names so."""
+
+    def read(own: Tensors, about: dict[str, Any]) -> Read:
+        weights, unused = names.read(own)
+        return Read(owner, why, weights, unused, {"kind": ConvNet.kind})
+
+    return read
+
+
+def stem_of(weights: Tensors) -> str | None:
+    """Our name of the only convolution that depends on image channels; None if there is none."""
+    stems = (n for n in weights if n.startswith("stem.") and weights[n].ndim == 4)
+    return min(stems, default=None)
+
+
+def shaped(weights: Tensors, own: Tensors) -> Tensors:
+    """`weights` in the shapes of `own` where these differ by dimensions of size 1, as those of
+    linear layers and of convolutions do. Counters of batches, which older files lack, are zero.
+    """
+    found = {
+        name: value.reshape(own[name].shape)
+        if name in own and value.shape != own[name].shape and _shape(value) == _shape(own[name])
+        else value
+        for name, value in weights.items()
+    }
+    counters = {n: torch.zeros_like(v) for n, v in own.items() if n.endswith(_COUNTER)}
+    return found | {name: zero for name, zero in counters.items() if name not in found}
+
+
+def convnet_spec(read: Read, about: dict[str, Any], asked: str) -> dict[str, Any]:
+    """The spec of the convnet whose weights were read, from their shapes and from `about`: keys of
+    timm's config.json. `asked` is the prefix of messages. Raises UserError if it is none of timm's
+    ResNets and ConvNeXts, with any widths and depths.
+    """
+    weights, odd = read.weights, "has no stem"
+    depths, widths = stages(weights)
+    stem, name, sizes = stem_of(weights), "", {"widths": widths, "depths": depths}
+    if stem is not None and len(depths) == len(STAGES) and all(widths):
+        common = {
+            **{"patch_size": 32, "in_chans": weights[stem].shape[1]},
+            **read.spec,
+            **_told(about, asked),
+            "norm": "layer" if CONVNEXT in weights else "batch",
+        }
+        for name in _names(weights, depths, widths, about):
+            for given in ({}, sizes):
+                spec = common | {"name": name} | given
+                try:
+                    other = difference(spec, weights)
+                except UserError as error:
+                    raise UserError(f"{asked}: {error}") from error
+                if other is None:
+                    return spec
+                odd = other
+    found = f"{read.owner} with widths={widths} and depths={depths}"
+    like = f" for timm's {name} of that size" if name else ""
+    raise UserError(
+        f"{asked} has the names of a {found}, but {odd}{like}: only networks that timm has as "
+        "ResNet (with batch normalization) or ConvNeXt can be opened; if it is one with another "
+        'name, write {"architecture": NAME} into the JSON file beside it.'
+    )
+
+
+def _told(about: dict[str, Any], asked: str) -> dict[str, Any]:
+    """What timm's model_args say beyond shapes. Raises UserError if we have no such setting."""
+    told = dict(about.get("model_args") or {})
+    spec = {"patch_size": told.pop("output_stride", None), "norm_eps": told.pop("norm_eps", None)}
+    other = [f"{key}={value}" for key, value in told.items() if key not in _TOLD_BY_SHAPES]
+    if other or told.get("global_pool", "avg") != "avg":
+        raise UserError(
+            f"{asked}: model_args in the JSON file beside it have "
+            f"{', '.join(other) or 'another global_pool than avg'}, which a backbone of dino_lite "
+            "cannot have: use it with timm."
+        )
+    return {key: value for key, value in spec.items() if value is not None}
+
+
+def stages(weights: Tensors) -> tuple[list[int], list[int]]:
+    """Numbers of blocks and output channels (0 if unknown) of each stage."""
+    found = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.")
+    blocks = {match.groups() for name in weights if (match := found.match(name))}
+    stages = sorted({int(stage) for stage, _ in blocks})
+    depths = [sum(int(stage) == i for stage, _ in blocks) for i in stages]
+    last = ("blocks.0.conv_dw.weight", "0.conv3.weight", "0.conv2.weight")
+    names = [[f"stages.{i}.{each}" for each in last] for i in stages]
+    firsts = [next((weights[n] for n in each if n in weights), None) for each in names]
+    return depths, [0 if first is None else first.shape[0] for first in firsts]
+
+
+def _names(
+    weights: Tensors, depths: list[int], widths: list[int], about: dict[str, Any]
+) -> Iterator[str]:
+    """timm's names that the network may have, the last of which takes any widths and depths."""
+    if "architecture" in about:
+        yield str(about["architecture"]).partition(".")[0]
+    elif CONVNEXT in weights:
+        grn = any(name.endswith(".mlp.grn.weight") for name in weights)
+        family = "convnextv2" if grn else "convnext"
+        size = _CONVNEXTS.get((widths[0], tuple(depths)))
+        known = timm.list_models(module="convnext")
+        yield from (n for n in (f"{family}_{size}", f"{family}_{size}_ols") if n in known)
+        yield f"{family}_tiny"
+    else:
+        bottleneck = "stages.0.0.conv3.weight" in weights
+        layers = 2 + sum(depths) * (3 if bottleneck else 2)
+        number = re.compile(rf"(?<!\d){layers}(?!\d)")
+        named = [n for n in timm.list_models(module="resnet") if number.search(n)]
+        yield from sorted(named, key=lambda name: (len(name), name))
+        yield "resnet50" if bottleneck else "resnet18"
+
+
+def demand_plain(backbone: ConvNet, base: str, program: str) -> dict[str, list[int]]:
+    """Widths and depths of a convnet that is timm's `base` but for these. Raises UserError if it is
+    another, which `program` does not have.
+    """
+    weights, spec = backbone.state_dict(), backbone.spec
+    depths, widths = stages(weights)
+    usual = {"patch_size": 32, "fields": 0, "in_chans": spec["in_chans"]}
+    usual |= {"norm": "batch" if base.startswith("resnet") else "layer"}
+    same = _PLAIN.fullmatch(spec["name"]) and spec == spec | usual and "norm_eps" not in spec
+    sizes = {"widths": widths, "depths": depths}
+    if not same or difference(usual | {"name": base} | sizes, weights) is not None:
+        raise UserError(
+            f"{program} has no network like {spec['name']} with these settings: export it as "
+            "format=onnx or format=torch_export."
+        )
+    return sizes
+
+
+def difference(spec: dict[str, Any], weights: Tensors) -> str | None:
+    """How the weights first differ from those of the convnet `spec`; None if they fit."""
+    keywords = {key: value for key, value in spec.items() if key != "kind"}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        own = ConvNet(**keywords).state_dict()
+    theirs, ours = (
+        {name: _shape(value) for name, value in each.items() if not name.endswith(_COUNTER)}
+        for each in (weights, own)
+    )
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            if name not in theirs or name not in ours:
+                return f"{'has' if name in theirs else 'lacks'} {name}"
+            return f"{name} is {tuple(weights[name].shape)} and not {tuple(own[name].shape)}"
+    return None
+
+
+def _shape(value: Tensor) -> list[int]:
+    """Without dimensions of size 1."""
+    return [size for size in value.shape if size > 1]
