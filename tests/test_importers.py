@@ -351,7 +351,8 @@ def pretend_download(monkeypatch: pytest.MonkeyPatch) -> list[VisionTransformer]
     [
         ("vit_of_dreams", "timm has no such model"),
         ("test_vit.of_dreams", "timm has no such model"),
-        ("resnet18.a1_in1k", "is not a vision transformer"),
+        ("swin_tiny_patch4_window7_224", "neither a vision transformer nor a ResNet or ConvNeXt"),
+        ("resnet50_gn", "no batch normalization"),
         ("vit_base_patch16_clip_224.openai", "not a plain vision transformer"),
     ],
 )

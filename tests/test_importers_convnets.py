@@ -13,22 +13,32 @@ import torch
 import torchvision
 import transformers
 from safetensors.torch import save_file
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.config import compose
 from dino_lite.contracts import UserError
+from dino_lite.formats.convnets import convnet_spec
 from dino_lite.formats.hugging_face_convnets import convnet_for_hugging_face
 from dino_lite.formats.meta_convnets import convnet_for_dinov3
+from dino_lite.formats.owner import Read
 from dino_lite.formats.timm_convnets import convnet_for_timm
-from dino_lite.formats.torchvision_names import convnet_for_torchvision
+from dino_lite.formats.torchvision_names import RESNET_NAMES, convnet_for_torchvision
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
+from dino_lite.planning.checks import check_values
+from dino_lite.planning.plan import plan
+from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
+from test_begin import exported
+from test_conf import facts
 from test_importers import pretend_download
 
 Weights = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
-SIZES = ((64, 64), (96, 96), (64, 96))
+SIZES = ((64, 64), (32, 32), (64, 96))
 WIDTHS, DEPTHS = [8, 16, 24, 32], [1, 2, 1, 1]
 HF = {"hidden_sizes": WIDTHS, "depths": DEPTHS}
 # A bottleneck's stages are four times as wide as the channels inside.
@@ -43,7 +53,7 @@ def randomize(model: nn.Module) -> nn.Module:
             if value.is_floating_point():
                 noise = torch.randn(value.shape, generator=draw)
                 scale = 0.7 / max(1, value[0].numel()) ** 0.5 if value.ndim > 1 else 0.3
-                one = "var" in name or value.ndim == 1 and name.endswith(("weight", "gamma"))
+                one = "var" in name or (value.ndim == 1 and name.endswith(("weight", "gamma")))
                 value.copy_(1 + 0.3 * noise.abs() if one else scale * noise)
     return model.double().eval()
 
@@ -74,7 +84,9 @@ def by_timm(model: Any, images: Tensor) -> Pair:
 
 
 def by_transformers(model: Any, images: Tensor) -> Pair:
-    model = getattr(model, model.base_model_prefix, model) if hasattr(model, "classifier") else model
+    model = (
+        getattr(model, model.base_model_prefix, model) if hasattr(model, "classifier") else model
+    )
     found = model(images)
     last = found.last_hidden_state
     if last.ndim == 3:  # DINOv3's
@@ -91,7 +103,7 @@ class Source(NamedTuple):
     features: Callable[[Any, Tensor], Pair]
     owner: str
     spec: dict[str, Any]
-    folder: Callable[[], dict[str, Any]] | None = None  # config.json of a timm folder
+    config: dict[str, Any] | None = None  # config.json of a timm folder
     unused: tuple[str, ...] = ()
 
 
@@ -113,11 +125,11 @@ def timm_model(name: str, **settings: Any) -> Callable[[], nn.Module]:
 
 TIMM = {"dims": WIDTHS, "depths": DEPTHS}
 SOURCES = {
-    "torchvision resnet18": Source(
-        torchvision.models.resnet18,
+    "torchvision resnet": Source(
+        lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4),
         by_torchvision,
         "torchvision ResNet",
-        {"name": "resnet18"},
+        {"name": "resnet18", "widths": [64, 128, 256, 512], "depths": [1] * 4},
         unused=("fc.weight", "fc.bias"),
     ),
     "torchvision convnext": Source(
@@ -142,11 +154,11 @@ SOURCES = {
         unused=("fc.weight", "fc.bias"),
     ),
     "timm resnetblur18": Source(  # told apart by its config.json alone
-        timm_model("resnetblur18"),
+        timm_model("resnetblur18", layers=DEPTHS, channels=WIDTHS),
         by_timm,
         "timm ResNet",
-        {"name": "resnetblur18"},
-        lambda: {"architecture": "resnetblur18"},
+        {"name": "resnetblur18", "widths": WIDTHS, "depths": DEPTHS},
+        {"architecture": "resnetblur18", "model_args": {"channels": WIDTHS}},
         unused=("fc.weight", "fc.bias"),
     ),
     "timm convnext": Source(
@@ -154,7 +166,7 @@ SOURCES = {
         by_timm,
         "timm ConvNeXt",
         {"name": "convnext_tiny", "widths": WIDTHS, "depths": DEPTHS, "norm_eps": 1e-3},
-        lambda: {"architecture": "convnext_tiny", "model_args": TIMM | {"norm_eps": 1e-3}},
+        {"architecture": "convnext_tiny", "model_args": TIMM | {"norm_eps": 1e-3}},
         unused=("head.fc.weight", "head.fc.bias"),
     ),
     "timm convnextv2": Source(
@@ -164,11 +176,12 @@ SOURCES = {
         {"name": "convnextv2_tiny", "widths": WIDTHS, "depths": DEPTHS},
         unused=("head.fc.weight", "head.fc.bias"),
     ),
-    "timm convnext_atto_ols": Source(
-        timm_model("convnext_atto_ols"),
+    "timm convnext_atto_ols": Source(  # overlapping stem, linear layers as convolutions
+        timm_model("convnext_atto_ols", **TIMM),
         by_timm,
         "timm ConvNeXt",
-        {"name": "convnext_atto_ols"},
+        {"name": "convnext_atto_ols", "widths": WIDTHS, "depths": DEPTHS},
+        {"architecture": "convnext_atto_ols.a2_in1k", "num_classes": 3},
         unused=("head.fc.weight", "head.fc.bias"),
     ),
     "ResNetModel": Source(
@@ -210,12 +223,12 @@ def saved(source: Source, model: Any, folder: Path) -> Path:
     """As its owner saves it: a folder with config.json, or a file of the state alone."""
     if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained(folder)
-    elif source.folder is None:
+    elif source.config is None:
         torch.save({"model": model.state_dict(), "epoch": 3}, folder / "weights.pth")
         return folder / "weights.pth"
     else:
         save_file(model.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(source.folder()))
+        (folder / "config.json").write_text(json.dumps(source.config))
     return folder
 
 
@@ -246,3 +259,336 @@ def test_a_file_gives_its_owners_features(name: str, tmp_path: Path) -> None:
     assert opened.image_size == 224
     assert isinstance(opened.backbone, ConvNet)
     agree(opened.backbone, lambda images: source.features(model, images))
+
+
+# ------------------------------------------------------------------------------ prefixes, older files
+
+
+def resnet() -> Weights:
+    """torchvision's, tiny."""
+    return randomize(timm.create_model("resnet18", layers=DEPTHS, channels=WIDTHS)).state_dict()
+
+
+def children(weights: Weights) -> Weights:
+    """As in nn.Sequential(*list(resnet.children())[:-1])."""
+    order = ("conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4")
+    first = {name: name.partition(".")[0] for name in weights}
+    return {
+        name.replace(first[name], f"backbone.{order.index(first[name])}", 1): value
+        for name, value in weights.items()
+        if first[name] != "fc"
+    }
+
+
+def dino_training(weights: Weights) -> dict[str, Any]:
+    """DINO's checkpoint with a ResNet: the teacher is the backbone, its head is unused."""
+    found = {
+        f"module.backbone.{name}": value for name, value in weights.items() if "fc" not in name
+    }
+    student = {name: value + 1 for name, value in found.items()}
+    teacher = {name.removeprefix("module."): value for name, value in found.items()}
+    return {"student": student, "teacher": teacher | {"head.mlp.0.weight": torch.zeros(3, 3)}}
+
+
+FORMS: dict[str, Callable[[Weights], Any]] = {
+    "DINO's resnet50 file": lambda w: {n: v for n, v in w.items() if not n.startswith("fc.")},
+    "DINO's training": dino_training,
+    "solo-learn": lambda w: {
+        "state_dict": {f"backbone.{n}": v for n, v in w.items()}
+        | {"projector.0.weight": w["fc.weight"]}
+    },
+    "MoCo": lambda w: {"state_dict": {f"module.encoder_q.{n}": v for n, v in w.items()}},
+    "SwAV": lambda w: (
+        {f"module.{n}": v for n, v in w.items()}
+        | {
+            "module.projection_head.0.weight": w["fc.weight"],
+            "module.prototypes.weight": w["fc.bias"],
+        }
+    ),
+    "lightly's children": children,
+    "before num_batches_tracked": lambda w: {n: v for n, v in w.items() if "tracked" not in n},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resnet_is_found_below_prefixes_and_beside_heads(form: str, tmp_path: Path) -> None:
+    """Every backbone weight is the file's, as start of a network of ours too."""
+    weights = resnet()
+    torch.save(FORMS[form](weights), tmp_path / "resnet.pth")
+    backbone = open_weights(tmp_path / "resnet.pth").backbone
+    state, own = backbone.state_dict(), {n: v for n, v in weights.items() if "fc." not in n}
+    for ours, theirs in zip(state.values(), own.values(), strict=True):
+        assert torch.equal(ours.double(), theirs.double())
+    started = ConvNet(**{**backbone.spec, "in_chans": 1})
+    fit = load_pretrained(started, tmp_path / "resnet.pth")
+    assert fit.adapted == ["stem.0.weight"]
+    gray = torch.randn(2, 1, 64, 64)
+    cls = backbone.eval()(gray.expand(-1, 3, -1, -1)).cls
+    torch.testing.assert_close(started.eval()(gray).cls, cls, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dinov3", [True, False])
+def test_metas_files_are_read_as_timm_reads_them(dinov3: bool, tmp_path: Path) -> None:
+    """ConvNeXt's own names, and DINOv3's hub, which has the last norm twice."""
+    model: Any = randomize(timm.create_model("convnext_tiny", num_classes=0, **TIMM))
+    backbone = ConvNet("convnext_tiny", norm="layer", widths=WIDTHS, depths=DEPTHS)
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    load_pretrained(backbone, tmp_path / "timm.safetensors")
+    theirs = convnet_for_dinov3(backbone)
+    back = checkpoint_filter_fn(dict(theirs), model)  # timm's reading of these names
+    assert all(torch.equal(back[name], value.float()) for name, value in model.state_dict().items())
+    left = "norm." if dinov3 else "norms.3."
+    other = "norms.3." if dinov3 else "norm."
+    torch.save({n: v for n, v in theirs.items() if not n.startswith(left)}, tmp_path / "hub.pth")
+    opened = open_weights(tmp_path / "hub.pth")
+    assert opened.fit is not None
+    assert opened.fit.layout == ("DINOv3 ConvNeXt" if dinov3 else "ConvNeXt (Meta)")
+    assert f"{other}weight" in theirs
+    assert isinstance(opened.backbone, ConvNet)
+    agree(opened.backbone, lambda images: by_timm(model, images))
+
+
+def test_grn_of_convnext_v2s_own_files_is_read(tmp_path: Path) -> None:
+    """There it has four dimensions, and its weights are called gamma and beta."""
+    model: Any = randomize(timm.create_model("convnextv2_nano", num_classes=0, **TIMM))
+    names = {".conv_dw.": ".dwconv.", ".mlp.fc": ".pwconv", "head.norm.": "norm."}
+    names |= {".mlp.grn.weight": ".grn.gamma", ".mlp.grn.bias": ".grn.beta", ".blocks.": "."}
+    found = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        name = name.replace("stem.", "downsample_layers.0.")
+        for i in range(1, 4):
+            name = name.replace(f"stages.{i}.downsample.", f"downsample_layers.{i}.")
+        found[name] = value.reshape(1, 1, 1, -1) if ".grn." in name else value.squeeze()
+        if ".dwconv.weight" in name:
+            found[name] = value
+    torch.save({"model": found | {"head.weight": torch.zeros(3, 32)}}, tmp_path / "v2.pt")
+    opened = open_weights(tmp_path / "v2.pt")
+    assert opened.backbone.spec["name"] == "convnextv2_tiny"
+    assert isinstance(opened.backbone, ConvNet)
+    agree(opened.backbone, lambda images: by_timm(model, images))
+
+
+# ------------------------------------------------------------------------------------ names, exports
+
+
+def test_a_known_size_is_called_by_its_name(tmp_path: Path) -> None:
+    """By number of layers, or by depths and width."""
+    for name in ("resnet34", "resnet50", "wide_resnet50_2", "resnet26d"):
+        with torch.device("meta"):
+            shapes = timm.create_model(name).state_dict()
+        read = RESNET_NAMES.read(shapes)[0]
+        spec = convnet_spec(Read("x", "", read, [], {"kind": "convnet"}), {}, "x")
+        assert spec["name"] == name
+        assert "widths" not in spec
+    for name in ("convnext_small", "convnextv2_nano"):
+        with torch.device("meta"):
+            shapes = ConvNet(name, norm="layer").state_dict()
+        spec = convnet_spec(Read("x", "", shapes, [], {"kind": "convnet"}), {}, "x")
+        assert spec["name"] == name
+        assert "widths" not in spec
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_convnext"])
+def test_a_timm_convnet_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its preprocessing; the features are timm's."""
+    made = pretend_download(monkeypatch)
+    tag = timm.get_pretrained_cfg(name).tag
+    opened = open_timm(f"{name}.{tag}")
+    assert opened.backbone.spec["name"] == name
+    assert opened.image_size == timm.get_pretrained_cfg(name).input_size[-1]
+    model: Any = made[0].double()
+    assert isinstance(opened.backbone, ConvNet)
+    agree(opened.backbone, lambda images: by_timm(model, images))
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_export_of_a_convnet_opens_by_its_file(whitened: bool, tmp_path: Path) -> None:
+    """With the tokens of its folder."""
+    own = ConvNet(widths=[16, 32], depths=[1, 1], patch_size=4, norm="group", fields=1).eval()
+    out = exported(tmp_path / "out", Compact(own, 4).eval() if whitened else own)
+    file = open_backbone(find_checkpoint(str(out / "model.safetensors"), tmp_path))
+    folder = open_backbone(find_checkpoint(str(out), tmp_path))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(file.backbone(images).cls, folder.backbone(images).cls)
+    assert (file.image_size, file.mean) == (folder.image_size, folder.mean)
+
+
+@pytest.mark.parametrize("name", ["torchvision resnet", "ConvNextModel", "timm convnext_atto_ols"])
+def test_a_file_alone_chooses_its_network(name: str, tmp_path: Path) -> None:
+    """backbone.pretrained=FILE without another setting of the backbone."""
+    source = SOURCES[name]
+    path = saved(source, randomize(source.make()), tmp_path)
+    words = ["data=shapes", f"backbone.pretrained={path}", "augment.global_size=32"]
+    config = plan(begin_config(check_values(compose("pretrain", words))), facts()).config
+    begun = build_method(config).export_backbone()
+    opened = open_weights(path).backbone
+    assert begun.spec == opened.spec
+    wanted = opened.state_dict()
+    assert all(torch.equal(wanted[name], value) for name, value in begun.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------- both ways
+
+
+def ours(name: str, **settings: Any) -> ConvNet:
+    """A backbone with generic weights in float64."""
+    norm = "layer" if name.startswith("convnext") else "batch"
+    backbone = randomize(ConvNet(name, norm=norm, **settings))  # type: ignore[arg-type]
+    assert isinstance(backbone, ConvNet)
+    return backbone
+
+
+FOUR: dict[str, Any] = {"widths": WIDTHS, "depths": DEPTHS}
+WIDE: dict[str, Any] = {"widths": RESNET["hidden_sizes"], "depths": DEPTHS}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("resnet18", FOUR),
+        ("resnet50", WIDE | {"in_chans": 1}),
+        ("resnet10t", {"patch_size": 16}),
+        ("convnext_tiny", FOUR | {"norm_eps": 1e-3}),
+        ("convnextv2_atto", FOUR),
+        ("convnext_large_mlp", FOUR),
+    ],
+)
+def test_timm_gives_our_features_from_what_is_written(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Built by architecture and model_args, every weight in its place; read back, it is ours."""
+    backbone = ours(name, **settings)
+    weights, config = convnet_for_timm(backbone)
+    about = json.loads(json.dumps(config))
+    model: Any = timm.create_model(about["architecture"], num_classes=0, **about["model_args"])
+    model.double().eval().load_state_dict(weights)
+    if backbone.in_chans == 3:
+        agree(backbone, lambda images: by_timm(model, images))
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(open_weights(tmp_path).backbone, backbone)
+
+
+def same(read: Any, backbone: ConvNet) -> None:
+    """The spec, and all weights to the last bit, in single precision."""
+    assert read.spec == backbone.spec
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(read.state_dict()[name].double(), value.double()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kind"),
+    [
+        ("resnet18", FOUR, "ResNetModel"),
+        ("resnet50", WIDE, "ResNetModel"),
+        ("convnext_tiny", FOUR | {"last_norm_eps": 1e-2}, "ConvNextModel"),
+        ("convnextv2_tiny", FOUR | {"last_norm_eps": 1e-12}, "ConvNextV2Model"),
+    ],
+)
+def test_transformers_gives_our_features_from_what_is_written(
+    name: str, settings: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    """AutoModel's class of the config, no key missing or left; read back, it is ours."""
+    backbone = ours(name, **settings)
+    weights, config = convnet_for_hugging_face(backbone)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, told = transformers.AutoModel.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float64
+    )
+    assert type(model).__name__ == kind
+    assert not any(told.values())
+    agree(backbone, lambda images: by_transformers(model.eval(), images))
+    same(open_weights(tmp_path).backbone, backbone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_torchvision_gives_our_features_from_what_is_written(name: str, tmp_path: Path) -> None:
+    """Only the classifier is missing; read back, it is ours."""
+    backbone = ours(name)
+    weights, config = convnet_for_torchvision(backbone)
+    model = getattr(torchvision.models, config["model"])().double().eval()
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    assert {key.rpartition(".")[0] for key in missing} == {
+        "fc" if "res" in name else "classifier.2"
+    }
+    assert unknown == []
+    agree(backbone, lambda images: by_torchvision(model, images))
+    save_file(weights, tmp_path / "tv.safetensors")
+    same(open_weights(tmp_path / "tv.safetensors").backbone, backbone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"widths": [8, 16], "depths": [1, 1], "patch_size": 4}, "small convnets given by widths"),
+        ({"name": "resnet18", "norm": "group"}, "group normalization"),
+        ({"name": "convnext_atto", "norm": "layer", "fields": 2}, "pyramids as class token"),
+    ],
+)
+def test_what_a_program_lacks_is_not_written_for_it(settings: dict[str, Any], words: str) -> None:
+    """In a sentence that names the formats which can hold it."""
+    with torch.device("meta"):
+        backbone = ConvNet(**settings)
+    for write in (convnet_for_timm, convnet_for_hugging_face, convnet_for_torchvision):
+        with pytest.raises(UserError, match="format=onnx or format=torch_export") as error:
+            write(backbone)
+        assert "\n" not in str(error.value)
+        assert words in str(error.value) or write is not convnet_for_timm
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def changed(**values: Tensor | None) -> Callable[[Weights], Weights]:
+    """A ResNet's weights with some replaced or, if None, missing."""
+    new = {name.replace("__", "."): value for name, value in values.items()}
+    return lambda w: {n: v for n, v in (w | new).items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "about", "words"),
+    [
+        (
+            changed(conv1__weight=torch.zeros(64, 3, 3, 3)),
+            {},
+            r"stem\.0\.weight is \(64, 3, 3, 3\)",
+        ),
+        (changed(bn1__running_mean=None), {}, "lacks stem.1.running_mean"),
+        (changed(conv2__weight=torch.zeros(64, 3, 3, 3)), {}, "has conv2.weight"),
+        (changed(layer1__0__se__fc__weight=torch.zeros(8)), {}, "has stages.0.0.se.fc.weight"),
+        (
+            lambda w: {n: v for n, v in w.items() if "layer4" not in n},
+            {},
+            "lacks a stem or one of four stages",
+        ),
+        (changed(), {"architecture": "resnet50"}, "for timm's resnet50 of that size"),
+        (changed(), {"architecture": "local-dir:/tmp"}, "which timm does not have"),
+        (changed(), {"architecture": "swin_tiny_patch4_window7_224"}, "cannot be built|is not a t"),
+        (changed(), {"model_args": {"act_layer": "silu"}}, "act_layer=silu"),
+        (changed(), {"model_args": {"global_pool": "max"}}, "another global_pool than avg"),
+    ],
+)
+def test_a_network_that_is_none_of_ours_is_refused(
+    spoil: Callable[[Weights], Weights], about: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """In a sentence that names the file and what is odd."""
+    torch.save(spoil(resnet()), tmp_path / "odd.pth")
+    (tmp_path / "odd.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=words) as error:
+        open_weights(tmp_path / "odd.pth")
+    assert str(error.value).startswith(f"checkpoint={tmp_path / 'odd.pth'}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["downsample_in_bottleneck", "downsample_in_first_stage"])
+def test_strides_at_other_places_are_refused(key: str, tmp_path: Path) -> None:
+    """config.json says them, shapes do not: as a start, too."""
+    hf("ResNet", **RESNET, **{key: True})().save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=f"{key}=True"):
+        open_weights(tmp_path)
+    with pytest.raises(UserError, match=f"{key}=True"):
+        load_pretrained(ConvNet("resnet50", **WIDE), tmp_path)

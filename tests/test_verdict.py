@@ -159,7 +159,7 @@ def test_a_run_that_learned_nothing_says_what_to_do() -> None:
     first, second, last = verdict(results, CURVES)
     assert first.startswith("nothing was learned yet: 20.0 %")
     assert "saw each image 12 times" in second
-    assert "backbone.pretrained=FILE (a dino_lite export; published weights need a ViT" in second
+    assert "backbone.pretrained=FILE (a dino_lite export, or published weights: of a Res" in second
     assert last == HEALTH
     assert "pretrained" not in verdict(results | {"num_images": 10**5}, CURVES)[1]
     alarm = {"kind": "x", "step": 1200, "text": "collapse: all is one; lower optim.rate."}

@@ -31,8 +31,8 @@ class ConvNet(Backbone):
 
     `name` is "resnet" with the `widths` and `depths` of its stages: a network for small images,
     without 7x7 convolution or max-pooling (He et al. 2016, section 4.2). Or it is a timm ResNet or
-    ConvNeXt, whose widths and depths these replace if given. `patch_size` is the total stride.
-    `norm` is "batch" (statistics of the micro-batch, so that the micro-batch size affects
+    ConvNeXt, whose widths and depths these replace if they are four. `patch_size` is the total
+    stride. `norm` is "batch" (statistics of the micro-batch, so that the micro-batch size affects
     training), "group" (Wu & He 2018; per image), or "layer", which every ConvNeXt has; `norm_eps`
     replaces the epsilon of its norms, and `last_norm_eps` that of the last one. In
     `intermediate`, blocks are stages.
@@ -71,9 +71,13 @@ class ConvNet(Backbone):
             self.spec |= {"widths": list(widths or ()), "depths": list(depths or ())}
             parts = _small(self.spec, drop_path)
         else:
-            own = {"widths": widths and list(widths), "depths": depths and list(depths)}
-            own |= {"norm_eps": norm_eps, "last_norm_eps": last_norm_eps}
-            self.spec |= {key: value for key, value in own.items() if value}
+            for key, values in (("widths", widths), ("depths", depths)):
+                if values and len(values) == _NUM_STAGES:
+                    self.spec[key] = list(values)
+            if norm_eps:
+                self.spec["norm_eps"] = norm_eps
+            if last_norm_eps:
+                self.spec["last_norm_eps"] = last_norm_eps
             parts = _named(self.spec, drop_path)
         self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
         self.patch_size, self.in_chans, self.fields = patch_size, in_chans, fields
@@ -252,11 +256,6 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
 def _sizes(spec: dict[str, Any]) -> dict[str, Any]:
     """timm's keywords for the widths, depths and epsilon in `spec`."""
     widths, depths, eps = (spec.get(key) for key in ("widths", "depths", "norm_eps"))
-    if any(given and len(given) != _NUM_STAGES for given in (widths, depths)):
-        raise UserError(
-            f"backbone: widths={widths} and depths={depths} of name={spec['name']} must have one "
-            f"number for each of its {_NUM_STAGES} stages."
-        )
     if spec["norm"] == "layer":
         sizes = {"dims": widths, "depths": depths, "norm_eps": eps}
     else:
@@ -277,7 +276,7 @@ def _channels(spec: dict[str, Any]) -> list[int]:
     return [width // factor for width, factor in zip(spec["widths"], factors, strict=True)]
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def _layers(model: Any) -> list[Any]:
     """The stages of a timm ResNet."""
     return [model.layer1, model.layer2, model.layer3, model.layer4]
 

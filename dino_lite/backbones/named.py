@@ -52,9 +52,8 @@ def explain_name(name: str, known: list[str]) -> str:
     model, _, tag = name.removeprefix("timm:").partition(".")
     if (tag or model != name) and (model in known or choice_for(model)):
         why = f": .{tag} names weights, but a network is chosen without" if tag else ""
-        is_vit = model.startswith("vit") or choice_for(model) in ("auto", "rope")
-        start = "; backbone.pretrained=FILE starts from weights in a file" if is_vit else ""
-        return f"{asked}{why}: write backbone={model}{start}."
+        start = "backbone.pretrained=FILE starts from weights in a file"
+        return f"{asked}{why}: write backbone={model}; {start}."
     names = [*known, *(name for module in _MODULES for name in timm.list_models(module=module))]
     resembling = [each for each in names if each.startswith(model)]
     resembling += difflib.get_close_matches(model, names, n=8)

@@ -118,8 +118,9 @@ def advice(results: Mapping[str, Any]) -> str:
     told = "" if seen is None else f" (this one saw each image {seen:,.3g} times)"
     few = results.get("num_images", _FEW) < _FEW
     start = (
-        ", or start from pretrained weights: backbone.pretrained=FILE (a dino_lite export; "
-        "published weights need a ViT, as backbone=vit_small)"
+        ", or start from pretrained weights: backbone.pretrained=FILE (a dino_lite export, or "
+        "published weights: of a ResNet or ConvNeXt alone, of a ViT with its backbone, as in "
+        "backbone=vit_small)"
     )
     return (
         f"Next: train longer{told}, as another run: name=NEW and a larger trainer.max_time, "

@@ -22,7 +22,7 @@ _PLAIN = re.compile(r"resnet\d+|convnext(v2)?_\w+")  # names without other pooli
 EPS = 1e-6  # of a ConvNeXt's norms, unless told otherwise
 _COUNTER = "num_batches_tracked"
 # Width of the first stage and depths of timm's ConvNeXts; later stages are twice as wide each.
-_CONVNEXTS = {
+_CONVNEXTS: dict[tuple[int, tuple[int, ...]], str] = {
     (40, (2, 2, 6, 2)): "atto",
     (48, (2, 2, 6, 2)): "femto",
     (64, (2, 2, 6, 2)): "pico",
@@ -35,6 +35,7 @@ _CONVNEXTS = {
     (352, (3, 3, 27, 3)): "huge",
     (384, (3, 4, 30, 3)): "xxlarge",
 }
+_SETTINGS = (("output_stride", "patch_size"), ("norm_eps", "norm_eps"))  # timm's and ours
 # Keywords of timm's models that shapes tell, or that do not change the tokens.
 _TOLD_BY_SHAPES = (
     *("dims", "depths", "layers", "channels", "block", "in_chans", "conv_mlp", "use_grn"),
@@ -85,8 +86,8 @@ def _replaced(name: str, begins: Any, parts: Any) -> str | None:
             break
     else:
         return None
-    found = next(((old, new) for old, new in parts if old in name), ("", ""))
-    return name.replace(*found, 1)
+    old, new = next(((old, new) for old, new in parts if old in name), ("", ""))
+    return name.replace(old, new, 1)
 
 
 def reads(owner: str, why: str, names: Names) -> Callable[[Tensors, dict[str, Any]], Read]:
@@ -124,43 +125,45 @@ def convnet_spec(read: Read, about: dict[str, Any], asked: str) -> dict[str, Any
     timm's config.json. `asked` is the prefix of messages. Raises UserError if it is none of timm's
     ResNets and ConvNeXts, with any widths and depths.
     """
-    weights, odd = read.weights, "has no stem"
+    try:
+        return _matching(read, about)
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from error
+
+
+def _matching(read: Read, about: dict[str, Any]) -> dict[str, Any]:
+    weights, odd = read.weights, "lacks a stem or one of four stages"
     depths, widths = stages(weights)
     stem, name, sizes = stem_of(weights), "", {"widths": widths, "depths": depths}
     if stem is not None and len(depths) == len(STAGES) and all(widths):
         common = {
             **{"patch_size": 32, "in_chans": weights[stem].shape[1]},
             **read.spec,
-            **_told(about, asked),
+            **_told(about),
             "norm": "layer" if CONVNEXT in weights else "batch",
         }
         for name in _names(weights, depths, widths, about):
             for given in ({}, sizes):
                 spec = common | {"name": name} | given
-                try:
-                    other = difference(spec, weights)
-                except UserError as error:
-                    raise UserError(f"{asked}: {error}") from error
-                if other is None:
+                if (other := difference(spec, weights)) is None:
                     return spec
                 odd = other
-    found = f"{read.owner} with widths={widths} and depths={depths}"
     like = f" for timm's {name} of that size" if name else ""
     raise UserError(
-        f"{asked} has the names of a {found}, but {odd}{like}: only networks that timm has as "
-        "ResNet (with batch normalization) or ConvNeXt can be opened; if it is one with another "
-        'name, write {"architecture": NAME} into the JSON file beside it.'
+        f"it has the names of a {read.owner} with widths={widths} and depths={depths}, but {odd}"
+        f"{like}: only timm's ResNets with batch normalization and its ConvNeXts can be opened; if "
+        'it is one, write {"architecture": ITS NAME} into the JSON file beside it.'
     )
 
 
-def _told(about: dict[str, Any], asked: str) -> dict[str, Any]:
+def _told(about: dict[str, Any]) -> dict[str, Any]:
     """What timm's model_args say beyond shapes. Raises UserError if we have no such setting."""
     told = dict(about.get("model_args") or {})
-    spec = {"patch_size": told.pop("output_stride", None), "norm_eps": told.pop("norm_eps", None)}
+    spec = {ours: told.pop(theirs, None) for theirs, ours in _SETTINGS}
     other = [f"{key}={value}" for key, value in told.items() if key not in _TOLD_BY_SHAPES]
     if other or told.get("global_pool", "avg") != "avg":
         raise UserError(
-            f"{asked}: model_args in the JSON file beside it have "
+            "model_args in the JSON file beside it have "
             f"{', '.join(other) or 'another global_pool than avg'}, which a backbone of dino_lite "
             "cannot have: use it with timm."
         )
@@ -184,7 +187,13 @@ def _names(
 ) -> Iterator[str]:
     """timm's names that the network may have, the last of which takes any widths and depths."""
     if "architecture" in about:
-        yield str(about["architecture"]).partition(".")[0]
+        name = str(about["architecture"]).partition(".")[0]
+        if name not in timm.list_models():
+            raise UserError(
+                f"the JSON file beside it has architecture={name}, which timm does not have: "
+                "name its network, or remove the key."
+            )
+        yield name
     elif CONVNEXT in weights:
         grn = any(name.endswith(".mlp.grn.weight") for name in weights)
         family = "convnextv2" if grn else "convnext"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.transformer import mlp_of
 from dino_lite.contracts import UserError
-from dino_lite.backbones.convnet import ConvNet
 from dino_lite.formats.convnets import convnet_spec
 from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
 from dino_lite.formats.dinov3 import DINOV3

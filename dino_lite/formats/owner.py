@@ -19,7 +19,7 @@ class Read(NamedTuple):
     weights: Tensors
     unused: list[str]  # their names of what is not part of the backbone, such as heads
     # Keywords of the backbone's spec that shapes do not tell: "kind", how positions are resampled,
-    # the epsilon of norms. A convolutional network's are complete.
+    # the epsilon of norms.
     spec: dict[str, Any]
     num_heads: int | None = None  # if known from more than the width
 

@@ -38,9 +38,7 @@ def convnet_for_timm(backbone: ConvNet) -> tuple[Tensors, dict[str, Any]]:
         (spec["norm"] == "group", "ResNets with group normalization of 16 channels a group"),
     ):
         if other:
-            raise UserError(
-                f"timm has no {what}: export it as format=onnx or format=torch_export."
-            )
+            raise UserError(f"timm has no {what}: export it as format=onnx or format=torch_export.")
     weights, layer = backbone.state_dict(), spec["norm"] == "layer"
     args: dict[str, Any] = {"norm_eps": spec.get("norm_eps")}
     if spec["in_chans"] != 3:

@@ -44,9 +44,9 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
     ViTs, ResNets and ConvNeXts take weights by the names of others too, any other backbone by its
-    own names. A position embedding of another grid is resampled by the backbone's own rule; a patch embedding of RGB
-    images is adapted to other channels as in timm. Raises UserError if anything else does not fit:
-    no weights are loaded partially.
+    own names. A position embedding of another grid is resampled by the backbone's own rule; the
+    first convolution of RGB images is adapted to other channels as in timm. Raises UserError if
+    anything else does not fit: no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
     tensors, about = read_tensors(path), read_about(weights_file(path))
@@ -60,7 +60,8 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
 
 
 def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
-    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
+    """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm, torchvision or
+    Hugging Face.
 
     Its architecture is derived from shapes and from config.json next to the file; `overrides` are
     keywords of the spec that take precedence. `key` is the setting whose value is `path`, for
@@ -69,7 +70,7 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
     asked, file = f"{key}={path}", weights_file(path)
     tensors, about = read_tensors(path, key), read_about(file)
     own = about.get("spec")  # of an export
-    mine = isinstance(own, dict) and own.get("kind") == ConvNet.kind and tensors
+    mine = isinstance(own, dict) and bool(tensors)
     found = own_weights(tensors, next(iter(tensors))) if mine else _find(tensors, about, asked)
     if found.prefix.startswith("state_dict.method."):  # our checkpoint: the spec is in its run
         raise UserError(
@@ -77,6 +78,18 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
         )
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
     return _open(spec, found, about, asked, weights_file(path).name)
+
+
+def convnet_in(path: str | Path) -> dict[str, Any] | None:
+    """The spec of the convnet whose weights another program, or a run, left in `path`, to start
+    from; None for any other file. Raises UserError if it cannot be read.
+    """
+    asked = f"backbone.pretrained={path}"
+    tensors, about = read_tensors(path), read_about(weights_file(path))
+    found = _searched(tensors, about, asked)
+    if found is None or found.read.spec.get("kind") != ConvNet.kind:
+        return None
+    return spec_of(found, about, asked)
 
 
 def open_timm(name: str) -> Opened:
@@ -96,8 +109,10 @@ def open_timm(name: str) -> Opened:
     if isinstance(model, ConvNeXt | ResNet):
         norm = "layer" if isinstance(model, ConvNeXt) else "batch"
         spec = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
-        if norm == "batch" and not any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
-            raise UserError(f"{asked} has no batch normalization: of ResNets only those with it can be opened.")
+        if norm == "batch" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+            raise UserError(
+                f"{asked} has no batch normalization: of ResNets, only those with it can be opened."
+            )
     elif not hasattr(stem, "patch_size"):
         raise UserError(
             f"{asked} is neither a vision transformer nor a ResNet or ConvNeXt, and others cannot "
@@ -165,17 +180,10 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
     return found
 
 
-def _empty(spec: dict[str, Any]) -> Transformer | ConvNet:
+def _empty(spec: dict[str, Any]) -> Backbone:
     """The backbone of a spec on the meta device; the random state is preserved."""
-
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        backbone = build_backbone(spec)
-    if not isinstance(backbone, Transformer | ConvNet):
-        raise UserError(
-            f"a {type(backbone).__name__} cannot be opened from its weights file alone: give the "
-            "exported folder."
-        )
-    return backbone
+        return build_backbone(spec)
 
 
 def _open(
@@ -198,7 +206,7 @@ def _open(
     )
 
 
-def _image_size(backbone: Transformer | ConvNet, about: dict[str, Any]) -> int:
+def _image_size(backbone: Backbone, about: dict[str, Any]) -> int:
     """Pixels per side for which the weights were trained: from learned positions if any, else from
     `about`, else 224 of a convnet, or 16 patches as in DINOv3.
     """

@@ -10,7 +10,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import UserError
 from dino_lite.formats.tensors import read_about, weights_file
-from dino_lite.formats.weights import fit_positions
+from dino_lite.formats.weights import convnet_in, fit_positions
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
@@ -27,7 +27,7 @@ _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform
 def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
     backbone, and those that the method inherits. Raises UserError if others are asked for. If
-    `backbone.pretrained` alone is given and is the export of a convnet, that is the backbone.
+    `backbone.pretrained` alone is given and has the weights of a convnet, that is the backbone.
     `trust` is used here and removed from the result: it is neither saved nor hashed.
     """
     config = dict(config)
@@ -57,15 +57,18 @@ def begin_config(config: Config) -> Config:
 
 
 def _as_exported(backbone: Config) -> Config:
-    """The convnet whose export `pretrained` names, if no other key of `backbone` was set."""
+    """The convnet whose export or weights `pretrained` names, if no other key of `backbone` was
+    set.
+    """
     folder, start = config_dir() / "backbone", backbone.get("pretrained")
     if not start or backbone | {"pretrained": None} != load(folder / "auto.yaml"):
         return backbone
-    spec = read_about(weights_file(start)).get("spec") or {}
+    spec = read_about(weights_file(start)).get("spec") or convnet_in(start) or {}
     spec = spec.get("whole", spec)  # of a compact export
     if spec.get("kind") != ConvNet.kind:
         return backbone
-    node = load(folder / "convnet.yaml") | {"pretrained": start}
+    node = load(folder / "convnet.yaml") | {"pretrained": start, "widths": None, "depths": None}
+    node |= {"patch_size": 32, "fields": 0}  # where the spec does not say otherwise
     return node | {key: spec[key] for key in spec.keys() & node.keys() - {"in_chans"}}
 
 
