@@ -351,7 +351,7 @@ def pretend_download(monkeypatch: pytest.MonkeyPatch) -> list[VisionTransformer]
     [
         ("vit_of_dreams", "timm has no such model"),
         ("test_vit.of_dreams", "timm has no such model"),
-        ("swin_tiny_patch4_window7_224", "neither a vision transformer nor a ResNet or ConvNeXt"),
+        ("regnetx_002", "neither a vision transformer nor a ResNet or ConvNeXt"),
         ("resnet50_gn", "no batch normalization"),
         ("vit_base_patch16_clip_224.openai", "not a plain vision transformer"),
     ],
@@ -545,8 +545,8 @@ def spoiled(change: Callable[[Weights], Any], **settings: Any) -> Callable[[Path
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another network": (
-        lambda folder: saved(timm.create_model("test_resnet").state_dict(), folder),
-        r"holds no backbone: looked for .*DINOv2, DINOv3, timm and Hugging Face.*the first conv1",
+        lambda folder: saved(timm.create_model("test_efficientnet").state_dict(), folder),
+        r"holds no backbone: looked for .*DINOv2, DINOv3, timm and Hugging.*the first conv_stem",
     ),
     "nothing": (lambda folder: saved({}, folder), "holds no backbone.* and found none"),
     "garbage": (

@@ -261,7 +261,7 @@ def test_a_file_gives_its_owners_features(name: str, tmp_path: Path) -> None:
     agree(opened.backbone, lambda images: source.features(model, images))
 
 
-# ------------------------------------------------------------------------------ prefixes, older files
+# --------------------------------------------------------------------------- prefixes, older files
 
 
 def resnet() -> Weights:
@@ -370,19 +370,19 @@ def test_grn_of_convnext_v2s_own_files_is_read(tmp_path: Path) -> None:
     agree(opened.backbone, lambda images: by_timm(model, images))
 
 
-# ------------------------------------------------------------------------------------ names, exports
+# ---------------------------------------------------------------------------------- names, exports
 
 
 def test_a_known_size_is_called_by_its_name(tmp_path: Path) -> None:
     """By number of layers, or by depths and width."""
-    for name in ("resnet34", "resnet50", "wide_resnet50_2", "resnet26d"):
+    for name in ("resnet34", "resnet26d"):
         with torch.device("meta"):
             shapes = timm.create_model(name).state_dict()
         read = RESNET_NAMES.read(shapes)[0]
         spec = convnet_spec(Read("x", "", read, [], {"kind": "convnet"}), {}, "x")
         assert spec["name"] == name
         assert "widths" not in spec
-    for name in ("convnext_small", "convnextv2_nano"):
+    for name in ("convnext_atto", "convnextv2_nano"):
         with torch.device("meta"):
             shapes = ConvNet(name, norm="layer").state_dict()
         spec = convnet_spec(Read("x", "", shapes, [], {"kind": "convnet"}), {}, "x")

@@ -26,6 +26,11 @@ _MODULES = ("vision_transformer", "deit", "eva", "resnet", "convnext")  # of tim
 _KINDS = "plain ViTs with a class token, DINOv3's ViTs, ResNets and ConvNeXts"
 
 
+def timm_names(module: str = "") -> list[str]:
+    """Names of timm's models, of all or of a module such as "resnet"."""
+    return timm.list_models(module=module)
+
+
 @functools.cache
 def choice_for(name: str) -> str | None:
     """The file of conf/backbone that a timm model's `name` takes the place of in `backbone.name`;

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.named import timm_names
 from dino_lite.contracts import UserError
 from dino_lite.formats.owner import Read, Tensors
 
@@ -142,12 +142,12 @@ def _matching(read: Read, about: dict[str, Any]) -> dict[str, Any]:
             **_told(about),
             "norm": "layer" if CONVNEXT in weights else "batch",
         }
-        for name in _names(weights, depths, widths, about):
-            for given in ({}, sizes):
-                spec = common | {"name": name} | given
-                if (other := difference(spec, weights)) is None:
-                    return spec
-                odd = other
+        names = _names(weights, depths, widths, about)
+        given: list[dict[str, Any]] = [{"name": name} for name in names]
+        for spec in (*given, given[-1] | sizes):
+            if (other := difference(common | spec, weights)) is None:
+                return common | spec
+            odd, name = other, names[-1]
     like = f" for timm's {name} of that size" if name else ""
     raise UserError(
         f"it has the names of a {read.owner} with widths={widths} and depths={depths}, but {odd}"
@@ -158,7 +158,8 @@ def _matching(read: Read, about: dict[str, Any]) -> dict[str, Any]:
 
 def _told(about: dict[str, Any]) -> dict[str, Any]:
     """What timm's model_args say beyond shapes. Raises UserError if we have no such setting."""
-    told = dict(about.get("model_args") or {})
+    args = about.get("model_args")
+    told = dict(args) if isinstance(args, dict) else {}
     spec = {ours: told.pop(theirs, None) for theirs, ours in _SETTINGS}
     other = [f"{key}={value}" for key, value in told.items() if key not in _TOLD_BY_SHAPES]
     if other or told.get("global_pool", "avg") != "avg":
@@ -184,30 +185,29 @@ def stages(weights: Tensors) -> tuple[list[int], list[int]]:
 
 def _names(
     weights: Tensors, depths: list[int], widths: list[int], about: dict[str, Any]
-) -> Iterator[str]:
+) -> list[str]:
     """timm's names that the network may have, the last of which takes any widths and depths."""
     if "architecture" in about:
         name = str(about["architecture"]).partition(".")[0]
-        if name not in timm.list_models():
+        if name not in timm_names():
             raise UserError(
                 f"the JSON file beside it has architecture={name}, which timm does not have: "
                 "name its network, or remove the key."
             )
-        yield name
-    elif CONVNEXT in weights:
+        return [name]
+    if CONVNEXT in weights:
         grn = any(name.endswith(".mlp.grn.weight") for name in weights)
         family = "convnextv2" if grn else "convnext"
         size = _CONVNEXTS.get((widths[0], tuple(depths)))
-        known = timm.list_models(module="convnext")
-        yield from (n for n in (f"{family}_{size}", f"{family}_{size}_ols") if n in known)
-        yield f"{family}_tiny"
-    else:
-        bottleneck = "stages.0.0.conv3.weight" in weights
-        layers = 2 + sum(depths) * (3 if bottleneck else 2)
-        number = re.compile(rf"(?<!\d){layers}(?!\d)")
-        named = [n for n in timm.list_models(module="resnet") if number.search(n)]
-        yield from sorted(named, key=lambda name: (len(name), name))
-        yield "resnet50" if bottleneck else "resnet18"
+        known = timm_names("convnext")
+        named = [n for n in (f"{family}_{size}", f"{family}_{size}_ols") if n in known]
+        return [*named, f"{family}_tiny"]
+    bottleneck = "stages.0.0.conv3.weight" in weights
+    layers = 2 + sum(depths) * (3 if bottleneck else 2)
+    number = re.compile(rf"(?<!\d){layers}(?!\d)")
+    named = [n for n in timm_names("resnet") if number.search(n)]
+    named.sort(key=lambda name: (len(name), name))
+    return [*named, "resnet50" if bottleneck else "resnet18"]
 
 
 def demand_plain(backbone: ConvNet, base: str, program: str) -> dict[str, list[int]]:
