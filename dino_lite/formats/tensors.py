@@ -14,6 +14,7 @@ from torch import Tensor
 from dino_lite.contracts import UserError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights file in a folder
+SHARDED = tuple(f"{name}.index.json" for name in WEIGHTS)  # of the index of several such files
 
 
 def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str, Tensor]:
@@ -28,6 +29,8 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
         raise UserError(
             f"{key}={path}: there is no such file; name a checkpoint or an exported folder."
         )
+    if file.name in SHARDED:
+        return _read_shards(file, f"{key}={path}")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -41,22 +44,41 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
     return dict(_flat(content))
 
 
+def _read_shards(index: Path, asked: str) -> dict[str, Tensor]:
+    """All tensors of the files that Hugging Face's `index` names, which stand next to it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [index.parent / name for name in sorted(names) if Path(name).name == name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{asked}: {index.name} is not an index of weights ({type(error).__name__}): download "
+            "the folder again."
+        ) from error
+    absent = sorted(names - {file.name for file in files if file.is_file()})
+    if absent:
+        raise UserError(
+            f"{asked}: {index.name} names {absent[0]}, which is not next to it: download the folder "
+            "again."
+        )
+    return {name: value for file in files for name, value in read_tensors(file).items()}
+
+
 def weights_file(path: str | Path) -> Path:
-    """`path`, or the weights file in it if it is a folder."""
+    """`path`, or the weights file, or the index of several, in it if it is a folder."""
     file = Path(path).expanduser()
     if not file.is_dir():
         return file
-    inside = [file / name for name in WEIGHTS]
+    inside = [file / name for name in (*WEIGHTS, *SHARDED)]
     return next((found for found in inside if found.is_file()), inside[0])
 
 
 def read_about(file: Path) -> dict[str, Any]:
     """Metadata of `file`: the contents of config.json and preprocessor_config.json next to it if it
-    has one of the names `WEIGHTS`, else of NAME.json next to it.
+    has one of the names `WEIGHTS` or `SHARDED`, else of NAME.json next to it.
     """
     about: dict[str, Any] = {}
     names = ("preprocessor_config.json", "config.json")
-    for name in names if file.name in WEIGHTS else (f"{file.stem}.json",):
+    for name in names if file.name in WEIGHTS + SHARDED else (f"{file.stem}.json",):
         try:
             content = json.loads((file.parent / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
