@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
-from dino_lite.contracts import Backbone
 from dino_lite.formats.dinov3 import SPEC
 from dino_lite.formats.owner import Owner, Read, Tensors, gated_mlp, renamed, separate_qkv
 
@@ -20,28 +19,25 @@ class _Class(NamedTuple):
 
     owner: str  # for messages
     architecture: str
-    spec: dict[str, Any]  # of Read: how it resamples positions, the epsilon of its norms
+    norm_eps: float
+    antialias: bool = False  # how it resamples positions
     num_heads: int = 12
 
 
-_PLAIN: dict[str, Any] = {"position_offset": 0.0, "position_antialias": False}
-_SMOOTH = _PLAIN | {"position_antialias": True}
-CLASSES = {  # by model_type
-    "vit": _Class("Hugging Face ViT", "ViTModel", _PLAIN | {"norm_eps": 1e-12}),
-    "vit_msn": _Class("Hugging Face ViTMSN", "ViTMSNModel", _PLAIN | {"norm_eps": 1e-6}),
-    "vit_mae": _Class("Hugging Face ViTMAE", "ViTMAEModel", _PLAIN | {"norm_eps": 1e-12}),
-    "deit": _Class("Hugging Face DeiT", "DeiTModel", _PLAIN | {"norm_eps": 1e-12}),
-    "dinov2": _Class("Hugging Face Dinov2", "Dinov2Model", _PLAIN | {"norm_eps": 1e-6}),
+_CLASSES = {  # by model_type
+    "vit": _Class("Hugging Face ViT", "ViTModel", 1e-12),
+    "vit_msn": _Class("Hugging Face ViTMSN", "ViTMSNModel", 1e-6),
+    "vit_mae": _Class("Hugging Face ViTMAE", "ViTMAEModel", 1e-12),
+    "deit": _Class("Hugging Face DeiT", "DeiTModel", 1e-12),
+    "dinov2": _Class("Hugging Face Dinov2", "Dinov2Model", 1e-6),
     "dinov2_with_registers": _Class(
-        "Hugging Face Dinov2 with registers",
-        "Dinov2WithRegistersModel",
-        _SMOOTH | {"norm_eps": 1e-6},
+        "Hugging Face Dinov2 with registers", "Dinov2WithRegistersModel", 1e-6, antialias=True
     ),
-    "dinov3_vit": _Class("Hugging Face DINOv3", "DINOv3ViTModel", SPEC, num_heads=6),
+    "dinov3_vit": _Class("Hugging Face DINOv3", "DINOv3ViTModel", 1e-5, num_heads=6),
 }
 
-# Pairs of theirs and ours, as version 4 has them. Version 5 has them in its files too, but not in
-# the state_dict() of its models.
+Pairs = tuple[tuple[str, str], ...]  # of theirs and ours
+# As version 4 has them. Version 5 has them in its files too, but not in the state_dict() of models.
 _TOP = (
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
@@ -101,9 +97,11 @@ def read(own: Tensors, about: dict[str, Any]) -> Read | None:
         _distillation_to_register_(weights)
     if "register_tokens" in weights and not weights["register_tokens"].numel():
         del weights["register_tokens"]
-    found = CLASSES[kind]
+    found = _CLASSES[kind]
+    spec = {"position_offset": 0.0, "position_antialias": found.antialias}
+    spec = (SPEC if kind == "dinov3_vit" else spec) | {"norm_eps": found.norm_eps}
     num_heads = found.num_heads if about.get("model_type") == kind else None
-    return Read(found.owner, why, weights, [], found.spec, num_heads)
+    return Read(found.owner, why, weights, [], spec, num_heads)
 
 
 def _kind(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
@@ -143,7 +141,8 @@ def _distillation_to_register_(weights: Tensors) -> None:
         weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
 
 
-HUGGING_FACE = Owner("embeddings.cls_token", read)
+# Version 5 saves the blocks of ViTMSN's classifier without the prefix of its other weights.
+HUGGING_FACE = Owner("embeddings.cls_token", read, bare="encoder.layer.")
 
 # Our names of what every class has, without blocks.N, and of what some have.
 _LAYERS = ("patch_embed.proj", "norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2", "norm")
@@ -157,19 +156,19 @@ _OPTIONAL = {
 
 
 def write(
-    backbone: Backbone, size: tuple[int, int] | None = None
+    backbone: ViT | RoPEViT, size: tuple[int, int] | None = None
 ) -> tuple[Tensors, dict[str, Any]] | None:
-    """The weights by the names of the class that holds `backbone` exactly, and the content of its
-    config.json; None if there is no such class.
+    """The weights by the names of the class that computes the same, and the content of its
+    config.json; None if no class does.
 
     Learned positions are written as they are, or, with `size` (rows and columns in pixels),
     resampled to it by the backbone's own rule. Where the class has LayerScale or a mask token and
     the backbone has none, scales are one and the token is zero. ViTModel has no mask token, and its
     pooler returns the class token unchanged.
     """
-    if not isinstance(backbone, ViT | RoPEViT) or not _is_usual(backbone):
+    if not _is_usual(backbone):
         return None
-    kind, width, patch = kind_of(backbone), backbone.embed_dim, backbone.patch_size
+    kind, width, patch = _kind_of(backbone), backbone.embed_dim, backbone.patch_size
     weights, config = dict(backbone.state_dict()), _config(backbone, kind)
     if config.get("mlp_ratio", 1) is None:
         return None
@@ -196,8 +195,17 @@ def write(
     return _renamed(weights, kind, backbone.blocks[0].mlp.gated), config
 
 
-def kind_of(backbone: ViT | RoPEViT) -> str:
-    """The model_type that fits best."""
+def resamples_alike(backbone: ViT | RoPEViT) -> bool:
+    """Whether the class that `write` chooses computes the positions of every size as `backbone`."""
+    if isinstance(backbone, RoPEViT):
+        return True
+    rule = (0.0, _CLASSES[_kind_of(backbone)].antialias)
+    square = backbone.grid[0] == backbone.grid[1]  # they take any learned grid for one
+    return square and (backbone.position_offset, backbone.position_antialias) == rule
+
+
+def _kind_of(backbone: ViT | RoPEViT) -> str:
+    """The model_type that has what the backbone has, and the least besides."""
     if isinstance(backbone, RoPEViT):
         return "dinov3_vit"
     if backbone.num_registers:
@@ -226,7 +234,7 @@ def _config(backbone: ViT | RoPEViT, kind: str) -> dict[str, Any]:
     hidden, gated = block.mlp.fc2.in_features, block.mlp.gated
     biased = block.attn.qkv.bias is not None
     config: dict[str, Any] = {
-        "architectures": [CLASSES[kind].architecture],
+        "architectures": [_CLASSES[kind].architecture],
         "model_type": kind,
         "hidden_size": width,
         "num_hidden_layers": len(backbone.blocks),
@@ -269,19 +277,21 @@ def _hidden(width: int, gated: bool) -> int:
 
 def _renamed(weights: Tensors, kind: str, gated: bool) -> Tensors:
     """Our names to theirs, with queries, keys and values in separate layers."""
-    top, inner = _TOP, _VIT if kind == "vit" else _DINOV2 + _GATED * gated
+    top: Pairs = _TOP
+    inner: Pairs = _VIT if kind == "vit" else _DINOV2 + _GATED * gated
     stem, attention, words = "encoder.layer", "attention.attention", ("query", "key", "value")
     if kind == "dinov3_vit":
         top, inner, stem, attention = _TOP_DINOV3, _DINOV3, "layer", "attention"
         words = ("q_proj", "k_proj", "v_proj")
+    top, inner = (tuple((ours, theirs) for theirs, ours in pairs) for pairs in (top, inner))
     found: Tensors = {}
     for name, value in weights.items():
         if not name.startswith("blocks."):
-            found[renamed(name, _reversed(top))] = value
+            found[renamed(name, top)] = value
             continue
         _, i, rest = name.split(".", 2)
         layer, _, each = rest.rpartition(".")
-        parts = {renamed(rest, _reversed(inner)): value}
+        parts = {renamed(rest, inner): value}
         if layer == "attn.qkv" and each in ("q_bias", "v_bias"):
             parts = {f"{attention}.{each[0]}_proj.bias": value}
         elif layer == "attn.qkv":
@@ -292,7 +302,3 @@ def _renamed(weights: Tensors, kind: str, gated: bool) -> Tensors:
             parts = dict(zip(names, value.chunk(2), strict=True))
         found |= {f"{stem}.{i}.{name}": part for name, part in parts.items()}
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
-
-
-def _reversed(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((ours, theirs) for theirs, ours in pairs)

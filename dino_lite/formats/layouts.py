@@ -59,18 +59,19 @@ def find_backbone(tensors: Tensors, about: dict[str, Any]) -> Found | None:
         if not prefixes:
             continue
         prefix = _teachers(prefixes)
-        own = {n.removeprefix(prefix): tensors[plain[n]] for n in plain if n.startswith(prefix)}
+        taken = [n for n in plain if n.startswith((prefix, owner.bare or prefix))]
+        own = {n.removeprefix(prefix): tensors[plain[n]] for n in taken}
         read = owner.read(own, about)
         if read is not None:
-            return _found(read, prefix, plain, tensors)
+            return _found(read, prefix, {plain[n]: n for n in taken}, tensors)
     return None
 
 
-def _found(read: Read, prefix: str, plain: dict[str, str], tensors: Tensors) -> Found:
+def _found(read: Read, prefix: str, taken: dict[str, str], tensors: Tensors) -> Found:
     weights = {n: v for n, v in read.weights.items() if not n.startswith(_OTHER_TASKS)}
     heads = {prefix + name for name in read.weights.keys() - weights.keys()}
     left = heads | {prefix + name for name in read.unused}
-    unused = [plain[n] for n in plain if not n.startswith(prefix) or n in left]
+    unused = [name for name in tensors if name not in taken or taken[name] in left]
     positions = weights.get("pos_embed")
     if positions is not None and isqrt(positions.shape[1]) ** 2 == positions.shape[1] > 1:
         # No position for the class token: timm's ViTs with registers, DeiT III.

@@ -30,7 +30,7 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
             f"{key}={path}: there is no such file; name a checkpoint or an exported folder."
         )
     if file.name in SHARDED:
-        return _read_shards(file, f"{key}={path}")
+        return _read_shards(file, key)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -44,23 +44,23 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
     return dict(_flat(content))
 
 
-def _read_shards(index: Path, asked: str) -> dict[str, Tensor]:
-    """All tensors of the files that Hugging Face's `index` names, which stand next to it."""
+def _read_shards(index: Path, key: str) -> dict[str, Tensor]:
+    """All tensors of the files next to Hugging Face's `index` that it names."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [index.parent / name for name in sorted(names) if Path(name).name == name]
+        files = [index.parent / name for name in sorted(names)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{asked}: {index.name} is not an index of weights ({type(error).__name__}): download "
-            "the folder again."
+            f"{key}={index} is not an index of weights files ({type(error).__name__}): download "
+            "it again."
         ) from error
-    absent = sorted(names - {file.name for file in files if file.is_file()})
-    if absent:
-        raise UserError(
-            f"{asked}: {index.name} names {absent[0]}, which is not next to it: download the folder "
-            "again."
-        )
-    return {name: value for file in files for name, value in read_tensors(file).items()}
+    for file in files:
+        if file.parent != index.parent or file.name in SHARDED or not file.is_file():
+            raise UserError(
+                f"{key}={index} names {file.name}, which is not a weights file next to it: "
+                "download all files of the folder."
+            )
+    return {name: value for file in files for name, value in read_tensors(file, key).items()}
 
 
 def weights_file(path: str | Path) -> Path:
@@ -68,7 +68,7 @@ def weights_file(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if not file.is_dir():
         return file
-    inside = [file / name for name in (*WEIGHTS, *SHARDED)]
+    inside = [file / name for pair in zip(WEIGHTS, SHARDED, strict=True) for name in pair]
     return next((found for found in inside if found.is_file()), inside[0])
 
 
