@@ -218,7 +218,7 @@ def _is_usual(backbone: ViT | RoPEViT) -> bool:
     """Whether names and activations are those that every class has, and norms have one epsilon."""
     names = {re.sub(r"^blocks\.\d+\.", "", name) for name in backbone.state_dict()}
     norms = [n for block in backbone.blocks for n in (block.norm1, block.norm2)]
-    same = all(type(n) is nn.LayerNorm and n.eps == backbone.norm.eps for n in norms)
+    same = all(isinstance(n, nn.LayerNorm) and n.eps == backbone.norm.eps for n in norms)
     mlp, qkv = backbone.blocks[0].mlp, backbone.blocks[0].attn.qkv
     usual = type(mlp.act) is (nn.SiLU if mlp.gated else nn.GELU)
     exact = getattr(mlp.act, "approximate", "none") == "none"

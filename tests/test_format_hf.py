@@ -1,0 +1,129 @@
+"""Export format `hf`: transformers opens the folder without a word and computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dino_lite.backbones.compact import Compact
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats.hf import HuggingFace
+from dino_lite.formats.hugging_face import read, write
+from dino_lite.formats.opened import Opened
+from dino_lite.formats.weights import open_weights
+from test_transformers import largest
+from test_vit import randomize
+
+SIZES: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
+HERS: dict[str, Any] = {"position_antialias": False}  # how ViTModel and Dinov2Model resample
+# Settings of a ViT, or of a rotary one, the class that holds it, and whether at all sizes.
+NETWORKS: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "plain": ({}, "ViTModel", False),
+    "plain, her rule": (HERS, "ViTModel", True),
+    "DINO's rule": ({"position_offset": 0.1} | HERS, "ViTModel", False),
+    "without biases": ({"qkv_bias": False, "mlp_ratio": 2.5, "norm_eps": 1e-3}, "ViTModel", False),
+    "with mask token": ({"mask_token": True, "in_chans": 1}, "ViTModel", False),
+    "gated": ({"mlp": "swiglu"} | HERS, "Dinov2Model", True),
+    "scaled": ({"init_values": 0.5, "mask_token": True} | HERS, "Dinov2Model", True),
+    "scaled, our rule": ({"init_values": 0.5, "mask_token": True}, "Dinov2Model", False),
+    "registers": (
+        {"num_registers": 2, "init_values": 0.5, "mask_token": True, "mlp": "swiglu"},
+        "Dinov2WithRegistersModel",
+        True,
+    ),
+    "registers only": ({"num_registers": 1}, "Dinov2WithRegistersModel", True),
+    "rotary": ({"kind": "rope", "mask_token": True}, "DINOv3ViTModel", True),
+    "rotary, gated": (
+        {"kind": "rope", "qkv_bias": True, "mlp": "swiglu", "mlp_ratio": 2.5, "rope_base": 50.0},
+        "DINOv3ViTModel",
+        True,
+    ),
+    "rotary, unscaled": (
+        {"kind": "rope", "init_values": 0.0, "num_registers": 0, "rope_shift": 0.1},
+        "DINOv3ViTModel",
+        True,
+    ),
+}
+# Those with what the class has: nothing is added, and what comes back is what went out.
+SAME = ("plain", "without biases", "scaled", "registers", "rotary")
+
+
+def network(name: str) -> ViT | RoPEViT:
+    """A small one with generic weights, of 32 x 32 pixels."""
+    settings = dict(NETWORKS[name][0])
+    rotary = settings.pop("kind", "vit") == "rope"
+    family: Any = RoPEViT if rotary else ViT
+    size = {} if rotary else {"image_size": 32}
+    backbone: ViT | RoPEViT = family(**SIZES | size | settings).eval()
+    randomize(backbone)
+    return backbone
+
+
+def opened(backbone: Backbone, size: tuple[int, int] = (32, 32), **how: Any) -> Opened:
+    """As a run's."""
+    values = {"mean": (0.5,) * backbone.in_chans, "std": (0.25,) * backbone.in_chans}
+    return Opened(backbone, Preprocessing(size, **values | how), {})
+
+
+def ran(load: str, run: str, folder: Path, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The class and patch tokens that the lines of a claim compute."""
+    names: dict[str, Any] = {"folder": str(folder), "pixels": pixels}
+    exec(load, names)
+    with torch.no_grad():
+        exec(run, names)
+    return names["cls"], names["patches"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_transformers_computes_the_same_at_every_claimed_size(name: str, tmp_path: Path) -> None:
+    """In the class that fits, whose weights are all there, and no others."""
+    backbone, (_, architecture, everywhere) = network(name), NETWORKS[name]
+    (claim,) = HuggingFace().write(opened(backbone), tmp_path)
+    model, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model).__name__ == architecture
+    assert not any(told.values()), told
+    assert claim.any_size == everywhere
+    assert claim.sizes[0] == (32, 32)
+    assert any(rows != columns for rows, columns in claim.sizes) == everywhere
+    for size in claim.sizes:
+        pixels = torch.randn(2, backbone.in_chans, *size)
+        found = ran(claim.load, claim.run, tmp_path, pixels)
+        with torch.no_grad():
+            wanted = backbone(pixels)
+        assert largest(found[0], wanted.cls) < 1e-5
+        assert largest(found[1], wanted.patches) < 1e-5
+        if size == (32, 32):
+            with torch.no_grad():
+                pooled = model(pixel_values=pixels).pooler_output
+            torch.testing.assert_close(pooled, found[0])
+    if backbone.mask_token is not None and architecture != "ViTModel":
+        assert torch.equal(model.embeddings.mask_token.flatten(), backbone.mask_token.flatten())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
+    """To the last bit, besides what the class adds or, in the case of ViTModel, has not."""
+    backbone = network(name)
+    HuggingFace().write(opened(backbone), tmp_path)
+    again = open_weights(tmp_path)
+    own, found = backbone.state_dict(), again.backbone.state_dict()
+    for key in own.keys() & found.keys():
+        assert torch.equal(found[key], own[key]), key
+    assert name not in SAME or own.keys() == found.keys()
+    assert own.keys() - found.keys() <= {"mask_token"}
+    pixels = torch.randn(2, backbone.in_chans, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.backbone(pixels).patches, backbone(pixels).patches)
