@@ -26,6 +26,7 @@ from dino_lite.formats.opened import Opened
 from dino_lite.formats.weights import open_weights
 from test_transformers import largest
 from test_vit import randomize
+from zoo import gradient
 
 SIZES: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
 HERS: dict[str, Any] = {"position_antialias": False}  # how ViTModel and Dinov2Model resample
@@ -127,3 +128,90 @@ def test_what_is_written_is_read_back(name: str, tmp_path: Path) -> None:
     pixels = torch.randn(2, backbone.in_chans, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.backbone(pixels).patches, backbone(pixels).patches)
+
+
+@pytest.mark.parametrize(
+    ("channels", "how"),
+    [
+        (3, {}),
+        (3, {"squash": True, "crop": 1.0, "interpolation": "bilinear"}),
+        (1, {"crop": 0.5}),
+    ],
+)
+def test_its_processor_prepares_images_as_we_do(
+    channels: int, how: dict[str, Any], tmp_path: Path
+) -> None:
+    """Resized, cropped and normalized, up to one level of 255 by the rounding of the resize."""
+    backbone = ViT(**SIZES, image_size=32, in_chans=channels)
+    told = opened(backbone, **how)
+    HuggingFace().write(told, tmp_path)
+    image = Image.fromarray(gradient(60, 90)).convert("RGB" if channels == 3 else "L")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    found = processor(image, return_tensors="pt")["pixel_values"]
+    side = round(32 / told.preprocessing.crop)
+    size = (side, side) if told.preprocessing.squash else (side * 90 // 60, side)
+    method = Image.Resampling[told.preprocessing.interpolation.upper()]
+    left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
+    wanted = image.resize(size, method).crop((left, top, left + 32, top + 32))
+    pixels = torch.from_numpy(np.array(wanted)).reshape(32, 32, channels).permute(2, 0, 1)
+    assert found.shape == (1, channels, 32, 32)
+    assert (found[0] - (pixels / 255 - 0.5) / 0.25).abs().max() * 255 * 0.25 < 1.01
+
+
+def test_positions_of_the_preprocessings_size_are_stored_where_rules_differ(tmp_path: Path) -> None:
+    """Exact there; where rules agree, those that were learned are stored."""
+    for name, side in (("plain", 48), ("plain, her rule", 32)):
+        backbone = network(name)
+        folder = tmp_path / name
+        folder.mkdir()
+        (claim,) = HuggingFace().write(opened(backbone, (48, 48)), folder)
+        assert json.loads((folder / "config.json").read_text())["image_size"] == side
+        pixels = torch.randn(2, 3, 48, 48)
+        with torch.no_grad():
+            wanted = backbone(pixels)
+        found = ran(claim.load, claim.run, folder, pixels)
+        assert largest(found[0], wanted.cls) < 1e-5
+        assert claim.sizes[0] == (48, 48)
+
+
+def test_a_rectangle_is_held_by_the_class_that_takes_it(tmp_path: Path) -> None:
+    """ViTModel does; Dinov2Model takes any positions for those of a square."""
+    backbone = network("plain")
+    (claim,) = HuggingFace().write(opened(backbone, (24, 40)), tmp_path)
+    assert claim.sizes == ((24, 40),)
+    pixels = torch.randn(2, 3, 24, 40)
+    with torch.no_grad():
+        wanted = backbone(pixels)
+    found = ran(claim.load, claim.run, tmp_path, pixels)
+    assert largest(found[1], wanted.patches) < 1e-5
+    assert write(network("scaled, our rule"), (24, 40)) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"qk_norm": True},
+        {"init_values": 0.5, "mlp_ratio": 2.7},
+        {"act_layer": "gelu_tanh"},
+        {"norm_layer": "rmsnorm"},
+        {"proj_bias": False},
+    ],
+)
+def test_what_no_class_computes_is_not_written(settings: dict[str, Any]) -> None:
+    """Norms of queries, fractions of widths, other activations, norms and biases."""
+    assert write(ViT(**SIZES, image_size=32, **settings)) is None
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: ConvNet(widths=[8, 16], depths=[1, 1], patch_size=2),
+        lambda: Compact(network("plain"), 8),
+    ],
+)
+def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_path: Path) -> None:
+    """In a sentence that names formats which hold it; no file is left."""
+    with pytest.raises(UserError, match=r"onnx.*torch_export") as error:
+        HuggingFace().write(opened(backbone()), tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())

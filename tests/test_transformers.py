@@ -98,9 +98,7 @@ def file_of(model: Any, form: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["state_dict", "save_pretrained"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_its_weights_give_its_tokens_at_every_size(
-    family: str, form: str, tmp_path: Path
-) -> None:
+def test_its_weights_give_its_tokens_at_every_size(family: str, form: str, tmp_path: Path) -> None:
     """By its own rule of positions, to 1e-6 in double precision; a bare file has no config.json."""
     (model, wanted), (_, settings, layout) = theirs(family), FAMILIES[family]
     path, told = file_of(model, form, tmp_path), {}

@@ -61,8 +61,10 @@ def _run(backbone: Backbone, more: str = "") -> str:
         first = 1 + backbone.num_registers
         tokens = "output.last_hidden_state"
         return f"{call}cls, patches = {tokens}[:, 0], {tokens}[:, {first}:]\n"
-    maps = "output.last_hidden_state.flatten(2).transpose(1, 2)"
-    return f"{call}cls, patches = output.pooler_output, {maps}\n"
+    maps = "output.last_hidden_state"
+    if isinstance(backbone, ConvNet) and backbone.spec["norm"] == "layer":
+        maps = f"model.timm_model.head.norm({maps})"  # timm normalizes pooled features only
+    return f"{call}cls, patches = output.pooler_output, {maps}.flatten(2).transpose(1, 2)\n"
 
 
 def _some_sizes(size: tuple[int, int], patch: int) -> tuple[tuple[int, int], ...]:
@@ -109,8 +111,9 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
 
     claims = Timm().write(opened, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # The wrapper passes num_classes itself, and its class with a classifier takes no 0.
-    config.get("model_args", {}).pop("num_classes", None)
+    # The wrapper makes the network from these alone, and passes num_classes itself.
+    made_of = {"in_chans": backbone.in_chans} | config.get("model_args", {})
+    config["model_args"] = {key: made_of[key] for key in made_of if key != "num_classes"}
     _save(folder / "config.json", config)
     run = _run(backbone)
     return [claim._replace(load=_LOAD, run=run) for claim in claims]

@@ -125,10 +125,10 @@ def _kind(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
 def _biases(layer: str, found: dict[str, Tensor]) -> Tensors:
     """DINOv3's biases of queries and values, zero where there is none; of keys unless zero."""
     none = torch.zeros_like(next(iter(found.values())))
-    query, key, value = (found.get(word, none) for word in "qkv")
-    if key.any():
-        return {f"{layer}bias": torch.cat([query, key, value])}
-    return {f"{layer}q_bias": query, f"{layer}v_bias": value}
+    weights = {f"{layer}{word}_bias": found.get(word, none) for word in "qkv"}
+    if not weights[f"{layer}k_bias"].any():
+        del weights[f"{layer}k_bias"]
+    return weights
 
 
 def _distillation_to_register_(weights: Tensors) -> None:
