@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dino_lite.backbones.compact import Compact
@@ -21,7 +20,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.hf import HuggingFace
-from dino_lite.formats.hugging_face import read, write
+from dino_lite.formats.hugging_face import write
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.weights import open_weights
 from test_transformers import largest
@@ -215,3 +214,36 @@ def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_
         HuggingFace().write(opened(backbone()), tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: ViT(**SIZES, image_size=32, qk_norm=True),
+        lambda: ViT(**SIZES, image_size=32, in_chans=1, init_values=0.5, mlp_ratio=2.7),
+        lambda: ViT(**SIZES, image_size=48, position_offset=0.1, qk_norm=True),
+        lambda: ConvNet("resnet10t", in_chans=1),
+        lambda: ConvNet("convnext_atto", norm="layer"),
+    ],
+)
+def test_other_networks_go_through_timm(backbone: Any, tmp_path: Path) -> None:
+    """As the wrapper in transformers opens timm's folder, whose processor is in its config.json."""
+    pytest.importorskip("dino_lite.formats.timm")
+    pytest.importorskip("dino_lite.formats.timm_convnets")
+    network = backbone().eval()
+    size = (48, 48) if isinstance(network, ViT) else (64, 64)
+    (claim,) = HuggingFace().write(opened(network, size), tmp_path)
+    model, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model).__name__ == "TimmWrapperModel"
+    assert not any(told.values()), told
+    for each in claim.sizes:
+        pixels = torch.randn(2, network.in_chans, *each)
+        found = ran(claim.load, claim.run, tmp_path, pixels)
+        with torch.no_grad():
+            wanted = network(pixels)
+        assert largest(found[0], wanted.cls) < 1e-5
+        assert largest(found[1], wanted.patches) < 1e-5
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray(gradient(60, 90)).convert("L" if network.in_chans == 1 else "RGB")
+    found_pixels = processor(image, return_tensors="pt")["pixel_values"]
+    assert found_pixels.shape == (1, network.in_chans, *size)

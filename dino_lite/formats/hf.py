@@ -34,6 +34,7 @@ class HuggingFace(Format):
 
     name: ClassVar[str] = "hf"
     packages: ClassVar[tuple[str, ...]] = ("transformers",)
+    library: ClassVar[str] = "transformers"
 
     def write(self, opened: Opened, folder: Path) -> list[Claim]:
         """Write config.json, model.safetensors and preprocessor_config.json; see `Format.write`."""
@@ -109,7 +110,10 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
         )
     from dino_lite.formats.timm import Timm
 
-    claims = Timm().write(opened, folder)
+    try:
+        claims = Timm().write(opened, folder)
+    except UserError as error:
+        raise UserError(str(error).replace("format=timm", "format=hf")) from error
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # The wrapper makes the network from these alone, and passes num_classes itself.
     made_of = {"in_chans": backbone.in_chans} | config.get("model_args", {})

@@ -98,8 +98,8 @@ def read(own: Tensors, about: dict[str, Any]) -> Read | None:
     if "register_tokens" in weights and not weights["register_tokens"].numel():
         del weights["register_tokens"]
     found = _CLASSES[kind]
-    spec = {"position_offset": 0.0, "position_antialias": found.antialias}
-    spec = (SPEC if kind == "dinov3_vit" else spec) | {"norm_eps": found.norm_eps}
+    rule = {"position_offset": 0.0, "position_antialias": found.antialias}
+    spec = SPEC if kind == "dinov3_vit" else rule | {"norm_eps": found.norm_eps}
     num_heads = found.num_heads if about.get("model_type") == kind else None
     return Read(found.owner, why, weights, [], spec, num_heads)
 
@@ -117,9 +117,7 @@ def _kind(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
     told = about.get("model_type")
     if told in ("vit", "vit_msn", "vit_mae"):
         return told, f"its config.json has model_type={told}"
-    return "vit", (
-        "its names begin with embeddings., without LayerScale or config.json; ViTMSN's are the same"
-    )
+    return "vit", "its names begin with embeddings.; ViTMSN, of another norm_eps, has the same"
 
 
 def _biases(layer: str, found: dict[str, Tensor]) -> Tensors:
@@ -132,9 +130,7 @@ def _biases(layer: str, found: dict[str, Tensor]) -> Tensors:
 
 
 def _distillation_to_register_(weights: Tensors) -> None:
-    """DeiT's distillation token has a position; with it added, it is a register token, which comes
-    second and has none.
-    """
+    """DeiT's distillation token with its position added is a register token, which has none."""
     token, positions = weights.pop("embeddings.distillation_token"), weights.get("pos_embed")
     if positions is not None:
         weights["register_tokens"] = token + positions[:, 1:2]
@@ -166,11 +162,9 @@ def write(
     the backbone has none, scales are one and the token is zero. ViTModel has no mask token, and its
     pooler returns the class token unchanged.
     """
-    if not _is_usual(backbone):
-        return None
     kind, width, patch = _kind_of(backbone), backbone.embed_dim, backbone.patch_size
     weights, config = dict(backbone.state_dict()), _config(backbone, kind)
-    if config.get("mlp_ratio", 1) is None:
+    if not _is_usual(backbone) or config.get("mlp_ratio", 1) is None:
         return None
     if isinstance(backbone, ViT):
         grid = (size[0] // patch, size[1] // patch) if size else backbone.grid
@@ -223,9 +217,9 @@ def _is_usual(backbone: ViT | RoPEViT) -> bool:
     usual = type(mlp.act) is (nn.SiLU if mlp.gated else nn.GELU)
     exact = getattr(mlp.act, "approximate", "none") == "none"
     square = len(qkv.weight) == 3 * backbone.embed_dim
-    if getattr(backbone.positions, "normalizer", "separate") != "separate":  # RoPE's coordinates
-        return False
-    return names - _OPTIONAL == _REQUIRED and same and usual and exact and square
+    coordinates = getattr(backbone.positions, "normalizer", "separate") == "separate"  # of RoPE
+    shape = square and coordinates and names - _OPTIONAL == _REQUIRED
+    return shape and same and usual and exact
 
 
 def _config(backbone: ViT | RoPEViT, kind: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ class Owner(NamedTuple):
     """How one program names the weights of its backbones.
 
     A file of theirs has a name that ends in `anchor`; what precedes it is the prefix, which is
-    removed from all names; those that begin with `bare` may lack it. `read` gets the names below the prefix and the JSON beside the file, and
-    returns None if the weights are another owner's.
+    removed from all names; those that begin with `bare` may lack it. `read` gets the names below
+    the prefix and the JSON beside the file, and returns None if the weights are another owner's.
     """
 
     anchor: str
