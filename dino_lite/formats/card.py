@@ -75,31 +75,31 @@ def _use(about: About) -> str:
 
 def usage(about: About, claim: About) -> str:
     """Python that reads an image, and computes its tokens as the claim says."""
-    return "\n".join(
-        [
-            "import torch",
-            *_reading(about["preprocessing"], about["in_chans"]),
-            "",
-            f'folder = "{about["folder"]}"',
-            dedent(claim["load"]).strip(),
-            "with torch.no_grad():",
-            indent(dedent(claim["run"]).strip(), "    "),
-            "print(cls.shape, patches.shape)",
-        ]
-    )
+    load = dedent(claim["load"]).strip().splitlines()
+    lines = [
+        "import torch",
+        f"folder = {about['folder']!r}  # with this file in it",
+        *(line for line in load if line != "import torch"),
+        *_reading(about["preprocessing"], about["in_chans"]),
+        "with torch.no_grad():",
+        indent(dedent(claim["run"]).strip(), "    "),
+        "print(cls.shape, patches.shape)",
+    ]
+    return "\n".join(lines)
 
 
 def _reading(how: About, channels: int) -> list[str]:
     """Lines that define `pixels` of an image file."""
-    mean, std = (f"torch.tensor({how[key]}).view(-1, 1, 1)" for key in ("mean", "std"))
     rows, columns = how["size"]
+    normalize = f"transforms.Normalize({how['mean']}, {how['std']})"
     if channels not in (1, 3):
         return [
             "import numpy as np",
+            "from torchvision import transforms",
             "",
             f'image = np.load("image.npy")  # uint8, ({rows}, {columns}, {channels})',
             "pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255",
-            f"pixels = (pixels - {mean}) / {std}",
+            f"pixels = {normalize}(pixels)",
         ]
     kind = f"transforms.InterpolationMode.{how['interpolation'].upper()}"
     return [
@@ -110,8 +110,7 @@ def _reading(how: About, channels: int) -> list[str]:
         f"if image.size != ({columns}, {rows}):",
         f"    image = transforms.Resize({how['resize']}, {kind})(image)",
         f"    image = transforms.CenterCrop(({rows}, {columns}))(image)",
-        "pixels = transforms.ToTensor()(image)[None]",
-        f"pixels = (pixels - {mean}) / {std}",
+        f"pixels = {normalize}(transforms.ToTensor()(image)[None])",
     ]
 
 

@@ -34,18 +34,19 @@ class _Refuse(MetaPathFinder):
 def execute(job: dict[str, Any], pixels: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
     """The tokens, by "claim/size/batch/output", and seconds, by "claim/size/batch".
 
-    `job`: "folder", "claims" (each with "load", "run" and the names of its "sizes" in `pixels`),
-    "batches", and "repeats" of the timed run. Raises RuntimeError that says at which line.
+    `job`: "folder"; "claims", each with "load", "run" and its "sizes": names in `pixels` with batch
+    sizes; "repeats" of the runs at the first size, the fastest of which counts. Raises RuntimeError
+    that says what failed.
     """
     tokens: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for number, claim in enumerate(job["claims"]):
         names: dict[str, Any] = {"folder": job["folder"]}
         _lines(claim["load"], names, "loading it")
-        for size in claim["sizes"]:
-            for batch in job["batches"]:
+        for index, (size, batches) in enumerate(claim["sizes"]):
+            for batch in batches:
                 key, times = f"{number}/{size}/{batch}", []
-                for _ in range(job["repeats"]):
+                for _ in range(1 if index else job["repeats"]):
                     names["pixels"] = pixels[size][:batch].clone()
                     began = time.perf_counter()
                     with torch.no_grad():

@@ -107,7 +107,7 @@ def _about(
         "written_by": f"dino_lite {__version__}",
         "backbone": portable(backbone.stored_spec()),
         "embed_dim": backbone.embed_dim,
-        "patch_dim": original.tokens(size)["patches"].shape[2],
+        "patch_dim": original.tokens(size, 1)["patches"].shape[2],
         "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "patch_size": backbone.patch_size,
         "in_chans": backbone.in_chans,

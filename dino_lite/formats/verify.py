@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -41,7 +42,7 @@ class Check(NamedTuple):
     @property
     def difference(self) -> float:
         """The larger of both; NaN if either is."""
-        return self.cls if not self.cls <= self.patches else self.patches
+        return float(np.maximum(self.cls, self.patches))
 
 
 class Original:
@@ -52,8 +53,11 @@ class Original:
     def __init__(self, backbone: Backbone, images: Float[Tensor, "n C H W"]) -> None:
         self.backbone = backbone
         self.images = images if len(images) > 1 else torch.cat([images, images.flip(3)])
-        self.batches = (1, len(self.images))
-        self._tokens: dict[Size, dict[str, Tensor]] = {}
+        self._tokens: dict[tuple[Size, int], dict[str, Tensor]] = {}
+
+    def batches(self, size: Size) -> tuple[int, int]:
+        """Two batch sizes: at the images' own size one is all of them."""
+        return (1, len(self.images)) if tuple(self.images.shape[2:]) == size else (1, 2)
 
     def pixels(self, size: Size) -> Float[Tensor, "n C H W"]:
         """The images at `size`, resampled unless it is theirs."""
@@ -61,13 +65,13 @@ class Original:
             return self.images
         return F.interpolate(self.images, size, mode="bilinear", antialias=True)
 
-    def tokens(self, size: Size) -> dict[str, Tensor]:
-        """The original's "cls" and "patches" of all images at `size`."""
-        if size not in self._tokens:
+    def tokens(self, size: Size, batch: int) -> dict[str, Tensor]:
+        """The original's "cls" and "patches" of the first images at `size`."""
+        if (size, batch) not in self._tokens:
             with torch.inference_mode():
-                found = self.backbone(self.pixels(size))
-            self._tokens[size] = {"cls": found.cls, "patches": found.patches}
-        return self._tokens[size]
+                found = self.backbone(self.pixels(size)[:batch])
+            self._tokens[size, batch] = {"cls": found.cls, "patches": found.patches}
+        return self._tokens[size, batch]
 
 
 def demand_packages(formats: dict[str, Format]) -> None:
@@ -93,10 +97,13 @@ def verify(
     job = {
         "folder": str(folder),
         "claims": [
-            {"load": claim.load, "run": claim.run, "sizes": [_word(size) for size in each]}
+            {
+                "load": claim.load,
+                "run": claim.run,
+                "sizes": [(_word(size), original.batches(size)) for size in each],
+            }
             for claim, each in zip(claims, sizes, strict=True)
         ],
-        "batches": original.batches,
         "repeats": repeats,
         "path": [each for each in sys.path if each],
     }
@@ -108,11 +115,11 @@ def verify(
     checks = []
     for number, (claim, each) in enumerate(zip(claims, sizes, strict=True)):
         for size in each:
-            expected = original.tokens(size)
-            for batch in original.batches:
+            for batch in original.batches(size):
+                expected = original.tokens(size, batch)
                 key = f"{number}/{_word(size)}/{batch}"
                 cls, patches = (
-                    _difference(tokens[f"{key}/{output}"], expected[output][:batch], output, form)
+                    _difference(tokens[f"{key}/{output}"], expected[output], output, form)
                     for output in ("cls", "patches")
                 )
                 check = Check(claim.title, size, batch, cls, patches, claim.tolerance, seconds[key])
