@@ -154,7 +154,7 @@ def test_what_dino_lite_reads_is_shown_with_it(tmp_path: Path) -> None:
 
     opened = Opened(vit().eval(), HOW, {})
     told = export(SafeTensors(), opened, tmp_path / "own")
-    assert {check["batch"] for check in told["verification"]["checks"]} == {1, 3}
+    assert {check["batch"] for check in told["verification"]["checks"]} == {1, 2, 3}
     photos(tmp_path, ["image.jpg"])
     names: dict[str, Any] = {}
     (code,) = blocks(tmp_path / "own" / "README.md")
