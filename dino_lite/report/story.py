@@ -110,7 +110,7 @@ def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
         about={
             **{"path": str(checkpoint), "spec": backbone.stored_spec()},
             **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
-            **{"in_chans": backbone.in_chans, "image_size": opened.image_size},
+            **{"in_chans": backbone.in_chans, "image_size": opened.preprocessing.pixels},
             **{"mean": opened.mean, "std": opened.std},
             **{key: card.get(key) for key in ("steps", "checkpoint")},
         },
