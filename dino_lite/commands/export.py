@@ -56,6 +56,7 @@ def run_export(config: Config) -> dict[str, Any]:
             normalize_mean=opened.mean,
             normalize_std=opened.std,
             image_size=opened.image_size,
+            preprocessing=opened.preprocessing,
             card=opened.card | {"checkpoint": checkpoint.title},
             images=images,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,6 +44,23 @@ class Preprocessing(NamedTuple):
         """What else decides the pixels, besides `size`: empty for the default."""
         told, usual = self[3:], Preprocessing(self.size)[3:]
         return () if told == usual else told
+
+    @classmethod
+    def read(cls, told: dict[str, Any]) -> Preprocessing:
+        """From `_asdict()` as JSON has it, with lists for tuples. Raises TypeError for others."""
+        found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+        return cls(**found)
+
+    def said(self) -> str:
+        """What is done, as a clause."""
+        rows, columns = self.resized(*self.size)
+        whole = f"{rows}x{columns}"
+        if not self.squash:
+            side = "longer" if self.border else "shorter"
+            whole = f"the {side} side of {min(rows, columns)} pixels"
+        same = (rows, columns) == self.size and self.squash
+        crop = "" if same else f", then the center of {self.size[0]}x{self.size[1]}"
+        return f"resized to {whole} ({self.interpolation}){crop}"
 
     def at(self, size: int | tuple[int, int]) -> Preprocessing:
         """The same for images of another size, with the same ratio of crop to image."""

@@ -44,6 +44,7 @@ class Opened(NamedTuple):
     card: dict[str, Any]
     data: dict[str, Any] | None = None
     fit: Fit | None = None
+    said: tuple[str, ...] = ()  # on the preprocessing, if another program's; one clause each
 
     @property
     def image_size(self) -> int:
@@ -62,8 +63,9 @@ class Opened(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How foreign weights matched, one clause each."""
-        return () if self.fit is None else self.fit.notes(self.backbone.stored_spec())
+        """How foreign weights matched, and how images are prepared for them, one clause each."""
+        fit = () if self.fit is None else self.fit.notes(self.backbone.stored_spec())
+        return fit + self.said
 
 
 def _summary(names: list[str], num_parts: int) -> str:

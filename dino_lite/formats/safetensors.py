@@ -20,7 +20,9 @@ from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.data.transform import Transform
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.processors import read_preprocessing
 from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -37,6 +39,7 @@ def export_safetensors(
     normalize_std: Sequence[float],
     image_size: int,
     card: dict[str, Any],
+    preprocessing: Preprocessing | None = None,
     images: Float[Tensor, "n C H W"],
 ) -> dict[str, Any]:
     """Write the backbone to `directory`, load it from there, and compare the tokens of `images`.
@@ -63,6 +66,7 @@ def export_safetensors(
         "image_size": image_size,
         "mean": [float(value) for value in normalize_mean],
         "std": [float(value) for value in normalize_std],
+        "preprocessing": None if preprocessing is None else preprocessing._asdict(),
         "card": card,
     }
     text = json.dumps(config, indent=2) + "\n"
@@ -90,15 +94,14 @@ def export_safetensors(
 
 def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     """The backbone that `export_safetensors` wrote, with its metadata from config.json."""
-    about = read_config(directory)
-    size = (about["image_size"], about["image_size"])
-    preprocessing = Preprocessing(size, tuple(about["mean"]), tuple(about["std"]))
-    backbone, card = load_backbone(directory, trust), about.get("card") or {}
-    return Opened(backbone, preprocessing, card)
+    backbone, card = load_backbone(directory, trust), read_config(directory).get("card") or {}
+    transform: Any = backbone.transform
+    return Opened(backbone, transform.preprocessing, card)
 
 
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     """The backbone that `export_safetensors` wrote: in eval mode, on the CPU, with saved dtypes.
+    Its attribute `transform` prepares images for it, as `data.transform.Transform` says.
 
     If its class belongs to a package other than dino_lite, that package is imported, which runs its
     code, only if `trust` names it. Raises UserError if it does not, or if the folder is invalid.
@@ -124,6 +127,9 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
             f"{path} does not fit the backbone that {CONFIG} next to it describes: "
             "export both again, together."
         ) from error
+    size = (config["image_size"],) * 2
+    told = read_preprocessing(config, backbone, size, str(directory))
+    backbone.transform = Transform(told.preprocessing)
     return backbone.eval()
 
 

@@ -51,17 +51,19 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_about(file: Path) -> dict[str, Any]:
-    """Metadata of `file`: the contents of config.json and preprocessor_config.json next to it if it
-    has one of the names `WEIGHTS`, else of NAME.json next to it.
+    """Metadata of `file`: the contents of config.json and of Hugging Face's image processor next to
+    it if it has one of the names `WEIGHTS`, else of NAME.json next to it.
     """
     about: dict[str, Any] = {}
-    names = ("preprocessor_config.json", "config.json")
+    names = ("preprocessor_config.json", "processor_config.json", "config.json")
     for name in names if file.name in WEIGHTS else (f"{file.stem}.json",):
         try:
             content = json.loads((file.parent / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # missing, or not JSON
-        about |= content if isinstance(content, dict) else {}
+        if isinstance(content, dict):
+            nested = content.get("image_processor") if name == names[1] else None
+            about |= nested if isinstance(nested, dict) else content
     return about
 
 

@@ -20,7 +20,6 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
     STEM,
@@ -30,6 +29,7 @@ from dino_lite.formats.layouts import (
     spec_of,
 )
 from dino_lite.formats.opened import Fit, Opened
+from dino_lite.formats.processors import read_preprocessing
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 from dino_lite.wording import count
 
@@ -158,23 +158,20 @@ def _open(
 ) -> Opened:
     backbone = _empty(spec).to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
-    mean, std = _normalization(about, backbone.in_chans)
-    size = _image_size(backbone, about)
-    return Opened(
-        backbone=backbone,
-        preprocessing=Preprocessing((size, size), mean, std),
-        card={"weights": name, "layout": fit.layout},
-        fit=fit,
-    )
+    own = _own_size(backbone, about)
+    how, said = read_preprocessing(about, backbone, own, asked)
+    card = {"weights": name, "layout": fit.layout}
+    return Opened(backbone, how, card, fit=fit, said=said)
 
 
-def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
-    """Pixels per side for which the weights were trained: from learned positions if any, else from
+def _own_size(backbone: Backbone, about: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns for which the weights were trained: from learned positions if any, else from
     `about`, else 16 patches as in DINOv3.
     """
-    told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
-    size = int(backbone.spec.get("image_size") or told)
-    return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
+    cfg = about.get("pretrained_cfg") or about
+    told = backbone.spec.get("image_size") or about.get("image_size") or cfg.get("input_size")
+    rows, columns = told[-2:] if isinstance(told, list | tuple) else (told, told)
+    return (int(rows), int(columns)) if told else (16 * backbone.patch_size,) * 2
 
 
 def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
@@ -237,17 +234,3 @@ def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
     square = learned[:, 1:].float().reshape(1, cells, cells, -1)
     sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
     return torch.cat([learned[:, :1], sampled], dim=1)
-
-
-def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ...]]:
-    """Mean and std from `about` (our, timm's or Hugging Face's keys), else ImageNet's."""
-    about = about | (about.get("pretrained_cfg") or {})
-    found = []
-    for names, usual in (
-        (("mean", "image_mean"), IMAGENET_MEAN),
-        (("std", "image_std"), IMAGENET_STD),
-    ):
-        told = next((about[name] for name in names if name in about), usual)
-        values = tuple(float(value) for value in told)
-        found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
-    return found
