@@ -18,19 +18,21 @@ from torch import Tensor
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
-from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.vit import ViT, sides_of
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dino_lite.formats.grids import STEM, Grid, told_sizes
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
-    STEM,
     Found,
     find_backbone,
     own_weights,
     spec_of,
 )
 from dino_lite.formats.opened import Fit, Opened
-from dino_lite.formats.tensors import read_about, read_tensors, weights_file
+from dino_lite.formats.plain import Layout
+from dino_lite.formats.tensors import read_about, read_file, weights_file
+from dino_lite.formats.timm_names import hints
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
@@ -45,21 +47,27 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
-    tensors, about = read_tensors(path), read_about(weights_file(path))
+    tensors, about = _read(path, "backbone.pretrained")
     if isinstance(backbone, Transformer):
+        about |= {"expected_size": backbone.spec.get("image_size")}
         return _fill(backbone, _find(tensors, about, asked), asked)
     return _fill(backbone, own_weights(tensors, next(iter(backbone.state_dict()))), asked)
 
 
-def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
+def open_weights(
+    path: str | Path, key: str = "checkpoint", layout: Layout | None = None, **overrides: Any
+) -> Opened:
     """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
 
-    Its architecture is derived from shapes and from config.json next to the file; `overrides` are
-    keywords of the spec that take precedence. `key` is the setting whose value is `path`, for
+    Its architecture is derived from shapes and from config.json next to the file; `layout` says
+    whose weights they are if several programs use the same names, `overrides` are keywords of the
+    spec that take precedence. `key` is the setting whose value is `path`, for
     messages. Raises UserError.
     """
-    asked, file = f"{key}={path}", weights_file(path)
-    tensors, about = read_tensors(path, key), read_about(file)
+    asked = f"{key}={path}"
+    tensors, about = _read(path, key)
+    if layout is not None:
+        about |= {"checkpoint_layout": layout}
     found = _find(tensors, about, asked)
     if found.prefix.startswith("state_dict.method."):  # our checkpoint: the spec is in its run
         raise UserError(
@@ -122,8 +130,21 @@ def _one_try() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _read(path: str | Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
+    file = weights_file(path)
+    tensors, values = read_file(path, key)
+    beside, said = read_about(file), hints(values, file)
+    if beside.keys() & {"mean", "image_mean"}:
+        said.pop("pretrained_cfg", None)
+    return tensors, said | beside
+
+
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
-    found = find_backbone(tensors, about)
+    try:
+        found = find_backbone(tensors, about)
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from error
     if found is None and (spec := about.get("spec")):
         raise UserError(
             f"{asked} is the export of a backbone of kind {spec.get('kind')}, not of a ViT: to "
@@ -158,23 +179,26 @@ def _open(
 ) -> Opened:
     backbone = _empty(spec).to_empty(device="cpu").eval()
     fit = _fill(backbone, found, asked)
+    told = (found.read.preprocessing or {}) | (about.get("pretrained_cfg") or {})
+    about = about | ({"pretrained_cfg": told} if told else {})
     mean, std = _normalization(about, backbone.in_chans)
     size = _image_size(backbone, about)
     return Opened(
         backbone=backbone,
-        preprocessing=Preprocessing((size, size), mean, std),
+        preprocessing=Preprocessing(size, mean, std),
         card={"weights": name, "layout": fit.layout},
         fit=fit,
     )
 
 
-def _image_size(backbone: Transformer, about: dict[str, Any]) -> int:
-    """Pixels per side for which the weights were trained: from learned positions if any, else from
+def _image_size(backbone: Transformer, about: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns for which the weights were trained: from learned positions if any, else from
     `about`, else 16 patches as in DINOv3.
     """
-    told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
-    size = int(backbone.spec.get("image_size") or told)
-    return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
+    patch, own = backbone.patch_size, backbone.spec.get("image_size")
+    sizes = [sides_of(own)] if own else told_sizes(about)
+    fitting = (size for size in sizes if not (size[0] % patch or size[1] % patch))
+    return next(fitting, (16 * patch, 16 * patch))
 
 
 def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
@@ -189,7 +213,7 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
             del weights[name]
             unused.append(name)
     if "pos_embed" in weights and isinstance(backbone, ViT):
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
+        weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone, found.grid)
     if STEM in weights:
         weights[STEM] = _fit_channels(weights[STEM], backbone.in_chans, asked)
     missing = sorted(own.keys() - weights.keys())
@@ -229,13 +253,12 @@ def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
     return adapted
 
 
-def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
-    """Resample a position embedding "1 1+cells D" of a square grid to the backbone's grid."""
-    cells = round((learned.shape[1] - 1) ** 0.5)
-    if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:
+def fit_positions(learned: Tensor, backbone: ViT, grid: Grid | None) -> Tensor:
+    """Resample a position embedding "1 1+cells D" of `grid` to the backbone's grid."""
+    if grid is None or (grid.rows, grid.columns) == backbone.grid:
         return learned
-    square = learned[:, 1:].float().reshape(1, cells, cells, -1)
-    sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
+    cells = learned[:, 1:].float().reshape(1, grid.rows, grid.columns, -1)
+    sampled = backbone.resample(cells, backbone.grid).to(learned.dtype)
     return torch.cat([learned[:, :1], sampled], dim=1)
 
 
