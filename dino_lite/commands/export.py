@@ -37,7 +37,7 @@ def run_export(config: Config) -> dict[str, Any]:
     config = check_values(absolute_paths(config), auto=False)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     folder = _folder(config, checkpoint)
-    opened = open_backbone(checkpoint, config["trust"])
+    opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     for note in opened.notes:
         print(note)
     splits = open_data(asked_data(config, checkpoint, opened), opened)

@@ -18,6 +18,7 @@ class Fit(NamedTuple):
     num_weights: int
     unused: list[str]  # the file's names
     adapted: list[str]  # our names of weights whose values had to be adapted
+    said: tuple[str, ...] = ()  # one clause on each conversion, and on what starts fresh
 
     def notes(self, spec: dict[str, Any]) -> tuple[str, ...]:
         """One clause each on what matched, the `spec`, and what was unused or adapted."""
@@ -29,7 +30,7 @@ class Fit(NamedTuple):
             notes.append(f"left unused: {_summary(self.unused, 2)}")
         if self.adapted:
             notes.append(f"adapted: {_summary(self.adapted, 4)}")
-        return tuple(notes)
+        return (*notes, *self.said)
 
 
 class Opened(NamedTuple):

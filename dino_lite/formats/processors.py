@@ -58,17 +58,22 @@ class Prepared(NamedTuple):
 
 
 def read_preprocessing(
-    about: dict[str, Any], backbone: Backbone, own_size: _ImageSize, asked: str
+    about: dict[str, Any],
+    implied: dict[str, Any] | None,
+    backbone: Backbone,
+    own_size: _ImageSize,
+    asked: str,
 ) -> Prepared:
     """The preprocessing that `about` says, in the words of our exports, Hugging Face's image
-    processors or timm's pretrained_cfg; else the published protocol at `own_size`, the size for
-    which the weights were trained. `asked` is the prefix of messages. Raises UserError.
+    processors or timm's pretrained_cfg; else what their owner does, `implied` in timm's words; else
+    the published protocol. `own_size` is the size for which the weights were trained, `asked` the
+    prefix of messages. Raises UserError.
 
     Sizes of others are rounded down to multiples of the patch size; mean and std for other numbers
     of channels are averaged.
     """
     try:
-        how, notes = _read(about, own_size)
+        how, notes = _read(about, implied or {}, own_size)
         how = how._replace(
             mean=_per_channel(how.mean, backbone.in_chans),
             std=_per_channel(how.std, backbone.in_chans),
@@ -101,16 +106,18 @@ def _check(how: Preprocessing) -> None:
         raise ValueError(f"interpolation {how.interpolation}, rule {how.rule}")
 
 
-def _read(about: dict[str, Any], own_size: _ImageSize) -> Prepared:
+def _read(about: dict[str, Any], implied: dict[str, Any], own_size: _ImageSize) -> Prepared:
     ours, cfg = about.get("preprocessing"), about.get("pretrained_cfg")
     if isinstance(ours, dict):
         return Prepared(Preprocessing.read(ours))
     if isinstance(cfg, dict):
-        return _of_timm(cfg, own_size)
+        return _of_timm(implied | cfg, own_size)
     if any(key in about for key in ("image_processor_type", "feature_extractor_type", "resample")):
         return _of_hugging_face(about, own_size)
     if any(key in about for key in ("input_size", "crop_pct", "crop_mode", "interpolation")):
-        return _of_timm(about, own_size)
+        return _of_timm(implied | about, own_size)
+    if implied:
+        return _of_timm(implied, own_size)
     mean, std = (about.get(name, about.get(f"image_{name}")) for name in ("mean", "std"))
     return Prepared(Preprocessing(own_size, mean or IMAGENET_MEAN, std or IMAGENET_STD))
 

@@ -128,7 +128,7 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
             "export both again, together."
         ) from error
     size = (config["image_size"],) * 2
-    told = read_preprocessing(config, backbone, size, str(directory))
+    told = read_preprocessing(config, None, backbone, size, str(directory))
     backbone.transform = Transform(told.preprocessing)
     return backbone.eval()
 

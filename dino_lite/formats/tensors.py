@@ -23,6 +23,13 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
     dictionaries of tensors, plain values, and the argparse.Namespace of DINO's training
     checkpoints. Raises UserError.
     """
+    return read_file(path, key)[0]
+
+
+def read_file(
+    path: str | Path, key: str = "backbone.pretrained"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `read_tensors`, and what timm's training says of the model: "arch", "args", "version"."""
     file = weights_file(path)
     if not file.is_file():
         raise UserError(
@@ -30,7 +37,7 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
         )
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return load_file(file), {}
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -38,7 +45,8 @@ def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str
             f"{key}={path} cannot be read as weights ({type(error).__name__}): it is damaged, or "
             "neither a .safetensors file nor a torch.save file of tensors and plain values."
         ) from error
-    return dict(_flat(content))
+    top = content if isinstance(content, dict) else {}
+    return dict(_flat(content)), {k: top[k] for k in ("arch", "args", "version") if k in top}
 
 
 def weights_file(path: str | Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, FreezeBy
@@ -115,6 +116,7 @@ class Settings(TypedDict, total=False):
     runs_dir: str
     checkpoint: str | None
     trust: list[str] | str | None
+    checkpoint_layout: Layout | None
     plan: Literal["short", "full"]
     preset: Preset
     seed: Count

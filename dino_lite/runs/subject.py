@@ -49,7 +49,7 @@ def open_subject(
     """
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
-    opened = open_backbone(checkpoint, config["trust"])
+    opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     backbone = opened.backbone
     if data is None:
         data = asked_data(config, checkpoint, opened)
