@@ -11,21 +11,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lite.commands.export import run_export
 from dino_lite.config import compose, put
 from dino_lite.contracts import Backbone, Tokens, UserError
-from dino_lite.data.clean import CleanImages
-from dino_lite.data.folder import open_folder
+from dino_lite.data.clean import clean
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats import foreign_process, swap, verify
+from dino_lite.formats.card import told_preprocessing, usage
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
@@ -129,6 +131,7 @@ def test_a_format_is_read_back_where_dino_lite_cannot_be_imported(elsewhere: Any
     ]
 
 
+@pytest.mark.slow
 def test_the_cards_lines_give_the_originals_tokens(elsewhere: Any, tmp_path: Path) -> None:
     """Executed as they stand, by a fresh process; images are read as the evaluations read them."""
     target, _ = elsewhere
@@ -141,11 +144,44 @@ def test_the_cards_lines_give_the_originals_tokens(elsewhere: Any, tmp_path: Pat
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     pixels, cls, patches = torch.load(tmp_path / "found.pt")
-    source = open_folder(tmp_path).train
-    image = CleanImages(source, 32).__getitems__([0]).images
-    expected = Normalize(HOW.mean, HOW.std)(image, torch.float32)
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels, as_evaluated(tmp_path / "image.jpg", HOW), rtol=0, atol=1e-5)
     assert (cls.shape, patches.shape) == ((1, 5), (1, 16, 5))
+
+
+def as_evaluated(path: Path, how: Preprocessing) -> Tensor:
+    """The image as evaluations give it to a network."""
+    image = clean(np.asarray(Image.open(path).convert("RGB")), how)
+    return Normalize(how.mean, how.std)(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        HOW,
+        HOW._replace(size=(24, 40)),
+        HOW._replace(squash=True, interpolation="bilinear", crop=1.0),
+        HOW._replace(size=(30, 30), crop=0.9, rule="timm"),
+        HOW._replace(size=(31, 31), crop=0.9, rule="hugging_face"),
+        HOW._replace(size=(24, 32), crop=0.8, rule="hugging_face"),
+        HOW._replace(border=True, crop=1.0),
+        HOW._replace(border=True, crop=0.9, rule="timm"),
+    ],
+)
+@pytest.mark.parametrize("size", [(90, 71), (50, 81), (32, 32)])
+def test_the_cards_lines_read_an_image_as_evaluations_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Preprocessing, size: tuple[int, int]
+) -> None:
+    """By every rule of resizing and cropping, up to rounding."""
+    photos(tmp_path, ["image.png"], size=size)
+    Image.open(tmp_path / "image.png").save(tmp_path / "image.jpg", quality=95)
+    claim = Claim("", "", (how.size,))._asdict()
+    about = {"preprocessing": told_preprocessing(how), "in_chans": 3, "folder": "x"}
+    code = usage(about, claim).partition("with torch")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    expected = as_evaluated(tmp_path / "image.jpg", how)
+    torch.testing.assert_close(names["pixels"], expected, rtol=0, atol=1e-5)
 
 
 def test_what_dino_lite_reads_is_shown_with_it(tmp_path: Path) -> None:

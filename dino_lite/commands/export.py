@@ -13,7 +13,6 @@ from dino_lite.backbones.compact import Compact, compacted
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import extract
 from dino_lite.formats.format import Format
@@ -54,12 +53,11 @@ def run_export(config: Config) -> dict[str, Any]:
     targets = _targets(config, checkpoint, [*formats])
     for target in targets.values():
         check_target(target)
-    opened = open_backbone(checkpoint, config["trust"])
+    opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     for note in opened.notes:
         print(note)
     splits = open_data(asked_data(config, checkpoint, opened), opened)
-    normalize = Normalize(opened.mean, opened.std)
-    data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
+    data = CleanData(splits, opened.preprocessing, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
     card = training(checkpoint, opened)
     if config["compact"] is not None:
@@ -101,7 +99,7 @@ def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:
     if isinstance(whole, Compact):
         raise UserError("compact= is for a whole backbone, and this export is compact already.")
     some = Subset(splits.train, spread(len(splits.train), _MOST_FITTED))
-    data = CleanData(splits, opened.image_size, Normalize(opened.mean, opened.std), _BATCH)
+    data = CleanData(splits, opened.preprocessing, _BATCH)
     device = torch.device(pick_accelerator("auto", "accelerator"))
     features = extract(whole.to(device), data, some, device, "features").features
     return compacted(whole.to("cpu"), features, width, bool(config["whiten"]))

@@ -56,21 +56,21 @@ def _summary(about: About) -> str:
 
 
 def _use(about: About) -> str:
-    blocks = []
+    several, patch = len(about["claims"]) > 1, about["patch_size"]
+    parts = []
     for claim in about["claims"]:
-        heading = f"{claim['title']}:\n\n" if claim["title"] else ""
-        blocks.append(f"{heading}```python\n{usage(about, claim)}\n```")
-    sizes = " or ".join(_times(size) for size in about["claims"][0]["sizes"])
-    other = (
-        f"Image sides may be any multiple of {about['patch_size']} pixels."
-        if about["claims"][0]["any_size"]
-        else f"Images must have {sizes} pixels."
-    )
-    how = {
-        key: value for key, value in about["preprocessing"].items() if value not in (None, False)
-    }
-    told = f"Preprocessing: {', '.join(f'{key} {value}' for key, value in how.items())}."
-    return "\n\n".join([*blocks, f"{other} `cls` and `patches` are float tensors.", told])
+        sizes = " or ".join(_times(size) for size in claim["sizes"])
+        other = f", or any multiple of {patch} pixels per side" if claim["any_size"] else ""
+        title = f"{claim['title']}, i" if claim["title"] else "I"
+        if several:
+            parts.append(f"{title}mages of {sizes} pixels{other}:")
+        parts.append(f"```python\n{usage(about, claim)}\n```")
+        if not several:
+            parts.append(f"Images have {sizes} pixels{other}.")
+    told = Preprocessing.read({k: v for k, v in about["preprocessing"].items() if k != "resize"})
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (told.mean, told.std))
+    scaled = f"scaled to [0, 1], minus {mean}, divided by {std}"
+    return "\n\n".join([*parts, f"Images are {told.said()}; their pixels {scaled}."])
 
 
 def usage(about: About, claim: About) -> str:
@@ -80,7 +80,7 @@ def usage(about: About, claim: About) -> str:
         "import torch",
         f"folder = {about['folder']!r}  # with this file in it",
         *(line for line in load if line != "import torch"),
-        *_reading(about["preprocessing"], about["in_chans"]),
+        *(claim["read"].splitlines() or _reading(about["preprocessing"], about["in_chans"])),
         "with torch.no_grad():",
         indent(dedent(claim["run"]).strip(), "    "),
         "print(cls.shape, patches.shape)",
@@ -101,23 +101,61 @@ def _reading(how: About, channels: int) -> list[str]:
             "pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255",
             f"pixels = {normalize}(pixels)",
         ]
-    kind = f"transforms.InterpolationMode.{how['interpolation'].upper()}"
+    mode = "RGB" if channels == 3 else "L"
+    lines = [*_resizing(how), *_cropping(how, mode)]
+    if how["rule"] == "dino_lite":
+        lines = [f"if image.size != ({columns}, {rows}):", *(f"    {line}" for line in lines)]
     return [
         "from PIL import Image",
         "from torchvision import transforms",
         "",
-        f'image = Image.open("image.jpg").convert("{"RGB" if channels == 3 else "L"}")',
-        f"if image.size != ({columns}, {rows}):",
-        f"    image = transforms.Resize({how['resize']}, {kind})(image)",
-        f"    image = transforms.CenterCrop(({rows}, {columns}))(image)",
+        f'image = Image.open("image.jpg").convert("{mode}")',
+        *lines,
         f"pixels = {normalize}(transforms.ToTensor()(image)[None])",
     ]
 
 
+def _resizing(how: About) -> list[str]:
+    """Lines that do what `Preprocessing.resized` says."""
+    kind = how["interpolation"].upper()
+    if not isinstance(how["resize"], list) or how["squash"]:
+        wanted = how["resize"] if isinstance(how["resize"], int) else tuple(how["resize"])
+        return [f"image = transforms.Resize({wanted}, transforms.InterpolationMode.{kind})(image)"]
+    rows, columns = how["resize"]
+    least = "max" if how["border"] else "min"
+    return [
+        f"ratio = {least}(image.height / {rows}, image.width / {columns})",
+        "size = (round(image.width / ratio), round(image.height / ratio))",
+        f"image = image.resize(size, Image.Resampling.{kind})",
+    ]
+
+
+def _cropping(how: About, mode: str) -> list[str]:
+    """Lines that do what `Preprocessing.corner` says."""
+    rows, columns = how["size"]
+    if how["border"]:
+        color = [round(255 * value) for value in how["mean"]]
+        fill = tuple(color) if mode == "RGB" else color[0]
+        return [
+            f'whole = Image.new("{mode}", ({columns}, {rows}), {fill})',
+            f"whole.paste(image, (({columns} - image.width) // 2, ({rows} - image.height) // 2))",
+            "image = whole",
+        ]
+    if how["rule"] == "hugging_face":
+        return [
+            f"left, top = (image.width - {columns}) // 2, (image.height - {rows}) // 2",
+            f"image = image.crop((left, top, left + {columns}, top + {rows}))",
+        ]
+    return [f"image = transforms.CenterCrop(({rows}, {columns}))(image)"]
+
+
 def told_preprocessing(how: Preprocessing) -> About:
-    """Plain JSON of a preprocessing; "resize" is the shorter side, or rows and columns."""
-    rows, columns = (round(side / how.crop) for side in how.size)
-    resize = [rows, columns] if how.squash else min(rows, columns)
+    """Plain JSON of a preprocessing. "resize" is to how many pixels: the shorter side, else rows
+    and columns, which with `border` hold the whole image, and without `squash` are filled by it.
+    """
+    rows, columns = how._replace(squash=True).resized(*how.size)
+    one_side = rows == columns or how.rule == "hugging_face"
+    resize = min(rows, columns) if one_side and not (how.squash or how.border) else [rows, columns]
     told = {key: list(v) if isinstance(v, tuple) else v for key, v in how._asdict().items()}
     return {"size": told.pop("size"), "resize": resize} | told
 

@@ -24,6 +24,7 @@ class Claim(NamedTuple):
     any_size: bool = False  # whether other sizes may be used too, in steps of the patch size
     tolerance: float = 1e-4  # largest difference, relative to the tokens' root mean square
     title: str = ""  # tells the claims of a format apart: "float16"
+    read: str = ""  # lines that define `pixels` of image.jpg, for the card; "": by torchvision
 
 
 class Format(ABC):

@@ -22,14 +22,15 @@ class Read(NamedTuple):
     # the epsilon of norms. A convolutional network's are complete.
     spec: dict[str, Any]
     num_heads: int | None = None  # if known from more than the width
+    preprocessing: dict[str, Any] | None = None  # as timm's pretrained_cfg, if nothing else says
 
 
 class Owner(NamedTuple):
     """How one program names the weights of its backbones.
 
     A file of theirs has a name that ends in `anchor`; what precedes it is the prefix, which is
-    removed from all names. `read` gets the names below the prefix and the JSON beside the file, and
-    returns None if the weights are another owner's.
+    removed from all names. `read` gets the names below the prefix, and the JSON beside the file
+    with the key `prefix` added; it returns None if the weights are another owner's.
     """
 
     anchor: str

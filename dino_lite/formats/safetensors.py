@@ -14,8 +14,10 @@ from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.data.transform import Transform
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.processors import read_preprocessing
 from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -51,6 +53,7 @@ class SafeTensors(Format):
             "image_size": opened.image_size,
             "mean": list(opened.mean),
             "std": list(opened.std),
+            "preprocessing": how._asdict(),
             "card": opened.card,
         }
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -64,21 +67,21 @@ class SafeTensors(Format):
                 sizes=(how.size,),
                 any_size=package is None,  # the sizes of other packages' networks are not known
                 tolerance=1e-5,
+                read='pixels = backbone.transform("image.jpg")',
             )
         ]
 
 
 def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     """The backbone that `SafeTensors` wrote, with its metadata from config.json."""
-    about = read_config(directory)
-    size = (about["image_size"], about["image_size"])
-    preprocessing = Preprocessing(size, tuple(about["mean"]), tuple(about["std"]))
-    backbone, card = load_backbone(directory, trust), about.get("card") or {}
-    return Opened(backbone, preprocessing, card)
+    backbone, card = load_backbone(directory, trust), read_config(directory).get("card") or {}
+    transform: Any = backbone.transform
+    return Opened(backbone, transform.preprocessing, card)
 
 
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     """The backbone that `SafeTensors` wrote: in eval mode, on the CPU, with saved dtypes.
+    Its attribute `transform` prepares images for it, as `data.transform.Transform` says.
 
     If its class belongs to a package other than dino_lite, that package is imported, which runs its
     code, only if `trust` names it. Raises UserError if it does not, or if the folder is invalid.
@@ -104,6 +107,9 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
             f"{path} does not fit the backbone that {CONFIG} next to it describes: "
             "export both again, together."
         ) from error
+    size = (config["image_size"],) * 2
+    told = read_preprocessing(config, None, backbone, size, str(directory))
+    backbone.transform = Transform(told.preprocessing)
     return backbone.eval()
 
 

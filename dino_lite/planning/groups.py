@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
 from dino_lite.formats.format import Format
+from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, FreezeBy
@@ -116,6 +117,7 @@ class Settings(TypedDict, total=False):
     runs_dir: str
     checkpoint: str | None
     trust: list[str] | str | None
+    checkpoint_layout: Layout | None
     plan: Literal["short", "full"]
     preset: Preset
     seed: Count
