@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.contracts import UserError
-from dino_lite.formats.safetensors import export_safetensors
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_importers import pretend_download, saved, with_config
 from test_rope import joined
 from test_vit import randomize
+from tiny import exported
 
 Weights = dict[str, Tensor]
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -214,9 +214,8 @@ def test_an_export_and_its_file_open_as_what_they_are(tmp_path: Path) -> None:
     """Our own names, with what stands beside them; a run starts from it."""
     source = RoPEViT(**SMALL, qkv_bias=True, mlp="swiglu", mask_token=True)  # type: ignore[arg-type]
     randomize(source)
-    told = {"normalize_mean": [0.5] * 3, "normalize_std": [0.2] * 3, "image_size": 32, "card": {}}
     x = torch.randn(2, 3, 32, 32)
-    export_safetensors(source, tmp_path / "out", **told, images=x)  # type: ignore[arg-type]
+    exported(source, tmp_path / "out")
     file = find_checkpoint(str(tmp_path / "out" / "model.safetensors"), tmp_path)
     for path in (find_checkpoint(str(tmp_path / "out"), tmp_path), file):
         about = open_backbone(path)
