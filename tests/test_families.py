@@ -1,4 +1,4 @@
-"""ViTs whose names several programs share: the grid, whose they are, and what their owners compute."""
+"""ViTs whose names several programs share: their grid, whose they are, their owners' tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_oblong_grid_is_the_one_that_is_told(
 
 
 def test_a_grid_that_nothing_tells_is_refused_or_said(tmp_path: Path) -> None:
-    """169 positions: 12x14 and the class token, or 13x13 of DeiT III; 55: 6x9 and the class token."""
+    """169 positions: 12x14 and the class token, or 13x13 as in DeiT III; 55: 6x9 and that token."""
     for size in ((192, 224), (96, 144)):
         with pytest.raises(
             UserError, match=r"positions, and their number does not tell their grid"
@@ -78,9 +78,8 @@ def test_a_grid_that_nothing_tells_is_refused_or_said(tmp_path: Path) -> None:
             open_weights(saved(theirs(size).state_dict(), tmp_path), **HEADS)
     scaled = theirs((192, 224), init_values=1.0)
     path = saved(scaled.state_dict(), tmp_path)
-    assert "13x13 without one for the class token, not for 12x14" in open_weights(
-        path, **HEADS
-    ).notes[0].replace("its 169 positions are taken for a grid of ", "")
+    said = "taken for a grid of 13x13 without one for the class token, not for 12x14 with one"
+    assert said in open_weights(path, **HEADS).notes[0]
     assert open_weights(with_config(path, image_size=[192, 224]), **HEADS).backbone.grid == (12, 14)
 
 
@@ -191,7 +190,9 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint_layout=x is none of dino, ibot"):
         open_weights(path, **HEADS)
     other = saved(as_hugging_face_vit(dict(theirs().state_dict())), tmp_path, "hf.pth")
-    with pytest.raises(UserError, match="hf.pth: checkpoint_layout=timm is for names that several"):
+    with pytest.raises(
+        UserError, match=r"hf\.pth: checkpoint_layout=timm is for names that several"
+    ):
         open_weights(other, layout="timm", **HEADS)
 
 

@@ -243,7 +243,7 @@ def test_a_timm_dinov3_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------- what differs by a number or a mask
+# --------------------------------------------------------------- what a number or a mask changes
 
 
 @pytest.mark.parametrize("form", ["hub", "hugging face"])

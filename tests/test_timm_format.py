@@ -43,7 +43,8 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "rope": lambda: RoPEViT(**SIZES, mask_token=True),
     "rope, gated": lambda: RoPEViT(**SIZES, mlp="swiglu", qkv_bias=True, rope_base=50.0),
     "rope, bare": lambda: RoPEViT(**SIZES, num_registers=0, init_values=0.0, norm_eps=1e-6),
-    "rope, keys": lambda: RoPEViT(**SIZES, qkv_bias=True, key_bias=True, qk_norm=True),
+    "rope, keys": lambda: RoPEViT(**SIZES, qkv_bias=True, key_bias=True),
+    "rope, norms": lambda: RoPEViT(**SIZES, qkv_bias=True, qk_norm=True),
     "rope by the larger side": lambda: RoPEViT(**SIZES, rope_normalize_coords="max"),
 }
 ONE_SIZE = ("DINO's rule", "DINOv2", "rope by the larger side")
@@ -110,6 +111,7 @@ def test_what_timm_reads_opens_here_again(name: str, tmp_path: Path) -> None:
 
 
 ODD: dict[str, tuple[Callable[[], Backbone], str]] = {
+    "small convnet": (lambda: ConvNet(name="resnet", widths=[8], depths=[1]), "small convnet"),
     "compact": (lambda: Compact(ViT(image_size=32, **SIZES), 4), "like Compact"),
     "norms": (lambda: ViT(image_size=32, **SIZES, norm_eps=1e-3), "epsilon of 0.001"),
     "activation": (lambda: ViT(image_size=32, **SIZES, act_layer="relu"), "ReLU"),
@@ -146,8 +148,6 @@ def test_names_of_hubs_are_read_as_they_were_written(form: str, tmp_path: Path) 
     randomize(source)
     written = write(source.double().eval())
     weights, about = written if isinstance(written, tuple) else (written, {})
-    if name == "rope, keys":  # norms of queries are no part of DINOv3
-        about["num_attention_heads"] = 2
     path = with_config(saved(weights, tmp_path), **about)
     again = open_weights(path, num_heads=2)
     assert again.fit is not None
@@ -165,6 +165,7 @@ def test_names_of_hubs_that_lack_a_part_are_refused() -> None:
         (plain.write_dino, "rope", "DINO has no RoPEViT: choose DINOv3's"),
         (plain.write_dinov2, "ViT", "DINOv2's ViTs have LayerScale"),
         (dinov3.write, "ViT", "rotary positions and registers"),
+        (dinov3.write, "rope, norms", "no norms of queries"),
     ):
         with pytest.raises(UserError, match=words):
             write(BACKBONES[name]())
