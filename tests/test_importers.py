@@ -573,7 +573,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no last norm": (spoiled(lambda w: w.pop("norm.weight") is None), r"lacks norm\.weight"),
     "an oblong grid": (
         spoiled(lambda w: w | {"pos_embed": torch.zeros(1, 13, 128)}),
-        r"13 positions, which are no square grid: write .*image_size.*NAME\.json",
+        r"13 positions, and their number does not tell their grid: write .*image_size.*NAME\.json",
     ),
     "unknown heads": (
         spoiled(lambda w: None, embed_dim=24),

@@ -45,10 +45,11 @@ class RoPEViT(Transformer):
 
     `name` is a timm name, or "rope" with `embed_dim`, `depth` and `num_heads`; `mlp`, `mlp_ratio`,
     `num_registers`, `init_values`, `norm_eps`, `qkv_bias` and `rope_base` default to the named
-    model's or to DINOv3's. Parameter names are those of `ViT`; with `qkv_bias` keys have a bias
-    only with `key_bias`, which DINOv3's models have not. `rope_normalize_coords` tells coordinates
-    of oblong images (see `RotaryPositions`). Image sides may be any multiple of the patch size. Stochastic depth is as in `ViT`. In training, the student's
-    coordinates are augmented as described in `RotaryPositions`.
+    model's or to DINOv3's. Parameter names are those of `ViT`; of the biases of `qkv_bias`, keys
+    have one only with `key_bias`, unlike DINOv3's. Image sides may be any multiple of the patch
+    size; `rope_normalize_coords` is how coordinates of oblong images are scaled. Stochastic depth
+    is as in `ViT`. In training, the student's coordinates are augmented. For both see
+    `RotaryPositions`.
     """
 
     kind = "rope"

@@ -64,11 +64,9 @@ def _is_rounded(periods: Tensor) -> bool:
 def rotation_of(about: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Keywords of a RoPEViT's rotations: the base and the normalization of coordinates, from the
     weights (`told`), else from `about` by the keys of Hugging Face, of DINOv3's configuration or of
-    timm. Raises UserError for periods given by their bounds.
+    timm.
     """
     about = about | (about.get("student") or {}) | (about.get("model_args") or {})
-    if any(about.get(f"pos_embed_rope_{which}_period") for which in ("min", "max")):
-        raise UserError("rotary periods by their bounds (pos_embed_rope_min_period) are not read.")
     rope = about.get("rope_parameters") or {}
     bases = (
         *(about.get("rope_theta"), rope.get("rope_theta")),
@@ -88,6 +86,8 @@ def write(backbone: Backbone) -> tuple[Tensors, dict[str, Any]]:
     """
     if not isinstance(backbone, RoPEViT) or not isinstance(backbone.register_tokens, Tensor):
         raise UserError("DINOv3's ViTs have rotary positions and registers: choose timm's names.")
+    if "blocks.0.attn.q_norm.weight" in backbone.state_dict():
+        raise UserError("DINOv3's ViTs have no norms of queries: choose timm's names.")
     gated = backbone.blocks[0].mlp.gated
     found: Tensors = {"mask_token": torch.zeros(1, backbone.embed_dim)}
     for name, value in backbone.state_dict().items():

@@ -43,7 +43,8 @@ def told_sizes(about: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 def grid_of(weights: Tensors, about: dict[str, Any]) -> Grid | None:
     """The grid of "pos_embed" in `weights`: of the size that `about` names if the number of
-    positions agrees, else a square one; None if there is none.
+    positions agrees, else a square one; None if there is none, or it may as well be oblong. A
+    square one without the class token is only of networks with registers or LayerScale (DeiT III).
     """
     if "pos_embed" not in weights or STEM not in weights:
         return None
@@ -56,9 +57,9 @@ def grid_of(weights: Tensors, about: dict[str, Any]) -> Grid | None:
     if side * side == num - 1:
         return Grid(side, side)
     side = isqrt(num)
-    if side * side != num:
-        return None
     registers = "reg_token" in weights or "register_tokens" in weights
+    if side * side != num or not (registers or "blocks.0.ls1.gamma" in weights):
+        return None
     doubt = (
         f"its {num} positions are taken for a grid of {side}x{side} without one for the class "
         f"token, not for {side - 1}x{side + 1} with one, which "

@@ -183,8 +183,8 @@ def _check_architecture(found: Found, about: dict[str, Any], asked: str, usual: 
     if "pos_embed" in weights and found.grid is None:
         told = " or ".join(f"{rows}x{columns}" for rows, columns in told_sizes(about))
         raise UserError(
-            f"{asked} has {weights['pos_embed'].shape[1]} positions, which are no square grid"
-            f"{f' and not that of {told} pixels' if told else ''}: write "
+            f"{asked} has {weights['pos_embed'].shape[1]} positions, and their number does not "
+            f"tell their grid{f' (it is not that of {told} pixels)' if told else ''}: write "
             '{"image_size": [ROWS, COLUMNS]} of its images into NAME.json next to the file NAME.'
         )
 

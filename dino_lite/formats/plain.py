@@ -79,6 +79,8 @@ def _layout(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
     """
     prefix, grid = about.get("prefix", ""), grid_of(own, about)
     if told := about.get("checkpoint_layout"):
+        if told not in LAYOUTS:
+            raise UserError(f"checkpoint_layout={told} is none of {', '.join(LAYOUTS)}.")
         return told, "checkpoint_layout says so"
     if "register_tokens" in own:
         return "dinov2", "it has register_tokens"
@@ -105,7 +107,7 @@ def _layout(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
         return "timm", "it has a classifier"
     if re.search(r"(^|\.)state_dict\.(.*\.)?backbone\.$", prefix):
         doubt = "of DINO's own ViT in such a module say checkpoint_layout=dino"
-        return "timm", f"a Lightning module, such as solo-learn's, wraps timm's ViT; {doubt}"
+        return "solo-learn", f"it is in a Lightning module, as solo-learn's and lightly's; {doubt}"
     if "blocks.0.ls1.gamma" in own or (grid is not None and not grid.with_class):
         return "timm", "it has LayerScale, or no position of the class token"
     if grid is not None and grid.rows != grid.columns:
@@ -128,10 +130,8 @@ def _are_sines(positions: Tensor | None) -> bool:
 
 
 def check_layout(owner: str, about: dict[str, Any]) -> None:
-    """Raise UserError if `about` says a layout that is unknown, or that the names exclude."""
+    """Raise UserError if `about` says a layout, and the names are not those that several share."""
     told = about.get("checkpoint_layout")
-    if told is not None and told not in LAYOUTS:
-        raise UserError(f"checkpoint_layout={told} is none of {', '.join(LAYOUTS)}.")
     ours = {rule.owner for rule in LAYOUTS.values()} | {_DINOV2_REGISTERS.owner}
     if told is not None and owner not in ours:
         raise UserError(

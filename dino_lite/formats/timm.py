@@ -40,7 +40,7 @@ class Timm(Format):
         try:
             any_size, run = same_at_any_size(backbone), _RUN_VIT
             if isinstance(backbone, ConvNet):
-                from dino_lite.formats.convnets import convnet_for_timm
+                from dino_lite.formats.timm_convnets import convnet_for_timm
 
                 weights, config = convnet_for_timm(backbone)
                 norm = "model.head.norm(maps)" if backbone.spec["norm"] == "layer" else "maps"
@@ -48,10 +48,8 @@ class Timm(Format):
             else:
                 weights, config = write(backbone, None if any_size else how.size)
         except UserError as error:
-            raise UserError(
-                f"format=timm: {str(error).removesuffix('.')}; choose format=onnx or "
-                "format=torch_export."
-            ) from error
+            other = "" if "onnx" in str(error) else "; choose format=onnx or format=torch_export"
+            raise UserError(f"format=timm: {str(error).removesuffix('.')}{other}.") from error
         weights = {name: value.float().clone().contiguous() for name, value in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         about = config | {

@@ -47,8 +47,7 @@ def read_eva(own: Tensors, about: dict[str, Any]) -> Read | None:
         weights["register_tokens" if name == "reg_token" else name] = value
     weights = gated_mlp(weights, "fc1_g", "fc1_x", "fc2")
     told, num_heads = implied(own, about)
-    preprocessing, _ = preprocessing_of(own, about)
-    return Read("timm DINOv3", why, weights, [], SPEC | told, num_heads, preprocessing)
+    return Read("timm DINOv3", why, weights, [], SPEC | told, num_heads)
 
 
 def _described(about: dict[str, Any]) -> Any:
@@ -88,13 +87,11 @@ def implied(own: Tensors, about: dict[str, Any]) -> tuple[dict[str, Any], int | 
 
 
 def preprocessing_of(own: Tensors, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What timm says of the preprocessing if `about` does not, by keys of pretrained_cfg, and a
-    clause on what is doubtful about it.
+    """The preprocessing of a timm model of which `about` says none, by keys of pretrained_cfg, and
+    a clause on what is doubtful about it.
     """
     if about.get("pretrained_cfg") or about.keys() & {"mean", "image_mean"}:
         return {}, ""
-    if isinstance(name := about.get("architecture"), str):
-        return published(name), ""
     if "blocks.0.ls1.gamma" in own or about.get("prefix", "").startswith("model."):
         return {}, ""  # DeiT's and DINOv2's have ImageNet's mean
     return _HALF, (
@@ -112,19 +109,34 @@ def published(name: str) -> dict[str, Any]:
     return told.to_dict() if told else {}
 
 
-def hints(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """What a training checkpoint of timm (its `values` besides tensors), or the name of `file`,
-    says of the model, by keys of timm's config.json.
+def completed(about: dict[str, Any], values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`about`, the JSON beside `file`, with what else tells a model of timm: the `values` of a
+    training checkpoint of timm, else the file's name; and what timm knows of a model by its name.
     """
+    told = _of_training(values) or _of_name(file)
+    if about.keys() & {"mean", "image_mean"}:
+        told.pop("pretrained_cfg", None)
+    elif isinstance(name := about.get("architecture"), str) and (known := published(name)):
+        told["pretrained_cfg"] = known
+    return told | about
+
+
+def _of_training(values: dict[str, Any]) -> dict[str, Any]:
     args, name = values.get("args"), values.get("arch")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
-    if isinstance(name, str) and (args.get("model") == name or values.get("version") == 2):
-        kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        told = {key: args[key] for key in kept if args.get(key) is not None}
-        own = {"model_args": args.get("model_kwargs") or {}, "image_size": args.get("img_size")}
-        by = {"told_by": "timm's training checkpoint", "pretrained_cfg": published(name) | told}
-        return {"architecture": name} | own | by
+    if not isinstance(name, str) or (args.get("model") != name and values.get("version") != 2):
+        return {}
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    told = {key: args[key] for key in kept if args.get(key) is not None}
+    return {
+        **{"architecture": name, "told_by": "timm's training checkpoint"},
+        **{"model_args": args.get("model_kwargs") or {}, "image_size": args.get("img_size")},
+        "pretrained_cfg": published(name) | told,
+    }
+
+
+def _of_name(file: Path) -> dict[str, Any]:
     name = file.name.partition(".pth")[0].removesuffix(".safetensors").removesuffix(".bin")
     told = published(name) if _VITS.match(name) else {}
     said = {"architecture": name, "told_by": "the file's name", "pretrained_cfg": told}

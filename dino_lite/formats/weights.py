@@ -32,7 +32,7 @@ from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.processors import read_preprocessing
 from dino_lite.formats.tensors import read_about, read_file, weights_file
-from dino_lite.formats.timm_names import hints
+from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
@@ -94,7 +94,7 @@ def open_timm(name: str) -> Opened:
     if not hasattr(stem, "patch_size"):
         raise UserError(f"{asked} is not a vision transformer, and others cannot be opened.")
     about = told.to_dict()
-    own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
+    own = {"kind": "rope"} if is_dinov3(model) else {"image_size": list(about["input_size"][-2:])}
     spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
@@ -105,8 +105,9 @@ def open_timm(name: str) -> Opened:
             f"{asked} could not be downloaded: are you offline, or has this model no published "
             "weights?"
         ) from error
-    found = _find(dict(model.state_dict()), {"architecture": name}, asked)
-    return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
+    said = {"architecture": name, "pretrained_cfg": about}
+    found = _find(dict(model.state_dict()), said, asked)
+    return _open(spec, found, said, asked, f"timm:{name}")
 
 
 @contextmanager
@@ -134,10 +135,7 @@ def _read(path: str | Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]
     """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
     file = weights_file(path)
     tensors, values = read_file(path, key)
-    beside, said = read_about(file), hints(values, file)
-    if beside.keys() & {"mean", "image_mean"}:
-        said.pop("pretrained_cfg", None)
-    return tensors, said | beside
+    return tensors, completed(read_about(file), values, file)
 
 
 def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found:
