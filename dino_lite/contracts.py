@@ -189,6 +189,7 @@ class Backbone(nn.Module):
     patch_size: int
     in_chans: int
     num_blocks: int
+    transform: Callable[..., Tensor]  # prepares images, of a backbone loaded from an export
     takes_masks: bool = False  # whether `forward` takes a mask
     __call__: Callable[..., Tokens]
 

@@ -8,7 +8,7 @@ import torch
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Splits
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval.features import Pooled
 from dino_lite.eval.holdout import Task
@@ -54,7 +54,9 @@ def shades(num: int, labels: list[int] | None = None, side: int = 16, seed: int 
 
 def store_of(train: ArraySource, test: ArraySource | None = None) -> FeatureStore:
     """Features of them, in memory."""
-    return FeatureStore(CleanData(Splits(train, test, "shades"), 16, Normalize(), batch_size=8))
+    return FeatureStore(
+        CleanData(Splits(train, test, "shades"), Preprocessing((16, 16)), batch_size=8)
+    )
 
 
 def small_vit(**changes: float) -> ViT:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,31 +12,21 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put, save
-from dino_lite.contracts import Backbone, UserError
-from dino_lite.formats.safetensors import export_safetensors
+from dino_lite.contracts import UserError
 from dino_lite.methods.dinov2 import DINOv2
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan
 from dino_lite.runs.begin import begin_config, build_method
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_conf import facts
-from tiny import TINY, checkpoint, tiny
-
-
-def exported(folder: Path, backbone: Backbone) -> Path:
-    """An export of `backbone`."""
-    size = 2 * backbone.patch_size
-    images, half = torch.randn(2, 3, size, size), [0.5] * 3
-    about: Any = {"normalize_mean": half, "normalize_std": half, "image_size": size, "card": {}}
-    export_safetensors(backbone.eval(), folder, images=images, **about)
-    return folder
+from tiny import TINY, checkpoint, exported, tiny
 
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_the_export_of_a_convnet_brings_its_network(tmp_path: Path, compact: bool) -> None:
     """A bare command may have chosen that network; settings of another one are refused."""
     own = ConvNet(widths=[16, 32], depths=[1, 1], patch_size=4, norm="group", fields=1)
-    out = exported(tmp_path / "out", Compact(own, 4) if compact else own)
+    out = exported(Compact(own, 4) if compact else own, tmp_path / "out", 8)
     words = ["data=shapes", f"backbone.pretrained={out}", "augment.global_size=16"]
     config = begin_config(check_values(compose("pretrain", words)))
     assert config["backbone"]["in_chans"] == "auto"

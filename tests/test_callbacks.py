@@ -30,6 +30,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.datamodule import DataModule
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import spread
 from dino_lite.eval.collapse import SKIPPED, rankme
@@ -230,7 +231,7 @@ def test_knn_is_the_teachers_on_train_without_itself(tmp_path: Path) -> None:
     """The figure of the last step is that of an evaluation made apart; test images are not read."""
     run = Training(tmp_path, OnlineEval(k=5)).fit()
     source = run.data.splits.train
-    data = CleanData(run.data.splits, 16, Normalize(), batch_size=7)
+    data = CleanData(run.data.splits, Preprocessing((16, 16)), batch_size=7)
     bank = extract(run.method.export_backbone(), data, source, torch.device("cpu"))
     expected = knn_accuracy(bank, bank, [5], 0.07, leave_one_out=True)[5].top1
     assert run.column("knn")[NUM_STEPS - 1] == pytest.approx(expected)
@@ -251,7 +252,7 @@ def test_images_are_decoded_once_and_broken_ones_left_out() -> None:
         return ArraySource.read(source, index)
 
     source.read = read_image  # type: ignore[method-assign]
-    data = CleanData(Splits(source, None, "x"), 8, Normalize(), batch_size=7)
+    data = CleanData(Splits(source, None, "x"), Preprocessing((8, 8)), batch_size=7)
     vit = ViT(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
     online = OnlineEval(k=3)
     found = [
@@ -279,7 +280,9 @@ def test_a_batch_without_one_readable_image_is_passed_over(
 
     source.read = read_image  # type: ignore[method-assign]
     monkeypatch.setattr(online_eval, "_BATCH_SIZE", 2)
-    kept = online_eval.in_memory(source, CleanData(Splits(source, None, "x"), 16, Normalize(), 2))
+    kept = online_eval.in_memory(
+        source, CleanData(Splits(source, None, "x"), Preprocessing((16, 16)), 2)
+    )
     assert kept.labels is not None
     assert kept.labels.tolist() == [0, 1, 1, 2]
     assert all(np.array_equal(kept.read(i), whole(row)) for i, row in enumerate((0, 1, 4, 5)))

@@ -21,7 +21,7 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.facts import read_facts
 from dino_lite.data.folder import open_folder
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.shapes import open_shapes
 from dino_lite.formats.safetensors import read_config
 from images import sentence
@@ -180,7 +180,7 @@ def test_raw_pixels_of_any_channels_are_a_baseline(tmp_path: Path) -> None:
     """As many numbers as pixels times channels, whatever the normalization."""
     splits = open_folder(scenes(tmp_path, 5), channels=5)
     ours, other = (
-        pixel_features(CleanData(splits, 16, Normalize(*values), 8))[0].features
+        pixel_features(CleanData(splits, Preprocessing((16, 16), *values), 8))[0].features
         for values in (([0.5] * 5, [0.1, 0.2, 0.3, 0.4, 0.5]), ([0.0] * 5, [1.0] * 5))
     )
     assert ours.shape == (NUM, 32 * 32 * 5)

@@ -13,6 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.clean import CleanData, by_channel, clean
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 # Multiprocessing's, from Python 3.12 on, where libraries have started threads before.
@@ -57,7 +58,7 @@ def test_clean_is_the_published_protocol_at_any_size(height: int, width: int, si
     resize = Resize(round(size * 256 / 224), InterpolationMode.BICUBIC)
     wanted = Compose([resize, CenterCrop(size)])(image)
     if (height, width) != (size, size):
-        assert np.array_equal(clean(pixels, size), np.asarray(wanted))
+        assert np.array_equal(clean(pixels, Preprocessing((size, size))), np.asarray(wanted))
 
 
 @given(height=st.integers(1, 60), width=st.integers(1, 60), channels=st.sampled_from([1, 2, 4, 7]))
@@ -67,11 +68,11 @@ def test_any_channels_are_cleaned_as_those_of_rgb_are(
     """Channel i of many is the red, green or blue of the same numbers, to the last bit."""
     rng = np.random.default_rng(channels)
     many = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
-    found = clean(many, 24)
+    found = clean(many, Preprocessing((24, 24)))
     assert (found.shape, found.dtype) == ((24, 24, channels), np.uint8)
     for i in range(channels):
         rgb = np.ascontiguousarray(many[..., [(i + k) % channels for k in range(3)]])
-        assert np.array_equal(found[..., i], clean(rgb, 24)[..., 0])
+        assert np.array_equal(found[..., i], clean(rgb, Preprocessing((24, 24)))[..., 0])
 
 
 def test_by_channel_gives_each_channel_to_pil_alone() -> None:
@@ -86,7 +87,7 @@ def test_by_channel_gives_each_channel_to_pil_alone() -> None:
 def test_an_image_of_the_right_size_is_not_touched() -> None:
     """CIFAR-10 evaluated at 32 pixels is CIFAR-10."""
     image = np.asarray(picture(32, 32))
-    assert np.array_equal(clean(image, 32), image)
+    assert np.array_equal(clean(image, Preprocessing((32, 32))), image)
 
 
 @fork_is_fine
@@ -95,7 +96,9 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
 def test_every_image_comes_once_and_in_order(num_workers: int, batch_size: int) -> None:
     """Whatever the batch size and the number of workers; the last batch is smaller."""
     source = Pictures(10)
-    data = CleanData(Splits(source, None, "pictures"), 8, Normalize(), batch_size, num_workers)
+    data = CleanData(
+        Splits(source, None, "pictures"), Preprocessing((8, 8)), batch_size, num_workers
+    )
     images, labels = zip(*data.batches(source, CPU, torch.float64), strict=True)
     assert len(images) == -(-10 // batch_size)
     assert torch.cat(labels).tolist() == source.labels.tolist()
@@ -107,7 +110,7 @@ def test_every_image_comes_once_and_in_order(num_workers: int, batch_size: int) 
 def test_labels_are_minus_one_where_there_are_none() -> None:
     """And integers all the same."""
     source = Pictures(3, labels=False)
-    data = CleanData(Splits(source, None, "pictures"), 8, Normalize(), 2)
+    data = CleanData(Splits(source, None, "pictures"), Preprocessing((8, 8)), 2)
     labels = torch.cat([labels for _, labels in data.batches(source, CPU)])
     assert labels.tolist() == [-1, -1, -1]
     assert labels.dtype == torch.int64
@@ -116,7 +119,7 @@ def test_labels_are_minus_one_where_there_are_none() -> None:
 def test_unreadable_images_are_left_out_and_noted() -> None:
     """Labels stay beside their images; a batch without any is not yielded."""
     source = Pictures(8, bad=(1, 4, 5))
-    data = CleanData(Splits(source, None, "pictures"), 8, Normalize(), batch_size=2)
+    data = CleanData(Splits(source, None, "pictures"), Preprocessing((8, 8)), batch_size=2)
     batches = list(data.batches(source, CPU))
     assert [len(images) for images, _ in batches] == [1, 2, 2]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 0, 1]
@@ -128,4 +131,6 @@ def test_impossible_values_are_refused(values: tuple[int, int, int]) -> None:
     """Size, batch size, number of workers."""
     size, batch_size, num_workers = values
     with pytest.raises(UserError, match="impossible"):
-        CleanData(Splits(Pictures(1), None, "x"), size, Normalize(), batch_size, num_workers)
+        CleanData(
+            Splits(Pictures(1), None, "x"), Preprocessing((size, size)), batch_size, num_workers
+        )

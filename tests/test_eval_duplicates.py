@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval import duplicates as module
 from dino_lite.eval import neighbors
@@ -79,7 +79,7 @@ def store_of(train: np.ndarray, test: np.ndarray | None) -> FeatureStore:
         for part, name in ((train, "inner"), (test, "outer"))
     ]
     splits = Splits(cast(Any, sources[0]), sources[1], "set")
-    return FeatureStore(CleanData(splits, 16, Normalize(), batch_size=4))
+    return FeatureStore(CleanData(splits, Preprocessing((16, 16)), batch_size=4))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval.features import extract
 from images import Broken
@@ -32,7 +32,7 @@ def images(num: int, kind: Callable[..., Any] = ArraySource, side: int = 16) -> 
 
 
 def data_of(train: Source, test: Source | None = None, size: int = 16) -> CleanData:
-    return CleanData(Splits(train, test, "set"), size, Normalize(), batch_size=4)
+    return CleanData(Splits(train, test, "set"), Preprocessing((size, size)), batch_size=4)
 
 
 def vit(**kwargs: float) -> ViT:

@@ -16,6 +16,7 @@ from dino_lite.commands.evaluate import evaluate
 from dino_lite.contracts import Backbone, Splits, Tokens, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval import pictures_map
 from dino_lite.eval.baselines import RawPixels
@@ -44,7 +45,9 @@ PIXELS = RawPixels(Normalize(), 8)
 
 def store(num_train: int = 24, num_test: int = 12, labeled: bool = True) -> FeatureStore:
     test = stripes(num_test, labeled) if num_test else None
-    data = CleanData(Splits(stripes(num_train, labeled), test, "x"), 32, Normalize(), batch_size=8)
+    data = CleanData(
+        Splits(stripes(num_train, labeled), test, "x"), Preprocessing((32, 32)), batch_size=8
+    )
     return FeatureStore(data)
 
 
@@ -89,7 +92,7 @@ def test_a_failure_without_text_is_named_by_its_type(tmp_path: Path) -> None:
 def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     """In a split of which one cannot be read, all pictures are drawn."""
     source = first_broken(stripes(24))
-    data = CleanData(Splits(source, None, "x"), 32, Normalize(), batch_size=8)
+    data = CleanData(Splits(source, None, "x"), Preprocessing((32, 32)), batch_size=8)
     assert list(draw_all(PIXELS, FeatureStore(data), tmp_path)) == list(PICTURES)
 
 
@@ -256,7 +259,7 @@ def test_groups_stay_together_on_the_map() -> None:
 def test_a_map_has_a_dot_or_a_thumbnail_for_each(tmp_path: Path) -> None:
     """Its size does not depend on how many there are; classes have their colors on it."""
     source = stripes(24)
-    features, _ = pixel_features(CleanData(Splits(source, None, "x"), 32, Normalize(), 8))
+    features, _ = pixel_features(CleanData(Splits(source, None, "x"), Preprocessing((32, 32)), 8))
     map_picture(features, source, tmp_path / "map.png")
     map_picture(features, source, tmp_path / "few.png", num_images=6)
     assert pixels_of(tmp_path / "map.png").shape == pixels_of(tmp_path / "few.png").shape

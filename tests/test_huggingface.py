@@ -21,6 +21,7 @@ from dino_lite.data.auto import open_auto
 from dino_lite.data.clean import CleanImages
 from dino_lite.data.huggingface import open_huggingface
 from dino_lite.data.pack import write_shards
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sampler import PositionSampler
 from dino_lite.data.shards import open_shards
 from images import classes, sentence
@@ -169,7 +170,10 @@ def test_workers_read_what_one_process_reads(
     source = open_huggingface(parquet, streaming=streaming).train
     source.read(5)  # the parent has files open before it forks
     loader = DataLoader(
-        CleanImages(source, 8), batch_size=3, num_workers=num_workers, collate_fn=lambda x: x
+        CleanImages(source, Preprocessing((8, 8))),
+        batch_size=3,
+        num_workers=num_workers,
+        collate_fn=lambda x: x,
     )
     shown = np.concatenate([batch.images[:, 0, 0, 0].numpy() for batch in loader])
     assert shown.tolist() == list(range(NUM_TRAIN))

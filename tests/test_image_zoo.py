@@ -17,6 +17,7 @@ from dino_lite.data.clean import clean
 from dino_lite.data.crops import MultiCrop
 from dino_lite.data.decode import decode, upright_size
 from dino_lite.data.exact import make_crops
+from dino_lite.data.preprocessing import Preprocessing
 from zoo import Encoded, chunk, gradient, luma, saved, tiff, zoo
 
 ZOO = sorted(zoo())
@@ -216,7 +217,7 @@ def test_tiny_and_long_images_are_cropped(height: int, width: int, channels: int
     assert pixels.shape == (height, width, channels)
     for index in range(20):
         cropped(pixels, index)
-    assert clean(pixels, 16).shape == (16, 16, channels)
+    assert clean(pixels, Preprocessing((16, 16))).shape == (16, 16, channels)
 
 
 def test_a_crop_of_one_pixel_has_its_color() -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.contracts import UserError
-from dino_lite.formats.safetensors import export_safetensors
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_importers import pretend_download, saved, with_config
 from test_rope import joined
 from test_vit import randomize
+from tiny import exported
 
 Weights = dict[str, Tensor]
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -214,9 +214,8 @@ def test_an_export_and_its_file_open_as_what_they_are(tmp_path: Path) -> None:
     """Our own names, with what stands beside them; a run starts from it."""
     source = RoPEViT(**SMALL, qkv_bias=True, mlp="swiglu", mask_token=True)  # type: ignore[arg-type]
     randomize(source)
-    told = {"normalize_mean": [0.5] * 3, "normalize_std": [0.2] * 3, "image_size": 32, "card": {}}
     x = torch.randn(2, 3, 32, 32)
-    export_safetensors(source, tmp_path / "out", **told, images=x)  # type: ignore[arg-type]
+    exported(source, tmp_path / "out")
     file = find_checkpoint(str(tmp_path / "out" / "model.safetensors"), tmp_path)
     for path in (find_checkpoint(str(tmp_path / "out"), tmp_path), file):
         about = open_backbone(path)
@@ -241,6 +240,71 @@ def test_a_timm_dinov3_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         found, wanted = joined(backbone(x)), model.forward_features(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------- what a number or a mask changes
+
+
+@pytest.mark.parametrize("form", ["hub", "hugging face"])
+def test_an_unmasked_bias_of_keys_is_used(form: str, tmp_path: Path) -> None:
+    """As timm's attention with three biases does."""
+    model = theirs(attn_type="rope")
+    weights = dict(model.state_dict())
+    apart, hub_biases = {}, {}
+    for name, value in weights.items():
+        if name.endswith("qkv.bias"):
+            query, key, bias = value.chunk(3)
+            stem = name.removesuffix("qkv.bias")
+            apart |= {f"{stem}q_bias": query, f"{stem}v_bias": bias}
+            index = name.split(".")[1]
+            hub_biases[f"layer.{index}.attention.k_proj.bias"] = key
+        else:
+            apart[name] = value
+    if form == "hub":
+        found = as_hub(apart)
+        for name in [n for n in found if n.endswith("qkv.bias_mask")]:
+            found[name] = torch.ones(144)
+            found[name.removesuffix("_mask")] = weights[name.removesuffix("_mask")]
+    else:
+        found = as_hugging_face(apart) | hub_biases
+    opened = open_weights(saved(found, tmp_path), num_heads=3)
+    assert opened.backbone.spec["key_bias"] is True
+    x = torch.randn(2, 3, 24, 40)
+    with torch.no_grad():
+        wanted = model.forward_features(x)
+    torch.testing.assert_close(joined(opened.backbone(x)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", [50.0, 10_000.0, 123.456])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_another_base_is_read_from_the_periods(base: float, rounded: bool, tmp_path: Path) -> None:
+    """Of a number that bfloat16 rounds only two digits are known."""
+    weights = as_hub(dict(theirs(rope_temperature=base).state_dict()))
+    periods = base ** (torch.arange(4) / 4)
+    weights["rope_embed.periods"] = periods.bfloat16() if rounded else periods
+    found = open_weights(saved(weights, tmp_path)).backbone.spec["rope_base"]
+    assert found == pytest.approx(base, rel=0.03 if rounded and base == 123.456 else 1e-5)
+
+
+@pytest.mark.parametrize("normalizer", ["max", "min"])
+def test_coordinates_are_normalized_as_the_file_beside_says(
+    normalizer: str, tmp_path: Path
+) -> None:
+    """timm's numbers on oblong images; others than the default differ there."""
+    model = theirs()
+    path = saved(as_hub(dict(model.state_dict())), tmp_path)
+    usual = open_weights(path).backbone
+    with_config(path, student={"pos_embed_rope_normalize_coords": normalizer})
+    backbone = open_weights(path).backbone
+    assert backbone.spec["rope_normalize_coords"] == normalizer
+    model.rope.normalize_coords = normalizer
+    for size in ((24, 40), (56, 16), (32, 32)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            wanted = model.forward_features(x)
+        torch.testing.assert_close(joined(backbone(x)), wanted, rtol=1e-4, atol=1e-4)
+        same = torch.allclose(joined(usual(x)), wanted, rtol=1e-4, atol=1e-4)
+        assert same == (size[0] == size[1])
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -269,12 +333,8 @@ def without(*names: str, **about: Any) -> Callable[[Path], Path]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a bias of keys": (
-        hub(blocks__0__attn__qkv__bias_mask=torch.ones(144)),
-        r"0 weights missing, 1 unknown.*blocks\.0\.attn\.qkv\.k_bias",
-    ),
-    "another base": (
-        hub(rope_embed__periods=10.0 ** (torch.arange(4) / 4)),
+    "periods of no base": (
+        hub(rope_embed__periods=torch.tensor([1.0, 3.0, 4.0, 90.0])),
         r"1 unknown.*rope_embed\.periods",
     ),
     "a second norm": (hub(cls_norm__weight=torch.ones(48)), r"1 unknown.*cls_norm\.weight"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval import knn as module
 from dino_lite.eval import neighbors
@@ -206,7 +206,7 @@ def shades(num: int, labeled: bool = True) -> ArraySource:
 @pytest.mark.parametrize("test", [shades(6), None, shades(6, labeled=False)])
 def test_a_backbone_is_measured_on_test_or_by_leave_one_out(test: ArraySource | None) -> None:
     """An untrained network tells dark from bright, on test where it has labels."""
-    data = CleanData(Splits(shades(20), test, "shades"), 16, Normalize(), batch_size=8)
+    data = CleanData(Splits(shades(20), test, "shades"), Preprocessing((16, 16)), batch_size=8)
     vit = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     result = KNN(ks=[3])(vit, FeatureStore(data))
     assert result["top1"] == 100.0
@@ -216,7 +216,9 @@ def test_a_backbone_is_measured_on_test_or_by_leave_one_out(test: ArraySource | 
 
 def test_data_without_labels_is_refused_before_any_work() -> None:
     """No feature is extracted where nothing could be scored."""
-    data = CleanData(Splits(shades(20, labeled=False), None, "x"), 16, Normalize(), batch_size=8)
+    data = CleanData(
+        Splits(shades(20, labeled=False), None, "x"), Preprocessing((16, 16)), batch_size=8
+    )
     vit = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     vit.forward = None  # type: ignore[assignment]
     with pytest.raises(UserError, match="labels"):

@@ -13,6 +13,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Crops, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.eval.curves import curves_picture, read_curve, running_mean
 from dino_lite.eval.heat import heat, overlay
@@ -110,11 +111,13 @@ def blue_and_orange(path: Path) -> tuple[bool, bool]:
 
 def test_frames_tell_same_class_from_another(tmp_path: Path) -> None:
     """Of two classes all neighbors together have both frames; without labels there is none."""
-    data = CleanData(Splits(stripes(12), stripes(6), "x"), 32, Normalize(), batch_size=8)
+    data = CleanData(Splits(stripes(12), stripes(6), "x"), Preprocessing((32, 32)), batch_size=8)
     bank, queries = pixel_features(data)
     neighbors_picture(bank, data, tmp_path / "test.png", queries)
     assert blue_and_orange(tmp_path / "test.png") == (True, True)
-    unlabeled = CleanData(Splits(stripes(12, False), None, "x"), 32, Normalize(), batch_size=8)
+    unlabeled = CleanData(
+        Splits(stripes(12, False), None, "x"), Preprocessing((32, 32)), batch_size=8
+    )
     neighbors_picture(pixel_features(unlabeled)[0], unlabeled, tmp_path / "none.png")
     assert blue_and_orange(tmp_path / "none.png") == (False, False)
 
@@ -122,7 +125,7 @@ def test_frames_tell_same_class_from_another(tmp_path: Path) -> None:
 def test_unreadable_images_do_not_shift_the_neighbors(tmp_path: Path) -> None:
     """Row 0 of the features is image 1 where image 0 is broken: its own color is on the sheet."""
     splits = Splits(first_broken(stripes(3, False)), None, "x")
-    data = CleanData(splits, 32, Normalize(), batch_size=8)
+    data = CleanData(splits, Preprocessing((32, 32)), batch_size=8)
     neighbors_picture(pixel_features(data)[0], data, tmp_path / "n.png", num_queries=1)
     assert {0x0AF500, 0x14EB00} <= colors_of(tmp_path / "n.png")
 

@@ -21,6 +21,7 @@ from dino_lite.data.clean import CleanImages
 from dino_lite.data.folder import open_folder
 from dino_lite.data.huggingface import open_huggingface
 from dino_lite.data.pack import write_shards
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.shards import open_shards
 from dino_lite.data.subset import Subset
 from images import sentence
@@ -113,7 +114,10 @@ def web(request: pytest.FixtureRequest, packed: Path, tmp_path: Path) -> Iterato
 def pixels(source: Source, num_workers: int) -> np.ndarray:
     """All images, read by so many workers."""
     loader = DataLoader(
-        CleanImages(source, 16), batch_size=2, num_workers=num_workers, collate_fn=lambda x: x
+        CleanImages(source, Preprocessing((16, 16))),
+        batch_size=2,
+        num_workers=num_workers,
+        collate_fn=lambda x: x,
     )
     batches = list(loader)
     assert not [bad for batch in batches for bad in batch.bad]

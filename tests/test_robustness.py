@@ -12,6 +12,7 @@ from dino_lite.config import compose
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.robustness import CORRUPTIONS, Robustness, blur, color, crop, noise
 from dino_lite.eval.store import FeatureStore
@@ -74,7 +75,7 @@ def test_noise_and_color_have_the_strength_they_are_given() -> None:
 
 
 def store(train: Any, test: Any = None) -> FeatureStore:
-    return FeatureStore(CleanData(Splits(train, test, "set"), 16, Normalize(), 4))
+    return FeatureStore(CleanData(Splits(train, test, "set"), Preprocessing((16, 16)), 4))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixel_labels import fitted, open_masks
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.eval.baselines import RawPixels
 from dino_lite.eval.segmentation import Segmentation, confusion, iou, iou_interval
 from dino_lite.eval.segmenter import (
@@ -60,7 +61,7 @@ def scenes(tmp_path: Path) -> Path:
 
 def store() -> FeatureStore:
     """Of other images than those that are segmented."""
-    return FeatureStore(CleanData(Splits(images(4), None, "set"), 16, Normalize(), 4))
+    return FeatureStore(CleanData(Splits(images(4), None, "set"), Preprocessing((16, 16)), 4))
 
 
 def segmentation(root: Path | None, **changes: Any) -> Segmentation:

@@ -23,8 +23,8 @@ from dino_lite.data.clean import CleanData
 from dino_lite.data.facts import read_facts
 from dino_lite.data.inspection import inspect
 from dino_lite.data.pack import write_shards
-from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixels import Pixels
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset
 from dino_lite.eval.store import content_key
@@ -166,7 +166,7 @@ def test_attributes_of_its_own_break_nothing(outside: Any, tmp_path: Path) -> No
 
     def outcome(splits: Splits, folder: Path) -> list[Any]:
         source = splits.train
-        data = CleanData(splits, 16, Normalize(), batch_size=4)
+        data = CleanData(splits, Preprocessing((16, 16)), batch_size=4)
         torch.manual_seed(0)
         write_shards(splits, folder)
         return [

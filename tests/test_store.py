@@ -15,7 +15,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.folder import open_folder
-from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset
 from dino_lite.distributed import alone
@@ -29,8 +29,7 @@ from tiny import photos
 
 
 def data_of(train: Any, test: Any = None, **changes: Any) -> CleanData:
-    settings = {"size": 16, "normalize": Normalize(), "batch_size": 4} | changes
-    return CleanData(Splits(train, test, "set"), **settings)
+    return CleanData(Splits(train, test, "set"), Preprocessing((16, 16))._replace(**changes), 4)
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def vit_of(seed: int, **kwargs: Any) -> ViT:
 
 
 def test_the_key_knows_all_that_features_depend_on(tmp_path: Path) -> None:
-    """Weights, images, labels, size, normalization, number of blocks; the same gives the same."""
+    """Weights, images, labels, preprocessing, number of blocks; the same gives the same."""
     source, backbone = images(4), vit_of(0)
 
     def key(backbone: Any = backbone, source: Any = source, **changes: Any) -> str:
@@ -119,8 +118,15 @@ def test_the_key_knows_all_that_features_depend_on(tmp_path: Path) -> None:
         key(vit_of(0, position_offset=0.1)),
         key(source=images(4)),
         key(source=others),
-        key(size=24),
-        key(normalize=Normalize((0.5,) * 3, (0.5,) * 3)),
+        key(size=(24, 24)),
+        key(size=(24, 16)),
+        key(mean=(0.5,) * 3),
+        key(std=(0.5,) * 3),
+        key(crop=0.9),
+        key(squash=True),
+        key(interpolation="bilinear"),
+        key(border=True),
+        key(rule="timm"),
         key(raw_pixels(data_of(source))),
     ]
     assert len(set(keys)) == len(keys)

@@ -16,9 +16,13 @@ from PIL import Image
 
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
+from dino_lite.contracts import Backbone
 from dino_lite.data.clean import CleanData
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Features, extract
+from dino_lite.formats.opened import Opened
+from dino_lite.formats.safetensors import SafeTensors
 
 TINY = {
     "data.num_train": 44,
@@ -76,6 +80,14 @@ def tiny_command(runs_dir: Path, *overrides: str) -> list[str]:
 def train(runs_dir: Path, *overrides: str, data: str = "shapes") -> Path:
     """Run it in this process; the run's folder."""
     return Path(run_pretrain(tiny(runs_dir, *overrides, data=data))["run"])
+
+
+def exported(backbone: Backbone, folder: Path, size: int = 32, **card: Any) -> Path:
+    """The backbone as `dino-lite export` writes it, unverified."""
+    folder.mkdir(parents=True, exist_ok=True)
+    how = Preprocessing((size, size), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    SafeTensors().write(Opened(backbone.eval(), how, card), folder)
+    return folder
 
 
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:

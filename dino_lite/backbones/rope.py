@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 from jaxtyping import Bool, Float
+from timm.layers.attention import AttentionRope
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -23,6 +24,9 @@ from dino_lite.settings.validate import checked
 # Factors between 1/value and value.
 Factor = Annotated[float, Must("a number of at least 1", lambda factor: factor >= 1)]
 
+# What a patch's row and column are divided by: rows and columns, or for both the larger or smaller.
+Normalizer = Literal["separate", "max", "min"]
+
 # Shared by all DINOv3 ViTs; the qkv biases are missing in the 7B model and zero in most others.
 _DINOV3: dict[str, Any] = {
     "num_registers": 4,
@@ -30,6 +34,8 @@ _DINOV3: dict[str, Any] = {
     "norm_eps": 1e-5,
     "qkv_bias": False,
     "rope_base": 100.0,
+    "rope_normalize_coords": "separate",
+    "key_bias": False,
 }
 
 
@@ -39,9 +45,11 @@ class RoPEViT(Transformer):
 
     `name` is a timm name, or "rope" with `embed_dim`, `depth` and `num_heads`; `mlp`, `mlp_ratio`,
     `num_registers`, `init_values`, `norm_eps`, `qkv_bias` and `rope_base` default to the named
-    model's or to DINOv3's. Parameter names are those of `ViT`; keys have no bias. Image sides may
-    be any multiple of the patch size. Stochastic depth is as in `ViT`. In training, the student's
-    coordinates are augmented as described in `RotaryPositions`.
+    model's or to DINOv3's. Parameter names are those of `ViT`; of the biases of `qkv_bias`, keys
+    have one only with `key_bias`, unlike DINOv3's. Image sides may be any multiple of the patch
+    size; `rope_normalize_coords` is how coordinates of oblong images are scaled. Stochastic depth
+    is as in `ViT`. In training, the student's coordinates are augmented. For both see
+    `RotaryPositions`.
     """
 
     kind = "rope"
@@ -60,14 +68,22 @@ class RoPEViT(Transformer):
         rope_rescale: Factor = 1.0,
         mask_token: bool = False,
         rope_base: Positive | None = None,
+        rope_normalize_coords: Normalizer | None = None,
+        key_bias: bool | None = None,
         **architecture: Annotated[Any, KeywordsOf(timm_vit)],
     ) -> None:
-        asked = architecture | {"rope_base": rope_base}
+        asked = architecture | {
+            "rope_base": rope_base,
+            "rope_normalize_coords": rope_normalize_coords,
+            "key_bias": key_bias,
+        }
         given = {key: value for key, value in asked.items() if value is not None}
         sizes: dict[str, Any] = {"patch_size": patch_size, "in_chans": in_chans}
         made_of = _DINOV3 | ({} if name == "rope" else sizes_of(name)) | given
-        base, qkv_bias = made_of.pop("rope_base"), made_of.pop("qkv_bias")
-        without: dict[str, Any] = {"img_size": patch_size, "pos_embed": "none", "qkv_bias": False}
+        base, normalizer = made_of.pop("rope_base"), made_of.pop("rope_normalize_coords")
+        qkv_bias, key_bias = made_of.pop("qkv_bias"), made_of.pop("key_bias")
+        without: dict[str, Any] = {"img_size": patch_size, "pos_embed": "none"}
+        without["qkv_bias"] = bool(qkv_bias and key_bias)
         model = timm_vit("vit", **sizes, **without, drop_path_rate=drop_path, **made_of)
         if not is_plain(model):
             raise UserError(
@@ -80,11 +96,12 @@ class RoPEViT(Transformer):
         for token in (self.cls_token, self.register_tokens):  # timm's std is 1e-6
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-        if qkv_bias:
+        if qkv_bias and not key_bias:
             for block in self.blocks:
                 block.attn.qkv = UnbiasedKeys(block.attn.qkv)
         width = self.embed_dim // self.blocks[0].attn.num_heads
-        self.positions = RotaryPositions(width, base, rope_shift, rope_jitter, rope_rescale)
+        moves = (rope_shift, rope_jitter, rope_rescale)
+        self.positions = RotaryPositions(width, base, *moves, normalizer)
 
     @classmethod
     def traits(cls, name: str = "rope", **settings: Any) -> Traits:
@@ -111,7 +128,9 @@ class RoPEViT(Transformer):
 
 class RotaryPositions(nn.Module):
     """Patch positions as angles 2π·coordinate/period; row and column coordinates are in [−1, 1] for
-    every grid, periods are geometrically spaced from 1 to just below `base`.
+    every grid, periods are geometrically spaced from 1 to just below `base`. With `normalizer`
+    "max" or "min", both are divided by the larger or the smaller side of the grid: an oblong grid
+    then begins at −1 too, but ends below or above 1.
 
     In training mode, coordinates are augmented once per pass with draws of the global generator:
     rows and columns are each shifted by up to ±`shift` and scaled by a factor between 1/`jitter`
@@ -127,6 +146,7 @@ class RotaryPositions(nn.Module):
         shift: NonNegative = 0.0,
         jitter: Factor = 1.0,
         rescale: Factor = 1.0,
+        normalizer: Normalizer = "separate",
     ) -> None:
         super().__init__()
         if width % 4:
@@ -134,7 +154,7 @@ class RotaryPositions(nn.Module):
                 f"backbone.num_heads: the width of a head is {width}, but RoPE needs a multiple of "
                 "4: choose another number of heads."
             )
-        self.width, self.base = width, base
+        self.width, self.base, self.normalizer = width, base, normalizer
         self.shift, self.jitter, self.rescale = shift, jitter, rescale
         self.moves = True
 
@@ -143,7 +163,11 @@ class RotaryPositions(nn.Module):
         precision of `like`, at least float32 even under autocast.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        axes = [torch.arange(0.5, size, dtype=dtype, device=like.device) / size for size in grid]
+        whole = {"max": (max(grid),) * 2, "min": (min(grid),) * 2}.get(self.normalizer, grid)
+        axes = [
+            torch.arange(0.5, size, dtype=dtype, device=like.device) / side
+            for size, side in zip(grid, whole, strict=True)
+        ]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
         if self.training and self.moves:
             offset, factor = self._draw().to(places, non_blocking=True)
@@ -182,7 +206,7 @@ def sizes_of(name: str) -> dict[str, Any]:
             '(vit_small_patch16_dinov3), or name="rope" with its sizes.'
         )
     block = model.blocks[0]
-    gated = not isinstance(block.mlp, Mlp)
+    gated, key_bias = not isinstance(block.mlp, Mlp), block.attn.qkv.bias is not None
     return {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
@@ -190,7 +214,9 @@ def sizes_of(name: str) -> dict[str, Any]:
         "num_registers": model.num_prefix_tokens - 1,
         "init_values": 0.0 if block.gamma_1 is None else _DINOV3["init_values"],
         "norm_eps": model.norm.eps,
-        "qkv_bias": block.attn.q_bias is not None,
+        "qkv_bias": key_bias or getattr(block.attn, "q_bias", None) is not None,
+        "key_bias": key_bias,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "rope_base": model.rope.temperature,
         **mlp_of(model.embed_dim, block.mlp.fc2.in_features, gated),
     }
@@ -207,7 +233,7 @@ def is_dinov3(model: Any) -> bool:
         and model.cls_token is not None
         and model.pos_embed is None
         and isinstance(model.norm_pre, nn.Identity)
-        and not isinstance(model.norm, nn.Identity)
+        and isinstance(model.norm, nn.LayerNorm)
         and all(_is_dinov3_block(block) for block in model.blocks)
     )
 
@@ -217,10 +243,10 @@ def _is_dinov3_block(block: Any) -> bool:
     mlp: Any = getattr(block, "mlp", None)
     return (
         type(block) is EvaBlock
-        and type(attn) is EvaAttention
+        and type(attn) in (EvaAttention, AttentionRope)
         and attn.qkv is not None
         and getattr(attn, "gate", None) is None
-        and all(isinstance(part, nn.Identity) for part in (attn.norm, attn.q_norm, attn.k_norm))
+        and isinstance(attn.norm, nn.Identity)
         and (block.gamma_1 is None) == (block.gamma_2 is None)
         and type(mlp) in (Mlp, GluMlp, SwiGLU)
         and isinstance(mlp.norm, nn.Identity)

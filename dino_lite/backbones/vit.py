@@ -4,6 +4,7 @@ drop path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dino_lite.backbones.blocks import DropPathBy, DropRate
 from dino_lite.backbones.transformer import Transformer, is_plain, timm_vit
 from dino_lite.contracts import Traits, UserError
-from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Size
+from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Sides, Size
 from dino_lite.settings.validate import checked
 
 
@@ -23,8 +24,9 @@ class ViT(Transformer):
     norm.
 
     `name` is a timm name, or "vit" with `embed_dim`, `depth` and `num_heads`; state-dict keys are
-    timm's, which are also those of DINO's releases. Image sides may be any multiple of the patch
-    size: positions are resampled. Stochastic depth `drop_path` grows linearly with depth (DINO,
+    timm's, which are also those of DINO's releases. `image_size`, in pixels per side or [rows,
+    columns], is that of the learned positions. Image sides may be any multiple of the patch size:
+    positions are resampled. Stochastic depth `drop_path` grows linearly with depth (DINO,
     section 3.2) unless `drop_path_uniform`; it drops single samples or, with `drop_path_by`
     "batch", a part of the batch, which saves its computation (DINOv2, section 5).
     `position_offset` and `position_antialias` select how the references resample positions (0.1
@@ -41,7 +43,7 @@ class ViT(Transformer):
     def __init__(
         self,
         name: str = "vit",
-        image_size: Size = 224,
+        image_size: Size | Sides = 224,
         patch_size: Size = 16,
         in_chans: Size = 3,
         drop_path: DropRate = 0.0,
@@ -54,6 +56,8 @@ class ViT(Transformer):
         **architecture: Annotated[Any, KeywordsOf(timm_vit)],
     ) -> None:
         architecture = {key: value for key, value in architecture.items() if value is not None}
+        rows, columns = sides_of(image_size)
+        image_size = rows if rows == columns else [rows, columns]
         spec: dict[str, Any] = {
             "name": name,
             "image_size": image_size,
@@ -63,18 +67,18 @@ class ViT(Transformer):
             "position_antialias": position_antialias,
             **architecture,
         }
-        if image_size % patch_size:
+        if rows % patch_size or columns % patch_size:
             raise UserError(
                 f"backbone: image_size={image_size} must be a multiple of patch_size={patch_size}."
             )
         sizes: dict[str, Any] = {
-            "img_size": image_size,
+            "img_size": (rows, columns),
             "patch_size": patch_size,
             "in_chans": in_chans,
         }
         model = timm_vit(name, num_registers, **sizes, drop_path_rate=drop_path, **architecture)
-        self.grid = (image_size // patch_size, image_size // patch_size)
-        if not (is_plain(model) and _has_positions(model, self.grid[0] ** 2)):
+        self.grid = (rows // patch_size, columns // patch_size)
+        if not (is_plain(model) and _has_positions(model, self.grid[0] * self.grid[1])):
             raise UserError(
                 f"backbone.name={name} is not a plain vision transformer with one class token and "
                 "learned positions: choose the timm name of one (vit_small_patch16_224), "
@@ -130,6 +134,12 @@ class ViT(Transformer):
             }
         sampled = F.interpolate(cells, mode="bicubic", antialias=self.position_antialias, **size)
         return sampled.flatten(2).transpose(1, 2)
+
+
+def sides_of(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of images of `image_size`, which may be one number for both."""
+    rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return rows, columns
 
 
 def _with_class_position(

@@ -11,7 +11,7 @@ import torch
 
 from dino_lite.callbacks.progress import run_fraction
 from dino_lite.contracts import Backbone, Source
-from dino_lite.data.clean import CleanData
+from dino_lite.data.clean import CleanData, preprocessing_of
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
@@ -106,7 +106,8 @@ class OnlineEval(pl.Callback):
         """Features of the same images each time, decoded once if they fit in memory."""
         if self._source is None:
             some = Subset(source, spread(len(source), self.max_images))
-            fits = len(some) * len(data.normalize.mean) * data.size**2 <= _MOST_BYTES
+            channels = len(data.preprocessing.mean)
+            fits = len(some) * channels * math.prod(data.preprocessing.size) <= _MOST_BYTES
             self._source = in_memory(some, data) if fits else some
         return extract(backbone, data, self._source, device_of(backbone))
 
@@ -137,9 +138,8 @@ class OnlineEval(pl.Callback):
 def clean_data(trainer: pl.Trainer) -> CleanData:
     """The run's data without augmentation, at the size of the global crops."""
     data = cast(Any, trainer).datamodule
-    return CleanData(
-        data.splits, data.multi_crop.global_size, data.normalize, _BATCH_SIZE, data.num_workers
-    )
+    how = preprocessing_of(data.multi_crop.global_size, data.normalize)
+    return CleanData(data.splits, how, _BATCH_SIZE, data.num_workers)
 
 
 def in_memory(source: Source, data: CleanData) -> ArraySource:

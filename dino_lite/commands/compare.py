@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     name: str
     checkpoint: str | None
-    image_size: int
+    image_size: int | str
     results: dict[str, dict[str, Any]]  # by evaluation
 
 
@@ -121,7 +121,7 @@ def measure_all(
     rows: list[Row] = []
     known: dict[tuple[str, str], Row] = {}
     for name, subject in subjects.items():
-        size = subject.store.data.size
+        size = subject.store.data.preprocessing.pixels
         keep = partial(_keep, kept, name, subject)
         with named(name):
             results = measure(subject.backbone, subject.store, evaluations, keep)

@@ -35,7 +35,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     subject = open_subject(config, checkpoint, evaluations)
     data = subject.store.data
     if rank() == 0:
-        title = f"{subject.checkpoint} on {data.splits.name}, {data.size} pixels"
+        title = f"{subject.checkpoint} on {data.splits.name}, {data.preprocessing.pixels} pixels"
         print("\n".join([*subject.notes, title]), flush=True)
     results: dict[str, dict[str, Any]] = {}
     try:

@@ -1,5 +1,5 @@
-"""`dino-lite export`: writes the teacher's backbone in other formats, then loads each file and
-compares its outputs on real images.
+"""`dino-lite export`: writes the teacher's backbone in formats of other programs. Each is read back
+without dino_lite, and compared on real images, before it takes its place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dino_lite.backbones.compact import Compact, compacted
 from dino_lite.config import Config, command, compose, instantiate
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
-from dino_lite.data.photometric import Normalize
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import extract
+from dino_lite.formats.format import Format
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.publish import check_target, publish
+from dino_lite.formats.verify import Original, demand_packages
 from dino_lite.machine import pick_accelerator
 from dino_lite.planning.checks import check_values
+from dino_lite.report.origin import training
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
@@ -29,43 +32,59 @@ _MOST_FITTED, _BATCH = 10_000, 64  # training images that the principal componen
 
 
 def export(*overrides: str) -> dict[str, Any]:
-    """Export as `dino-lite export OVERRIDES` does; returns folder and largest error by format."""
+    """Export as `dino-lite export OVERRIDES` does; returns what each format's export.json says,
+    with "directory" and "largest_difference".
+    """
     return run_export(compose("export", overrides))
 
 
 def run_export(config: Config) -> dict[str, Any]:
-    """Write all formats, and print how much their tokens differ from the teacher's."""
+    """Write all formats, and print how much their tokens differ from the teacher's.
+
+    What can be refused before anything is written is. Later a format that cannot be written does
+    not keep others from being written; UserError then names it at the end.
+    """
     config = check_values(absolute_paths(config), auto=False)
+    formats: dict[str, Format] = {n: instantiate(node) for n, node in config["format"].items()}
+    if not formats:
+        raise UserError("format=[]: name at least one format, as in format=[safetensors].")
+    demand_packages(formats)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
-    folder = _folder(config, checkpoint)
-    opened = open_backbone(checkpoint, config["trust"])
+    targets = _targets(config, checkpoint, [*formats])
+    for target in targets.values():
+        check_target(target)
+    opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     for note in opened.notes:
         print(note)
     splits = open_data(asked_data(config, checkpoint, opened), opened)
-    normalize = Normalize(opened.mean, opened.std)
-    data = CleanData(splits, opened.image_size, normalize, batch_size=_NUM_IMAGES)
+    data = CleanData(splits, opened.preprocessing, batch_size=_NUM_IMAGES)
     images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
-    backbone, suffix = opened.backbone, ""
+    card = training(checkpoint, opened)
     if config["compact"] is not None:
-        backbone = _compact(config, opened, splits)
-        suffix = f"_{config['compact']}{'_whitened' if config['whiten'] else ''}"
-    beside = len(config["format"]) > 1 or not config["out"]
+        opened = opened._replace(backbone=_compact(config, opened, splits))
+    opened = opened._replace(backbone=opened.backbone.float(), card=card)
+    original = Original(opened.backbone, images)
     written: dict[str, Any] = {}
-    for name, node in config["format"].items():
-        written[name] = instantiate(node)(
-            backbone,
-            folder / f"{name}{suffix}" if beside else folder,
-            normalize_mean=opened.mean,
-            normalize_std=opened.std,
-            image_size=opened.image_size,
-            card=opened.card | {"checkpoint": checkpoint.title},
-            images=images,
-        )
+    refused: dict[str, UserError] = {}
+    for name, form in formats.items():
+        try:
+            found = publish(form, opened, targets[name], original, config["license"])
+        except UserError as error:
+            refused[name] = error
+            continue
+        written[name] = found
         print(
-            f"{name}: {written[name]['directory']} (largest difference of tokens on "
-            f"{count(len(images), 'image')}: "
-            f"{written[name]['largest_difference']:.1e})"
+            f"{name}: {found['directory']} (largest difference of tokens on "
+            f"{count(len(images), 'image')}, of their root mean square: "
+            f"{found['largest_difference']:.1e})",
+            flush=True,
         )
+    if len(formats) == 1 and refused:
+        raise next(iter(refused.values()))
+    if refused:
+        rest = f"{' and '.join(written)} written" if written else "nothing was written"
+        told = "; ".join(f"{name}: {str(error).rstrip('.')}" for name, error in refused.items())
+        raise UserError(f"{count(len(refused), 'format')} failed, {rest}: {told}.")
     return written
 
 
@@ -80,19 +99,26 @@ def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:
     if isinstance(whole, Compact):
         raise UserError("compact= is for a whole backbone, and this export is compact already.")
     some = Subset(splits.train, spread(len(splits.train), _MOST_FITTED))
-    data = CleanData(splits, opened.image_size, Normalize(opened.mean, opened.std), _BATCH)
+    data = CleanData(splits, opened.preprocessing, _BATCH)
     device = torch.device(pick_accelerator("auto", "accelerator"))
     features = extract(whole.to(device), data, some, device, "features").features
     return compacted(whole.to("cpu"), features, width, bool(config["whiten"]))
 
 
-def _folder(config: Config, checkpoint: Checkpoint) -> Path:
-    """The folder to write to: `out`, else a folder in the run."""
+def _targets(config: Config, checkpoint: Checkpoint, names: list[str]) -> dict[str, Path]:
+    """The folder of each format: below `out`, which is that of a single one, else in the run."""
+    suffix = ""
+    if config["compact"] is not None:
+        suffix = f"_{config['compact']}{'_whitened' if config['whiten'] else ''}"
     if config["out"]:
-        return Path(config["out"]).expanduser()
-    if checkpoint.run is None:
+        out = Path(config["out"]).expanduser().absolute()
+        if len(names) == 1:
+            return {names[0]: out}
+    elif checkpoint.run is None:
         raise UserError(f"{checkpoint} is not part of a run: give the folder to write, out=FOLDER.")
-    return checkpoint.run.folder / "export"
+    else:
+        out = checkpoint.run.folder / "export"
+    return {name: out / f"{name}{suffix}" for name in names}
 
 
 @command("export")

@@ -34,7 +34,7 @@ def run_report(config: Config) -> Path:
             _draw_missing(checkpoint, config)
         except UserError as error:
             missing.append(f"Pictures could not be drawn: {error}")
-    story = read_story(checkpoint, config["trust"])
+    story = read_story(checkpoint, config["trust"], config["checkpoint_layout"])
     story = story._replace(missing=[*story.missing, *missing])
     write_text(path, page(story, datetime.now()))
     print(f"written to {path}")
@@ -60,7 +60,9 @@ def _draw_missing(checkpoint: Checkpoint, asked: Config) -> None:
     }
     if missing:
         config = compose("evaluate", [quote_override(f"runs_dir={asked['runs_dir']}")])
-        subject = open_subject(config | {"trust": asked["trust"]}, checkpoint, {})
+        subject = open_subject(
+            config | {key: asked[key] for key in ("trust", "checkpoint_layout")}, checkpoint, {}
+        )
         drawn = draw_all(subject.backbone, subject.store, folder, missing, print)
         print(f"drawn into {folder}: {', '.join(path.name for path in drawn.values())}")
 

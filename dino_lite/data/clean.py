@@ -14,29 +14,40 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import reason
 from dino_lite.data.workers import worker_context
 
 
-def clean(image: UInt8[np.ndarray, "H W C"], size: int) -> UInt8[np.ndarray, "size size C"]:
-    """Center crop: shorter side to round(size·256/224), bicubic, then cropped to size x size.
-
-    At 224 px this is the published protocol (Caron et al. 2021, appendix). An image that already is
-    size x size is returned unchanged.
-    """
+def clean(
+    image: UInt8[np.ndarray, "H W C"], how: Preprocessing
+) -> UInt8[np.ndarray, "rows columns C"]:
+    """The image resized and cropped as `how` says."""
     height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    if how.rule == "dino_lite" and (height, width) == how.size:
         return image
-    shorter, target = min(width, height), round(size * 256 / 224)
-    # The longer side is rounded down, as in torchvision's Resize.
-    width, height = target * width // shorter, target * height // shorter
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return by_channel(
+    (rows, columns), size = how.resized(height, width), how.size
+    top, left = how.corner(rows, columns)
+    method = Image.Resampling[how.interpolation.upper()]
+    found = by_channel(
         image,
-        lambda part: part.resize((width, height), Image.Resampling.BICUBIC).crop(
-            (left, top, left + size, top + size)
+        lambda part: part.resize((columns, rows), method).crop(
+            (left, top, left + size[1], top + size[0])
         ),
     )
+    if not how.border:
+        return found
+    filled = np.empty_like(found)
+    filled[:] = [round(255 * value) for value in how.mean]
+    inside = (slice(max(-top, 0), rows - top), slice(max(-left, 0), columns - left))
+    filled[inside] = found[inside]
+    return filled
+
+
+def preprocessing_of(size: int, normalize: Normalize) -> Preprocessing:
+    """The published protocol at `size` x `size` pixels with the normalization of a run."""
+    mean, std = (tuple(values.tolist()) for values in (normalize.mean, normalize.std))
+    return Preprocessing((size, size), mean, std)
 
 
 def by_channel(
@@ -63,8 +74,8 @@ class Batch(NamedTuple):
 class CleanImages(Dataset[Batch]):
     """Reads a list of images at a time and applies `clean`. Labels are -1 for unlabeled sources."""
 
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Source, preprocessing: Preprocessing) -> None:
+        self.source, self.preprocessing = source, preprocessing
 
     def __len__(self) -> int:
         return len(self.source)
@@ -74,13 +85,15 @@ class CleanImages(Dataset[Batch]):
         self.source.prefetch(indices)
         for index in indices:
             try:
-                images.append(clean(self.source.read(index), self.size))
+                images.append(clean(self.source.read(index), self.preprocessing))
             except (OSError, ValueError) as error:
                 bad.append((index, reason(error)))
                 continue
             read.append(index)
             labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
-        pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 1), np.uint8)
+        pixels = (
+            np.stack(images) if images else np.empty((0, *self.preprocessing.size, 1), np.uint8)
+        )
         channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         rows = torch.tensor([labels, read], dtype=torch.int64)
         return Batch(channels_first, rows[0], rows[1], bad)
@@ -93,14 +106,16 @@ class CleanData:
     """
 
     def __init__(
-        self, splits: Splits, size: int, normalize: Normalize, batch_size: int, num_workers: int = 0
+        self, splits: Splits, preprocessing: Preprocessing, batch_size: int, num_workers: int = 0
     ) -> None:
-        if min(size, batch_size) < 1 or num_workers < 0:
+        if min(*preprocessing.size, batch_size) < 1 or num_workers < 0:
             raise UserError(
-                f"An evaluation at size {size}, batch_size {batch_size} and num_workers "
-                f"{num_workers} is impossible: the first two must be above 0, the last not below."
+                f"An evaluation at size {preprocessing.pixels}, batch_size {batch_size} and "
+                f"num_workers {num_workers} is impossible: the first two must be above 0, the last "
+                "not below."
             )
-        self.splits, self.size, self.normalize = splits, size, normalize
+        self.splits, self.preprocessing = splits, preprocessing
+        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.bad: dict[str, str] = {}
 
@@ -123,7 +138,7 @@ class CleanData:
     def read(self, source: Source, pin: bool = False) -> Iterator[Batch]:
         """uint8 images on the host, in order; batches without a readable image are skipped."""
         loader = DataLoader(
-            CleanImages(source, self.size),
+            CleanImages(source, self.preprocessing),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             multiprocessing_context=worker_context(self.num_workers),

@@ -74,6 +74,17 @@ def decode(
         )
 
 
+def decode_image(image: Image.Image, pixels: Pixels | int = 3) -> UInt8[np.ndarray, "H W C"]:
+    """As `decode`, of an image that Pillow has opened or made. Raises as `decode` does."""
+    settings = as_pixels(pixels)
+    with _reasons():
+        _check_pixels(image.width * image.height)
+        alpha = settings.background is not None
+        samples, _, left = pil.load(image, None, settings, alpha, False)
+        size = pil.stored_size(image)
+        return _finished(_Read(samples, Header("", image.mode, left, size), left), settings)
+
+
 def look(file: File, pixels: Pixels | int = 3, min_pixels: int | None = None) -> Look:
     """As `decode`, with what `check` tells of an image. Raises as `decode` does."""
     settings = as_pixels(pixels)

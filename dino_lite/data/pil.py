@@ -147,8 +147,9 @@ def load(
     Returns their orientation too, and the one that they still have: Pillow turns TIFFs itself.
     """
     tags: Any = getattr(image, "tag_v2", None)
-    kinds = {str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in image.tile}
-    places = [tile[2] for tile in image.tile if tile[0] in ("raw", "ppm")]
+    tiles = getattr(image, "tile", ())  # none, if it was not read from a file
+    kinds = {str(tile[3][0] if isinstance(tile[3], tuple) else tile[3]) for tile in tiles}
+    places = [tile[2] for tile in tiles if tile[0] in ("raw", "ppm")]
     if tags is None:
         stored: dict[int, Any] = {}
         multiplied = image.mode == "La"

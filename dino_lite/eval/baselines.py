@@ -177,17 +177,18 @@ def baseline_table(results: Mapping[str, Any]) -> str:
 
 def baselines_of(backbone: Backbone, data: CleanData, seed: int) -> list[Baseline]:
     """Raw pixels, and the same network with fresh weights drawn from `seed`."""
-    scale = [*data.normalize.mean.tolist(), *data.normalize.std.tolist()]
+    size = [*data.preprocessing.size, *data.preprocessing.geometry]
+    scale = [*data.preprocessing.mean, *data.preprocessing.std]
     device = device_of(backbone)
     return [
         Baseline(
             "raw pixels",
-            json.dumps([data.size, backbone.patch_size, backbone.in_chans]),
+            json.dumps([size, backbone.patch_size, backbone.in_chans]),
             lambda: raw_pixels(data, backbone.patch_size).to(device),
         ),
         Baseline(
             "untrained",
-            json.dumps([backbone.stored_spec(), data.size, scale]),
+            json.dumps([backbone.stored_spec(), size, scale]),
             lambda: untrained(backbone, seed),
         ),
     ]

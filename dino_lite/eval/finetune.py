@@ -111,7 +111,12 @@ class Finetune(Evaluation):
         optimizer = torch.optim.AdamW(groups, lr=0.0)
         base = scale_rate(self.rate, batch_size, "linear")
         schedule = Cosine(base, 0.0, warmup=self.warmup)
-        crops = RandomCrops(labeled.train, data.size, self.scale, self.seed)
+        if (size := data.preprocessing.size[0]) != data.preprocessing.size[1]:
+            raise UserError(
+                f"finetune takes square crops, and these weights images of "
+                f"{data.preprocessing.pixels} pixels: give the side in pixels as image_size=."
+            )
+        crops = RandomCrops(labeled.train, size, self.scale, self.seed)
         generator = np.random.default_rng(self.seed)
         batches = random_batches(crops, batch_size, self.num_epochs, self.seed, data.num_workers)
         for step, batch in enumerate(metered(batches, total, "training", "steps")):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dino_lite.contracts import Backbone, Source, Splits, UserError
 from dino_lite.data.clean import CleanData
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import alone, rank
 from dino_lite.eval.features import Features, device_of, dtype_of
@@ -72,15 +73,16 @@ def draw_on_all_ranks(
 
 def draw_attention(backbone: Backbone, store: FeatureStore, path: Path) -> None:
     """Attention maps of six images, at evaluation size."""
-    images = some_images(backbone, store.data, 6, store.data.size)
+    images = some_images(backbone, store.data, 6, store.data.preprocessing)
     attention_picture(backbone, images, path, store.data.normalize)
 
 
 def draw_components(backbone: Backbone, store: FeatureStore, path: Path) -> None:
     """Principal components of eight images with at least 32 patches per side."""
-    data, patch = store.data, backbone.patch_size
-    size = max(data.size, _PATCHES * patch)
-    pca_picture(backbone, some_images(backbone, data, 8, size), path, data.normalize)
+    data, least = store.data, _PATCHES * backbone.patch_size
+    rows, columns = data.preprocessing.size
+    large = data.preprocessing.at((max(rows, least), max(columns, least)))
+    pca_picture(backbone, some_images(backbone, data, 8, large), path, data.normalize)
 
 
 def draw_neighbors(backbone: Backbone, store: FeatureStore, path: Path) -> None:
@@ -114,12 +116,12 @@ def draw_map(backbone: Backbone, store: FeatureStore, path: Path) -> None:
 
 
 def some_images(
-    backbone: Backbone, data: CleanData, num: int, size: int
+    backbone: Backbone, data: CleanData, num: int, preprocessing: Preprocessing
 ) -> Float[Tensor, "n C H W"]:
-    """Evenly spread images of test (with one split, of train), normalized, size x size."""
+    """Evenly spread images of test (with one split, of train), normalized."""
     source = asked(data.splits)
     part = Subset(source, spread(len(source), num))
-    few = CleanData(Splits(part, None, data.splits.name), size, data.normalize, num)
+    few = CleanData(Splits(part, None, data.splits.name), preprocessing, num)
     device = device_of(backbone)
     images = [images for images, _ in few.batches(part, device, dtype_of(backbone))]
     if not images:

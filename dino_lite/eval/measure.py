@@ -28,7 +28,11 @@ def measure(
         started, data = time.monotonic(), store.data
         with named(name):
             found = evaluation(backbone, store)
-        about = {"data": data.splits.name, "image_size": data.size, "unreadable": len(data.bad)}
+        about = {
+            "data": data.splits.name,
+            "image_size": data.preprocessing.pixels,
+            "unreadable": len(data.bad),
+        }
         found = about | found  # an evaluation with images of its own sets these keys itself
         results[name] = found | {"seconds": round(time.monotonic() - started, 2)}
         made(name, results[name])

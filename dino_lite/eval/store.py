@@ -30,7 +30,7 @@ class FeatureStore:
     """Extracts and caches features for evaluations; `data` is for those that need images.
 
     Features are kept in memory and, given `folder`, on disk, under a key of everything they depend
-    on: weights, images, size, normalization. Each rank extracts its part of the images; all ranks
+    on: weights, images, preprocessing. Each rank extracts its part of the images; all ranks
     get all. `num_blocks`: at least this many are kept, for later evaluations.
     """
 
@@ -142,12 +142,14 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
     """32 hex digits over everything that features depend on, except the number of blocks."""
     total = blake2b(digest_size=16)
     about: list[Any] = [
-        *(_FORMAT, backbone.stored_spec(), str(dtype_of(backbone)), data.size),
+        *(_FORMAT, backbone.stored_spec(), str(dtype_of(backbone)), data.preprocessing.pixels),
         *(data.normalize.mean.tolist(), data.normalize.std.tolist()),
         *(len(source), source.digest(), source.name(0), source.name(len(source) - 1)),
     ]
     if source.pixels is not None and any(source.pixels[1:]):  # channels are those of normalize
         about.append([*source.pixels[1:]])
+    if data.preprocessing.geometry:  # of other programs
+        about.append([*data.preprocessing.geometry])
     total.update(json.dumps(about).encode())
     total.update(b"" if source.labels is None else source.labels.tobytes())
     total.update(_stamps(source))

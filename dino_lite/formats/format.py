@@ -15,7 +15,7 @@ class Claim(NamedTuple):
 
     `load` and `run` are lines of Python: `load` defines what `run` needs, given `folder` (str);
     `run` computes `cls` "n D" and `patches` "n P E" of `pixels`, normalized float32 "n C H W" as a
-    torch tensor. The model card shows the same lines.
+    torch tensor, without gradients. The model card shows the same lines.
     """
 
     load: str
@@ -23,13 +23,19 @@ class Claim(NamedTuple):
     sizes: tuple[tuple[int, int], ...]  # rows and columns in pixels; first that of the training
     any_size: bool = False  # whether other sizes may be used too, in steps of the patch size
     tolerance: float = 1e-4  # largest difference, relative to the tokens' root mean square
+    title: str = ""  # tells the claims of a format apart: "float16"
+    read: str = ""  # lines that define `pixels` of image.jpg, for the card; "": by torchvision
 
 
 class Format(ABC):
-    """A way to write a backbone for other programs; configured by conf/format/NAME.yaml."""
+    """A way to write a backbone for other programs; configured by conf/format/NAME.yaml. The folder
+    also gets README.md and export.json, so a format writes no files of these names.
+    """
 
     name: ClassVar[str]  # of the folder below export/
     packages: ClassVar[tuple[str, ...]] = ()  # to install for writing or reading it
+    library: ClassVar[str] = ""  # what reads it, as the Hub names libraries; "": as the format
+    own: ClassVar[bool] = False  # read by dino_lite, so its claims are checked in this process
 
     @abstractmethod
     def write(self, opened: Opened, folder: Path) -> list[Claim]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,13 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.transformer import mlp_of
 from dino_lite.contracts import UserError
 from dino_lite.formats.convnets import convnet_spec
-from dino_lite.formats.dinov3 import BASE as DINOV3_BASE
-from dino_lite.formats.dinov3 import DINOV3
+from dino_lite.formats.dinov3 import DINOV3, rotation_of
+from dino_lite.formats.grids import STEM, Grid, grid_of, told_sizes
 from dino_lite.formats.hugging_face import HUGGING_FACE
 from dino_lite.formats.hugging_face_convnets import HUGGING_FACE_CONVNETS
 from dino_lite.formats.meta_convnets import META_CONVNETS
 from dino_lite.formats.owner import Owner, Read, Tensors
-from dino_lite.formats.plain import PLAIN
+from dino_lite.formats.plain import PLAIN, check_layout
 from dino_lite.formats.timm_convnets import TIMM_CONVNETS
 from dino_lite.formats.timm_names import EVA
 from dino_lite.formats.torchvision_names import TORCHVISION
@@ -29,10 +28,9 @@ LOOKED_FOR = (
     "Hugging Face name them, and for a ResNet or ConvNeXt as torchvision, timm, DINOv3 and Hugging "
     "Face name it, under any prefix"
 )
-STEM = "patch_embed.proj.weight"  # "D C p p": the only weight that depends on image channels
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_AVERAGED = re.compile(r"teacher|(?:^|[._])ema[._]")
+_AVERAGED = re.compile(r"teacher|momentum_backbone|(?:^|[._])ema[._]")
 # Heads by width of ViT-H, g and G (Zhai et al. 2022); others have heads of width 64.
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
 
@@ -50,6 +48,7 @@ class Found(NamedTuple):
     read: Read
     prefix: str
     adapted: list[str]  # our names of weights whose values differ from the file's
+    grid: Grid | None = None  # of learned positions
 
     @property
     def weights(self) -> Tensors:
@@ -69,28 +68,45 @@ def find_backbone(tensors: Tensors, about: dict[str, Any]) -> Found | None:
         if not prefixes:
             continue
         prefix = _teachers(prefixes)
-        own = {n.removeprefix(prefix): tensors[plain[n]] for n in plain if n.startswith(prefix)}
-        read = owner.read(own, about)
+        taken = [n for n in plain if n.startswith((prefix, owner.bare or prefix))]
+        own = {n.removeprefix(prefix): tensors[plain[n]] for n in taken}
+        read = owner.read(own, about | {"prefix": prefix})
         if read is not None:
-            return _found(read, prefix, plain, tensors)
+            check_layout(read.owner, about)
+            return _found(read, prefix, {plain[n]: n for n in taken}, tensors, about)
     return None
 
 
-def _found(read: Read, prefix: str, plain: dict[str, str], tensors: Tensors) -> Found:
+def _found(
+    read: Read, prefix: str, taken: dict[str, str], tensors: Tensors, about: dict[str, Any]
+) -> Found:
     weights = {n: v for n, v in read.weights.items() if not n.startswith(_OTHER_TASKS)}
     heads = {prefix + name for name in read.weights.keys() - weights.keys()}
     left = heads | {prefix + name for name in read.unused}
-    unused = [plain[n] for n in plain if not n.startswith(prefix) or n in left]
-    positions = weights.get("pos_embed")
-    if positions is not None and isqrt(positions.shape[1]) ** 2 == positions.shape[1] > 1:
-        # No position for the class token: timm's ViTs with registers, DeiT III.
+    unused = [name for name in tensors if name not in taken or taken[name] in left]
+    grid, why = grid_of(weights, about), read.why
+    if grid is not None and not grid.with_class:  # timm's ViTs with registers, DeiT III
         none = torch.zeros_like(weights["cls_token"])
-        weights["pos_embed"] = torch.cat([none, positions], dim=1)
+        weights["pos_embed"] = torch.cat([none, weights["pos_embed"]], dim=1)
+        why = "; ".join(filter(None, (why, grid.doubt)))
+    _join_biases(weights)
     if "mask_token" in weights and weights["mask_token"].ndim > 2:
         weights["mask_token"] = weights["mask_token"].reshape(1, -1)
     kept = {id(value) for value in tensors.values()}
     adapted = [name for name, value in weights.items() if id(value) not in kept]
-    return Found(read._replace(weights=weights, unused=unused), prefix, adapted)
+    read = read._replace(weights=weights, unused=unused, why=why)
+    return Found(read, prefix, adapted, grid)
+
+
+def _join_biases(weights: Tensors) -> None:
+    """Where keys have a bias, the biases of queries, keys and values become one, as in ViT."""
+    if not any(name.endswith("qkv.k_bias") for name in weights):
+        return
+    for stem in {name[:-6] for name in weights if name.endswith(("qkv.q_bias", "qkv.k_bias"))}:
+        own = [weights.pop(f"{stem}{which}_bias", None) for which in "qkv"]
+        like = next(bias for bias in own if bias is not None)
+        parts = [torch.zeros_like(like) if bias is None else bias for bias in own]
+        weights[f"{stem}bias"] = torch.cat(parts)
 
 
 def own_weights(tensors: Tensors, first: str) -> Found:
@@ -128,8 +144,7 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
             "be opened."
         )
     width, (hidden, gated) = weights["cls_token"].shape[-1], _mlp_shape(weights)
-    cells = 0 if rope else weights["pos_embed"].shape[1] - 1
-    _check_architecture(weights, about, asked, cells, "silu" if rope and gated else "gelu")
+    _check_architecture(found, about, asked, "silu" if rope and gated else "gelu")
     blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
     scaled, patch = f"{first}ls1.gamma" in weights, weights[STEM].shape[-1]
     spec: dict[str, Any] = {
@@ -148,21 +163,22 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
         **mlp_of(width, hidden, gated),
     }
     if rope:
-        base = about.get("rope_theta", DINOV3_BASE)
-        spec |= {"kind": "rope", "name": "rope", "rope_base": base}
+        spec |= {"kind": "rope", "name": "rope", **rotation_of(about, found.read.spec)}
         spec["init_values"] = float(scaled)  # None would mean DINOv3's default
-    else:
-        spec["image_size"] = isqrt(cells) * patch
+        if f"{first}attn.qkv.bias" in weights:
+            spec["key_bias"] = True
+    elif found.grid is not None:
+        rows, columns = found.grid.rows * patch, found.grid.columns * patch
+        spec["image_size"] = rows if rows == columns else [rows, columns]
         spec |= {k: v for k, v in found.read.spec.items() if k.startswith("position_")}
     return spec | overrides
 
 
-def _check_architecture(
-    weights: dict[str, Tensor], about: dict[str, Any], asked: str, cells: int, usual: str
-) -> None:
+def _check_architecture(found: Found, about: dict[str, Any], asked: str, usual: str) -> None:
     """Raise UserError if `about` contradicts the weights, or our transformers do not support the
     architecture; `usual` is their activation.
     """
+    weights = found.weights
     width, patch = weights["cls_token"].shape[-1], weights[STEM].shape[-2:]
     for word in ("hidden_size", "embed_dim"):
         if about.get(word, width) != width:
@@ -171,10 +187,17 @@ def _check_architecture(
                 f"{about[word]}: it belongs to other weights; remove it."
             )
     act = about.get("hidden_act", usual)
-    if isqrt(cells) ** 2 != cells or patch[0] != patch[1] or act != usual:
+    if patch[0] != patch[1] or act != usual:
         raise UserError(
-            f"{asked} is not a ViT with {usual}, square patches and a square grid ({cells} "
-            f"positions, patches of {tuple(patch)}, {act}), and others cannot be opened."
+            f"{asked} is not a ViT with {usual} and square patches (patches of {tuple(patch)}, "
+            f"{act}), and others cannot be opened."
+        )
+    if "pos_embed" in weights and found.grid is None:
+        told = " or ".join(f"{rows}x{columns}" for rows, columns in told_sizes(about))
+        raise UserError(
+            f"{asked} has {weights['pos_embed'].shape[1]} positions, and their number does not "
+            f"tell their grid{f' (it is not that of {told} pixels)' if told else ''}: write "
+            '{"image_size": [ROWS, COLUMNS]} of its images into NAME.json next to the file NAME.'
         )
 
 

@@ -18,6 +18,7 @@ class Fit(NamedTuple):
     num_weights: int
     unused: list[str]  # the file's names
     adapted: list[str]  # our names of weights whose values had to be adapted
+    said: tuple[str, ...] = ()  # one clause on each conversion, and on what starts fresh
 
     def notes(self, spec: dict[str, Any]) -> tuple[str, ...]:
         """One clause each on what matched, the `spec`, and what was unused or adapted."""
@@ -29,7 +30,7 @@ class Fit(NamedTuple):
             notes.append(f"left unused: {_summary(self.unused, 2)}")
         if self.adapted:
             notes.append(f"adapted: {_summary(self.adapted, 4)}")
-        return tuple(notes)
+        return (*notes, *self.said)
 
 
 class Opened(NamedTuple):
@@ -44,6 +45,7 @@ class Opened(NamedTuple):
     card: dict[str, Any]
     data: dict[str, Any] | None = None
     fit: Fit | None = None
+    said: tuple[str, ...] = ()  # on the preprocessing, if another program's; one clause each
 
     @property
     def image_size(self) -> int:
@@ -62,8 +64,9 @@ class Opened(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How foreign weights matched, one clause each."""
-        return () if self.fit is None else self.fit.notes(self.backbone.stored_spec())
+        """How foreign weights matched, and how images are prepared for them, one clause each."""
+        fit = () if self.fit is None else self.fit.notes(self.backbone.stored_spec())
+        return fit + self.said
 
 
 def _summary(names: list[str], num_parts: int) -> str:

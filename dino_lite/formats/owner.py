@@ -22,18 +22,21 @@ class Read(NamedTuple):
     # the epsilon of norms.
     spec: dict[str, Any]
     num_heads: int | None = None  # if known from more than the width
+    preprocessing: dict[str, Any] | None = None  # as timm's pretrained_cfg, if nothing else says
 
 
 class Owner(NamedTuple):
     """How one program names the weights of its backbones.
 
     A file of theirs has a name that ends in `anchor`; what precedes it is the prefix, which is
-    removed from all names. `read` gets the names below the prefix and the JSON beside the file, and
-    returns None if the weights are another owner's.
+    removed from all names; those that begin with `bare` may lack it. `read` gets the names below
+    the prefix, and the JSON beside the file with the key `prefix` added; it returns None if the
+    weights are another owner's.
     """
 
     anchor: str
     read: Callable[[Tensors, dict[str, Any]], Read | None]
+    bare: str | None = None
 
 
 def separate_qkv(

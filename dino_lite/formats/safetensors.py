@@ -2,103 +2,86 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.data.transform import Transform
+from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.processors import read_preprocessing
 from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "dino_lite backbone"
 _KEYS = ("spec", "embed_dim", "patch_size", "in_chans", "image_size", "mean", "std")
-_LARGEST_DIFFERENCE = 1e-5
 
 
-def export_safetensors(
-    backbone: Backbone,
-    directory: str | Path,
-    *,
-    normalize_mean: Sequence[float],
-    normalize_std: Sequence[float],
-    image_size: int,
-    card: dict[str, Any],
-    images: Float[Tensor, "n C H W"],
-) -> dict[str, Any]:
-    """Write the backbone to `directory`, load it from there, and compare the tokens of `images`.
+class SafeTensors(Format):
+    """model.safetensors and config.json, for `dino_lite.load_backbone`. Holds every backbone."""
 
-    `images` are normalized floats; `card` (plain JSON) describes its training. Returns "directory",
-    "files" and "largest_difference". Raises RuntimeError if that exceeds 1e-5, and UserError if the
-    folder cannot be written.
-    """
-    directory = Path(directory).expanduser()
-    # safetensors refuses tensors that share storage or are not contiguous
-    weights = {
-        name: tensor.detach().cpu().clone().contiguous()
-        for name, tensor in backbone.state_dict().items()
-    }
-    config = {
-        "format": _FORMAT,
-        "version": __version__,
-        "spec": backbone.stored_spec(),
-        "embed_dim": backbone.embed_dim,
-        "patch_dim": _tokens(backbone, images[:1], torch.device("cpu"))[1].shape[2],
-        "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-        "patch_size": backbone.patch_size,
-        "in_chans": backbone.in_chans,
-        "image_size": image_size,
-        "mean": [float(value) for value in normalize_mean],
-        "std": [float(value) for value in normalize_std],
-        "card": card,
-    }
-    text = json.dumps(config, indent=2) + "\n"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(
-            directory / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"})
-        )
-        _write(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot write the export to {directory}: {error}.") from error
-    own = backbone.whole if isinstance(backbone, Compact) else backbone
-    again = load_backbone(directory, trust=[type(own).__module__])
-    difference = largest_difference(backbone, again, images)
-    if not difference <= _LARGEST_DIFFERENCE:
-        raise RuntimeError(
-            f"the backbone loaded from {directory} differs by {difference:.2e} from the original"
-        )
-    return {
-        "directory": str(directory),
-        "files": [WEIGHTS, CONFIG],
-        "largest_difference": difference,
-    }
+    name = "safetensors"
+    library = "dino-lite"
+    own = True
+
+    def write(self, opened: Opened, folder: Path) -> list[Claim]:
+        """Write both files, with the dtypes of the weights."""
+        backbone, how = opened.backbone, opened.preprocessing
+        own = backbone.whole if isinstance(backbone, Compact) else backbone
+        # safetensors refuses tensors that share storage or are not contiguous
+        weights = {
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in backbone.state_dict().items()
+        }
+        config = {
+            "format": _FORMAT,
+            "version": __version__,
+            "spec": backbone.stored_spec(),
+            "embed_dim": backbone.embed_dim,
+            "patch_dim": _patch_dim(backbone, how),
+            "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+            "patch_size": backbone.patch_size,
+            "in_chans": backbone.in_chans,
+            "image_size": opened.image_size,
+            "mean": list(opened.mean),
+            "std": list(opened.std),
+            "preprocessing": how._asdict(),
+            "card": opened.card,
+        }
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        package = own.kind.partition(":")[0] if ":" in own.kind else None
+        trust = f", trust=[{package.partition('.')[0]!r}]" if package else ""
+        return [
+            Claim(
+                load=f"import dino_lite\n\nbackbone = dino_lite.load_backbone(folder{trust})",
+                run="tokens = backbone(pixels)\ncls, patches = tokens.cls, tokens.patches",
+                sizes=(how.size,),
+                any_size=package is None,  # the sizes of other packages' networks are not known
+                tolerance=1e-5,
+                read='pixels = backbone.transform("image.jpg")',
+            )
+        ]
 
 
 def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
-    """The backbone that `export_safetensors` wrote, with its metadata from config.json."""
-    about = read_config(directory)
-    size = (about["image_size"], about["image_size"])
-    preprocessing = Preprocessing(size, tuple(about["mean"]), tuple(about["std"]))
-    backbone, card = load_backbone(directory, trust), about.get("card") or {}
-    return Opened(backbone, preprocessing, card)
+    """The backbone that `SafeTensors` wrote, with its metadata from config.json."""
+    backbone, card = load_backbone(directory, trust), read_config(directory).get("card") or {}
+    transform: Any = backbone.transform
+    return Opened(backbone, transform.preprocessing, card)
 
 
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
-    """The backbone that `export_safetensors` wrote: in eval mode, on the CPU, with saved dtypes.
+    """The backbone that `SafeTensors` wrote: in eval mode, on the CPU, with saved dtypes.
+    Its attribute `transform` prepares images for it, as `data.transform.Transform` says.
 
     If its class belongs to a package other than dino_lite, that package is imported, which runs its
     code, only if `trust` names it. Raises UserError if it does not, or if the folder is invalid.
@@ -124,6 +107,9 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
             f"{path} does not fit the backbone that {CONFIG} next to it describes: "
             "export both again, together."
         ) from error
+    size = (config["image_size"],) * 2
+    told = read_preprocessing(config, None, backbone, size, str(directory))
+    backbone.transform = Transform(told.preprocessing)
     return backbone.eval()
 
 
@@ -153,31 +139,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def largest_difference(
-    first: Backbone, second: Backbone, images: Float[Tensor, "n C H W"]
-) -> float:
-    """Largest absolute difference between the tokens of two backbones for the same images."""
-    device = next(first.parameters()).device
-    one, two = (_tokens(network, images, device) for network in (first, second))
-    pairs = zip(one, two, strict=True)
-    return max(float((ours.double() - theirs.double()).abs().max()) for ours, theirs in pairs)
-
-
-def _tokens(
-    backbone: Backbone, images: Float[Tensor, "n C H W"], device: torch.device
-) -> list[Tensor]:
-    backbone = copy.deepcopy(backbone).eval().to(device)  # the original keeps its mode and device
+def _patch_dim(backbone: Backbone, how: Preprocessing) -> int:
+    like = next(backbone.parameters())
     with torch.inference_mode():
-        tokens = backbone(images.to(device, next(backbone.parameters()).dtype))
-    return [part.cpu() for part in tokens[:3] if part is not None]  # cls, patches, registers
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file atomically: `write` fills a temporary file, which then replaces `path`."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        with suppress(OSError):
-            part.unlink()
+        patches = backbone(like.new_zeros(1, backbone.in_chans, *how.size)).patches
+    return int(patches.shape[2])

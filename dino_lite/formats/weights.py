@@ -12,7 +12,6 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
-from timm.models import adapt_input_conv
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -21,20 +20,22 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
-from dino_lite.backbones.vit import ViT
+from dino_lite.backbones.vit import sides_of
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from dino_lite.formats.convnets import shaped, stem_of
+from dino_lite.formats.fit import fill
+from dino_lite.formats.grids import told_sizes
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
-    STEM,
     Found,
     find_backbone,
     own_weights,
     spec_of,
 )
 from dino_lite.formats.opened import Fit, Opened
-from dino_lite.formats.tensors import read_about, read_tensors, weights_file
+from dino_lite.formats.plain import Layout
+from dino_lite.formats.processors import read_preprocessing
+from dino_lite.formats.tensors import read_about, read_file, weights_file
+from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
@@ -49,26 +50,31 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     anything else does not fit: no weights are loaded partially.
     """
     asked = f"backbone.pretrained={path}"
-    tensors, about = read_tensors(path), read_about(weights_file(path))
+    tensors, about = _read(path, "backbone.pretrained")
     if isinstance(backbone, Transformer):
-        found = _find(tensors, about, asked)
-    else:
-        foreign = isinstance(backbone, ConvNet) and "spec" not in about
-        theirs = _searched(tensors, about, asked) if foreign else None
-        found = theirs or own_weights(tensors, next(iter(backbone.state_dict())))
-    return _fill(backbone, found, asked)
+        about |= {"expected_size": backbone.spec.get("image_size")}
+        return fill(backbone, _find(tensors, about, asked), asked, may_be_fresh=True)
+    foreign = isinstance(backbone, ConvNet) and "spec" not in about
+    found = _searched(tensors, about, asked) if foreign else None
+    found = found or own_weights(tensors, next(iter(backbone.state_dict())))
+    return fill(backbone, found, asked)
 
 
-def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
+def open_weights(
+    path: str | Path, key: str = "checkpoint", layout: Layout | None = None, **overrides: Any
+) -> Opened:
     """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm, torchvision or
     Hugging Face.
 
-    Its architecture is derived from shapes and from config.json next to the file; `overrides` are
-    keywords of the spec that take precedence. `key` is the setting whose value is `path`, for
+    Its architecture is derived from shapes and from config.json next to the file; `layout` says
+    whose weights they are if several programs use the same names, `overrides` are keywords of the
+    spec that take precedence. `key` is the setting whose value is `path`, for
     messages. Raises UserError.
     """
-    asked, file = f"{key}={path}", weights_file(path)
-    tensors, about = read_tensors(path, key), read_about(file)
+    asked = f"{key}={path}"
+    tensors, about = _read(path, key)
+    if layout is not None:
+        about |= {"checkpoint_layout": layout}
     own = about.get("spec")  # of an export
     mine = isinstance(own, dict) and bool(tensors)
     found = own_weights(tensors, next(iter(tensors))) if mine else _find(tensors, about, asked)
@@ -85,7 +91,7 @@ def convnet_in(path: str | Path) -> dict[str, Any] | None:
     from; None for any other file. Raises UserError if it cannot be read.
     """
     asked = f"backbone.pretrained={path}"
-    tensors, about = read_tensors(path), read_about(weights_file(path))
+    tensors, about = _read(path, "backbone.pretrained")
     found = _searched(tensors, about, asked)
     if found is None or found.read.spec.get("kind") != ConvNet.kind:
         return None
@@ -119,7 +125,8 @@ def open_timm(name: str) -> Opened:
             "be opened."
         )
     else:
-        own = {"kind": "rope"} if is_dinov3(model) else {"image_size": about["input_size"][1]}
+        size = list(about["input_size"][-2:])
+        own = {"kind": "rope"} if is_dinov3(model) else {"image_size": size}
         spec = {"name": name, "patch_size": stem.patch_size[0], **own}
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
@@ -130,8 +137,9 @@ def open_timm(name: str) -> Opened:
             f"{asked} could not be downloaded: are you offline, or has this model no published "
             "weights?"
         ) from error
-    found = _find(dict(model.state_dict()), {"architecture": name}, asked)
-    return _open(spec, found, {"pretrained_cfg": about}, asked, f"timm:{name}")
+    said = {"architecture": name, "pretrained_cfg": about}
+    found = _find(dict(model.state_dict()), said, asked)
+    return _open(spec, found, said, asked, f"timm:{name}")
 
 
 @contextmanager
@@ -153,6 +161,13 @@ def _one_try() -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = before
         logger.setLevel(level)
+
+
+def _read(path: str | Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
+    file = weights_file(path)
+    tensors, values = read_file(path, key)
+    return tensors, completed(read_about(file), values, file)
 
 
 def _searched(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found | None:
@@ -195,103 +210,19 @@ def _open(
             backbone = build_backbone(spec).eval()
     else:
         backbone = backbone.to_empty(device="cpu").eval()
-    fit = _fill(backbone, found, asked)
-    mean, std = _normalization(about, backbone.in_chans)
-    size = _image_size(backbone, about)
-    return Opened(
-        backbone=backbone,
-        preprocessing=Preprocessing((size, size), mean, std),
-        card={"weights": name, "layout": fit.layout},
-        fit=fit,
-    )
+    fit = fill(backbone, found, asked)
+    own = _own_size(backbone, about)
+    how, said = read_preprocessing(about, found.read.preprocessing, backbone, own, asked)
+    card = {"weights": name, "layout": fit.layout}
+    return Opened(backbone, how, card, fit=fit, said=said)
 
 
-def _image_size(backbone: Backbone, about: dict[str, Any]) -> int:
-    """Pixels per side for which the weights were trained: from learned positions if any, else from
+def _own_size(backbone: Backbone, about: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns for which the weights were trained: from learned positions if any, else from
     `about`, else 224 of a convnet, or 16 patches as in DINOv3.
     """
-    told = about.get("image_size") or (about.get("pretrained_cfg") or {}).get("input_size", [0])[-1]
-    size = int(backbone.spec.get("image_size") or told)
-    if isinstance(backbone, ConvNet):
-        return size or 224
-    return size if size and size % backbone.patch_size == 0 else 16 * backbone.patch_size
-
-
-def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
-    """Load the weights of `found`, adapted to channels and grid, or raise UserError if any weight
-    is missing, unknown or of another shape.
-    """
-    own, unused = backbone.state_dict(), list(found.read.unused)
-    if isinstance(backbone, ConvNet):
-        found = found._replace(read=found.read._replace(weights=shaped(found.weights, own)))
-    weights = dict(found.weights)
-    if "mask_token" not in own and weights.pop("mask_token", None) is not None:
-        unused.append("mask_token")
-    for name in [n for n in weights if n.endswith(("q_bias", "v_bias")) and n not in own]:
-        if not weights[name].any():  # most DINOv3 models have biases that are zero
-            del weights[name]
-            unused.append(name)
-    if "pos_embed" in weights and isinstance(backbone, ViT):
-        weights["pos_embed"] = fit_positions(weights["pos_embed"], backbone)
-    stem = stem_of(weights) or STEM
-    if stem in weights:
-        weights[stem] = _fit_channels(weights[stem], backbone.in_chans, asked)
-    missing = sorted(own.keys() - weights.keys())
-    extra = sorted(weights.keys() - own.keys())
-    wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
-    if missing or extra or wrong:
-        n = (missing or extra or wrong)[0]
-        shapes = (
-            f" ({tuple(weights[n].shape)} in the file, {tuple(own[n].shape)} here)"
-            if wrong == [n]
-            else ""
-        )
-        raise UserError(
-            f"{asked} does not fit the backbone: {count(len(missing), 'weight')} "
-            f"missing, {len(extra)} "
-            f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
-            "backbone it was made for."
-        )
-    backbone.load_state_dict(weights)
-    changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
-    return Fit(found.read.owner, found.read.why, len(own), unused, changed)
-
-
-def _fit_channels(learned: Tensor, in_chans: int, asked: str) -> Tensor:
-    """Adapt the patch embedding from RGB to `in_chans` channels: the sum of RGB's weights for one
-    channel, else RGB's weights repeated and scaled by 3 / `in_chans`.
-    """
-    found = learned.shape[1] if learned.ndim == 4 else in_chans
-    if found == in_chans:
-        return learned
-    if found != 3:
-        raise UserError(
-            f"{asked} takes images of {count(found, 'channel')}, the backbone "
-            f"{in_chans}: only weights for 3 can be adapted, so set data.channels={found}."
-        )
-    adapted: Tensor = adapt_input_conv(in_chans, learned)
-    return adapted
-
-
-def fit_positions(learned: Tensor, backbone: ViT) -> Tensor:
-    """Resample a position embedding "1 1+cells D" of a square grid to the backbone's grid."""
-    cells = round((learned.shape[1] - 1) ** 0.5)
-    if learned.shape == backbone.pos_embed.shape or cells * cells != learned.shape[1] - 1:
-        return learned
-    square = learned[:, 1:].float().reshape(1, cells, cells, -1)
-    sampled = backbone.resample(square, backbone.grid).to(learned.dtype)
-    return torch.cat([learned[:, :1], sampled], dim=1)
-
-
-def _normalization(about: dict[str, Any], in_chans: int) -> list[tuple[float, ...]]:
-    """Mean and std from `about` (our, timm's or Hugging Face's keys), else ImageNet's."""
-    about = about | (about.get("pretrained_cfg") or {})
-    found = []
-    for names, usual in (
-        (("mean", "image_mean"), IMAGENET_MEAN),
-        (("std", "image_std"), IMAGENET_STD),
-    ):
-        told = next((about[name] for name in names if name in about), usual)
-        values = tuple(float(value) for value in told)
-        found.append(values if len(values) == in_chans else (sum(values) / len(values),) * in_chans)
-    return found
+    patch, own = backbone.patch_size, backbone.spec.get("image_size")
+    sizes = [sides_of(own)] if own else told_sizes(about)
+    fitting = (size for size in sizes if not (size[0] % patch or size[1] % patch))
+    usual = 224 if isinstance(backbone, ConvNet) else 16 * patch
+    return next(fitting, (usual, usual))

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.formats.format import Format
+from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, FreezeBy
@@ -110,11 +112,12 @@ class Settings(TypedDict, total=False):
     loss: dict[str, Loss]
     eval: dict[str, Evaluation] | None
     callbacks: dict[str, Node | None] | None
-    format: dict[str, Node]
+    format: dict[str, Format]
     name: str
     runs_dir: str
     checkpoint: str | None
     trust: list[str] | str | None
+    checkpoint_layout: Layout | None
     plan: Literal["short", "full"]
     preset: Preset
     seed: Count
@@ -127,6 +130,7 @@ class Settings(TypedDict, total=False):
     max_images: Size | None
     draw: bool
     out: str | None
+    license: str
     pack: str | None
     pictures: str | None
 

@@ -14,6 +14,7 @@ from dino_lite.config import Config, compose, differences, get, load
 from dino_lite.contracts import Trust, UserError
 from dino_lite.eval.baselines import knn_result
 from dino_lite.eval.curves import read_curves
+from dino_lite.formats.plain import Layout
 from dino_lite.overrides import unquote
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths, requested
@@ -56,10 +57,10 @@ class Result(NamedTuple):
     found: dict[str, Any]
 
 
-def read_story(checkpoint: Checkpoint, trust: Trust = ()) -> Story:
+def read_story(checkpoint: Checkpoint, trust: Trust = (), layout: Layout | None = None) -> Story:
     """Read everything known about a checkpoint; unreadable files are listed in `missing`."""
     run = checkpoint.run
-    return _of_backbone(checkpoint, trust) if run is None else _of_run(run, trust)
+    return _of_backbone(checkpoint, trust, layout) if run is None else _of_run(run, trust)
 
 
 def _of_run(run: Run, trust: Trust) -> Story:
@@ -91,8 +92,8 @@ def _of_run(run: Run, trust: Trust) -> Story:
     )
 
 
-def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
-    opened = open_backbone(checkpoint, trust)
+def _of_backbone(checkpoint: Checkpoint, trust: Trust, layout: Layout | None) -> Story:
+    opened = open_backbone(checkpoint, trust, layout)
     backbone, card = opened.backbone, opened.card
     config = card.get("config") or {}
     path = checkpoint.results_file
@@ -110,7 +111,7 @@ def _of_backbone(checkpoint: Checkpoint, trust: Trust) -> Story:
         about={
             **{"path": str(checkpoint), "spec": backbone.stored_spec()},
             **{"num_parameters": sum(part.numel() for part in backbone.parameters())},
-            **{"in_chans": backbone.in_chans, "image_size": opened.image_size},
+            **{"in_chans": backbone.in_chans, "image_size": opened.preprocessing.pixels},
             **{"mean": opened.mean, "std": opened.std},
             **{key: card.get(key) for key in ("steps", "checkpoint")},
         },

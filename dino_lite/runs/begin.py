@@ -9,8 +9,10 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import UserError
+from dino_lite.formats.fit import fit_positions
+from dino_lite.formats.grids import STEM, grid_of
 from dino_lite.formats.tensors import read_about, weights_file
-from dino_lite.formats.weights import convnet_in, fit_positions
+from dino_lite.formats.weights import convnet_in
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
@@ -154,13 +156,16 @@ def _run_to_begin_with(asked: str, runs_dir: str) -> tuple[Run, Path]:
 
 def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     """Load the weights of an earlier run; position embeddings are resampled if the grid differs."""
-    _, file = _run_to_begin_with(asked, runs_dir)
+    run, file = _run_to_begin_with(asked, runs_dir)
+    about = {"image_size": current(load(run.config_file))["backbone"].get("image_size")}
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
         network = method.get_submodule(part) if last == "pos_embed" and name in own else None
         if isinstance(network, ViT):
-            weights[name] = fit_positions(value, network)
+            stem = weights[f"{part}.{STEM}"]
+            grid = grid_of({"pos_embed": value, STEM: stem}, about)
+            weights[name] = fit_positions(value, network, grid).value
     try:
         method.begin(weights)
     except UserError as error:

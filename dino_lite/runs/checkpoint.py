@@ -14,6 +14,7 @@ from dino_lite.contracts import Trust, UserError
 from dino_lite.data.names import file_name
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.plain import Layout
 from dino_lite.formats.safetensors import open_export
 from dino_lite.formats.tensors import read_about, weights_file
 from dino_lite.formats.weights import open_timm, open_weights
@@ -84,9 +85,12 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
     )
 
 
-def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
+def open_backbone(
+    checkpoint: Checkpoint, trust: Trust = (), layout: Layout | None = None
+) -> Opened:
     """Open the backbone of a checkpoint (for a run, the teacher's) with its metadata.
 
+    `layout` says whose weights are in a file if several programs use the same names.
     Code from outside dino_lite is imported only from packages that `trust` names.
     """
     if checkpoint.path is None:
@@ -95,7 +99,7 @@ def open_backbone(checkpoint: Checkpoint, trust: Trust = ()) -> Opened:
         return _open_run(checkpoint.path, checkpoint.run, trust)
     if checkpoint.kind == "export":
         return open_export(checkpoint.path, trust)
-    return open_weights(checkpoint.path)
+    return open_weights(checkpoint.path, layout=layout)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, Splits, UserError
-from dino_lite.data.clean import CleanData
+from dino_lite.data.clean import CleanData, preprocessing_of
 from dino_lite.data.labeled import has_labels, labels_told
 from dino_lite.data.parts import append_rows
 from dino_lite.data.subset import Subset, spread
@@ -42,7 +42,7 @@ def finish(run: Run, config: Config, splits: Splits, backbone: Backbone, say: Sa
     if splits.test is not None and not has_labels(splits.test):
         splits = splits._replace(test=None)
     size, workers = config["augment"]["global_size"], config["loader"]["num_workers"]
-    data = CleanData(splits, size, instantiate(config["normalize"]), 256, workers)
+    data = CleanData(splits, preprocessing_of(size, instantiate(config["normalize"])), 256, workers)
     _draw(run, data, backbone, say)
     if config["baselines"] and has_labels(splits.train):
         _measure(run, data, backbone, int(config["seed"]), say)
@@ -58,7 +58,7 @@ def _draw(run: Run, data: CleanData, backbone: Backbone, say: Say) -> None:
     train = data.splits.train
     few = Subset(train, spread(len(train), _NUM_DRAWN))
     say(f"drawing {', '.join(f'{name}.png' for name in missing)} from {len(few):,} images")
-    drawn = CleanData(Splits(few, None, data.splits.name), data.size, data.normalize, 256)
+    drawn = CleanData(Splits(few, None, data.splits.name), data.preprocessing, 256)
     draw_all(backbone, FeatureStore(drawn), run.folder, missing, say)
     _note_unreadable(run, drawn)
 

@@ -12,7 +12,6 @@ from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, Evaluation, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.facts import first_readable
-from dino_lite.data.photometric import Normalize
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
@@ -50,26 +49,27 @@ def open_subject(
     """
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
-    opened = open_backbone(checkpoint, config["trust"])
+    opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     backbone = opened.backbone
     if data is None:
         data = asked_data(config, checkpoint, opened)
     elif "channels" in data:
         data = data | {"channels": backbone.in_chans}
     splits = open_data(data, opened)
-    size = opened.image_size if config["image_size"] == "auto" else config["image_size"]
-    if not isinstance(size, int) or size < 1 or size % backbone.patch_size:
+    preprocessing, size = opened.preprocessing, config["image_size"]
+    if size != "auto" and (not isinstance(size, int) or size < 1 or size % backbone.patch_size):
         raise UserError(
             f"image_size={size}: must be a multiple of the backbone's patch size, "
             f"{backbone.patch_size}."
         )
-    normalize = Normalize(opened.mean, opened.std)
-    images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
+    if size != "auto":
+        preprocessing = preprocessing.at(size)
+    images = CleanData(splits, preprocessing, config["batch_size"], config["num_workers"])
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
     num_blocks = max((each.num_blocks for each in evaluations.values()), default=1)
     suffix = "" if data == opened.data else f"@{splits.name}"
-    suffix += "" if size == opened.image_size else f"@{size}px"
+    suffix += "" if preprocessing == opened.preprocessing else f"@{size}px"
     store = FeatureStore(images, folder, num_blocks)
     return Subject(checkpoint, backbone, store, data, suffix, opened.notes if rank() == 0 else ())
 

@@ -71,4 +71,9 @@ Shares = Annotated[
 # Lists that are not empty.
 Numbers = Annotated[Sequence[float], Must("a list of numbers, not empty", bool)]
 PositiveNumbers = Annotated[Sequence[Positive], Must("a list of numbers above 0, not empty", bool)]
+# Height and width in pixels.
+Sides = Annotated[
+    Sequence[Size],
+    Must("a list of two whole numbers of at least 1, rows and columns", lambda two: len(two) == 2),
+]
 Sizes = Annotated[Sequence[Size], Must("a list of whole numbers of at least 1, not empty", bool)]

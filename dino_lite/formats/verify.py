@@ -1,0 +1,197 @@
+"""Checks the claims of a written format: it is read back without dino_lite, on real images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats import foreign_process
+from dino_lite.formats.format import Claim, Format
+
+Size = tuple[int, int]
+
+
+class Check(NamedTuple):
+    """What a claim gave at one size and batch size. Differences are the largest, relative to the
+    root mean square of the original's tokens; `seconds` are those of the run, with its overhead.
+    """
+
+    title: str  # of the claim
+    size: Size
+    batch: int
+    cls: float
+    patches: float
+    tolerance: float
+    seconds: float
+
+    @property
+    def difference(self) -> float:
+        """The larger of both; NaN if either is."""
+        return float(np.maximum(self.cls, self.patches))
+
+
+class Original:
+    """The backbone that exports are held against, and normalized `images` of the training's size.
+    A single image is shown mirrored as well, so that there are two batch sizes.
+    """
+
+    def __init__(self, backbone: Backbone, images: Float[Tensor, "n C H W"]) -> None:
+        self.backbone = backbone
+        self.images = images if len(images) > 1 else torch.cat([images, images.flip(3)])
+        self._tokens: dict[tuple[Size, int], dict[str, Tensor]] = {}
+
+    def batches(self, size: Size) -> tuple[int, int]:
+        """Two batch sizes: at the images' own size one is all of them."""
+        return (1, len(self.images)) if tuple(self.images.shape[2:]) == size else (1, 2)
+
+    def pixels(self, size: Size) -> Float[Tensor, "n C H W"]:
+        """The images at `size`, resampled unless it is theirs."""
+        if tuple(self.images.shape[2:]) == size:
+            return self.images
+        return F.interpolate(self.images, size, mode="bilinear", antialias=True)
+
+    def tokens(self, size: Size, batch: int) -> dict[str, Tensor]:
+        """The original's "cls" and "patches" of the first images at `size`."""
+        if (size, batch) not in self._tokens:
+            with torch.inference_mode():
+                found = self.backbone(self.pixels(size)[:batch])
+            self._tokens[size, batch] = {"cls": found.cls, "patches": found.patches}
+        return self._tokens[size, batch]
+
+
+def demand_packages(formats: dict[str, Format]) -> None:
+    """Raise UserError if packages that a format needs are not installed."""
+    for name, each in formats.items():
+        missing = [p for p in each.packages if find_spec(p.replace("-", "_")) is None]
+        if missing:
+            raise UserError(
+                f"format={name} needs {' and '.join(missing)}: pip install 'dino-lite[export]'."
+            )
+
+
+def verify(
+    form: Format, claims: list[Claim], folder: Path, original: Original, repeats: int = 1
+) -> list[Check]:
+    """Read `folder` back as each claim says, at all its sizes and at two batch sizes, and compare.
+
+    A claim of any size is also held to two that the format was not told, one rectangular. Raises
+    UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed.
+    """
+    sizes = [_sizes(claim, original.backbone.patch_size) for claim in claims]
+    pixels = {_word(size): original.pixels(size) for each in sizes for size in each}
+    job = {
+        "folder": str(folder),
+        "claims": [
+            {
+                "load": claim.load,
+                "run": claim.run,
+                "sizes": [(_word(size), original.batches(size)) for size in each],
+            }
+            for claim, each in zip(claims, sizes, strict=True)
+        ],
+        "repeats": repeats,
+        "path": [each for each in sys.path if each],
+    }
+    try:
+        answer = foreign_process.execute if form.own else _elsewhere
+        tokens, seconds = answer(job, pixels)
+    except RuntimeError as error:
+        raise UserError(f"format={form.name} cannot be read back, {error}.") from error
+    checks = []
+    for number, (claim, each) in enumerate(zip(claims, sizes, strict=True)):
+        for size in each:
+            for batch in original.batches(size):
+                expected = original.tokens(size, batch)
+                key = f"{number}/{_word(size)}/{batch}"
+                cls, patches = (
+                    _difference(tokens[f"{key}/{output}"], expected[output], output, form)
+                    for output in ("cls", "patches")
+                )
+                check = Check(claim.title, size, batch, cls, patches, claim.tolerance, seconds[key])
+                checks.append(check)
+                _demand(check, form)
+    return checks
+
+
+def _sizes(claim: Claim, patch: int) -> list[Size]:
+    """All sizes at which a claim is checked."""
+    rows, columns = claim.sizes[0]
+    others = [(rows + patch, columns + patch), (rows + patch, columns + 3 * patch)]
+    return list(dict.fromkeys([*claim.sizes, *(others if claim.any_size else ())]))
+
+
+def _word(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _difference(found: Tensor, expected: Tensor, output: str, form: Format) -> float:
+    if found.shape != expected.shape:
+        raise UserError(
+            f"format={form.name} gives {output} of shape {tuple(found.shape)} instead of "
+            f"{tuple(expected.shape)}: nothing was written."
+        )
+    largest = (found.double() - expected.double()).abs().max()
+    scale = expected.double().square().mean().sqrt()
+    return float(largest / scale) if largest else 0.0
+
+
+def _demand(check: Check, form: Format) -> None:
+    if not check.difference <= check.tolerance:
+        named = f"format={form.name}{f' ({check.title})' if check.title else ''}"
+        raise UserError(
+            f"{named} differs from the original by {check.difference:.1e} of the tokens' root mean "
+            f"square, at {_word(check.size)} pixels and a batch of {check.batch}; {check.tolerance}"
+            " is allowed, so nothing was written: choose another format."
+        )
+
+
+def _elsewhere(
+    job: dict[str, Any], pixels: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """`foreign_process.execute` in a fresh interpreter, without network and GPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file(
+            {size: each.contiguous() for size, each in pixels.items()},
+            folder / "pixels.safetensors",
+        )
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-I", foreign_process.__file__, name],
+            env=os.environ | hidden,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        answer_file = folder / "answer.json"
+        if done.returncode or not answer_file.is_file():
+            raise RuntimeError(f"as the process that did so {_end(done)}")
+        answer = json.loads(answer_file.read_text(encoding="utf-8"))
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return load_file(folder / "tokens.safetensors"), answer["seconds"]
+
+
+def _end(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended that could not say it itself."""
+    if done.returncode < 0:
+        return f"was ended by {signal.Signals(-done.returncode).name}; is there enough memory?"
+    last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+    return f"ended with code {done.returncode} ({last})"

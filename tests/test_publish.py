@@ -1,0 +1,445 @@
+"""What `dino-lite export` promises of every format: read back elsewhere, whole or not at all, and
+told in a card. The formats here are small, and wrong in one way each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino_lite.commands.export import run_export
+from dino_lite.config import compose, put
+from dino_lite.contracts import Backbone, Tokens, UserError
+from dino_lite.data.clean import clean
+from dino_lite.data.photometric import Normalize
+from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats import foreign_process, swap, verify
+from dino_lite.formats.card import told_preprocessing, usage
+from dino_lite.formats.format import Claim, Format
+from dino_lite.formats.opened import Opened
+from dino_lite.formats.portable import portable
+from dino_lite.formats.publish import publish
+from dino_lite.formats.safetensors import SafeTensors
+from tiny import photos, train
+
+READ = "from safetensors.torch import load_file\nweight = load_file(f'{folder}/w.safetensors')['w']"
+RUN = """
+patches = torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2) @ weight.T
+cls = patches.mean(dim=1)
+"""
+HIDDEN = """
+try:
+    import dino_lite
+except ImportError:
+    pass
+else:
+    raise RuntimeError('found dino_lite')
+"""
+
+
+class Means(Backbone):
+    """Patch tokens are linear in the mean color."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = {}
+        self.embed_dim, self.patch_size, self.in_chans, self.num_blocks = 5, 8, 3, 1
+        self.weight = torch.nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, images: Tensor, mask: Any = None, cls_only: bool = False) -> Tokens:
+        """Mean colors of patches, mapped."""
+        patches = F.avg_pool2d(images, 8).flatten(2).transpose(1, 2) @ self.weight.T
+        grid = (images.shape[2] // 8, images.shape[3] // 8)
+        return Tokens(patches.mean(dim=1), patches, None, grid)
+
+
+class Plain(Format):
+    """One file of safetensors, read without dino_lite by what stands in `run`."""
+
+    name = "plain"
+    library = "torch"
+
+    def __init__(self, run: str = RUN, load: str = READ, here: bool = True, **claim: Any) -> None:
+        self.load, self.run, self.told = load, run, claim
+        self.own = here  # type: ignore[misc]  # no process: the comparison is the same
+
+    def write(self, opened: Opened, folder: Path) -> list[Claim]:
+        """Write the weight."""
+        save_file({"w": opened.backbone.weight.detach()}, folder / "w.safetensors")
+        load = f"import torch\n{self.load}"
+        return [Claim(load, self.run, (opened.preprocessing.size,), **self.told)]
+
+
+HOW = Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+@pytest.fixture
+def opened() -> Opened:
+    """A backbone with what is known of it."""
+    return Opened(Means().eval(), HOW, {"run": "test"})
+
+
+def export(form: Format, opened: Opened, target: Path, num: int = 3, **more: Any) -> dict[str, Any]:
+    """Publish it, held against noise."""
+    images = torch.randn(num, 3, *opened.preprocessing.size)
+    return publish(form, opened, target, verify.Original(opened.backbone, images), **more)
+
+
+def left(folder: Path) -> set[str]:
+    """All that is there."""
+    return {path.name for path in folder.iterdir()}
+
+
+def blocks(card: Path) -> list[str]:
+    """The Python that a card shows."""
+    return re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An export that was read in a process of its own, where it looked for dino_lite."""
+    torch.manual_seed(0)
+    target = tmp_path_factory.mktemp("runs") / "export" / "plain"
+    form = Plain(load=HIDDEN + READ, here=False, any_size=True)
+    return target, export(form, Opened(Means().eval(), HOW, {}), target)
+
+
+def test_a_format_is_read_back_where_dino_lite_cannot_be_imported(elsewhere: Any) -> None:
+    """At two batch sizes, at the size of the training and two others, one rectangular."""
+    target, told = elsewhere
+    checks = told["verification"]["checks"]
+    asked = {(tuple(check["size"]), check["batch"]) for check in checks}
+    assert asked == {((32, 32), 1), ((32, 32), 3)} | {
+        (size, batch) for size in ((40, 40), (40, 56)) for batch in (1, 2)
+    }
+    assert told["largest_difference"] < 1e-5
+    assert json.loads((target / "export.json").read_text())["verification"]["checks"] == [
+        check | {"size": list(check["size"])} for check in checks
+    ]
+
+
+@pytest.mark.slow
+def test_the_cards_lines_give_the_originals_tokens(elsewhere: Any, tmp_path: Path) -> None:
+    """Executed as they stand, by a fresh process; images are read as the evaluations read them."""
+    target, _ = elsewhere
+    photos(tmp_path, ["image.jpg"], size=(90, 71))
+    (code,) = blocks(target / "README.md")
+    code = code.replace(HIDDEN.strip(), "")  # which is about the verification
+    assert "dino_lite" not in code
+    code = code.replace("'plain'", repr(str(target)))
+    code += f"\ntorch.save([pixels, cls, patches], {str(tmp_path / 'found.pt')!r})"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    pixels, cls, patches = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(pixels, as_evaluated(tmp_path / "image.jpg", HOW), rtol=0, atol=1e-5)
+    assert (cls.shape, patches.shape) == ((1, 5), (1, 16, 5))
+
+
+def as_evaluated(path: Path, how: Preprocessing) -> Tensor:
+    """The image as evaluations give it to a network."""
+    image = clean(np.asarray(Image.open(path).convert("RGB")), how)
+    return Normalize(how.mean, how.std)(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        HOW,
+        HOW._replace(size=(24, 40)),
+        HOW._replace(squash=True, interpolation="bilinear", crop=1.0),
+        HOW._replace(size=(30, 30), crop=0.9, rule="timm"),
+        HOW._replace(size=(31, 31), crop=0.9, rule="hugging_face"),
+        HOW._replace(size=(24, 32), crop=0.8, rule="hugging_face"),
+        HOW._replace(border=True, crop=1.0),
+        HOW._replace(border=True, crop=0.9, rule="timm"),
+    ],
+)
+@pytest.mark.parametrize("size", [(90, 71), (50, 81), (32, 32)])
+def test_the_cards_lines_read_an_image_as_evaluations_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Preprocessing, size: tuple[int, int]
+) -> None:
+    """By every rule of resizing and cropping, up to rounding."""
+    photos(tmp_path, ["image.png"], size=size)
+    Image.open(tmp_path / "image.png").save(tmp_path / "image.jpg", quality=95)
+    claim = Claim("", "", (how.size,))._asdict()
+    about = {"preprocessing": told_preprocessing(how), "in_chans": 3, "folder": "x"}
+    code = usage(about, claim).partition("with torch")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    expected = as_evaluated(tmp_path / "image.jpg", how)
+    torch.testing.assert_close(names["pixels"], expected, rtol=0, atol=1e-5)
+
+
+def test_what_dino_lite_reads_is_shown_with_it(tmp_path: Path) -> None:
+    """The card of its own format, and its lines."""
+    from test_export import vit
+
+    opened = Opened(vit().eval(), HOW, {})
+    told = export(SafeTensors(), opened, tmp_path / "own")
+    assert {check["batch"] for check in told["verification"]["checks"]} == {1, 2, 3}
+    photos(tmp_path, ["image.jpg"])
+    names: dict[str, Any] = {}
+    (code,) = blocks(tmp_path / "own" / "README.md")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(code, names)
+    with torch.no_grad():
+        assert torch.equal(names["cls"], opened.backbone(names["pixels"]).cls)
+
+
+def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As here, where it is imported already: the answer is an error."""
+    (tmp_path / "job.json").write_text(json.dumps({"path": []}))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    with pytest.raises(SystemExit):
+        foreign_process.main(tmp_path)
+    assert "can be imported there" in json.loads((tmp_path / "answer.json").read_text())["error"]
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (Plain(RUN + "cls = cls * 1.01"), r"differs .* by 1\.\de-02 .*32x32 pixels"),
+        (Plain(RUN + "patches = patches.clone()\npatches[0, 0, 0] = float('nan')"), "by nan"),
+        (Plain(RUN + "if len(pixels) > 1:\n    cls[1] += 1"), "a batch of 3"),
+        (Plain(RUN + "if pixels.shape[2] > 32:\n    cls += 1", any_size=True), "40x40 pixels"),
+        (Plain(RUN + "if pixels.shape[3] > 40:\n    cls += 1", any_size=True), "40x56 pixels"),
+        (Plain(RUN + "patches = patches[:, 1:]"), r"shape \(1, 15, 5\) instead of \(1, 16"),
+        (Plain("cls = pixels.mean((2, 3)) @ weight.T"), r"patches of shape \(0,\)"),
+        (Plain(load="import nonsense_of_mine"), "loading it: ModuleNotFoundError: No module named"),
+        (Plain("raise ValueError('wrong\\nhere')"), "reading 1 of 32x32 pixels: ValueError: wrong"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_and_leaves_nothing(
+    tmp_path: Path, opened: Opened, form: Plain, words: str
+) -> None:
+    """Other numbers, NaN, one image of a batch, another size, shape, and what cannot be read."""
+    with pytest.raises(UserError, match=words):
+        export(form, opened, tmp_path / "export" / "plain")
+    assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "was ended by SIGABRT; is"),
+        ("raise SystemExit('no such instruction')", r"ended with code 1 \(no such instruction\)"),
+    ],
+)
+def test_a_process_that_ends_before_it_answers_is_told(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+) -> None:
+    """As when a library in C aborts, or memory runs out."""
+    (tmp_path / "script.py").write_text(code)
+    monkeypatch.setattr(foreign_process, "__file__", str(tmp_path / "script.py"))
+    with pytest.raises(UserError, match=f"format=plain cannot be read back, .* {words}"):
+        export(Plain(here=False), opened, tmp_path / "plain")
+    assert left(tmp_path) == {"script.py"}
+
+
+def test_one_image_makes_two_batch_sizes(tmp_path: Path, opened: Opened) -> None:
+    """It is shown mirrored, too."""
+    told = export(Plain(), opened, tmp_path / "plain", num=1)
+    assert [check["batch"] for check in told["verification"]["checks"]] == [1, 2]
+
+
+class Fails(Plain):
+    """Writes half, then raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, opened: Opened, folder: Path) -> list[Claim]:
+        """Fail halfway."""
+        (folder / "half").write_bytes(b"half")
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (OSError(28, "No space left on device"), UserError, "Cannot write to .*plain: No space"),
+        (RuntimeError("failed (os error 28)"), UserError, "Cannot write to .*: the disk is full"),
+        (UserError("format=plain cannot hold it."), UserError, "cannot hold it"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+        (KeyboardInterrupt("SIGINT"), KeyboardInterrupt, "SIGINT"),
+    ],
+)
+def test_a_failed_export_leaves_the_former_one(
+    tmp_path: Path, opened: Opened, error: BaseException, raised: Any, words: str
+) -> None:
+    """Whole, and nothing beside it."""
+    export(Plain(), opened, tmp_path / "plain")
+    before = {path: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+    with pytest.raises(raised, match=words):
+        export(Fails(error), opened, tmp_path / "plain")
+    assert {path: path.read_bytes() for path in (tmp_path / "plain").iterdir()} == before
+    assert left(tmp_path) == {"plain"}
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_an_export_replaces_the_former_one_whole(
+    tmp_path: Path, opened: Opened, in_one_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a killed process left; what others put there stays, such as results."""
+    if not in_one_step:
+        monkeypatch.setattr(swap, "_exchange", lambda one, two: False)
+    target = tmp_path / "plain"
+    export(SafeTensors(), _vit(), target)
+    (target / "results.json").write_text("{}")
+    (tmp_path / ".plain.part" / "deeper").mkdir(parents=True)
+    (tmp_path / ".plain.part" / "w.safetensors").write_text("half")
+    told = export(Plain(), opened, target)
+    assert left(target) == {"w.safetensors", "README.md", "export.json", "results.json"}
+    assert set(told["files"]) == left(target) - {"results.json"}
+    assert left(tmp_path) == {"plain"}
+
+
+def _vit() -> Opened:
+    from test_export import vit
+
+    return Opened(vit().eval(), HOW, {})
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path, opened: Opened) -> None:
+    """The second is told."""
+    target = tmp_path / "plain"
+    with swap.replaced(target), pytest.raises(UserError, match=f"writing {target}: wait"):
+        export(Plain(), opened, target)
+    assert left(tmp_path) == {"plain"}
+
+
+def test_folders_of_others_are_not_replaced(tmp_path: Path, opened: Opened) -> None:
+    """One with photographs, the current one, a file; a link leads where it leads."""
+    photos(tmp_path / "mine", ["cat.png"])
+    with pytest.raises(UserError, match=r"mine holds other files .* such as cat\.png"):
+        export(Plain(), opened, tmp_path / "mine")
+    with pytest.raises(UserError, match=r"Cannot write to .*cat\.png: it is a file"):
+        export(Plain(), opened, tmp_path / "mine" / "cat.png")
+    with pytest.raises(UserError, match=r"Cannot write to .*below: File exists"):
+        export(Plain(), opened, tmp_path / "mine" / "cat.png" / "below")
+    (tmp_path / "empty").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "empty")
+        with pytest.raises(UserError, match="current folder"):
+            export(Plain(), opened, Path())
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(Plain(), opened, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "w.safetensors").is_file()
+    assert left(tmp_path) == {"mine", "empty", "link"}
+
+
+def test_missing_packages_are_told_before_anything_is_read(tmp_path: Path) -> None:
+    """With the command that installs them."""
+    form = Plain()
+    form.packages = ("torch", "no-such-thing")  # type: ignore[misc]
+    with pytest.raises(
+        UserError, match=r"format=a needs no-such-thing: pip install 'dino-lite\[exp"
+    ):
+        verify.demand_packages({"a": form})
+
+
+def test_settings_are_told_without_folders_hosts_and_queries() -> None:
+    """What is no path stays."""
+    home = str(Path.home())
+    told = portable(
+        {
+            "data": {"root": ["/mnt/photos/train", "s3://bucket.of.mine/set/a.tar?key=1", home]},
+            "runs_dir": "../mine/runs",
+            "labels": "auto",
+            "overrides": ["data.root=/mnt/my photos/x", "trainer.max_steps=2", "+eval=[knn]"],
+            "_target_": "dino_lite.data.auto.open_auto",
+            "checkpoint": "timm:vit_small_patch16_224",
+            "note": "read from /mnt/photos/a b, C:\\Users\\me\\x, ~/y; 3 images/s, and/or 1/2",
+        }
+    )
+    assert told["data"]["root"] == ["train", "a.tar", "~"]
+    assert (told["runs_dir"], told["labels"]) == ("runs", "auto")
+    assert told["overrides"] == ["data.root=x", "trainer.max_steps=2", "+eval=[knn]"]
+    assert told["_target_"] == "dino_lite.data.auto.open_auto"
+    assert told["checkpoint"] == "timm:vit_small_patch16_224"
+    assert told["note"] == "read from a b, x, y; 3 images/s, and/or 1/2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run on photographs, begun with weights that have a license."""
+    folder = tmp_path_factory.mktemp("somebody")
+    names = [
+        f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in "123"
+    ]
+    photos(folder / "photos", names)
+    words = [f"data.root={folder / 'photos'}", "trainer.max_steps=2", "loader.batch_size=4"]
+    first = train(folder / "first", *words, data="folder")
+    out = folder / "begun"
+    run_export(compose("export", [f"checkpoint={first}", f"out={out}", "license=cc-by-nc-4.0"]))
+    begun = f"backbone.pretrained={out}"
+    run = train(folder / "runs", *words, begun, "baselines=true", data="folder")
+    return run
+
+
+@pytest.mark.slow
+def test_a_card_tells_a_run_without_its_makers_folders(run: Path) -> None:
+    """Data, length, start with its license, numbers with baselines; the hub reads its beginning."""
+    found = run_export(compose("export", [f"checkpoint={run}", "license=My own terms"]))
+    folder = Path(found["safetensors"]["directory"])
+    for path in folder.rglob("*"):
+        content = path.read_bytes()
+        for secret in (str(run.parents[1]), str(Path.home()) + "/", "runs_dir: /", "somebody"):
+            assert secret.encode() not in content, (path.name, secret)
+    card = (folder / "README.md").read_text()
+    begin = yaml.safe_load(card.split("---\n")[1])
+    assert begin["library_name"] == "dino-lite"
+    assert (begin["license"], begin["license_name"]) == ("other", "My own terms")
+    assert {"dino", "dino-lite", "safetensors"} <= set(begin["tags"])
+    digest = json.loads((run / "environment.json").read_text())["data"]["digest"]
+    for words in (
+        f"photos: 6 training images, digest {digest}, 6 test images, 2 classes",
+        "2 steps, 8 images seen",
+        "begun (license of its weights: cc-by-nc-4.0)",
+        "license of these weights | My own terms",
+        "DINO, losses dino",
+        "16 x 16 pixels becomes a class token of 32 numbers",
+        "root: photos",
+    ):
+        assert words in card, words
+    number = r"[\d.]+"
+    row = (
+        rf"knn: k-NN top-1 \| {number} % \| {number} to {number} \| untrained {number}, raw pixels"
+    )
+    assert re.search(row, card)
+    again = json.loads((folder / "export.json").read_text())
+    assert again["training"]["start"] == [{"name": "begun", "license": "cc-by-nc-4.0"}]
+    assert again["preprocessing"]["resize"] == 18
+
+
+@pytest.mark.slow
+def test_formats_are_written_although_another_is_refused(run: Path, tmp_path: Path) -> None:
+    """The sentence names both; what can be known before is refused before."""
+    config = compose("export", [f"checkpoint={run}", f"out={tmp_path / 'out'}"])
+    wrong = {"_target_": "test_publish.Fails", "error": UserError("not this one.")}
+    config = put(config, "format", {"plain": wrong} | config["format"])
+    with pytest.raises(UserError, match=r"1 format failed, safetensors written: plain: not this o"):
+        run_export(config)
+    assert left(tmp_path / "out") == {"safetensors"}
+    photos(tmp_path / "out" / "plain", ["mine.png"])
+    with pytest.raises(UserError, match=r"holds other files than an export's, such as mine\.png"):
+        run_export(config)
