@@ -51,6 +51,11 @@ NETWORKS: dict[str, tuple[dict[str, Any], str, bool]] = {
         "DINOv3ViTModel",
         True,
     ),
+    "rotary, biased keys": (
+        {"kind": "rope", "qkv_bias": True, "key_bias": True},
+        "DINOv3ViTModel",
+        True,
+    ),
     "rotary, unscaled": (
         {"kind": "rope", "init_values": 0.0, "num_registers": 0, "rope_shift": 0.1},
         "DINOv3ViTModel",
@@ -219,7 +224,8 @@ def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_
 @pytest.mark.parametrize(
     "backbone",
     [
-        lambda: ViT(**SIZES, image_size=32, qk_norm=True),
+        lambda: ViT(**SIZES, image_size=[48, 32], qk_norm=True),
+        lambda: RoPEViT(**SIZES, rope_normalize_coords="max"),
         lambda: ViT(**SIZES, image_size=32, in_chans=1, init_values=0.5, mlp_ratio=2.7),
         lambda: ViT(**SIZES, image_size=48, position_offset=0.1, qk_norm=True),
         lambda: ConvNet("resnet10t", in_chans=1),
@@ -228,10 +234,10 @@ def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_
 )
 def test_other_networks_go_through_timm(backbone: Any, tmp_path: Path) -> None:
     """As the wrapper in transformers opens timm's folder, whose processor is in its config.json."""
-    pytest.importorskip("dino_lite.formats.timm")
-    pytest.importorskip("dino_lite.formats.timm_convnets")
     network = backbone().eval()
-    size = (48, 48) if isinstance(network, ViT) else (64, 64)
+    if isinstance(network, ConvNet):
+        pytest.importorskip("dino_lite.formats.timm_convnets")
+    size = (64, 64) if isinstance(network, ConvNet) else (48, 32)
     (claim,) = HuggingFace().write(opened(network, size), tmp_path)
     model, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model).__name__ == "TimmWrapperModel"

@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "Dinov2 with registers",
     ),
     "dinov3": ("DINOv3ViTModel", WIDE | {"num_register_tokens": 2, "rope_theta": 50.0}, "DINOv3"),
+    "dinov3 with biased keys": ("DINOv3ViTModel", WIDE | {"key_bias": True}, "DINOv3"),
     "dinov3 gated": (
         "DINOv3ViTModel",
         WIDE | {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False},

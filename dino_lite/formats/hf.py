@@ -19,9 +19,16 @@ from dino_lite.formats.hugging_face import resamples_alike, write
 from dino_lite.formats.opened import Opened
 
 _PILLOW = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+_LARGE_SQUARE = (4096, 4096)
 _LOAD = """from transformers import AutoModel
-model = AutoModel.from_pretrained(folder).eval()
-"""
+
+model = AutoModel.from_pretrained(folder).eval()"""
+_READ = """from PIL import Image
+from transformers import AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained(folder)
+image = Image.open("image.jpg").convert("{}")
+pixels = processor(image, return_tensors="pt")["pixel_values"]"""
 
 
 class HuggingFace(Format):
@@ -39,7 +46,7 @@ class HuggingFace(Format):
     def write(self, opened: Opened, folder: Path) -> list[Claim]:
         """Write config.json, model.safetensors and preprocessor_config.json; see `Format.write`."""
         backbone, how = opened.backbone, opened.preprocessing
-        if not isinstance(backbone, ViT | RoPEViT) or getattr(how, "border", False):
+        if not isinstance(backbone, ViT | RoPEViT) or how.border:
             return _through_timm(opened, folder)
         alike = resamples_alike(backbone)
         native = write(backbone, None if alike else how.size)
@@ -52,7 +59,7 @@ class HuggingFace(Format):
         _save(folder / "preprocessor_config.json", _processor(how))
         sizes = _some_sizes(how.size, backbone.patch_size) if alike else (how.size,)
         more = "interpolate_pos_encoding=True" if alike and config["model_type"] == "vit" else ""
-        return [Claim(_LOAD, _run(backbone, more), sizes, alike)]
+        return [Claim(_LOAD, _run(backbone, more), sizes, alike, read=_read(backbone))]
 
 
 def _run(backbone: Backbone, more: str = "") -> str:
@@ -61,11 +68,11 @@ def _run(backbone: Backbone, more: str = "") -> str:
     if isinstance(backbone, Transformer):
         first = 1 + backbone.num_registers
         tokens = "output.last_hidden_state"
-        return f"{call}cls, patches = {tokens}[:, 0], {tokens}[:, {first}:]\n"
+        return f"{call}cls, patches = {tokens}[:, 0], {tokens}[:, {first}:]"
     maps = "output.last_hidden_state"
     if isinstance(backbone, ConvNet) and backbone.spec["norm"] == "layer":
         maps = f"model.timm_model.head.norm({maps})"  # timm normalizes pooled features only
-    return f"{call}cls, patches = output.pooler_output, {maps}.flatten(2).transpose(1, 2)\n"
+    return f"{call}cls, patches = output.pooler_output, {maps}.flatten(2).transpose(1, 2)"
 
 
 def _some_sizes(size: tuple[int, int], patch: int) -> tuple[tuple[int, int], ...]:
@@ -76,12 +83,8 @@ def _some_sizes(size: tuple[int, int], patch: int) -> tuple[tuple[int, int], ...
 
 def _processor(how: Preprocessing) -> dict[str, Any]:
     """The content of preprocessor_config.json, for versions 4 and 5."""
-    rows, columns = how.size
-    size = {"height": round(rows / how.crop), "width": round(columns / how.crop)}
-    if not how.squash:
-        # Theirs resizes the shorter side of any image to one number, which must cover the crop.
-        shorter = min if getattr(how, "rule", "") == "hugging_face" else max
-        size = {"shortest_edge": shorter(size.values())}
+    rows, columns = how.resized(*_LARGE_SQUARE)
+    size = {"height": rows, "width": columns} if how.squash else {"shortest_edge": rows}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": len(how.mean) == 3,
@@ -89,7 +92,7 @@ def _processor(how: Preprocessing) -> dict[str, Any]:
         "size": size,
         "resample": _PILLOW[how.interpolation],
         "do_center_crop": True,
-        "crop_size": {"height": rows, "width": columns},
+        "crop_size": dict(zip(("height", "width"), how.size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -120,7 +123,13 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
     config["model_args"] = {key: made_of[key] for key in made_of if key != "num_classes"}
     _save(folder / "config.json", config)
     run = _run(backbone)
-    return [claim._replace(load=_LOAD, run=run) for claim in claims]
+    return [claim._replace(load=_LOAD, run=run, read=_read(backbone)) for claim in claims]
+
+
+def _read(backbone: Backbone) -> str:
+    """Lines that prepare an image; none for images that Pillow cannot open."""
+    mode = {1: "L", 3: "RGB"}.get(backbone.in_chans)
+    return _READ.format(mode) if mode else ""
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

@@ -217,7 +217,7 @@ def _is_usual(backbone: ViT | RoPEViT) -> bool:
     usual = type(mlp.act) is (nn.SiLU if mlp.gated else nn.GELU)
     exact = getattr(mlp.act, "approximate", "none") == "none"
     square = len(qkv.weight) == 3 * backbone.embed_dim
-    coordinates = getattr(backbone.positions, "normalizer", "separate") == "separate"  # of RoPE
+    coordinates = isinstance(backbone, ViT) or backbone.positions.normalizer == "separate"
     shape = square and coordinates and names - _OPTIONAL == _REQUIRED
     return shape and same and usual and exact
 
