@@ -63,12 +63,12 @@ class Timm(Format):
 
 
 def _pretrained_cfg(name: str, how: Preprocessing, in_chans: int) -> dict[str, Any]:
-    """Preprocessing as timm says it, and the names of the layers that it adapts to other channels
-    and classes.
+    """Preprocessing as timm says it, and what timm knows of the architecture: whether it is built
+    for one image size, the layers to adapt to other channels and classes.
     """
-    layers = {k: v for k, v in published(name).items() if k in ("first_conv", "classifier")}
-    return layers | {
-        **{"input_size": [in_chans, *how.size], "fixed_input_size": True, "num_classes": 0},
+    known = ("fixed_input_size", "first_conv", "classifier")
+    return {key: value for key, value in published(name).items() if key in known} | {
+        **{"input_size": [in_chans, *how.size], "num_classes": 0},
         **{"mean": list(how.mean), "std": list(how.std), "interpolation": how.interpolation},
         **{"crop_pct": how.crop, "crop_mode": "squash" if how.squash else "center"},
     }
