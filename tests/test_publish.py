@@ -33,6 +33,7 @@ from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
 from dino_lite.formats.publish import publish
 from dino_lite.formats.safetensors import SafeTensors
+from dino_lite.report.origin import license_beside
 from tiny import photos, train
 
 READ = "from safetensors.torch import load_file\nweight = load_file(f'{folder}/w.safetensors')['w']"
@@ -429,6 +430,27 @@ def test_a_card_tells_a_run_without_its_makers_folders(run: Path) -> None:
     again = json.loads((folder / "export.json").read_text())
     assert again["training"]["start"] == [{"name": "begun", "license": "cc-by-nc-4.0"}]
     assert again["preprocessing"]["resize"] == 18
+
+    out = folder.with_name("again")  # of the export, without the run
+    told = run_export(compose("export", [f"checkpoint={folder}", f"out={out}", "data=shapes"]))
+    kept = ("start", "data", "images_seen", "config", "results")
+    found = told["safetensors"]["training"]
+    assert {k: found[k] for k in kept} == {k: again["training"][k] for k in kept}
+
+
+def test_a_license_is_what_stands_beside_weights(tmp_path: Path) -> None:
+    """In a model card or timm's config.json; a repository's is not that of weights."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    (tmp_path / "LICENSE").write_text("Apache-2.0")
+    (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")
+    assert license_beside(file) == license_beside(tmp_path) == "unknown"
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"license": "cc-by-nc-4.0"}}')
+    assert license_beside(file) == license_beside(tmp_path) == "cc-by-nc-4.0"
+    (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# A model\n")
+    assert license_beside(file) == "apache-2.0"
+    assert license_beside(tmp_path / "gone.pth") == "apache-2.0"
+    assert license_beside(tmp_path / "gone" / "gone.pth") == license_beside(None) == "unknown"
 
 
 @pytest.mark.slow

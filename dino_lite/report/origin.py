@@ -13,6 +13,7 @@ from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import last_part
 from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.timm_names import published
 from dino_lite.report.story import results_of
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.run import read_json
@@ -30,8 +31,10 @@ def training(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
         if run.environment_file.is_file():
             card["data"] = read_json(run.environment_file).get("data")
     elif checkpoint.kind != "export":
-        told = card.get("license") or license_beside(checkpoint.path)
-        card["start"] = [{"name": checkpoint.title, "license": told}]
+        rights = license_beside(checkpoint.path)
+        if checkpoint.kind == "timm":
+            rights = published(checkpoint.name.removeprefix("timm:")).get("license") or rights
+        card["start"] = [{"name": checkpoint.title, "license": rights}]
     if checkpoint.results_file.is_file():
         card["results"] = _results(read_json(checkpoint.results_file), checkpoint.which)
     return card
