@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Trust, UserError
 from dino_lite.formats.fit import fit_positions
 from dino_lite.formats.grids import STEM, grid_of
-from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.tensors import weights_file
+from dino_lite.formats.weights import spec_in
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
@@ -21,24 +24,43 @@ from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate_class, shown
 
-# Settings of the backbone that need not match the weights of the earlier run.
+# Settings of the backbone that need not match the weights of the earlier run, or of a file.
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
+_OF_NO_FILE = (
+    *_OF_THE_NEW_RUN,
+    "patch_size",
+    "in_chans",
+    "mask_token",
+    "position_offset",
+    "position_antialias",
+)
+# The file of conf/backbone whose settings a kind of backbone has, and its named sizes.
+_CHOICES = {ViT.kind: "auto", RoPEViT.kind: "rope", ConvNet.kind: "convnet"}
+_NAMED = {  # width, depth and heads
+    (192, 12, 3): "vit_tiny",
+    (384, 12, 6): "vit_small",
+    (768, 12, 12): "vit_base",
+    (1024, 24, 16): "vit_large",
+}
 
 
 def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
     backbone, and those that the method inherits. Raises UserError if others are asked for. If
-    `backbone.pretrained` alone is given and is the export of a convnet, that is the backbone.
+    `backbone.pretrained` is given without an architecture, that of the file is the backbone's.
     `trust` is used here and removed from the result: it is neither saved nor hashed.
     """
     config = dict(config)
     trust = config.pop("trust", None)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)
-    config["backbone"] = _as_exported(config["backbone"])
+    config["backbone"] = _as_in_file(config["backbone"], trust)
     if not config.get("checkpoint"):
-        if (why := method.requires_weights(config["method"])) is not None:
-            raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")
+        begun = config["backbone"].get("pretrained")
+        if not begun and (why := method.requires_weights(config["method"])) is not None:
+            raise UserError(
+                f"{why}; name the weights to start from by one of them, or start later."
+            )
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
@@ -57,17 +79,41 @@ def begin_config(config: Config) -> Config:
     return config | {"backbone": old | own, "method": config["method"] | inherited}
 
 
-def _as_exported(backbone: Config) -> Config:
-    """The convnet whose export `pretrained` names, if no other key of `backbone` was set."""
-    folder, start = config_dir() / "backbone", backbone.get("pretrained")
-    if not start or backbone | {"pretrained": None} != load(folder / "auto.yaml"):
+def _as_in_file(backbone: Config, trust: Trust) -> Config:
+    """The backbone whose weights `pretrained` names, with what else was given, unless a setting of
+    the architecture was.
+    """
+    usual, start = load(config_dir() / "backbone" / "auto.yaml"), backbone.get("pretrained")
+    given = {key: v for key, v in backbone.items() if usual.get(key, ABSENT) != v}
+    if not start or given.keys() - {*_OF_NO_FILE}:
         return backbone
-    spec = read_about(weights_file(start)).get("spec") or {}
-    spec = spec.get("whole", spec)  # of a compact export
-    if spec.get("kind") != ConvNet.kind:
-        return backbone
-    node = load(folder / "convnet.yaml") | {"pretrained": start}
-    return node | {key: spec[key] for key in spec.keys() & node.keys() - {"in_chans"}}
+    run = Run(weights_file(start).parent.parent)
+    if weights_file(start).parent == run.checkpoints and run.config_file.is_file():
+        node = current(load(run.config_file))["backbone"]
+        demand_trust(targets([node]), trust, run.config_file)
+        node |= {key: "auto" for key in ("image_size", "in_chans") if key in node}
+    else:
+        node = _node_of(spec_in(start) or {})
+    return node | {key: v for key, v in given.items() if key in node} if node else backbone
+
+
+def _node_of(spec: Config) -> Config | None:
+    """The settings of the backbone that `spec` describes; None if its kind has none here."""
+    choice, sizes = _CHOICES.get(spec.get("kind", "")), ("embed_dim", "depth", "num_heads")
+    if choice is None:
+        return None
+    folder = config_dir() / "backbone"
+    left = {"kind", "image_size", "in_chans", "mask_token"}  # follow from the data and the method
+    node = load(folder / f"{choice}.yaml") | {k: v for k, v in spec.items() if k not in left}
+    found: tuple[Any, ...] = tuple(spec.get(key) for key in sizes)
+    named = _NAMED.get(found)
+    known = folder / f"{named}{'_dinov3' if choice == 'rope' else ''}.yaml"
+    if named and spec["name"] in ("vit", "rope") and known.is_file():
+        # By its name, so that the settings that suit it are chosen.
+        node |= {"name": load(known)["name"], **dict.fromkeys(sizes)}
+    elif choice != "convnet" and spec["name"] not in ("vit", "rope"):
+        node |= {key: spec.get(key) for key in (*sizes, "init_values")}  # None: the named model's
+    return node
 
 
 def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:
@@ -161,7 +207,9 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
         if isinstance(network, ViT):
             stem = weights[f"{part}.{STEM}"]
             grid = grid_of({"pos_embed": value, STEM: stem}, about)
-            weights[name] = fit_positions(value, network, grid).value
+            weights[name], said = fit_positions(value, network, grid)
+            if said and said not in method.notes:
+                method.notes += (said,)
     try:
         method.begin(weights)
     except UserError as error:
