@@ -19,6 +19,7 @@ from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose
 from dino_lite.contracts import UserError
+from dino_lite.errors import Interrupted
 from dino_lite.formats.head_weights import find_heads
 from dino_lite.formats.weights import load_pretrained
 from dino_lite.methods.method import Method
@@ -26,7 +27,7 @@ from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan
 from dino_lite.runs.begin import begin_config, build_method
 from test_conf import facts
-from tiny import tiny
+from tiny import checkpoint, tiny
 
 SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 32, "bottleneck_dim": 8}
@@ -47,10 +48,10 @@ def network(kind: type[ViT | RoPEViT] = ViT, **settings: Any) -> Any:
     return backbone
 
 
-def begun(path: Path, *words: str) -> tuple[Method, Config]:
+def begun(path: Path, *words: str, **of_images: Any) -> tuple[Method, Config]:
     """The method with which a run that names no network begins, and its plan."""
     asked = compose("pretrain", ["data=shapes", f"backbone.pretrained={path}", *WORDS, *words])
-    config = plan(begin_config(check_values(asked)), facts(source="photos")).config
+    config = plan(begin_config(check_values(asked)), facts(**of_images)).config
     return build_method(config), config
 
 
@@ -115,8 +116,8 @@ def test_what_the_user_sets_is_converted_and_said(tmp_path: Path) -> None:
     """Patch size, grid, channels and mask token, one clause each; the rest is the file's."""
     source = network(init_values=0.1)
     path = saved({"teacher": source.state_dict()}, tmp_path)
-    words = ["backbone.patch_size=4", "backbone.in_chans=1", "data.channels=1", "method=dinov2"]
-    method, _ = begun(path, *words, *(f"method.patch_head.{k}={v}" for k, v in HEAD.items()))
+    words = ["backbone.patch_size=4", "data.channels=1", "method=dinov2"]
+    method, _ = begun(path, *words, channels=1, mean=(0.5,), std=(0.2,))
     backbone = method.export_backbone()
     assert isinstance(backbone, ViT)
     assert (backbone.patch_size, backbone.in_chans, backbone.grid) == (4, 1, (8, 8))
@@ -253,24 +254,30 @@ def test_the_gram_teacher_may_be_a_file(tmp_path: Path) -> None:
     """Anchored from the first step on to the weights with which the run begins."""
     path, source = as_rope(tmp_path)
     words = ["method=dinov3", "method.gram.start_step=0"]
-    method, _ = begun(path, *words, *(f"method.patch_head.{k}={v}" for k, v in HEAD.items()))
+    method, _ = begun(path, *words)
     assert torch.equal(method.teachers["gram"].module.cls_token, source.cls_token)
     with pytest.raises(UserError, match=r"backbone\.pretrained=: patches would be anchored"):
         begin_config(compose("pretrain", words))
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_a_file_says_what_it_did_and_resumes_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its weights are in the run's checkpoint from then on; the conversions are said once."""
+    """To the bit as without an interruption; the conversions are said once."""
     source = network(ViT, patch_size=4, image_size=16, embed_dim=32)
     path = saved(source.state_dict(), tmp_path)
-    words = (f"backbone.pretrained={path}", "name=begun")
-    run = run_pretrain(tiny(tmp_path, *words, "trainer.max_steps=2"))["run"]
+    words = (f"backbone.pretrained={path}", "trainer.max_steps=4")
+    whole = run_pretrain(tiny(tmp_path, *words, "name=whole"))["run"]
     told = capsys.readouterr().out
     assert told.count("patch embedding 4→8 px by pseudo-inverse resize") == 1
     assert told.count(f"begins with {path}:") == 1
+    stop = "callbacks.stop={_target_: tiny.StopAt, step: 2}"
+    with pytest.raises(Interrupted):
+        run_pretrain(tiny(tmp_path, *words, "name=parts", stop))
+    capsys.readouterr()
     path.unlink()
-    again = run_pretrain(tiny(tmp_path, *words, "trainer.max_steps=4"))
-    assert (again["run"], again["steps"]) == (run, 4)
+    parts = run_pretrain(tiny(tmp_path, *words, "name=parts"))["run"]
     assert "begins with" not in capsys.readouterr().out
+    wanted, found = (checkpoint(Path(run))["state_dict"] for run in (whole, parts))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

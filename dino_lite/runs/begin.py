@@ -83,7 +83,9 @@ def _as_in_file(backbone: Config, trust: Trust) -> Config:
     """The backbone whose weights `pretrained` names, with what else was given, unless a setting of
     the architecture was.
     """
-    usual, start = load(config_dir() / "backbone" / "auto.yaml"), backbone.get("pretrained")
+    start = backbone.get("pretrained")
+    bare = [load(config_dir() / "backbone" / f"{name}.yaml") for name in ("auto", "rope")]
+    usual = next((node for node in bare if node["_target_"] == backbone["_target_"]), {})
     given = {key: v for key, v in backbone.items() if usual.get(key, ABSENT) != v}
     if not start or given.keys() - {*_OF_NO_FILE}:
         return backbone
@@ -94,7 +96,10 @@ def _as_in_file(backbone: Config, trust: Trust) -> Config:
         node |= {key: "auto" for key in ("image_size", "in_chans") if key in node}
     else:
         node = _node_of(spec_in(start) or {})
-    return node | {key: v for key, v in given.items() if key in node} if node else backbone
+    other_family = usual is bare[1] and node and node["_target_"] != backbone["_target_"]
+    if node is None or other_family:  # loading its weights will say what does not fit
+        return backbone
+    return node | {key: v for key, v in given.items() if key in node}
 
 
 def _node_of(spec: Config) -> Config | None:
