@@ -5,7 +5,7 @@ train → finish.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     if facts.accelerator == "cpu":
         keep_freed_memory()
     # A resumed run loads its own weights.
-    started = {"checkpoint": None} if resuming else {}
+    started: Config = {"checkpoint": None} if resuming else {}
+    if resuming and config["backbone"].get("pretrained"):
+        started["backbone"] = config["backbone"] | {"pretrained": None}
 
     def build_run(config: Config) -> Built:
         return build(config | started, facts, splits, run)
@@ -96,7 +98,13 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             network = network_size(built[0][1].method.export_backbone())
             say_plan(shown, run, facts, splits, network)
             other = None if resuming or named else other_length(run, request)
-            notes = (*splits.left_out, *facts.warnings, *embedded(config), other)
+            notes = (
+                *splits.left_out,
+                *facts.warnings,
+                *embedded(config),
+                other,
+                begins_with(config, built[0][1].method.notes),
+            )
             for note in filter(None, notes):
                 say(f"{note}\n")
             if not resuming:
@@ -152,6 +160,12 @@ def say_plan(
     if planned.config["plan"] == "full" and planned.decisions:
         say(f"all automatic choices:\n{planned.table()}")
     say("")
+
+
+def begins_with(config: Config, notes: Sequence[str]) -> str | None:
+    """What is said of the weights with which a run begins, if there is anything to say."""
+    start = config.get("checkpoint") or config["backbone"].get("pretrained")
+    return "\n  ".join((f"begins with {start}:", *notes)) if notes else None
 
 
 def say(text: str) -> None:

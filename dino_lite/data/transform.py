@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -17,8 +17,6 @@ from dino_lite.data.decode import decode, decode_image
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.pixels import to_8_bits, to_channels
 from dino_lite.data.preprocessing import Preprocessing
-
-AnyImage = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class Transform:
@@ -34,12 +32,12 @@ class Transform:
         self._normalize = Normalize(preprocessing.mean, preprocessing.std)
 
     @torch.no_grad()
-    def __call__(self, images: AnyImage | Sequence[AnyImage]) -> Float[Tensor, "n C H W"]:
+    def __call__(self, images: Any) -> Float[Tensor, "n C H W"]:
         """One image or a list of them (or a batch as one tensor "n C H W" or array "n H W C"), as
         one float32 batch on the CPU. Raises UserError for what is no image.
         """
         several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-        batch = list(images) if several else [images]  # type: ignore[arg-type]
+        batch = list(images) if several else [images]
         if not batch:
             raise UserError("transform needs at least one image.")
         pixels = [clean(self._read(image, i), self.preprocessing) for i, image in enumerate(batch)]
@@ -73,7 +71,7 @@ class Transform:
         )
 
 
-def _without_alpha(pixels: Shaped[np.ndarray, "*S"], channels: int) -> Shaped[np.ndarray, "*S"]:
+def _without_alpha(pixels: UInt8[np.ndarray, "..."], channels: int) -> UInt8[np.ndarray, "..."]:
     """Two channels are gray and alpha, four RGB and alpha, where one or three are asked for."""
     if pixels.ndim == 3 and channels in (1, 3) and pixels.shape[2] in (2, 4):
         return pixels[..., :-1]

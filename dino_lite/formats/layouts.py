@@ -29,7 +29,7 @@ LOOKED_FOR = (
     "Face name it, under any prefix"
 )
 _OTHER_TASKS = ("head.", "head_dist.", "fc_norm.", "fc.", "pooler.", "classifier.")
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"teacher|momentum_backbone|(?:^|[._])ema[._]")
 # Heads by width of ViT-H, g and G (Zhai et al. 2022); others have heads of width 64.
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
@@ -62,12 +62,12 @@ def find_backbone(tensors: Tensors, about: dict[str, Any]) -> Found | None:
     `about` is the content of the JSON beside the file. Heads for other tasks are unused; unknown
     names are kept, so that loading them fails.
     """
-    plain = {_WRAPPERS.sub("", name): name for name in tensors}
+    plain = {WRAPPERS.sub("", name): name for name in tensors}
     for owner in OWNERS:
         prefixes = [n.removesuffix(owner.anchor) for n in plain if _ends(n, owner.anchor)]
         if not prefixes:
             continue
-        prefix = _teachers(prefixes)
+        prefix = teachers(prefixes)
         taken = [n for n in plain if n.startswith((prefix, owner.bare or prefix))]
         own = {n.removeprefix(prefix): tensors[plain[n]] for n in taken}
         read = owner.read(own, about | {"prefix": prefix})
@@ -111,13 +111,13 @@ def _join_biases(weights: Tensors) -> None:
 
 def own_weights(tensors: Tensors, first: str) -> Found:
     """As `find_backbone`, of a backbone whose names are ours, `first` among them."""
-    prefix = _teachers([n.removesuffix(first) for n in tensors if n.endswith(first)] or [""])
+    prefix = teachers([n.removesuffix(first) for n in tensors if n.endswith(first)] or [""])
     weights = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
     unused = [name for name in tensors if not name.startswith(prefix)]
     return Found(Read("dino_lite", "its names are ours", weights, unused, {}), prefix, [])
 
 
-def _teachers(prefixes: list[str]) -> str:
+def teachers(prefixes: list[str]) -> str:
     """The prefix of a teacher's weights if there is one, else the first."""
     return min(prefixes, key=lambda name: not _AVERAGED.search(name))
 

@@ -20,12 +20,11 @@ class Fit(NamedTuple):
     adapted: list[str]  # our names of weights whose values had to be adapted
     said: tuple[str, ...] = ()  # one clause on each conversion, and on what starts fresh
 
-    def notes(self, spec: dict[str, Any]) -> tuple[str, ...]:
-        """One clause each on what matched, the `spec`, and what was unused or adapted."""
-        notes = [
-            f"all {self.num_weights} weights loaded, from {self.layout}'s layout ({self.why})",
-            "built as " + ", ".join(f"{key}={value}" for key, value in spec.items()),
-        ]
+    def notes(self, spec: dict[str, Any] | None = None) -> tuple[str, ...]:
+        """One clause each on what matched, the `spec`, and what was unused, adapted or fresh."""
+        notes = [f"all {self.num_weights} weights loaded, from {self.layout}'s layout ({self.why})"]
+        if spec:
+            notes.append("built as " + ", ".join(f"{key}={value}" for key, value in spec.items()))
         if self.unused:
             notes.append(f"left unused: {_summary(self.unused, 2)}")
         if self.adapted:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import is_dinov3
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.transformer import Transformer
-from dino_lite.backbones.vit import sides_of
+from dino_lite.backbones.vit import ViT, sides_of
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.fit import fill
 from dino_lite.formats.grids import told_sizes
@@ -41,16 +41,23 @@ from dino_lite.wording import count
 _SECONDS_TO_ANSWER = 5
 
 
-def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
+class Content(NamedTuple):
+    """The tensors of a file, and what is said of them."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+def load_pretrained(backbone: Backbone, path: str | Path, content: Content | None = None) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
     ViTs, ResNets and ConvNeXts take weights by the names of others too, any other backbone by its
-    own names. A position embedding of another grid is resampled by the backbone's own rule; the
-    first convolution of RGB images is adapted to other channels as in timm. Raises UserError if
-    anything else does not fit: no weights are loaded partially.
+    own names. Positions, patch size and channels of RGB may differ: `fit` converts them. Raises
+    UserError if anything else does not fit: no weights are loaded partially. `content` is that of
+    the file, if it was read already.
     """
     asked = f"backbone.pretrained={path}"
-    tensors, about = _read(path, "backbone.pretrained")
+    tensors, about = content or read_weights(path)
     if isinstance(backbone, Transformer):
         about |= {"expected_size": backbone.spec.get("image_size")}
         return fill(backbone, _find(tensors, about, asked), asked, may_be_fresh=True)
@@ -72,7 +79,7 @@ def open_weights(
     messages. Raises UserError.
     """
     asked = f"{key}={path}"
-    tensors, about = _read(path, key)
+    tensors, about = read_weights(path, key)
     if layout is not None:
         about |= {"checkpoint_layout": layout}
     own = about.get("spec")  # of an export
@@ -84,18 +91,6 @@ def open_weights(
         )
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
     return _open(spec, found, about, asked, weights_file(path).name)
-
-
-def convnet_in(path: str | Path) -> dict[str, Any] | None:
-    """The spec of the convnet whose weights another program, or a run, left in `path`, to start
-    from; None for any other file. Raises UserError if it cannot be read.
-    """
-    asked = f"backbone.pretrained={path}"
-    tensors, about = _read(path, "backbone.pretrained")
-    found = _searched(tensors, about, asked)
-    if found is None or found.read.spec.get("kind") != ConvNet.kind:
-        return None
-    return spec_of(found, about, asked)
 
 
 def open_timm(name: str) -> Opened:
@@ -163,11 +158,24 @@ def _one_try() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _read(path: str | Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: str | Path, key: str = "backbone.pretrained") -> Content:
     """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
     file = weights_file(path)
     tensors, values = read_file(path, key)
-    return tensors, completed(read_about(file), values, file)
+    return Content(tensors, completed(read_about(file), values, file))
+
+
+def spec_in(path: str | Path) -> dict[str, Any] | None:
+    """The spec, with its kind, of the backbone in a file to start from; None if it has none that
+    its names and shapes tell. Raises UserError if it cannot be read.
+    """
+    asked = f"backbone.pretrained={path}"
+    tensors, about = read_weights(path)
+    if isinstance(own := about.get("spec"), dict):  # of an export
+        whole: dict[str, Any] = own.get("whole", own)  # of a compact one
+        return whole
+    found = _searched(tensors, about, asked)
+    return None if found is None else {"kind": ViT.kind} | spec_of(found, about, asked)
 
 
 def _searched(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Found | None:

@@ -223,8 +223,8 @@ class DINOv2(Method):
         if (settings.get("gram") or {}).get("start_step") != 0:
             return None
         return (
-            "method.gram.start_step=0 without checkpoint=: patches would be anchored to an "
-            "untrained network"
+            "method.gram.start_step=0 without checkpoint= or backbone.pretrained=: patches would "
+            "be anchored to an untrained network"
         )
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:

@@ -32,6 +32,7 @@ class Method(nn.Module):
     )  # prefixes of weights that it does not load
 
     provides: tuple[str, ...]  # names of the matches that losses may read
+    notes: tuple[str, ...] = ()  # on the weights with which a run begins, one clause each
     needs_patches = False  # set by Step: a loss reads patches of the match "tokens"
     student: nn.Module
     teachers: nn.ModuleDict

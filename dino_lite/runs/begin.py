@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Trust, UserError
 from dino_lite.formats.fit import fit_positions
 from dino_lite.formats.grids import STEM, grid_of
-from dino_lite.formats.tensors import read_about, weights_file
-from dino_lite.formats.weights import convnet_in
+from dino_lite.formats.tensors import weights_file
+from dino_lite.formats.weights import spec_in
 from dino_lite.methods.method import Method
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
@@ -22,24 +24,43 @@ from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate_class, shown
 
-# Settings of the backbone that need not match the weights of the earlier run.
+# Settings of the backbone that need not match the weights of the earlier run, or of a file.
 _OF_THE_NEW_RUN = ("image_size", "drop_path", "drop_path_by", "drop_path_uniform", "pretrained")
+_OF_NO_FILE = (
+    *_OF_THE_NEW_RUN,
+    "patch_size",
+    "in_chans",
+    "mask_token",
+    "position_offset",
+    "position_antialias",
+)
+# The file of conf/backbone whose settings a kind of backbone has, and its named sizes.
+_CHOICES = {ViT.kind: "auto", RoPEViT.kind: "rope", ConvNet.kind: "convnet"}
+_NAMED = {  # width, depth and heads
+    (192, 12, 3): "vit_tiny",
+    (384, 12, 6): "vit_small",
+    (768, 12, 12): "vit_base",
+    (1024, 24, 16): "vit_large",
+}
 
 
 def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
     backbone, and those that the method inherits. Raises UserError if others are asked for. If
-    `backbone.pretrained` alone is given and has the weights of a convnet, that is the backbone.
+    `backbone.pretrained` is given without an architecture, that of the file is the backbone's.
     `trust` is used here and removed from the result: it is neither saved nor hashed.
     """
     config = dict(config)
     trust = config.pop("trust", None)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)
-    config["backbone"] = _as_exported(config["backbone"])
+    config["backbone"] = _as_in_file(config["backbone"], trust)
     if not config.get("checkpoint"):
-        if (why := method.requires_weights(config["method"])) is not None:
-            raise UserError(f"{why}; name the run to start from as checkpoint=, or start later.")
+        begun = config["backbone"].get("pretrained")
+        if not begun and (why := method.requires_weights(config["method"])) is not None:
+            raise UserError(
+                f"{why}; name the weights to start from by one of them, or start later."
+            )
         return config
     run = _run_to_begin_with(config["checkpoint"], config["runs_dir"])[0]
     before = current(load(run.config_file))
@@ -58,20 +79,49 @@ def begin_config(config: Config) -> Config:
     return config | {"backbone": old | own, "method": config["method"] | inherited}
 
 
-def _as_exported(backbone: Config) -> Config:
-    """The convnet whose export or weights `pretrained` names, if no other key of `backbone` was
-    set.
+def _as_in_file(backbone: Config, trust: Trust) -> Config:
+    """The backbone whose weights `pretrained` names, with what else was given, unless a setting of
+    the architecture was.
     """
-    folder, start = config_dir() / "backbone", backbone.get("pretrained")
-    if not start or backbone | {"pretrained": None} != load(folder / "auto.yaml"):
+    start = backbone.get("pretrained")
+    bare = [load(config_dir() / "backbone" / f"{name}.yaml") for name in ("auto", "rope")]
+    usual = next((node for node in bare if node["_target_"] == backbone["_target_"]), {})
+    given = {key: v for key, v in backbone.items() if usual.get(key, ABSENT) != v}
+    if not start or given.keys() - {*_OF_NO_FILE}:
         return backbone
-    spec = read_about(weights_file(start)).get("spec") or convnet_in(start) or {}
-    spec = spec.get("whole", spec)  # of a compact export
-    if spec.get("kind") != ConvNet.kind:
+    run = Run(weights_file(start).parent.parent)
+    if weights_file(start).parent == run.checkpoints and run.config_file.is_file():
+        node = current(load(run.config_file))["backbone"]
+        demand_trust(targets([node]), trust, run.config_file)
+        node |= {key: "auto" for key in ("image_size", "in_chans") if key in node}
+    else:
+        node = _node_of(spec_in(start) or {})
+    other_family = usual is bare[1] and node and node["_target_"] != backbone["_target_"]
+    if node is None or other_family:  # loading its weights will say what does not fit
         return backbone
-    node = load(folder / "convnet.yaml") | {"pretrained": start, "widths": None, "depths": None}
-    node |= {"patch_size": 32, "fields": 0}  # where the spec does not say otherwise
-    return node | {key: spec[key] for key in spec.keys() & node.keys() - {"in_chans"}}
+    return node | {key: v for key, v in given.items() if key in node}
+
+
+def _node_of(spec: Config) -> Config | None:
+    """The settings of the backbone that `spec` describes; None if its kind has none here."""
+    choice, sizes = _CHOICES.get(spec.get("kind", "")), ("embed_dim", "depth", "num_heads")
+    if choice is None:
+        return None
+    folder = config_dir() / "backbone"
+    left = {"kind", "image_size", "in_chans", "mask_token"}  # follow from the data and the method
+    node = load(folder / f"{choice}.yaml")
+    if choice == "convnet":  # where the spec does not say otherwise
+        node |= {"widths": None, "depths": None, "patch_size": 32, "fields": 0}
+    node |= {key: value for key, value in spec.items() if key not in left}
+    found: tuple[Any, ...] = tuple(spec.get(key) for key in sizes)
+    named = _NAMED.get(found)
+    known = folder / f"{named}{'_dinov3' if choice == 'rope' else ''}.yaml"
+    if named and spec["name"] in ("vit", "rope") and known.is_file():
+        # By its name, so that the settings that suit it are chosen.
+        node |= {"name": load(known)["name"], **dict.fromkeys(sizes)}
+    elif choice != "convnet" and spec["name"] not in ("vit", "rope"):
+        node |= {key: spec.get(key) for key in (*sizes, "init_values")}  # None: the named model's
+    return node
 
 
 def _refuse_others(config: Config, kept: Config, before: list[str]) -> None:
@@ -165,7 +215,9 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
         if isinstance(network, ViT):
             stem = weights[f"{part}.{STEM}"]
             grid = grid_of({"pos_embed": value, STEM: stem}, about)
-            weights[name] = fit_positions(value, network, grid).value
+            weights[name], said = fit_positions(value, network, grid)
+            if said and said not in method.notes:
+                method.notes += (said,)
     try:
         method.begin(weights)
     except UserError as error:

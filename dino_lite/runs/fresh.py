@@ -8,7 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dino_lite.backbones.spec import check_spec
 from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.formats.weights import load_pretrained
+from dino_lite.formats.head_weights import load_heads
+from dino_lite.formats.weights import load_pretrained, read_weights
 from dino_lite.methods.method import Method
 from dino_lite.planning.checks import traits_of
 from dino_lite.settings.validate import locate_class
@@ -16,8 +17,8 @@ from dino_lite.settings.validate import locate_class
 
 def fresh_method(config: Config, pretrained: str | None = None) -> Method:
     """Build the method of a planned configuration, with weights drawn from its seed. If given,
-    `pretrained` names the file that the backbone's weights are read from. Raises UserError if
-    `backbone` or `method` names another kind of class.
+    `pretrained` names the file whose weights the backbone gets, and the heads where they fit.
+    Raises UserError if `backbone` or `method` names another kind of class.
     """
     locate_class(config["backbone"], "backbone", Backbone)
     locate_class(config["method"], "method", Method)
@@ -25,10 +26,12 @@ def fresh_method(config: Config, pretrained: str | None = None) -> Method:
     network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
     make_method, backbone = instantiate(config["method"]), check_spec(instantiate(network))
     _check_mixing(backbone, config)
-    if pretrained:
-        load_pretrained(backbone, pretrained)
+    content = read_weights(pretrained) if pretrained else None
+    fit = load_pretrained(backbone, pretrained, content) if pretrained else None
     method = make_method(backbone=backbone)
     assert isinstance(method, Method)
+    if content is not None and fit is not None:
+        method.notes = (*fit.notes(), *load_heads(method, content.tensors))
     return method.double() if str(config["trainer"]["precision"]) == "64" else method
 
 
