@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.eval.embedder import Dtype, Feature
+from dino_lite.eval.feature_files import FileFormat
 from dino_lite.methods.clock import seconds
 from dino_lite.methods.method import Method
 from dino_lite.optim.param_groups import ClipBy, FreezeBy
@@ -123,7 +125,15 @@ class Settings(TypedDict, total=False):
     features_dir: str | None
     image_size: Size | Literal["auto"]
     batch_size: Size
-    num_workers: Count
+    num_workers: Count | Literal["auto"]
+    features: Feature | list[Feature]
+    blocks: int | list[int]
+    splits: Literal["all", "train", "test"]
+    file_format: FileFormat
+    part_images: Size | Literal["auto"]
+    dtype: Dtype
+    unit_length: bool
+    precision: Annotated[int | str, Must("32 or bf16", lambda kind: str(kind) in ("32", "bf16"))]
     max_images: Size | None
     draw: bool
     out: str | None

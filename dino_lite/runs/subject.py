@@ -16,7 +16,7 @@ from dino_lite.data.photometric import Normalize
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
-from dino_lite.machine import pick_accelerator
+from dino_lite.machine import loader_workers, pick_accelerator
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
@@ -64,7 +64,8 @@ def open_subject(
             f"{backbone.patch_size}."
         )
     normalize = Normalize(opened.mean, opened.std)
-    images = CleanData(splits, size, normalize, config["batch_size"], config["num_workers"])
+    num_workers = loader_workers(config["num_workers"], accelerator)
+    images = CleanData(splits, size, normalize, config["batch_size"], num_workers)
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
     num_blocks = max((each.num_blocks for each in evaluations.values()), default=1)
