@@ -64,7 +64,7 @@ def embed(
     source = as_source(images, opened.backbone.in_chans)
     opened.backbone.to(torch.device(pick_accelerator(accelerator, "accelerator")))
     splits = Splits(source, None, "images")
-    data = _images(opened, splits, image_size, batch_size, num_workers)
+    data = images_of(opened, splits, image_size, batch_size, num_workers)
     embedder = Embedder(opened.backbone, _size(data), features, blocks, unit_length, dtype)
     whole = Part("train", 0, 1, 0, len(source))
     with frozen(opened.backbone):
@@ -93,7 +93,7 @@ def run_embed(config: Config) -> Path:
     if accelerator == "cpu" and workers and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() - workers))
     opened.backbone.to(torch.device(accelerator))
-    data = _images(opened, splits, config["image_size"], config["batch_size"], workers)
+    data = images_of(opened, splits, config["image_size"], config["batch_size"], workers)
     embedder = Embedder(
         opened.backbone,
         _size(data),
@@ -146,7 +146,7 @@ def _told(
     return f"{told} ({num / max(seconds, 1e-9):,.0f} images/s)"
 
 
-def _images(
+def images_of(
     opened: Opened,
     splits: Splits,
     image_size: int | Literal["auto"],
@@ -235,7 +235,8 @@ def _weights_digest(backbone: Backbone) -> str:
 
 def _data_digest(source: Source) -> str:
     """32 hex digits over what is read: names, labels, files and how they become pixels."""
-    about = [source.digest(), source.channels, source.pixels]
+    first = source.name(0) if len(source) else ""
+    about = [source.digest(), first, source.channels, source.pixels]
     total = blake2b(json.dumps(about).encode(), digest_size=16)
     total.update(b"" if source.labels is None else np.asarray(source.labels).tobytes())
     total.update(file_stamps(source))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dino_lite.backbones.compact import Compact
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.eval.features import check_finite, device_of, dtype_of, frozen
+from dino_lite.settings.validate import checked
 
 Feature = Literal["cls", "mean_patch", "patches"]
 Dtype = Literal["float32", "float16"]
@@ -40,6 +41,7 @@ class Embedder:
     backbone does not have them.
     """
 
+    @checked
     def __init__(
         self,
         backbone: Backbone,

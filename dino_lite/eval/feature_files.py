@@ -68,6 +68,8 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
         write(part)
+        if path.is_dir():  # which cannot be replaced
+            _remove(path)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

@@ -129,6 +129,7 @@ def _check_same(folder: Path, before: dict[str, Any], about: dict[str, Any]) -> 
     """Raise UserError if the features that `before` describes differ from those of `about`."""
     if before.get("format") != FORMAT:
         raise UserError(f"{folder / 'meta.json'} is not of this version of dino-lite: {_AGAIN}")
+    about = json.loads(json.dumps(about))  # tuples become lists
     told = [key for key in differences(before, about) if not key.endswith(".unreadable")]
     changed = {key.partition(".")[0] for key in told} - {*_MAY_DIFFER}
     for key in about:  # the first one: others may follow from it
