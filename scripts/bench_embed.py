@@ -82,7 +82,9 @@ def ours(options: argparse.Namespace, weights: Path, out: Path) -> tuple[Callabl
 def plain(options: argparse.Namespace, model: Any, size: int, out: Path) -> Callable[[], None]:
     """What one writes with torchvision and timm."""
     resize = transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BICUBIC)
-    normalize = transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    normalize = transforms.Normalize(
+        timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    )
     steps = [resize, transforms.CenterCrop(size), transforms.ToTensor(), normalize]
     options.files.transform = transforms.Compose(steps)
     images = Subset(options.files, range(min(options.most, len(options.files))))

@@ -39,7 +39,7 @@ from dino_lite.wording import count
 
 
 def embed(
-    images: Given | Iterable[Given],
+    images: Given | Iterable[Any],
     checkpoint: str | Path,
     features: Feature | Sequence[Feature] = "cls",
     *,

@@ -26,7 +26,7 @@ _KINDS = (str, os.PathLike, Image.Image, np.ndarray, Tensor)
 _Item = str | UInt8[np.ndarray, "H W C"] | tuple[Source, int]
 
 
-def as_source(images: Given | Iterable[Given], channels: int = 3) -> Source:
+def as_source(images: Given | Iterable[Any], channels: int = 3) -> Source:
     """One image or several as a source: paths and URLs of images, folders and whatever else
     `data.root` may be (all their images, of train and then of test), PIL images, and arrays or
     tensors of uint8 or uint16, "H W", "H W C" or several "N H W C".
@@ -92,7 +92,7 @@ class GivenImages(Source):
         )
 
 
-def _items(image: Given, position: int, channels: int) -> list[_Item]:
+def _items(image: Any, position: int, channels: int) -> list[_Item]:
     """What one of the given stands for."""
     if isinstance(image, str | os.PathLike):
         return _of_path(os.fspath(image), channels)
