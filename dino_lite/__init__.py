@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dino_lite.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dino_lite.commands.embed import embed as embed
     from dino_lite.commands.evaluate import evaluate as evaluate
     from dino_lite.commands.export import export as export
     from dino_lite.commands.pretrain import pretrain as pretrain
@@ -17,6 +18,7 @@ _WHERE = {
     "pretrain": "dino_lite.commands.pretrain",
     "evaluate": "dino_lite.commands.evaluate",
     "export": "dino_lite.commands.export",
+    "embed": "dino_lite.commands.embed",
     "load_backbone": "dino_lite.formats.safetensors",
 }
 

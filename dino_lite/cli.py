@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "compare several backbones with each other and with baselines",
     "report": "write an HTML page about a run",
     "export": "write the backbone in a format that other programs read",
+    "embed": "write the features of images to files",
     "runs": "list the runs: state, k-NN, age, size",
 }
 USAGE = (

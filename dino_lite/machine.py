@@ -61,6 +61,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def loader_workers(asked: int | str, accelerator: str) -> int:
+    """`num_workers`; for "auto" a number of this process's share of the cores: on a CPU a quarter,
+    as most are left to the model, else all but one, 16 at most.
+    """
+    if isinstance(asked, int):
+        return asked
+    own = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator == "cpu":
+        return 0 if own < 2 else max(1, own // 4)
+    return max(1, min(16, own - 1))
+
+
 def has_fast_bf16(accelerator: str) -> bool:
     """Whether bfloat16 matrix products are native; emulated ones were measured to be 150 times
     slower than float32.

@@ -84,7 +84,7 @@ def test_a_grid_that_nothing_tells_is_refused_or_said(tmp_path: Path) -> None:
 
 
 def test_pretraining_resamples_an_oblong_grid(tmp_path: Path) -> None:
-    """Between grids of equal and of other counts; the backbone's own grid settles ambiguous ones."""
+    """Between grids of equal and of other counts; the backbone's grid settles ambiguous ones."""
     source = ViT(image_size=[64, 96], **SIZES)
     randomize(source)
     path = with_config(saved(source.state_dict(), tmp_path), image_size=[64, 96])

@@ -52,7 +52,7 @@ def test_what_is_for_hydra_stays(word: str) -> None:
     assert translated("pretrain", word) == [word]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report", "export"])
+@pytest.mark.parametrize("command", ["evaluate", "report", "export", "embed"])
 @pytest.mark.parametrize(
     "word", ["latest", "dino_x_1", "runs/dino_x_1", "photos", "a.ckpt", "timm:resnet18"]
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.photometric import Normalize
@@ -127,19 +127,29 @@ class CleanData:
             yield images, labels
 
     def indexed(
-        self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        order: Iterable[list[int]] | None = None,
     ) -> Iterator[tuple[Float[Tensor, "b C H W"], Int[Tensor, "b"], Int[Tensor, "b"]]]:
-        """As `batches`, and the index of each image in the source, on the host."""
+        """As `batches`, and the index of each image in the source, on the host. `order`: the
+        indices of each batch, if not those of the whole source.
+        """
         pin = device.type == "cuda"
-        for images, labels, index, _ in self.read(source, pin):
+        for images, labels, index, _ in self.read(source, pin, order):
             images = images.to(device, non_blocking=pin)
             yield self.normalize(images, dtype), labels.to(device, non_blocking=pin), index
 
-    def read(self, source: Source, pin: bool = False) -> Iterator[Batch]:
+    def read(
+        self, source: Source, pin: bool = False, order: Iterable[list[int]] | None = None
+    ) -> Iterator[Batch]:
         """uint8 images on the host, in order; batches without a readable image are skipped."""
+        if order is None:
+            order = BatchSampler(range(len(source)), self.batch_size, drop_last=False)
         loader = DataLoader(
             CleanImages(source, self.preprocessing),
-            batch_size=self.batch_size,
+            batch_sampler=order,
             num_workers=self.num_workers,
             multiprocessing_context=worker_context(self.num_workers),
             collate_fn=as_read,

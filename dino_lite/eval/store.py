@@ -152,14 +152,19 @@ def content_key(backbone: Backbone, data: CleanData, source: Source) -> str:
         about.append([*data.preprocessing.geometry])
     total.update(json.dumps(about).encode())
     total.update(b"" if source.labels is None else source.labels.tobytes())
-    total.update(_stamps(source))
-    for name, value in backbone.state_dict().items():
-        total.update(name.encode() + _bytes(value))
+    total.update(file_stamps(source))
+    add_weights(total, backbone)
     return total.hexdigest()
 
 
-def _stamps(source: Source) -> bytes:
-    """Sizes and modification times of local files: a digest of paths does not cover content."""
+def add_weights(total: blake2b, backbone: Backbone) -> None:
+    """Update the hash `total` with the names and values of a backbone's weights."""
+    for name, value in backbone.state_dict().items():
+        total.update(name.encode() + _bytes(value))
+
+
+def file_stamps(source: Source) -> bytes:
+    """A digest of sizes and modification times of local files, which tell of changed content."""
     total = blake2b(digest_size=16)
     for path in source.data_files():
         try:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-from dino_lite.contracts import Backbone
+from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import Preprocessing
 
 
@@ -45,6 +45,20 @@ class Opened(NamedTuple):
     data: dict[str, Any] | None = None
     fit: Fit | None = None
     said: tuple[str, ...] = ()  # on the preprocessing, if another program's; one clause each
+
+    def at(self, image_size: int | str) -> Preprocessing:
+        """Preprocessing for another `image_size`, pixels per side; "auto": as it is. Raises
+        UserError if that is not a multiple of the patch size.
+        """
+        if image_size == "auto":
+            return self.preprocessing
+        patch = self.backbone.patch_size
+        if not isinstance(image_size, int) or image_size < 1 or image_size % patch:
+            raise UserError(
+                f"image_size={image_size}: must be a multiple of the backbone's patch size, "
+                f"{patch}."
+            )
+        return self.preprocessing.at(image_size)
 
     @property
     def image_size(self) -> int:

@@ -109,7 +109,7 @@ def open_timm(name: str) -> Opened:
     about = told.to_dict()
     if isinstance(model, ConvNeXt | ResNet):
         norm = "layer" if isinstance(model, ConvNeXt) else "batch"
-        spec = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
+        spec: dict[str, Any] = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
         if norm == "batch" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             raise UserError(
                 f"{asked} has no batch normalization: of ResNets, only those with it can be opened."

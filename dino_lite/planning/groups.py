@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.eval.embedder import Dtype, Feature
+from dino_lite.eval.feature_files import FileFormat
 from dino_lite.formats.format import Format
 from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
@@ -126,7 +128,15 @@ class Settings(TypedDict, total=False):
     features_dir: str | None
     image_size: Size | Literal["auto"]
     batch_size: Size
-    num_workers: Count
+    num_workers: Count | Literal["auto"]
+    features: Feature | list[Feature]
+    blocks: int | list[int]
+    splits: Literal["all", "train", "test"]
+    file_format: FileFormat
+    part_images: Size | Literal["auto"]
+    dtype: Dtype
+    unit_length: bool
+    precision: Annotated[int | str, Must("32 or bf16", lambda kind: str(kind) in ("32", "bf16"))]
     max_images: Size | None
     draw: bool
     out: str | None

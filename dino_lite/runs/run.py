@@ -42,16 +42,8 @@ class Run:
         """Lock the run for this process. The lock is released when the process exits, even on a
         crash. Raises UserError if another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{self.folder} is being trained by another process: wait for it, or choose "
-                    "another name=."
-                ) from error
+        why = "is being trained by another process: wait for it, or choose another name=."
+        with locked(self.folder, why):
             yield
 
     def is_locked(self) -> bool:
@@ -100,6 +92,21 @@ class Run:
 
         if warnings:
             merge_json(self.results_file, merged)
+
+
+@contextmanager
+def locked(folder: Path, why: str) -> Iterator[None]:
+    """Lock `folder`, made if it is missing, for this process. Raises UserError if another process
+    holds it: the folder, then `why`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} {why}") from error
+        yield
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

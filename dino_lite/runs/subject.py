@@ -15,7 +15,7 @@ from dino_lite.data.facts import first_readable
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.store import FeatureStore
 from dino_lite.formats.opened import Opened
-from dino_lite.machine import pick_accelerator
+from dino_lite.machine import loader_workers, pick_accelerator
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.run import merge_json
@@ -56,20 +56,14 @@ def open_subject(
     elif "channels" in data:
         data = data | {"channels": backbone.in_chans}
     splits = open_data(data, opened)
-    preprocessing, size = opened.preprocessing, config["image_size"]
-    if size != "auto" and (not isinstance(size, int) or size < 1 or size % backbone.patch_size):
-        raise UserError(
-            f"image_size={size}: must be a multiple of the backbone's patch size, "
-            f"{backbone.patch_size}."
-        )
-    if size != "auto":
-        preprocessing = preprocessing.at(size)
-    images = CleanData(splits, preprocessing, config["batch_size"], config["num_workers"])
+    preprocessing = opened.at(config["image_size"])
+    num_workers = loader_workers(config["num_workers"], accelerator)
+    images = CleanData(splits, preprocessing, config["batch_size"], num_workers)
     backbone.to(torch.device(accelerator))
     folder = None if config["features_dir"] is None else Path(config["features_dir"])
     num_blocks = max((each.num_blocks for each in evaluations.values()), default=1)
     suffix = "" if data == opened.data else f"@{splits.name}"
-    suffix += "" if preprocessing == opened.preprocessing else f"@{size}px"
+    suffix += "" if preprocessing == opened.preprocessing else f"@{config['image_size']}px"
     store = FeatureStore(images, folder, num_blocks)
     return Subject(checkpoint, backbone, store, data, suffix, opened.notes if rank() == 0 else ())
 

@@ -14,7 +14,7 @@ from dino_lite.errors import UserError
 # The setting that a path alone stands for; those in _LISTS accept several paths.
 MAIN = {
     **dict.fromkeys(("pretrain", "check"), "data.root"),
-    **dict.fromkeys(("evaluate", "report", "export"), "checkpoint"),
+    **dict.fromkeys(("evaluate", "report", "export", "embed"), "checkpoint"),
     "compare": "checkpoints",
     "runs": "runs_dir",
 }
