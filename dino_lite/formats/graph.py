@@ -28,7 +28,6 @@ GraphSizes = Annotated[
         lambda sizes: all(_is_size(size) for size in sizes),
     ),
 ]
-_SIDES = ("height", "width")
 _STACKS = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
 
 
@@ -108,9 +107,9 @@ def traced(
     trace the backbone.
     """
     graph = Graph(backbone, size, half)
-    shapes = {0: Dim("batch", min=1)}
-    if free_size:
-        shapes |= {2 + i: Dim(name, min=2 * backbone.patch_size) for i, name in enumerate(_SIDES)}
+    shapes: dict[int, Any] = {0: Dim("batch", min=1)}
+    if free_size:  # DYNAMIC: torch finds the smallest size; it cannot always prove a stated one
+        shapes |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     images = torch.zeros(2, backbone.in_chans, *size)  # torch.export takes a batch of 1 for fixed
     try:
         with torch.no_grad(), silence():
