@@ -36,15 +36,15 @@ def vit() -> Backbone:
 
 
 NETWORKS = {  # with the size of training
-    "vit": (vit, (24, 24)),
+    "vit": (vit, (16, 40)),
     "rope": (lambda: RoPEViT(**SIZES, qkv_bias=True).double(), (16, 32)),
     "fields": (lambda: ConvNet(**STAGES, fields=2, norm="group"), (24, 24)),
     "pooled": (lambda: ConvNet(**STAGES), (24, 24)),
 }
 CASES = [
-    ("vit", Onnx(sizes=[[16, 40]]), ["model.onnx", "model_16x40.onnx"]),
-    ("vit", TorchExport(sizes=[48, [16, 40]]), ["model.pt2", "model_48.pt2", "model_16x40.pt2"]),
-    ("rope", Onnx(half=True), ["model.onnx", "model_fp16.onnx"]),
+    ("vit", Onnx(half=True), ["model.onnx", "model_fp16.onnx"]),
+    ("vit", TorchExport(sizes=[24, [24, 16]]), ["model.pt2", "model_24.pt2", "model_24x16.pt2"]),
+    ("rope", Onnx(), ["model.onnx"]),
     ("rope", TorchExport(sizes=[24, [16, 32]]), ["model.pt2", "model_24.pt2"]),
     ("fields", Onnx(), ["model.onnx"]),
     ("fields", TorchExport(), ["model.pt2"]),
