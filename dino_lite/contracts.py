@@ -191,6 +191,7 @@ class Backbone(nn.Module):
     num_blocks: int
     transform: Callable[..., Tensor]  # prepares images, of a backbone loaded from an export
     takes_masks: bool = False  # whether `forward` takes a mask
+    any_size: bool = False  # whether a graph traced with dynamic image sizes is exact at all sizes
     __call__: Callable[..., Tokens]
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -235,6 +236,11 @@ class Backbone(nn.Module):
 
     def disable_noise(self) -> None:
         """Disable randomness in training mode; the caller handles DropPath and Dropout."""
+
+    def fix_size(self, height: int, width: int) -> None:
+        """Store what depends on the image size, such as resampled positions, as constants for
+        images of this size, so that a traced graph does not compute it. Other sizes may then fail.
+        """
 
 
 class Prototypes(NamedTuple):

@@ -21,6 +21,7 @@ from dino_lite.backbones.layers import UnbiasedKeys, is_bare
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
+from ranks import apart
 
 SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 FAMILIES = {
@@ -204,20 +205,26 @@ class Plain(nn.Module):
         self.backbone = backbone
     def forward(self, images):
         return self.backbone(images)[:2]  # tensors alone: traces know neither None nor numbers
+def slopes(backbone, images):
+    loss = sum(part.square().sum() for part in backbone(images))
+    return torch.autograd.grad(loss, list(backbone.parameters()))
 for network in [*map(make, FAMILIES), Compact(make("vit"), 4)]:
-    backbone = Plain(network).eval()
-    traced = torch.jit.trace(backbone, torch.zeros(2, 3, 16, 24))
-    images = torch.randn(2, 3, 16, 24)
-    for found, wanted in zip(traced(images), backbone(images), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for training in (False, True):
+        backbone = Plain(network).train(training)
+        traced = torch.jit.trace(backbone, torch.zeros(2, 3, 16, 24))
+        images = torch.randn(3, 3, 16, 24)
+        for found, wanted in zip(traced(images), backbone(images), strict=True):
+            torch.testing.assert_close(found, wanted)
+        for found, wanted in zip(*(slopes(each, images) for each in (traced, backbone))):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 print("equal")
 """
 
 
 @pytest.mark.slow
 def test_a_traced_backbone_answers_alike(root: Path) -> None:
-    """torch.jit.trace, on other images than those it was traced with; in a process of its own,
-    since checked shapes take sizes, which are tensors in a trace, for errors.
+    """torch.jit.trace, on more images than it was traced with, and with gradients in training; in a
+    process of its own, since checked shapes take sizes, which are tensors in a trace, for errors.
     """
     paths = os.pathsep.join([str(root), str(root / "tests")])
     done = subprocess.run(
@@ -231,16 +238,34 @@ def test_a_traced_backbone_answers_alike(root: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_program_answers_alike(family: str) -> None:
-    """torch.export, with gradients enabled or not."""
+    """torch.export, with gradients enabled or not, on more images than it was traced with."""
     backbone = make(family).eval()
-    images = torch.randn(2, 3, 16, 24)
+    images, free = torch.randn(3, 3, 16, 24), {0: torch.export.Dim("batch", min=1)}
+    shapes = {"images": free, "mask": None, "cls_only": None}
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(backbone, (torch.zeros_like(images),))
-        found, wanted = program.module()(images), backbone(images)
+            given = (torch.zeros_like(images[:2]), None, False)
+            program = torch.export.export(backbone, given, dynamic_shapes=shapes)
+        found, wanted = program.module()(images, None, False), backbone(images)
         torch.testing.assert_close(found.cls, wanted.cls)
         torch.testing.assert_close(found.patches, wanted.patches)
+
+
+def compiled_whole() -> None:
+    """Gradients of a backbone compiled as one graph are its own."""
+    backbone = make("swiglu")
+    whole = torch.compile(backbone, fullgraph=True, backend="eager")
+    slopes(whole, cls_only=True)
+    found = {name: part.grad for name, part in backbone.named_parameters()}
+    for name, slope in slopes(backbone, cls_only=True).items():
+        torch.testing.assert_close(found[name], slope, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_backbone_in_training_compiles_as_one_graph() -> None:
+    """No graph break where layers are otherwise recomputed."""
+    apart(compiled_whole)
 
 
 @pytest.mark.skipif(
@@ -251,13 +276,17 @@ def test_an_exported_program_answers_alike(family: str) -> None:
 def test_dynamic_quantization_runs_and_answers_nearly_alike(cls_only: bool) -> None:
     """Of every linear layer, to 8 bits."""
     backbone = make("vit").eval()
-    with warnings.catch_warnings(), torch.inference_mode():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
         quantize = torch.ao.quantization.quantize_dynamic
         small = quantize(copy.deepcopy(backbone), {nn.Linear}, dtype=torch.qint8)
         assert not linears(small)
         found, wanted = answer(small, cls_only), answer(backbone, cls_only)
     assert 0 < float((found - wanted).norm()) < 0.1 * float(wanted.norm())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gradients go past the quantized layers
+        answer(small.train(), cls_only).sum().backward()
+    assert small.cls_token.grad is not None
 
 
 def test_short_cuts_answer_as_the_modules_do() -> None:

@@ -87,8 +87,9 @@ def run_blocks(
 
     `memory` selects the activations saved for the backward pass; the others are recomputed. high:
     all; normal: all but the output of the MLP's activation; low: only the tokens between blocks.
-    In a compiled block the compiler decides, unless `memory` is low. Inference mode is never
-    compiled, since evaluations use other image sizes. For the fast paths see `Block`.
+    In a compiled block, or where the whole network is compiled or traced, the compiler decides,
+    unless `memory` is low. Inference mode is never compiled, since evaluations use other image
+    sizes. For the fast paths see `Block`.
     """
     memory = memory if torch.is_grad_enabled() else "high"
     compiled = compiled and not torch.is_inference_mode_enabled()
@@ -96,6 +97,7 @@ def run_blocks(
     # factors (ones in a block that never drops), also for drop path by batch, which then saves no
     # computation.
     scales = compiled and not _share_a_graph(blocks, drop_path_by)
+    traced = torch.compiler.is_compiling() or cast(Any, torch.jit).is_tracing()
     for i, block in enumerate(blocks):
         parts = cast(Block, block)
         queries = last_queries if i == len(blocks) - 1 else None
@@ -103,6 +105,7 @@ def run_blocks(
         recompute = (
             memory == "normal"
             and not compiled
+            and not traced
             and block.training
             and is_bare(parts.mlp.fc2)
             and not has_hooks(parts.mlp.act)
@@ -148,7 +151,7 @@ def draw_drops(
     `scales` the result is always factors.
     """
     drops: list[Drop] = []
-    num = len(tokens)
+    num = tokens.shape[0]
     for path in (block.drop_path1, block.drop_path2):
         prob = _drop_prob(path)
         keep = tokens.new_ones(num, 1, 1) if scales or (prob and drop_path_by == "sample") else None

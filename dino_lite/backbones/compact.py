@@ -28,7 +28,7 @@ class Compact(Backbone):
         self.reduce = nn.Linear(whole.embed_dim, width, device=like.device, dtype=like.dtype)
         self.embed_dim, self.patch_size = width, whole.patch_size
         self.in_chans, self.num_blocks = whole.in_chans, whole.num_blocks
-        self.takes_masks = whole.takes_masks
+        self.takes_masks, self.any_size = whole.takes_masks, whole.any_size
 
     def forward(
         self,
@@ -59,6 +59,10 @@ class Compact(Backbone):
     def disable_noise(self) -> None:
         """Disable randomness of `whole` in training mode."""
         self.whole.disable_noise()
+
+    def fix_size(self, height: int, width: int) -> None:
+        """Store what depends on the image size in `whole` as constants."""
+        self.whole.fix_size(height, width)
 
     def _reduced(self, tokens: Tokens) -> Tokens:
         return Tokens(self.reduce(tokens.cls), tokens.patches, tokens.registers, tokens.grid)

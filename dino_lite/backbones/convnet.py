@@ -81,6 +81,7 @@ class ConvNet(Backbone):
             parts = _named(self.spec, drop_path)
         self.stem, self.stages, self.norm = parts.stem, nn.ModuleList(parts.stages), parts.norm
         self.patch_size, self.in_chans, self.fields = patch_size, in_chans, fields
+        self.any_size = not fields  # where a cell of a field begins is rounded, by image size
         self.width = self.embed_dim = parts.widths[-1]
         if fields:
             sides = self._sides(len(parts.widths))

@@ -118,12 +118,18 @@ class RoPEViT(Transformer):
         """Tokens before the first block, and their grid."""
         patches, grid = self.patches(images, mask)
         first = [t for t in (self.cls_token, self.register_tokens) if t is not None]
-        return torch.cat([*(t.expand(len(images), -1, -1) for t in first), patches], dim=1), grid
+        num = images.shape[0]  # len() is a constant in a trace
+        return torch.cat([*(t.expand(num, -1, -1) for t in first), patches], dim=1), grid
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
         """The rotation of patches' queries and keys, the same in every block of a pass."""
         rotation: Rotation = self.positions(grid, self.cls_token)
         return rotation
+
+    def fix_size(self, height: int, width: int) -> None:
+        """Store the rotation for images of this size."""
+        grid = (height // self.patch_size, width // self.patch_size)
+        self.positions.fixed = self.rotation(grid)
 
 
 class RotaryPositions(nn.Module):
@@ -157,11 +163,14 @@ class RotaryPositions(nn.Module):
         self.width, self.base, self.normalizer = width, base, normalizer
         self.shift, self.jitter, self.rescale = shift, jitter, rescale
         self.moves = True
+        self.fixed: Rotation | None = None  # returned for every grid, without augmentation
 
     def forward(self, grid: tuple[int, int], like: Tensor) -> Rotation:
         """Sines and cosines for the patches of a grid in row-major order, on the device and in the
         precision of `like`, at least float32 even under autocast.
         """
+        if self.fixed is not None:
+            return self.fixed
         dtype = torch.promote_types(like.dtype, torch.float32)
         whole = {"max": (max(grid),) * 2, "min": (min(grid),) * 2}.get(self.normalizer, grid)
         axes = [

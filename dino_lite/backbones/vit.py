@@ -99,10 +99,10 @@ class ViT(Transformer):
     ) -> tuple[Float[Tensor, "n N D"], tuple[int, int]]:
         """Tokens before the first block, and their grid."""
         patches, grid = self.patches(images, mask)
-        cls = self.cls_token.expand(len(images), -1, -1)
+        cls = self.cls_token.expand(images.shape[0], -1, -1)  # len() is a constant in a trace
         tokens = torch.cat([cls, patches], dim=1) + self.positions(grid)
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(len(images), -1, -1)
+            registers = self.register_tokens.expand(images.shape[0], -1, -1)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens, grid
 
@@ -115,6 +115,11 @@ class ViT(Transformer):
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         learned = patches.reshape(1, *self.grid, -1)
         return torch.cat([cls, self.resample(learned, grid)], dim=1)
+
+    def fix_size(self, height: int, width: int) -> None:
+        """Replace the position embedding by the one resampled for images of this size."""
+        grid = (height // self.patch_size, width // self.patch_size)
+        self.pos_embed, self.grid = nn.Parameter(self.positions(grid).detach()), grid
 
     def resample(
         self, learned: Float[Tensor, "1 rows columns D"], grid: tuple[int, int]
