@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -15,6 +14,7 @@ from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropRate
+from dino_lite.backbones.timm_models import create_model
 from dino_lite.contracts import Backbone, Tokens, Traits, UserError
 from dino_lite.settings.kinds import Count, Size
 from dino_lite.settings.validate import checked
@@ -215,7 +215,7 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
     if norm != "layer":
         settings["norm_layer"] = _norm(norm)
     try:
-        model: Any = timm.create_model(name, **settings)
+        model: Any = create_model(name, **settings)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = error if str(error) else "patch_size, the total stride, must be 8, 16 or 32"
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error

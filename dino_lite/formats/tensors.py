@@ -1,9 +1,7 @@
-"""Reads the tensors of a file and its JSON metadata, without unpickling arbitrary objects."""
+"""Reads the tensors of a file and its JSON metadata, without running code."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +10,91 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dino_lite.contracts import UserError
+from dino_lite.data.plain_json import read_object
+from dino_lite.formats.recognize import kind_of
+from dino_lite.formats.torch_files import StandIn, load_inert
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights file in a folder
+_MOST_ENTRIES, _DEEPEST = 2**20, 64  # of nested dictionaries
+_MOST_REPEATED = 2**20  # bytes of a tensor that repeats what the file stores once
 
 
 def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str, Tensor]:
     """All tensors of a .safetensors file, a torch file or a folder with one, by dotted name.
 
     `key` is the setting whose value is `path`, for messages. A torch file may contain nested
-    dictionaries of tensors, plain values, and the argparse.Namespace of DINO's training
-    checkpoints. Raises UserError.
+    dictionaries of tensors, and objects of any class, which are left out: their code is neither
+    imported nor run. Raises UserError.
     """
     file = weights_file(path)
     if not file.is_file():
-        raise UserError(
-            f"{key}={path}: there is no such file; name a checkpoint or an exported folder."
-        )
+        what = "is not a regular file" if file.exists() else "there is no such file"
+        raise UserError(f"{key}={path}: {what}; name a checkpoint or an exported folder.")
+    return read_file(file, f"{key}={path}")
+
+
+def read_file(file: Path, asked: str) -> dict[str, Tensor]:
+    """As `read_tensors`, of a file that exists; `asked` is the prefix of messages."""
+    classes: dict[str, int] = {}
     try:
-        if file.suffix == ".safetensors":
+        if kind_of(file, asked) == "safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content, classes = load_inert(file, asked)
+    except UserError:
+        raise
     except Exception as error:
+        if "persistent_load of storage" in str(error):  # of torch before 1.6
+            raise UserError(_whole_module(asked, "a torch.nn.Module")) from error
         raise UserError(
-            f"{key}={path} cannot be read as weights ({type(error).__name__}): it is damaged, or "
-            "neither a .safetensors file nor a torch.save file of tensors and plain values."
+            f"{asked} cannot be read as weights: it is cut short or damaged "
+            f"({type(error).__name__}); download or copy it again."
         ) from error
-    return dict(_flat(content))
+    tensors = _flat(content, asked)
+    _refuse_objects(tensors, content, classes, asked)
+    for name, value in tensors.items():
+        _refuse_unstored(name, value, asked)
+    return tensors
+
+
+def _refuse_objects(
+    tensors: dict[str, Tensor], content: Any, classes: dict[str, int], asked: str
+) -> None:
+    """Raise UserError if the weights are in objects of `classes` (`load_inert`), not in `tensors`,
+    which `content` has by name.
+    """
+    if any(name.startswith("lightly_train.") for name in classes):
+        raise UserError(
+            f"{asked} is a checkpoint of lightly-train with pickled modules, which are not read "
+            "without running code: give exported_models/exported_last.pt of that training."
+        )
+    modules = {name: number for name, number in classes.items() if number}
+    if len(tensors) < sum(modules.values()):
+        raise UserError(_whole_module(asked, max(modules, key=lambda name: modules[name])))
+    if not tensors and classes:
+        raise UserError(
+            f"{asked} cannot be read as weights: it has no tensors by name, only objects of "
+            f"{', '.join([*classes][:3])}, which are not read without running code; save a "
+            "state_dict()."
+        )
+
+
+def _whole_module(asked: str, name: str) -> str:
+    return (
+        f"{asked} is a pickled module ({name}), which is not read without running code: save its "
+        "state_dict() instead."
+    )
+
+
+def _refuse_unstored(name: str, value: Tensor, asked: str) -> None:
+    """Raise UserError for a dense tensor whose values are not in the file."""
+    if value.layout != torch.strided or value.is_quantized:
+        return
+    size = value.numel() * value.element_size()
+    if value.is_meta or size > max(value.untyped_storage().nbytes(), _MOST_REPEATED):
+        raise UserError(
+            f"{asked}: the tensor {name} of shape {tuple(value.shape)} is not stored in full: save "
+            "the weights again from the network itself."
+        )
 
 
 def weights_file(path: str | Path) -> Path:
@@ -50,26 +106,55 @@ def weights_file(path: str | Path) -> Path:
     return next((found for found in inside if found.is_file()), inside[0])
 
 
+def safe_member(name: object) -> str:
+    """`name`, which a file gives as that of another file in its folder. Raises UserError if it is
+    not the plain name of a weights file.
+    """
+    if (
+        not isinstance(name, str)
+        or Path(name).name != name
+        or Path(name).suffix not in (".safetensors", ".bin")
+        or "\\" in name
+        or "\0" in name
+    ):
+        raise UserError(
+            f"an index of weights names {name!r}, which is not a .safetensors or .bin file of its "
+            "folder: download the folder again."
+        )
+    return name
+
+
 def read_about(file: Path) -> dict[str, Any]:
     """Metadata of `file`: the contents of config.json and preprocessor_config.json next to it if it
-    has one of the names `WEIGHTS`, else of NAME.json next to it.
+    has one of the names `WEIGHTS`, else of NAME.json next to it. Raises UserError if one of them is
+    not a JSON object.
     """
     about: dict[str, Any] = {}
     names = ("preprocessor_config.json", "config.json")
     for name in names if file.name in WEIGHTS else (f"{file.stem}.json",):
-        try:
-            content = json.loads((file.parent / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # missing, or not JSON
-        about |= content if isinstance(content, dict) else {}
+        if (beside := file.parent / name).is_file():
+            about |= read_object(beside)
     return about
 
 
-def _flat(content: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+def _flat(content: Any, asked: str) -> dict[str, Tensor]:
     """Tensors in nested dictionaries; entries with integer keys (optimizer state) are skipped."""
-    if isinstance(content, Tensor) and prefix:
-        return [(prefix[:-1], content)]
-    if not isinstance(content, dict):
-        return []
-    named = [(name, value) for name, value in content.items() if isinstance(name, str)]
-    return [pair for name, value in named for pair in _flat(value, f"{prefix}{name}.")]
+    found: dict[str, Tensor] = {}
+    open_: list[tuple[Any, str, int]] = [(content, "", 0)]
+    num = 0
+    while open_:
+        value, name, depth = open_.pop()
+        num += 1
+        if num > _MOST_ENTRIES or depth > _DEEPEST:
+            raise UserError(
+                f"{asked} holds dictionaries nested deeper than {_DEEPEST}, or more than "
+                f"{_MOST_ENTRIES:,} values: save a plain state_dict()."
+            )
+        if isinstance(value, Tensor) and name:
+            found[name] = value
+        entries = value.content if isinstance(value, StandIn) else value
+        if isinstance(entries, dict):
+            named = [(key, inner) for key, inner in entries.items() if isinstance(key, str)]
+            stem = f"{name}." if depth else ""
+            open_ += [(inner, f"{stem}{key}", depth + 1) for key, inner in reversed(named)]
+    return found

@@ -16,7 +16,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from dino_lite.backbones.rope import is_dinov3
-from dino_lite.backbones.spec import build_backbone
+from dino_lite.backbones.spec import empty_backbone
+from dino_lite.backbones.timm_models import check_name
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
@@ -30,12 +31,19 @@ from dino_lite.formats.layouts import (
     spec_of,
 )
 from dino_lite.formats.opened import Fit, Opened
+from dino_lite.formats.sound import (
+    refuse_misfit,
+    refuse_preprocessing,
+    refuse_unsound,
+    refusing,
+)
 from dino_lite.formats.tensors import read_about, read_tensors, weights_file
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
 
 
+@refusing("path")
 def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
@@ -51,6 +59,7 @@ def load_pretrained(backbone: Backbone, path: str | Path) -> Fit:
     return _fill(backbone, own_weights(tensors, next(iter(backbone.state_dict()))), asked)
 
 
+@refusing("path")
 def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) -> Opened:
     """The backbone in a file or folder of dino_lite, DINO, DINOv2, DINOv3, timm or Hugging Face.
 
@@ -67,6 +76,8 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
         )
     own = about.get("spec")  # of an export
     spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
+    if isinstance(own, dict) and not overrides:
+        refuse_misfit(_empty(spec).state_dict(), found.weights, asked, ("pos_embed",))
     return _open(spec, found, about, asked, weights_file(path).name)
 
 
@@ -76,6 +87,7 @@ def open_timm(name: str) -> Opened:
     Raises UserError if it does not exist, is unsupported or cannot be downloaded.
     """
     asked = f"checkpoint=timm:{name}"
+    check_name(name, asked)
     try:
         told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -141,10 +153,8 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
 
 
 def _empty(spec: dict[str, Any]) -> Transformer:
-    """The backbone of a spec on the meta device; the random state is preserved."""
-
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        backbone = build_backbone(spec)
+    """The backbone of a spec on the meta device."""
+    backbone = empty_backbone(spec)
     if not isinstance(backbone, Transformer):
         raise UserError(
             f"a {type(backbone).__name__} cannot be opened from its weights file alone: give the "
@@ -156,10 +166,12 @@ def _empty(spec: dict[str, Any]) -> Transformer:
 def _open(
     spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str, name: str
 ) -> Opened:
-    backbone = _empty(spec).to_empty(device="cpu").eval()
+    backbone = _empty(spec).eval()
     fit = _fill(backbone, found, asked)
     mean, std = _normalization(about, backbone.in_chans)
     size = _image_size(backbone, about)
+    told = {"image_size": size, "mean": mean, "std": std}
+    refuse_preprocessing(told, backbone.in_chans, asked)
     return Opened(
         backbone=backbone,
         preprocessing=Preprocessing((size, size), mean, std),
@@ -208,6 +220,9 @@ def _fill(backbone: Backbone, found: Found, asked: str) -> Fit:
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
         )
+    refuse_unsound(weights, asked)
+    if next(iter(own.values())).is_meta:  # no memory is taken for weights that do not fit
+        backbone.to_empty(device="cpu")
     backbone.load_state_dict(weights)
     changed = [n for n in weights if n in found.adapted or weights[n] is not found.weights[n]]
     return Fit(found.read.owner, found.read.why, len(own), unused, changed)

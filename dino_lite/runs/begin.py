@@ -5,10 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.spec import checked_spec
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import UserError
+from dino_lite.formats.sound import refuse_unsound
 from dino_lite.formats.tensors import read_about, weights_file
 from dino_lite.formats.weights import fit_positions
 from dino_lite.methods.method import Method
@@ -61,8 +64,9 @@ def _as_exported(backbone: Config) -> Config:
     folder, start = config_dir() / "backbone", backbone.get("pretrained")
     if not start or backbone | {"pretrained": None} != load(folder / "auto.yaml"):
         return backbone
-    spec = read_about(weights_file(start)).get("spec") or {}
-    spec = spec.get("whole", spec)  # of a compact export
+    spec = checked_spec(read_about(weights_file(start)).get("spec") or {})
+    while spec["kind"] == Compact.kind:
+        spec = checked_spec(spec["whole"])
     if spec.get("kind") != ConvNet.kind:
         return backbone
     node = load(folder / "convnet.yaml") | {"pretrained": start}
@@ -153,6 +157,7 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     """Load the weights of an earlier run; position embeddings are resampled if the grid differs."""
     _, file = _run_to_begin_with(asked, runs_dir)
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
+    refuse_unsound(weights, f"checkpoint={asked}")
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
         network = method.get_submodule(part) if last == "pos_embed" and name in own else None
