@@ -26,7 +26,7 @@ _LARGEST, _MOST_BLOCKS, _MOST_COMPACT = 2**20, 1000, 8  # in a spec
 _PLACES = {"device", "dtype"}  # keywords of timm's that no spec has
 
 
-def build_backbone(spec: Mapping[str, Any], trust: Trust = ()) -> Backbone:
+def build_backbone(spec: Any, trust: Trust = ()) -> Backbone:
     """The backbone that `spec` (a Backbone's `stored_spec`, plain JSON) describes, with fresh
     weights. A class of another package is imported only if `trust` names that package. Raises
     UserError, before anything is built, for a spec that no backbone stores.
@@ -39,7 +39,7 @@ def build_backbone(spec: Mapping[str, Any], trust: Trust = ()) -> Backbone:
     return (family or _import(kind, trust))(**keywords)
 
 
-def empty_backbone(spec: Mapping[str, Any], trust: Trust = ()) -> Backbone:
+def empty_backbone(spec: Any, trust: Trust = ()) -> Backbone:
     """As `build_backbone`, on the meta device if all its classes are ours, so that neither memory
     nor time is spent on weights; the random state is preserved.
     """
@@ -66,14 +66,15 @@ def checked_spec(spec: Any, depth: int = 0) -> dict[str, Any]:
         if depth >= _MOST_COMPACT:
             raise UserError(f"the backbone's spec has more than {_MOST_COMPACT} compact in a row.")
         checked_spec(keywords.pop("whole", None), depth + 1)
-    known = parameters(_FAMILIES[kind]).hints.keys() - _PLACES
+    family: Any = _FAMILIES[kind]
+    known = parameters(family).hints.keys() - _PLACES
     for key, value in keywords.items():
         many = isinstance(value, list) and len(value) <= _MOST_BLOCKS
         plain = all(map(_is_plain, value if many else [value]))
         if key not in known or not plain:
             raise UserError(f"the backbone's spec has {key}={_short(value)}, which no {kind} has.")
     given = 1 if kind == Compact.kind else 0
-    for key, value in validated(_FAMILIES[kind], keywords, "spec.", num_given=given).items():
+    for key, value in validated(family, keywords, "spec.", num_given=given).items():
         most = _MOST_BLOCKS if key in ("depth", "depths") else _LARGEST
         sizes = value if isinstance(value, list) else [value]
         if any(isinstance(size, int) and abs(size) > most for size in sizes):

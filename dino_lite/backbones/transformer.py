@@ -187,7 +187,7 @@ def timm_vit(
     try:
         model: Any = VisionTransformer(**kwargs) if name == "vit" else create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        reason = error if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
     for part in model.modules():
         if isinstance(part, GluMlp):  # timm initializes the gate's half near zero, DINOv2 does not

@@ -15,7 +15,7 @@ from dino_lite.formats.recognize import kind_of
 from dino_lite.formats.torch_files import StandIn, load_inert
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights file in a folder
-_MOST_ENTRIES, _DEEPEST = 2**20, 64  # of nested dictionaries
+_MOST_ENTRIES, _DEEPEST = 2**18, 64  # of nested dictionaries
 _MOST_REPEATED = 2**20  # bytes of a tensor that repeats what the file stores once
 
 

@@ -17,9 +17,9 @@ _PICKLES = 4  # in files of torch before 1.6: a number, the version, the system,
 # A weights file has no use for these, while a malicious one does.
 _RUNS = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|importlib|runpy|pty|socket|ctypes|webbrowser|marshal|"
-    r"_?pickle|cloudpickle|torch\.(load|hub|serialization|jit))\."
+    r"_?pickle|cloudpickle|torch\.(hub|jit))\.|torch\.load$"
     r"|builtins\.(?!(list|dict|set|frozenset|tuple|int|float|str|bytes|bytearray|bool|complex|slice|"
-    r"range|object)$)"
+    r"range|object|\w*(Error|Exception|Warning))$)"
 )
 
 
