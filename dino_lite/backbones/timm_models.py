@@ -17,8 +17,8 @@ def check_name(name: str, asked: str) -> None:
     """
     if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):
         raise UserError(
-            f"{' '.join(asked.split())} does not name a model of timm's: names of hubs, folders and files are not "
-            "followed; give the files of weights themselves."
+            f"{' '.join(asked.split())} does not name a model of timm's: names of hubs, folders "
+            "and files are not followed; give the file of weights itself."
         )
 
 

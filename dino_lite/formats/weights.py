@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from dino_lite.backbones.rope import is_dinov3
-from dino_lite.backbones.spec import empty_backbone
+from dino_lite.backbones.spec import checked_spec, empty_backbone
 from dino_lite.backbones.timm_models import check_name
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
@@ -75,8 +75,11 @@ def open_weights(path: str | Path, key: str = "checkpoint", **overrides: Any) ->
             f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
         )
     own = about.get("spec")  # of an export
-    spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
-    if isinstance(own, dict) and not overrides:
+    if own is None:
+        spec = spec_of(found, about, asked, **overrides)
+    else:
+        spec = checked_spec(own) | overrides
+    if own is not None and not overrides:
         refuse_misfit(_empty(spec).state_dict(), found.weights, asked, ("pos_embed",))
     return _open(spec, found, about, asked, weights_file(path).name)
 
