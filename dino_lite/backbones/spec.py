@@ -22,7 +22,7 @@ _FAMILIES: dict[str, type[Backbone]] = {
     each.kind: each for each in (ViT, RoPEViT, ConvNet, Compact)
 }
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
-_LARGEST, _MOST_BLOCKS, _MOST_COMPACT = 2**20, 1000, 8  # in a spec
+_LARGEST, _MOST_BLOCKS, _MOST_COMPACT = 2**20, 256, 8  # in a spec
 _PLACES = {"device", "dtype"}  # keywords of timm's that no spec has
 
 
