@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -15,6 +14,7 @@ from timm.models.resnet import BasicBlock, ResNet, downsample_conv
 from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropRate
+from dino_lite.backbones.timm_models import create_model
 from dino_lite.contracts import Backbone, Tokens, Traits, UserError
 from dino_lite.settings.kinds import Count, Positive, Size
 from dino_lite.settings.validate import checked
@@ -233,7 +233,7 @@ def _named(spec: dict[str, Any], drop_path: float) -> Parts:
     if norm != "layer":
         settings["norm_layer"] = _norm(norm)
     try:
-        model: Any = timm.create_model(name, **settings | _sizes(spec))
+        model: Any = create_model(name, **settings | _sizes(spec))
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = error if str(error) else "patch_size, the total stride, must be 8, 16 or 32"
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
@@ -267,7 +267,7 @@ def _sizes(spec: dict[str, Any]) -> dict[str, Any]:
 def _channels(spec: dict[str, Any]) -> list[int]:
     """Channels inside the blocks of a timm ResNet whose stages have the widths in `spec`."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model: Any = timm.create_model(spec["name"])
+        model: Any = create_model(spec["name"])
     factors = [stage[0].expansion for stage in _layers(model)]
     if any(width % factor for width, factor in zip(spec["widths"], factors, strict=True)):
         raise UserError(

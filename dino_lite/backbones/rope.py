@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-import timm
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.attention import AttentionRope
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import DropPathBy, DropRate
 from dino_lite.backbones.layers import Rotation, UnbiasedKeys
+from dino_lite.backbones.timm_models import create_model
 from dino_lite.backbones.transformer import Transformer, is_plain, mlp_of, timm_vit
 from dino_lite.contracts import Traits, UserError
 from dino_lite.settings.kinds import KeywordsOf, Must, NonNegative, Positive, Size
@@ -206,7 +206,7 @@ def sizes_of(name: str) -> dict[str, Any]:
     """
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: Any = timm.create_model(name, num_classes=0)
+            model: Any = create_model(name, num_classes=0)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"backbone.name={name} cannot be built: {error}.") from error
     if not is_dinov3(model):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pkgutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,23 +16,84 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, Trust, UserError
+from dino_lite.settings.validate import parameters, shown, validated
 
 _FAMILIES: dict[str, type[Backbone]] = {
     each.kind: each for each in (ViT, RoPEViT, ConvNet, Compact)
 }
 _SIZES = ("embed_dim", "patch_size", "in_chans", "num_blocks")
+_LARGEST, _MOST_BLOCKS, _MOST_COMPACT = 2**20, 256, 8  # in a spec
+_PLACES = {"device", "dtype"}  # keywords of timm's that no spec has
 
 
-def build_backbone(spec: dict[str, Any], trust: Trust = ()) -> Backbone:
+def build_backbone(spec: Any, trust: Trust = ()) -> Backbone:
     """The backbone that `spec` (a Backbone's `stored_spec`, plain JSON) describes, with fresh
-    weights. A class of another package is imported only if `trust` names that package.
+    weights. A class of another package is imported only if `trust` names that package. Raises
+    UserError, before anything is built, for a spec that no backbone stores.
     """
-    keywords = dict(spec)
-    kind = keywords.pop("kind", ViT.kind)
-    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    keywords = checked_spec(spec)
+    kind = keywords.pop("kind")
+    family = _FAMILIES.get(kind)
     if family is Compact:
         keywords["whole"] = build_backbone(keywords["whole"], trust)
-    return (family or _import(str(kind), trust))(**keywords)
+    return (family or _import(kind, trust))(**keywords)
+
+
+def empty_backbone(spec: Any, trust: Trust = ()) -> Backbone:
+    """As `build_backbone`, on the meta device if all its classes are ours, so that neither memory
+    nor time is spent on weights; the random state is preserved.
+    """
+    inner = checked_spec(spec)
+    while inner["kind"] == Compact.kind:
+        inner = checked_spec(inner["whole"])
+    place = torch.device("meta") if inner["kind"] in _FAMILIES else nullcontext()
+    with torch.random.fork_rng(devices=[]), place:
+        return build_backbone(spec, trust)
+
+
+def checked_spec(spec: Any, depth: int = 0) -> dict[str, Any]:
+    """`spec` with its kind. Raises UserError if it is not an object, or if one of our families has
+    no such keyword, or does not store such a value.
+    """
+    if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+        raise UserError(f"the backbone's spec is {_short(spec)}, but must be a group of keywords.")
+    told: dict[str, Any] = {"kind": ViT.kind} | dict(spec)
+    kind = told["kind"]
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        return told | {"kind": str(kind)}
+    keywords = {key: value for key, value in told.items() if key != "kind"}
+    if kind == Compact.kind:
+        if depth >= _MOST_COMPACT:
+            raise UserError(f"the backbone's spec has more than {_MOST_COMPACT} compact in a row.")
+        checked_spec(keywords.pop("whole", None), depth + 1)
+    family: Any = _FAMILIES[kind]
+    known = parameters(family).hints.keys() - _PLACES
+    for key, value in keywords.items():
+        many = isinstance(value, list) and len(value) <= _MOST_BLOCKS
+        plain = all(map(_is_plain, value if many else [value]))
+        if key not in known or not plain:
+            raise UserError(f"the backbone's spec has {key}={_short(value)}, which no {kind} has.")
+    given = 1 if kind == Compact.kind else 0
+    for key, value in validated(family, keywords, "spec.", num_given=given).items():
+        most = _MOST_BLOCKS if key in ("depth", "depths") else _LARGEST
+        sizes = value if isinstance(value, list) else [value]
+        if any(isinstance(size, int) and abs(size) > most for size in sizes):
+            raise UserError(
+                f"the backbone's spec has {key}={_short(value)}: at most {most:,} can be opened."
+            )
+    return told
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is text without interpolation, null, a truth value or a finite number."""
+    if isinstance(value, str):
+        return "$" not in value
+    return value is None or (isinstance(value, bool | int | float) and abs(value) < math.inf)
+
+
+def _short(value: Any) -> str:
+    text = shown(value) if isinstance(value, bool | int | float | None) else repr(value)
+    return text if len(text) < 60 else f"{text[:60]}…"
 
 
 def is_trusted(name: str, trust: Trust) -> bool:

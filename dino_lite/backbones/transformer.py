@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Annotated, Any, Literal
 
-import timm
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.attention import Attention
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.blocks import Block, DropPathBy, run_blocks
 from dino_lite.backbones.layers import Rotation
+from dino_lite.backbones.timm_models import create_model
 from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.settings.kinds import Count, KeywordsOf, NonNegative, Positive, Size
 from dino_lite.settings.validate import checked
@@ -185,11 +185,9 @@ def timm_vit(
     if norm_eps is not None:
         kwargs["norm_layer"] = functools.partial(nn.LayerNorm, eps=norm_eps)
     try:
-        model: Any = (
-            VisionTransformer(**kwargs) if name == "vit" else timm.create_model(name, **kwargs)
-        )
+        model: Any = VisionTransformer(**kwargs) if name == "vit" else create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        reason = error if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"backbone.name={name} cannot be built: {reason}.") from error
     for part in model.modules():
         if isinstance(part, GluMlp):  # timm initializes the gate's half near zero, DINOv2 does not

@@ -16,6 +16,7 @@ from dino_lite.formats.convnets import shaped, stem_of
 from dino_lite.formats.grids import STEM, Grid
 from dino_lite.formats.layouts import Found
 from dino_lite.formats.opened import Fit
+from dino_lite.formats.sound import refuse_unsound
 from dino_lite.wording import count
 
 
@@ -70,6 +71,9 @@ def fill(backbone: Backbone, found: Found, asked: str, may_be_fresh: bool = Fals
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
         )
+    refuse_unsound(weights, asked)
+    if next(iter(own.values())).is_meta:  # no memory is taken for weights that do not fit
+        backbone.to_empty(device="cpu")
     backbone.load_state_dict(weights)
     kept = found.weights
     changed = [

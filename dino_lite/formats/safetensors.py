@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dino_lite.backbones.compact import Compact
-from dino_lite.backbones.spec import build_backbone
+from dino_lite.backbones.spec import empty_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
+from dino_lite.data.plain_json import read_object
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.transform import Transform
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.processors import read_preprocessing
+from dino_lite.formats.sound import (
+    refuse_misfit,
+    refuse_preprocessing,
+    refuse_unsound,
+    refusing,
+)
+from dino_lite.formats.tensors import read_file
 from dino_lite.version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -79,6 +86,7 @@ def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     return Opened(backbone, transform.preprocessing, card)
 
 
+@refusing("directory")
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     """The backbone that `SafeTensors` wrote: in eval mode, on the CPU, with saved dtypes.
     Its attribute `transform` prepares images for it, as `data.transform.Transform` says.
@@ -91,22 +99,17 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     path = directory / WEIGHTS
     if not path.is_file():
         raise UserError(f"{directory} has no {WEIGHTS}: export the backbone again.")
-    try:
-        weights = load_file(path)
-        backbone = build_backbone(config["spec"], trust)
-        floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
-        if floats:
-            backbone.to(floats[0])
-        backbone.load_state_dict(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is damaged or not a safetensors file ({error}): export it again."
-        ) from error
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} does not fit the backbone that {CONFIG} next to it describes: "
-            "export both again, together."
-        ) from error
+    weights, _ = read_file(path, str(path))
+    refuse_unsound(weights, str(path))
+    backbone = empty_backbone(config["spec"], trust)
+    refuse_misfit(backbone.state_dict(), weights, str(path))
+    refuse_preprocessing(config, backbone.in_chans, str(directory / CONFIG))
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        backbone.to_empty(device="cpu")
+    floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
+    if floats:
+        backbone.to(floats[0])
+    backbone.load_state_dict(weights)
     size = (config["image_size"],) * 2
     told = read_preprocessing(config, None, backbone, size, str(directory))
     backbone.transform = Transform(told.preprocessing)
@@ -125,11 +128,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} has no {CONFIG}: give the folder that `dino-lite export` wrote."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): export the backbone again.") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+    config = read_object(path)
+    if config.get("format") != _FORMAT:
         raise UserError(
             f"{path} is not the config of a dino_lite backbone: give an exported folder."
         )

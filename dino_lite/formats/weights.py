@@ -16,9 +16,11 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import is_dinov3
-from dino_lite.backbones.spec import build_backbone
+from dino_lite.backbones.spec import build_backbone, checked_spec, empty_backbone
+from dino_lite.backbones.timm_models import check_name
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT, sides_of
 from dino_lite.contracts import Backbone, UserError
@@ -34,7 +36,8 @@ from dino_lite.formats.layouts import (
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.processors import read_preprocessing
-from dino_lite.formats.tensors import read_about, read_file, weights_file
+from dino_lite.formats.sound import refuse_misfit, refuse_preprocessing, refusing
+from dino_lite.formats.tensors import read_about, read_content, weights_file
 from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
 
@@ -48,6 +51,7 @@ class Content(NamedTuple):
     about: dict[str, Any]
 
 
+@refusing("path")
 def load_pretrained(backbone: Backbone, path: str | Path, content: Content | None = None) -> Fit:
     """Load the weights in `path` into `backbone`, strictly; heads for other tasks are unused.
 
@@ -67,6 +71,7 @@ def load_pretrained(backbone: Backbone, path: str | Path, content: Content | Non
     return fill(backbone, found, asked)
 
 
+@refusing("path")
 def open_weights(
     path: str | Path, key: str = "checkpoint", layout: Layout | None = None, **overrides: Any
 ) -> Opened:
@@ -89,7 +94,12 @@ def open_weights(
         raise UserError(
             f"{path}: config.yaml of its run is not two folders up; keep checkpoints in their run."
         )
-    spec = own | overrides if isinstance(own, dict) else spec_of(found, about, asked, **overrides)
+    if own is None:
+        spec = spec_of(found, about, asked, **overrides)
+    else:
+        spec = checked_spec(own) | overrides
+    if own is not None and not overrides:
+        refuse_misfit(empty_backbone(spec).state_dict(), found.weights, asked, ("pos_embed",))
     return _open(spec, found, about, asked, weights_file(path).name)
 
 
@@ -99,6 +109,7 @@ def open_timm(name: str) -> Opened:
     Raises UserError if it does not exist, is unsupported or cannot be downloaded.
     """
     asked = f"checkpoint=timm:{name}"
+    check_name(name, asked)
     try:
         told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -123,7 +134,7 @@ def open_timm(name: str) -> Opened:
         size = list(about["input_size"][-2:])
         own = {"kind": "rope"} if is_dinov3(model) else {"image_size": size}
         spec = {"name": name, "patch_size": stem.patch_size[0], **own}
-    _empty(spec)  # raises UserError for unsupported models before downloading
+    empty_backbone(spec)  # raises UserError for unsupported models before downloading
     try:
         with _one_try(), torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True, num_classes=0)
@@ -161,7 +172,7 @@ def _one_try() -> Iterator[None]:
 def read_weights(path: str | Path, key: str = "backbone.pretrained") -> Content:
     """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
     file = weights_file(path)
-    tensors, values = read_file(path, key)
+    tensors, values = read_content(path, key)
     return Content(tensors, completed(read_about(file), values, file))
 
 
@@ -171,9 +182,11 @@ def spec_in(path: str | Path) -> dict[str, Any] | None:
     """
     asked = f"backbone.pretrained={path}"
     tensors, about = read_weights(path)
-    if isinstance(own := about.get("spec"), dict):  # of an export
-        whole: dict[str, Any] = own.get("whole", own)  # of a compact one
-        return whole
+    if (own := about.get("spec")) is not None:  # of an export
+        spec = checked_spec(own)
+        while spec["kind"] == Compact.kind:
+            spec = checked_spec(spec["whole"])
+        return spec
     found = _searched(tensors, about, asked)
     return None if found is None else {"kind": ViT.kind} | spec_of(found, about, asked)
 
@@ -203,24 +216,18 @@ def _find(tensors: dict[str, Tensor], about: dict[str, Any], asked: str) -> Foun
     return found
 
 
-def _empty(spec: dict[str, Any]) -> Backbone:
-    """The backbone of a spec on the meta device; the random state is preserved."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return build_backbone(spec)
-
-
 def _open(
     spec: dict[str, Any], found: Found, about: dict[str, Any], asked: str, name: str
 ) -> Opened:
-    backbone = _empty(spec)
+    backbone = empty_backbone(spec)
     if {name for name, _ in backbone.named_buffers()} - backbone.state_dict().keys():
         with torch.random.fork_rng(devices=[]):  # with the constants that no file contains
-            backbone = build_backbone(spec).eval()
-    else:
-        backbone = backbone.to_empty(device="cpu").eval()
-    fit = fill(backbone, found, asked)
+            backbone = build_backbone(spec)
+    fit = fill(backbone.eval(), found, asked)
     own = _own_size(backbone, about)
     how, said = read_preprocessing(about, found.read.preprocessing, backbone, own, asked)
+    told = {"image_size": how.size, "mean": how.mean, "std": how.std}
+    refuse_preprocessing(told, backbone.in_chans, asked)
     card = {"weights": name, "layout": fit.layout}
     return Opened(backbone, how, card, fit=fit, said=said)
 

@@ -13,6 +13,7 @@ from dino_lite.config import Config, compose, config_dir, leaves, load
 from dino_lite.contracts import Trust, UserError
 from dino_lite.formats.fit import fit_positions
 from dino_lite.formats.grids import STEM, grid_of
+from dino_lite.formats.sound import refuse_unsound
 from dino_lite.formats.tensors import weights_file
 from dino_lite.formats.weights import spec_in
 from dino_lite.methods.method import Method
@@ -210,6 +211,7 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     run, file = _run_to_begin_with(asked, runs_dir)
     about = {"image_size": current(load(run.config_file))["backbone"].get("image_size")}
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
+    refuse_unsound(weights, f"checkpoint={asked}")
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
         network = method.get_submodule(part) if last == "pos_embed" and name in own else None

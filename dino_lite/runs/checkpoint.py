@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dino_lite.config import load
@@ -16,7 +15,9 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.safetensors import open_export
+from dino_lite.formats.sound import refuse_unsound
 from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.torch_files import load_inert
 from dino_lite.formats.weights import open_timm, open_weights
 from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.old_names import current
@@ -105,8 +106,16 @@ def open_backbone(
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint's tensors and plain values; never unpickles other objects."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(content["state_dict"], dict)
+        content, others = load_inert(path, str(path))
+        if others:
+            raise UserError(
+                f"{path} holds objects of {', '.join([*others][:3])}, which no checkpoint of "
+                "dino_lite does, and which are not read without running code."
+            )
+        assert all(isinstance(value, Tensor) for value in content["state_dict"].values())
+        assert isinstance(content["global_step"], int)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path} is damaged or not a checkpoint of dino_lite ({type(error).__name__}): use "
@@ -158,8 +167,10 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
             f"{file} does not match {run.config_file}: keep checkpoints in the folder of their run."
         ) from error
     size, normalize = config["augment"]["global_size"], config["normalize"]
+    backbone = method.export_backbone().float().eval()
+    refuse_unsound(backbone.state_dict(), str(file))
     return Opened(
-        backbone=method.export_backbone().float().eval(),
+        backbone=backbone,
         preprocessing=Preprocessing(
             (size, size), tuple(normalize["mean"]), tuple(normalize["std"])
         ),

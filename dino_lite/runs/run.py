@@ -16,6 +16,7 @@ except ImportError:  # Windows: no lock, so two processes may train the same run
     fcntl = None  # type: ignore[assignment]
 
 from dino_lite.data.names import file_name
+from dino_lite.data.plain_json import read_object
 from dino_lite.errors import UserError
 
 
@@ -142,8 +143,4 @@ def merge_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file written by `write_json`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    return dict(content)
+    return read_object(path)
