@@ -17,8 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dino_lite.backbones.vit import ViT
+from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.weights import load_pretrained, open_weights
+from dino_lite.planning.checks import check_values
+from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from test_importers import as_hugging_face_vit, saved, with_config
 from test_rope import joined
 from test_vit import images, randomize
@@ -69,8 +72,17 @@ def test_an_oblong_grid_is_the_one_that_is_told(
         assert difference(opened, model.forward_features, (96, 240)) < 1e-6
 
 
+def test_hugging_faces_image_size_tells_an_oblong_grid(tmp_path: Path) -> None:
+    """By their names too."""
+    model = theirs((192, 224))
+    path = saved(as_hugging_face_vit(dict(model.state_dict())), tmp_path)
+    about = {"num_attention_heads": 2, "image_size": [192, 224], "layer_norm_eps": 1e-6}
+    opened = open_weights(with_config(path, **about))
+    assert difference(opened, model.forward_features, (192, 224)) < 1e-6
+
+
 def test_a_grid_that_nothing_tells_is_refused_or_said(tmp_path: Path) -> None:
-    """169 positions: 12x14 and the class token, or 13x13 as in DeiT III; 55: 6x9 and that token."""
+    """169 positions: 12x14 and the class token, or 13x13 as in DeiT III; 55 are no square."""
     for size in ((192, 224), (96, 144)):
         with pytest.raises(
             UserError, match=r"positions, and their number does not tell their grid"
@@ -84,7 +96,7 @@ def test_a_grid_that_nothing_tells_is_refused_or_said(tmp_path: Path) -> None:
 
 
 def test_pretraining_resamples_an_oblong_grid(tmp_path: Path) -> None:
-    """Between grids of equal and of other counts; the backbone's grid settles ambiguous ones."""
+    """Between grids of equal and other counts; the backbone's own grid tells an ambiguous one."""
     source = ViT(image_size=[64, 96], **SIZES)
     randomize(source)
     path = with_config(saved(source.state_dict(), tmp_path), image_size=[64, 96])
@@ -194,6 +206,22 @@ def test_a_layout_that_cannot_be_is_refused(tmp_path: Path) -> None:
         UserError, match=r"hf\.pth: checkpoint_layout=timm is for names that several"
     ):
         open_weights(other, layout="timm", **HEADS)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "report", "export"])
+def test_the_layout_is_a_setting(command: str) -> None:
+    """Of each command that opens weights; its values are checked before anything is opened."""
+    assert check_values(compose(command, ["checkpoint_layout=timm"]))["checkpoint_layout"] == "timm"
+    with pytest.raises(UserError, match="checkpoint_layout=moco: it must be one of dino, ibot"):
+        check_values(compose(command, ["checkpoint_layout=moco"]))
+
+
+def test_evaluation_follows_the_layout(tmp_path: Path) -> None:
+    """The file that an evaluation opens is taken for the program's that the setting names."""
+    path = saved(theirs(embed_dim=64, num_heads=1).state_dict(), tmp_path)
+    checkpoint = find_checkpoint(str(path), tmp_path)
+    for layout, offset in ((None, 0.1), ("timm", 0.0)):
+        assert open_backbone(checkpoint, layout=layout).backbone.spec["position_offset"] == offset
 
 
 def sines(side: int, width: int = 24) -> Tensor:
