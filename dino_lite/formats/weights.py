@@ -114,7 +114,7 @@ def open_timm(name: str) -> Opened:
     about = told.to_dict()
     if isinstance(model, ConvNeXt | ResNet):
         norm = "layer" if isinstance(model, ConvNeXt) else "batch"
-        spec = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
+        spec: dict[str, Any] = {"kind": ConvNet.kind, "name": name.partition(".")[0], "norm": norm}
         if norm == "batch" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             raise UserError(
                 f"{asked} has no batch normalization: of ResNets, only those with it can be opened."
@@ -125,9 +125,9 @@ def open_timm(name: str) -> Opened:
             "be opened."
         )
     else:
-        size = list(about["input_size"][-2:])
-        own = {"kind": "rope"} if is_dinov3(model) else {"image_size": size}
-        spec = {"name": name, "patch_size": stem.patch_size[0], **own}
+        spec = {"name": name, "patch_size": stem.patch_size[0]}
+        size = {"image_size": list(about["input_size"][-2:])}
+        spec |= {"kind": "rope"} if is_dinov3(model) else size
     _empty(spec)  # raises UserError for unsupported models before downloading
     try:
         with _one_try(), torch.random.fork_rng(devices=[]):
