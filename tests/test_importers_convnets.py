@@ -33,9 +33,9 @@ from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan
 from dino_lite.runs.begin import begin_config, build_method
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
-from test_begin import exported
 from test_conf import facts
 from test_importers import pretend_download
+from tiny import exported
 
 Weights = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -390,7 +390,8 @@ def test_a_timm_convnet_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyP
     tag = timm.get_pretrained_cfg(name).tag
     opened = open_timm(f"{name}.{tag}")
     assert opened.backbone.spec["name"] == name
-    assert opened.image_size == timm.get_pretrained_cfg(name).input_size[-1]
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    assert opened.image_size == size - size % 32
     model: Any = made[0].double()
     assert isinstance(opened.backbone, ConvNet)
     agree(opened.backbone, lambda images: by_timm(model, images))
@@ -400,7 +401,7 @@ def test_a_timm_convnet_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyP
 def test_the_export_of_a_convnet_opens_by_its_file(whitened: bool, tmp_path: Path) -> None:
     """With the tokens of its folder."""
     own = ConvNet(widths=[16, 32], depths=[1, 1], patch_size=4, norm="group", fields=1).eval()
-    out = exported(tmp_path / "out", Compact(own, 4).eval() if whitened else own)
+    out = exported(Compact(own, 4) if whitened else own, tmp_path / "out")
     file = open_backbone(find_checkpoint(str(out / "model.safetensors"), tmp_path))
     folder = open_backbone(find_checkpoint(str(out), tmp_path))
     images = torch.randn(2, 3, 16, 16)
