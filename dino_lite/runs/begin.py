@@ -91,7 +91,7 @@ def _as_in_file(backbone: Config, trust: Trust) -> Config:
         return backbone
     run = Run(weights_file(start).parent.parent)
     if weights_file(start).parent == run.checkpoints and run.config_file.is_file():
-        node = current(load(run.config_file))["backbone"]
+        node: Config | None = {**current(load(run.config_file))["backbone"]}
         demand_trust(targets([node]), trust, run.config_file)
         node |= {key: "auto" for key in ("image_size", "in_chans") if key in node}
     else:
