@@ -91,9 +91,10 @@ def _as_in_file(backbone: Config, trust: Trust) -> Config:
         return backbone
     run = Run(weights_file(start).parent.parent)
     if weights_file(start).parent == run.checkpoints and run.config_file.is_file():
-        node: Config | None = {**current(load(run.config_file))["backbone"]}
-        demand_trust(targets([node]), trust, run.config_file)
-        node |= {key: "auto" for key in ("image_size", "in_chans") if key in node}
+        own: Config = current(load(run.config_file))["backbone"]
+        demand_trust(targets([own]), trust, run.config_file)
+        free = {key: "auto" for key in ("image_size", "in_chans") if key in own}
+        node: Config | None = own | free
     else:
         node = _node_of(spec_in(start) or {})
     other_family = usual is bare[1] and node and node["_target_"] != backbone["_target_"]
