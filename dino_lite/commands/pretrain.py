@@ -81,10 +81,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config["trainer"]["num_threads"])
     if facts.accelerator == "cpu":
         keep_freed_memory()
-    # A resumed run loads its own weights.
-    started: Config = {"checkpoint": None} if resuming else {}
-    if resuming and config["backbone"].get("pretrained"):
-        started["backbone"] = config["backbone"] | {"pretrained": None}
+    started = without_start(config) if resuming else {}
 
     def build_run(config: Config) -> Built:
         return build(config | started, facts, splits, run)
@@ -98,13 +95,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             network = network_size(built[0][1].method.export_backbone())
             say_plan(shown, run, facts, splits, network)
             other = None if resuming or named else other_length(run, request)
-            notes = (
-                *splits.left_out,
-                *facts.warnings,
-                *embedded(config),
-                other,
-                begins_with(config, built[0][1].method.notes),
-            )
+            begun = begins_with(config, built[0][1].method.notes)
+            notes = (*splits.left_out, *facts.warnings, *embedded(config), other, begun)
             for note in filter(None, notes):
                 say(f"{note}\n")
             if not resuming:
@@ -160,6 +152,11 @@ def say_plan(
     if planned.config["plan"] == "full" and planned.decisions:
         say(f"all automatic choices:\n{planned.table()}")
     say("")
+
+
+def without_start(config: Config) -> Config:
+    """The changes that keep a resumed run, which loads its own weights, from reading others."""
+    return {"checkpoint": None, "backbone": config["backbone"] | {"pretrained": None}}
 
 
 def begins_with(config: Config, notes: Sequence[str]) -> str | None:

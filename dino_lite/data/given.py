@@ -9,17 +9,17 @@ from typing import Any, final
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from dino_lite.contracts import Source, UserError
 from dino_lite.data.auto import open_auto
-from dino_lite.data.decode import decode, to_channels
-from dino_lite.data.pixels import to_8_bits
+from dino_lite.data.decode import decode
 from dino_lite.data.remote import Remote
 from dino_lite.data.roots import is_pattern, is_url
 from dino_lite.data.sources import digest, expand
 from dino_lite.data.suffixes import SUFFIXES
+from dino_lite.data.transform import pixels_of
 
 Given = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 _KINDS = (str, os.PathLike, Image.Image, np.ndarray, Tensor)
@@ -28,8 +28,8 @@ _Item = str | UInt8[np.ndarray, "H W C"] | tuple[Source, int]
 
 def as_source(images: Given | Iterable[Any], channels: int = 3) -> Source:
     """One image or several as a source: paths and URLs of images, folders and whatever else
-    `data.root` may be (all their images, of train and then of test), PIL images, and arrays or
-    tensors of uint8 or uint16, "H W", "H W C" or several "N H W C".
+    `data.root` may be (all their images, of train and then of test), PIL images, and uint8 or
+    uint16 arrays "H W C" (or "H W", or several "N H W C") or tensors "C H W" (or "N C H W").
 
     Raises UserError for anything else.
     """
@@ -39,22 +39,6 @@ def as_source(images: Given | Iterable[Any], channels: int = 3) -> Source:
     if not items:
         raise UserError("There is no image to embed: give at least one.")
     return GivenImages(items, channels)
-
-
-def pixels_of(image: Image.Image | np.ndarray, channels: int = 3) -> UInt8[np.ndarray, "H W C"]:
-    """A PIL image, turned as its EXIF says and without its alpha channel, or an array "H W" or
-    "H W C" as `decode` would give it. Raises ValueError.
-    """
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("P", "PA", "La", "RGBa"):
-            image = image.convert("RGBA")
-        elif image.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
-            image = image.convert("L" if image.mode == "1" else "RGB")
-        image = np.asarray(image)
-        if image.ndim == 3 and image.shape[2] in (2, 4) and channels in (1, 3):
-            image = image[..., :-1]
-    return to_channels(to_8_bits(image), channels)
 
 
 @final
@@ -96,20 +80,18 @@ def _items(image: Any, position: int, channels: int) -> list[_Item]:
     """What one of the given stands for."""
     if isinstance(image, str | os.PathLike):
         return _of_path(os.fspath(image), channels)
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    arrays = [*image] if isinstance(image, np.ndarray) and image.ndim == 4 else [image]
-    if not isinstance(image, Image.Image | np.ndarray):
+    several = isinstance(image, np.ndarray | Tensor) and image.ndim == 4
+    if not isinstance(image, Image.Image | np.ndarray | Tensor):
         raise UserError(
             f"images[{position}] is of type {type(image).__name__}: give a path, a PIL image or an "
             "array of uint8, H W C."
         )
     try:
-        return [pixels_of(each, channels) for each in arrays]
+        return [pixels_of(each, channels) for each in (image if several else [image])]
     except ValueError as error:
         told = str(error).partition(";")[0].replace("data.channels=", "")
         raise UserError(
-            f"images[{position}] {told}: give uint8, H W C, before any normalization."
+            f"images[{position}] {told}: give uint8, before any normalization."
         ) from error
 
 

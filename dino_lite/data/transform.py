@@ -56,13 +56,8 @@ class Transform:
                 name = str(image)
                 with Path(image).expanduser().open("rb") as file:
                     return decode(file, channels)
-            if isinstance(image, Image.Image):
-                return decode_image(image, channels)
-            if isinstance(image, Tensor):
-                values = image.detach().cpu()
-                image = (values.permute(1, 2, 0) if values.ndim == 3 else values).numpy()
-            if isinstance(image, np.ndarray):
-                return to_channels(_without_alpha(to_8_bits(image), channels), channels)
+            if isinstance(image, Image.Image | np.ndarray | Tensor):
+                return pixels_of(image, channels)
         except (OSError, ValueError) as error:
             raise UserError(f"transform: {name} cannot be used: {error}.") from error
         raise UserError(
@@ -71,8 +66,18 @@ class Transform:
         )
 
 
-def _without_alpha(pixels: UInt8[np.ndarray, "..."], channels: int) -> UInt8[np.ndarray, "..."]:
-    """Two channels are gray and alpha, four RGB and alpha, where one or three are asked for."""
+def pixels_of(
+    image: Image.Image | np.ndarray | Tensor, channels: int = 3
+) -> UInt8[np.ndarray, "H W C"]:
+    """A PIL image, an array "H W" or "H W C", or a tensor "H W" or "C H W", as `decode` would give
+    it. Raises OSError or ValueError.
+    """
+    if isinstance(image, Image.Image):
+        return decode_image(image, channels)
+    if isinstance(image, Tensor):
+        values = image.detach().cpu()
+        image = (values.permute(1, 2, 0) if values.ndim == 3 else values).numpy()
+    pixels = to_8_bits(image)
     if pixels.ndim == 3 and channels in (1, 3) and pixels.shape[2] in (2, 4):
-        return pixels[..., :-1]
-    return pixels
+        pixels = pixels[..., :-1]  # gray or RGB with alpha
+    return to_channels(pixels, channels)
