@@ -26,11 +26,12 @@ from safetensors import safe_open
 import dino_lite
 from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.vit import ViT
-from dino_lite.commands import embed as command_of_embed
 from dino_lite.commands.embed import run_embed
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import Interrupted, Splits, Tokens, UserError
-from dino_lite.data.given import as_source, pixels_of
+from dino_lite.data.clean import CleanData
+from dino_lite.data.given import as_source
+from dino_lite.data.transform import pixels_of
 from dino_lite.eval.embedder import Embedder
 from dino_lite.eval.feature_parts import usual_part_images
 from dino_lite.eval.features import frozen
@@ -80,7 +81,7 @@ def tokens_of(run: Path, paths: list[Path], blocks: list[int]) -> list[Tokens]:
     """The tokens as evaluations compute them, image by image."""
     opened = open_backbone(find_checkpoint(str(run), run.parent))
     source = as_source(paths)
-    data = command_of_embed.images_of(opened, Splits(source, None, "x"), "auto", 64, 0)
+    data = CleanData(Splits(source, None, "x"), opened.preprocessing, 64)
     ((images, _),) = data.batches(source, torch.device("cpu"))
     with frozen(opened.backbone):
         found: list[Tokens] = opened.backbone.intermediate(images, blocks)
@@ -407,7 +408,8 @@ def test_python_takes_what_there_is(run: Path, folder: Path) -> None:
     array = np.asarray(image)
     alone = dino_lite.embed(path, run)
     assert alone.shape == (1, 32)
-    several = [str(path), image, array, torch.from_numpy(array.copy()), np.stack([array, array])]
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    several = [str(path), image, array, tensor, np.stack([array, array])]
     np.testing.assert_allclose(dino_lite.embed(several, run), alone.repeat(6, axis=0), rtol=1e-4)
     found = dino_lite.embed([folder / "val/b", image], run, ["cls", "patches"], blocks=[0, -1])
     assert found.name == [*(str(folder / name) for name in NAMES[9:]), "images[3]"]
@@ -448,7 +450,7 @@ def test_images_in_memory_become_pixels_as_files_do(image: Any, pixel: tuple[int
     [
         ([], "no image to embed"),
         ([np.zeros((4, 4, 3), np.float32)], r"images\[0\] pixels are float32, of unknown range"),
-        (np.zeros((3, 4, 4), np.uint8), r"images\[0\] has 4 channels, not 3"),
+        (np.zeros((3, 5, 5), np.uint8), r"images\[0\] has 5 channels, not 3"),
         ([3], r"images\[0\] is of type int"),
         (["nowhere.png"], r"nowhere.png cannot be read \(No such file"),
     ],

@@ -218,7 +218,7 @@ def test_dinov2s_weights_give_dinov2s_tokens_in_every_form(
 
 def importer_weights(path: Path) -> Weights:
     """What the importer makes of a file, as precise as it is."""
-    return importer._find(importer._read(path, "checkpoint")[0], {}, "checkpoint").weights
+    return importer._find(importer.read_weights(path, "checkpoint")[0], {}, "checkpoint").weights
 
 
 @pytest.mark.parametrize(

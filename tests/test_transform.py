@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dino_lite.data.clean import CleanData, Splits
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.transform import Transform
-from dino_lite.formats.safetensors import export_safetensors, open_export
+from dino_lite.formats.opened import Opened
+from dino_lite.formats.safetensors import SafeTensors, open_export
 
 HOW = Preprocessing((24, 16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 0.9, False, "bilinear", rule="timm")
 
@@ -107,12 +109,13 @@ def test_what_is_no_image_is_a_sentence(image: Any, told: str) -> None:
 def test_an_export_brings_its_transform(tmp_path: Path) -> None:
     """Also one of before, which says size, mean and std alone."""
     backbone = ViT(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2).eval()
-    about: dict[str, Any] = {"normalize_mean": HOW.mean, "normalize_std": HOW.std, "image_size": 24}
-    images = torch.randn(2, 3, 24, 16)
-    export_safetensors(
-        backbone, tmp_path / "new", **about, card={}, preprocessing=HOW, images=images
-    )
-    export_safetensors(backbone, tmp_path / "old", **about, card={}, images=images)
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        SafeTensors().write(Opened(backbone, HOW, {}), tmp_path / name)
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    config |= {"image_size": 24}
+    del config["preprocessing"]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
     image = pixels(40, 30, 3)
     for name, how in {"new": HOW, "old": Preprocessing((24, 24), HOW.mean, HOW.std)}.items():
         assert open_export(tmp_path / name).preprocessing == how

@@ -158,12 +158,13 @@ def test_several_torch_files_are_read_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[]", "is not an index of weights files"),
-        ("{", "is not an index of weights files"),
-        ('{"weight_map": {"a": 3}}', "is not an index of weights files"),
-        ('{"weight_map": {"a": "../a.bin"}}', "not a weights file next to it"),
-        ('{"weight_map": {"a": "/etc/hosts"}}', "not a weights file next to it"),
-        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "not a weights file next"),
+        ("[]", "holds a list, not an object"),
+        ("{", "model.safetensors.index.json cannot be read"),
+        ('{"weight_map": [3]}', "has no weight_map"),
+        ('{"weight_map": {"a": 3}}', "names 3, which is not a .safetensors or .bin file"),
+        ('{"weight_map": {"a": "../a.bin"}}', "names '../a.bin', which is not"),
+        ('{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts', which is not"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "names 'model.safetensors.index"),
         ('{"weight_map": {}}', "holds no backbone"),
     ],
 )

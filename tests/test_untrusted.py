@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import dino_lite
+import tiny
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.spec import build_backbone, empty_backbone
 from dino_lite.backbones.vit import ViT
@@ -33,7 +34,6 @@ from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.plain_json import read_object
-from dino_lite.formats.safetensors import export_safetensors
 from dino_lite.formats.tensors import read_tensors, safe_member
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from dino_lite.runs.begin import begin_config
@@ -93,15 +93,7 @@ def refused(action: Callable[[], object], folder: Path, words: str = "") -> str:
 def exported(folder: Path, backbone: Backbone | None = None, **changes: Any) -> Path:
     """An export, with other values in its config.json."""
     backbone = backbone or vit()
-    export_safetensors(
-        backbone,
-        folder,
-        normalize_mean=[0.5] * 3,
-        normalize_std=[0.5] * 3,
-        image_size=16,
-        card={},
-        images=torch.randn(2, 3, 16, 16),
-    )
+    tiny.exported(backbone, folder, 16)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder

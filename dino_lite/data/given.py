@@ -80,14 +80,14 @@ def _items(image: Any, position: int, channels: int) -> list[_Item]:
     """What one of the given stands for."""
     if isinstance(image, str | os.PathLike):
         return _of_path(os.fspath(image), channels)
-    several = isinstance(image, np.ndarray | Tensor) and image.ndim == 4
     if not isinstance(image, Image.Image | np.ndarray | Tensor):
         raise UserError(
             f"images[{position}] is of type {type(image).__name__}: give a path, a PIL image or an "
             "array of uint8, H W C."
         )
+    arrays: Any = image if getattr(image, "ndim", 0) == 4 else [image]
     try:
-        return [pixels_of(each, channels) for each in (image if several else [image])]
+        return [pixels_of(each, channels) for each in arrays]
     except ValueError as error:
         told = str(error).partition(";")[0].replace("data.channels=", "")
         raise UserError(
