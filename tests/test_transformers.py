@@ -138,7 +138,7 @@ def test_a_folder_of_several_weights_files_is_read_whole(tmp_path: Path) -> None
     backbone = ViT(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, init_values=1.0)
     load_pretrained(backbone, tmp_path)
     files[1].unlink()
-    with pytest.raises(UserError, match=rf"names {files[1].name}, which is not a weights file"):
+    with pytest.raises(UserError, match=rf"names {files[1].name}, which is not next to it"):
         open_weights(tmp_path)
 
 

@@ -485,7 +485,7 @@ def test_json_that_is_no_object_is_a_sentence(
         {"num_attention_heads": -2},
         {"layer_norm_eps": "small"},
         {"pretrained_cfg": [1]},
-        {"pretrained_cfg": {"input_size": []}},
+        {"pretrained_cfg": {"input_size": [3, "a", "b"]}},
         {"image_mean": "white"},
         {"image_std": [0, 0, 0]},
         {"spec": {"kind": "convnet"}},

@@ -116,7 +116,7 @@ def shaped(weights: Tensors, own: Tensors) -> Tensors:
         else value
         for name, value in weights.items()
     }
-    counters = {n: torch.zeros_like(v) for n, v in own.items() if n.endswith(_COUNTER)}
+    counters = {n: torch.zeros((), dtype=v.dtype) for n, v in own.items() if n.endswith(_COUNTER)}
     return found | {name: zero for name, zero in counters.items() if name not in found}
 
 

@@ -30,8 +30,8 @@ def _global_size(config: Config, facts: Facts) -> tuple[int, str]:
     sizes = _SIDES["cpu" if facts.accelerator == "cpu" else "gpu"]
     size = next(size for limit, size in sizes if side <= limit)
     patch = setting(config, "backbone.patch_size")
-    if isinstance(patch, int) and size % patch and not traits_of(config).convolutional:
-        size = max(1, round(size / patch)) * patch
+    if isinstance(patch, int) and 0 < 2 * patch <= size and not traits_of(config).convolutional:
+        size = round(size / patch) * patch
     images = facts.sizes or f"{facts.width}x{facts.height} pixels"
     return size, f"images are {images} and train on {_device(facts)}"
 
