@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats import onnx_graph
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
 from dino_lite.formats.onnx_graph import OPSET, Onnx
@@ -160,18 +158,6 @@ def test_an_impossible_size_is_a_sentence(sizes: Any, words: str, tmp_path: Path
     with pytest.raises(UserError, match=words):
         TorchExport(sizes=sizes).write(source, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_packages_are_named_with_how_to_install_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plain installation has none of them."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else found(name)
-    )
-    with pytest.raises(UserError, match=r"needs onnxscript: pip install 'dino-lite\[export\]'"):
-        Onnx().write(opened("rope"), tmp_path)
 
 
 class Choosy(ConvNet):

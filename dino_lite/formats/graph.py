@@ -85,8 +85,7 @@ def files(opened: Opened, more: GraphSizes, half: bool = False) -> Iterator[Grap
             )
         sizes.append((rows, columns))
     if backbone.any_size and min(first) >= 2 * patch:  # torch.export takes 1 cell for a constant
-        wider = (first[0], first[1] + patch)
-        yield GraphFile("model", traced(backbone, first, True, half), _once(*sizes, wider), True)
+        yield GraphFile("model", traced(backbone, first, True, half), _once(*sizes), True)
         return
     for rows, columns in _once(*sizes):
         name = f"model_{rows}" if rows == columns else f"model_{rows}x{columns}"
