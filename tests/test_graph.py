@@ -17,10 +17,10 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats import onnx_graph
+from dino_lite.formats import onnx
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
-from dino_lite.formats.onnx_graph import OPSET, Onnx
+from dino_lite.formats.onnx import OPSET, Onnx
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.torch_export import TorchExport
 
@@ -168,7 +168,7 @@ def test_missing_packages_are_named_with_how_to_install_them(
     """A plain installation has none of them."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else found(name)
+        onnx, "find_spec", lambda name: None if name == "onnxscript" else found(name)
     )
     with pytest.raises(UserError, match=r"needs onnxscript: pip install 'dino-lite\[export\]'"):
         Onnx().write(opened("rope"), tmp_path)

@@ -27,7 +27,7 @@ from dino_lite.formats.hugging_face_convnets import convnet_for_hugging_face
 from dino_lite.formats.meta_convnets import convnet_for_dinov3
 from dino_lite.formats.owner import Read
 from dino_lite.formats.timm_convnets import convnet_for_timm
-from dino_lite.formats.torchvision_names import convnet_for_torchvision
+from dino_lite.formats.torchvision_convnets import convnet_for_torchvision
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan

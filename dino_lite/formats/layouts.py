@@ -21,7 +21,7 @@ from dino_lite.formats.owner import Owner, Read, Tensors
 from dino_lite.formats.plain import PLAIN, check_layout
 from dino_lite.formats.timm_convnets import TIMM_CONVNETS
 from dino_lite.formats.timm_names import EVA
-from dino_lite.formats.torchvision_names import TORCHVISION
+from dino_lite.formats.torchvision_convnets import TORCHVISION
 
 LOOKED_FOR = (
     "looked for the class token and blocks of a ViT as dino_lite, DINO, DINOv2, DINOv3, timm and "
