@@ -235,8 +235,6 @@ def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_
 def test_other_networks_go_through_timm(backbone: Any, tmp_path: Path) -> None:
     """As the wrapper in transformers opens timm's folder, whose processor is in its config.json."""
     network = backbone().eval()
-    if isinstance(network, ConvNet):
-        pytest.importorskip("dino_lite.formats.timm_convnets")
     size = (64, 64) if isinstance(network, ConvNet) else (48, 32)
     (claim,) = HuggingFace().write(opened(network, size), tmp_path)
     model, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)

@@ -17,7 +17,7 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats import onnx
+from dino_lite.formats import verify
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
 from dino_lite.formats.onnx import OPSET, Onnx
@@ -163,15 +163,15 @@ def test_an_impossible_size_is_a_sentence(sizes: Any, words: str, tmp_path: Path
 
 
 def test_missing_packages_are_named_with_how_to_install_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A plain installation has none of them."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        onnx, "find_spec", lambda name: None if name == "onnxscript" else found(name)
+        verify, "find_spec", lambda name: None if name == "onnxscript" else found(name)
     )
     with pytest.raises(UserError, match=r"needs onnxscript: pip install 'dino-lite\[export\]'"):
-        Onnx().write(opened("rope"), tmp_path)
+        verify.demand_packages({"onnx": Onnx()})
 
 
 class Choosy(ConvNet):

@@ -23,8 +23,8 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.formats.convnets import convnet_spec
+from dino_lite.formats.dinov3 import convnet_for_dinov3
 from dino_lite.formats.hugging_face_convnets import convnet_for_hugging_face
-from dino_lite.formats.meta_convnets import convnet_for_dinov3
 from dino_lite.formats.owner import Read
 from dino_lite.formats.timm_convnets import convnet_for_timm
 from dino_lite.formats.torchvision_convnets import convnet_for_torchvision

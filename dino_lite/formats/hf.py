@@ -17,6 +17,7 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.hugging_face import resamples_alike, write
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.timm import Timm
 
 _PILLOW = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 _LARGE_SQUARE = (4096, 4096)
@@ -111,8 +112,6 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
             f"format=hf cannot hold {what}: neither transformers nor timm has a class for it; use "
             "format=[onnx] or format=[torch_export]."
         )
-    from dino_lite.formats.timm import Timm
-
     try:
         claims = Timm().write(opened, folder)
     except UserError as error:

@@ -99,13 +99,12 @@ def refuse_preprocessing(about: Mapping[str, Any], in_chans: int, asked: str) ->
     """Raise UserError unless "image_size" (pixels), "mean" and "std" of `about` are possible for
     images of `in_chans` channels.
     """
-    sides = about["image_size"]
-    for side in sides if isinstance(sides, list | tuple) else [sides]:
-        if type(side) is not int or not 0 < side <= LARGEST_SIDE:
-            raise UserError(
-                f"{asked} has image_size={sides!r}: it must be a whole number of pixels from 1 to "
-                f"{LARGEST_SIDE:,}."
-            )
+    side = about["image_size"]
+    if type(side) is not int or not 0 < side <= LARGEST_SIDE:
+        raise UserError(
+            f"{asked} has image_size={side!r}: it must be a whole number of pixels from 1 to "
+            f"{LARGEST_SIDE:,}."
+        )
     for name, what in (("mean", "finite"), ("std", "positive")):
         values = about[name]
         if not (

@@ -13,6 +13,7 @@ from dino_lite.contracts import UserError
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.timm_convnets import convnet_for_timm
 from dino_lite.formats.timm_names import published, same_at_any_size, write
 
 _LOAD = 'import timm\n\nmodel = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()'
@@ -40,8 +41,6 @@ class Timm(Format):
         try:
             any_size, run = same_at_any_size(backbone), _RUN_VIT
             if isinstance(backbone, ConvNet):
-                from dino_lite.formats.timm_convnets import convnet_for_timm
-
                 weights, config = convnet_for_timm(backbone)
                 norm = "model.head.norm(maps)" if backbone.spec["norm"] == "layer" else "maps"
                 run = _RUN_CONVNET.format(norm)
