@@ -118,12 +118,12 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 def test_a_format_is_read_back_where_dino_lite_cannot_be_imported(elsewhere: Any) -> None:
-    """At two batch sizes, at the size of the training and two others, one rectangular."""
+    """At two batch sizes, at the size of the training and three others, one rectangular."""
     target, told = elsewhere
     checks = told["verification"]["checks"]
     asked = {(tuple(check["size"]), check["batch"]) for check in checks}
     assert asked == {((32, 32), 1), ((32, 32), 3)} | {
-        (size, batch) for size in ((40, 40), (40, 56)) for batch in (1, 2)
+        (size, batch) for size in ((16, 16), (40, 40), (40, 56)) for batch in (1, 2)
     }
     assert told["largest_difference"] < 1e-5
     assert json.loads((target / "export.json").read_text())["verification"]["checks"] == [

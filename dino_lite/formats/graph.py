@@ -64,7 +64,7 @@ class GraphFile(NamedTuple):
 
     stem: str  # its name without suffix: "model", or with a size other than the training's
     program: ExportedProgram
-    sizes: tuple[tuple[int, int], ...]  # rows and columns of images at which it is verified
+    sizes: tuple[tuple[int, int], ...]  # rows and columns of images, as in Claim
     any_size: bool
 
 
@@ -85,8 +85,7 @@ def files(opened: Opened, more: GraphSizes, half: bool = False) -> Iterator[Grap
             )
         sizes.append((rows, columns))
     if backbone.any_size and min(first) >= 2 * patch:  # torch.export takes 1 cell for a constant
-        wider = (first[0], first[1] + patch)
-        yield GraphFile("model", traced(backbone, first, True, half), _once(*sizes, wider), True)
+        yield GraphFile("model", traced(backbone, first, True, half), _once(*sizes), True)
         return
     for rows, columns in _once(*sizes):
         name = f"model_{rows}" if rows == columns else f"model_{rows}x{columns}"

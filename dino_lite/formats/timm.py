@@ -56,9 +56,7 @@ class Timm(Format):
             "pretrained_cfg": _pretrained_cfg(config["architecture"], how, backbone.in_chans),
         }
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (rows, columns), patch = how.size, backbone.patch_size
-        more = ((rows + patch, columns), (rows, columns + 2 * patch)) if any_size else ()
-        return [Claim(_LOAD, run, (how.size, *more), any_size)]
+        return [Claim(_LOAD, run, (how.size,), any_size)]
 
 
 def _pretrained_cfg(name: str, how: Preprocessing, in_chans: int) -> dict[str, Any]:
