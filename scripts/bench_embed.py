@@ -37,8 +37,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dino_lite.commands.embed import images_of
 from dino_lite.contracts import Splits
+from dino_lite.data.clean import CleanData
 from dino_lite.data.given import as_source
 from dino_lite.eval.embedder import Embedder
 from dino_lite.eval.feature_files import write_table
@@ -66,7 +66,7 @@ def ours(options: argparse.Namespace, weights: Path, out: Path) -> tuple[Callabl
     paths = [path for path, _ in options.files.samples[: options.most]]
     source = as_source(paths)
     splits = Splits(source, None, "bench")
-    data = images_of(opened, splits, "auto", options.batch, options.workers)
+    data = CleanData(splits, opened.preprocessing, options.batch, options.workers)
     embedder = Embedder(opened.backbone, opened.preprocessing.size, "cls")
     parts = parts_of({"train": source}, usual_part_images(embedder.image_bytes))
 

@@ -38,7 +38,7 @@ from dino_lite.eval.features import frozen
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.feature_folder import FeatureFolder
 from ranks import on_ranks
-from tiny import photos, train
+from tiny import exported, photos, train
 
 NAMES = [f"{split}/{label}/{i}.png" for split in ("train", "val") for label in "ab" for i in "123"]
 
@@ -47,6 +47,14 @@ NAMES = [f"{split}/{label}/{i}.png" for split in ("train", "val") for label in "
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run with its checkpoint."""
     return train(tmp_path_factory.mktemp("runs"), "trainer.max_steps=2")
+
+
+@pytest.fixture(scope="module")
+def weights(run: Path) -> Path:
+    """The export of the run, which opens in a fraction of the time."""
+    out = run.parent / "exported"
+    opened = open_backbone(find_checkpoint(str(run), run.parent))
+    return exported(opened.backbone, out, size=opened.image_size)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +153,9 @@ def read_safetensors(part: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_every_format_holds_the_same(run: Path, folder: Path, tmp_path: Path, dtype: str) -> None:
+def test_every_format_holds_the_same(
+    weights: Path, folder: Path, tmp_path: Path, dtype: str
+) -> None:
     """Read by numpy, pyarrow and safetensors."""
     words = [f"data.root={folder}", "features=patches", "splits=train", f"dtype={dtype}"]
     found = []
@@ -154,7 +164,7 @@ def test_every_format_holds_the_same(run: Path, folder: Path, tmp_path: Path, dt
         "parquet": read_parquet,
         "safetensors": read_safetensors,
     }.items():
-        out = written(run, tmp_path / form, *words, f"file_format={form}")
+        out = written(weights, tmp_path / form, *words, f"file_format={form}")
         (part,) = out.glob("train-*")
         found.append(read(part))
     for names, labels, patches in found:
@@ -164,11 +174,11 @@ def test_every_format_holds_the_same(run: Path, folder: Path, tmp_path: Path, dt
     assert found[0][2].dtype == found[2][2].dtype == np.dtype(dtype)
 
 
-def test_vectors_of_unit_length_are_the_same_directions(run: Path, folder: Path) -> None:
+def test_vectors_of_unit_length_are_the_same_directions(weights: Path, folder: Path) -> None:
     """Lengths are 1, cosines with the others 1."""
     path = folder / NAMES[0]
-    plain = dino_lite.embed(path, run, "patches")[0]
-    unit = dino_lite.embed(path, run, "patches", unit_length=True)[0]
+    plain = dino_lite.embed(path, weights, "patches")[0]
+    unit = dino_lite.embed(path, weights, "patches", unit_length=True)[0]
     np.testing.assert_allclose(
         unit * np.linalg.norm(plain, axis=1, keepdims=True), plain, rtol=1e-5
     )
@@ -176,7 +186,7 @@ def test_vectors_of_unit_length_are_the_same_directions(run: Path, folder: Path)
 
 @pytest.mark.parametrize("form", ["npy", "parquet", "safetensors"])
 def test_an_interrupted_command_goes_on_and_ends_with_the_same_bytes(
-    run: Path,
+    weights: Path,
     folder: Path,
     tmp_path: Path,
     form: str,
@@ -185,7 +195,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     """Stopped after a part and in the middle of writing the next; what was written is kept."""
     words = [f"data.root={folder}", f"file_format={form}", "part_images=4", "batch_size=3"]
-    whole = content(written(run, tmp_path / "whole", *words))
+    whole = content(written(weights, tmp_path / "whole", *words))
     real, parts = FeatureFolder.write, []
 
     def stopping(self: FeatureFolder, *given: Any) -> None:
@@ -198,13 +208,13 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(FeatureFolder, "write", stopping)
         with pytest.raises(Interrupted, match=r"1 of 4 parts are in .* goes on after them"):
-            written(run, tmp_path / "out", *words)
+            written(weights, tmp_path / "out", *words)
     first = next((tmp_path / "out").glob("train-00000*"))
     before = first.stat().st_mtime_ns
-    assert content(written(run, tmp_path / "out", *words)) == whole
+    assert content(written(weights, tmp_path / "out", *words)) == whole
     assert first.stat().st_mtime_ns == before
     assert "1 of 4 parts are there already" in capsys.readouterr().out
-    written(run, tmp_path / "out", *words)
+    written(weights, tmp_path / "out", *words)
     assert "finished already: 11 images, 4 parts" in capsys.readouterr().out
 
 
@@ -268,9 +278,9 @@ def test_changed_images_and_weights_are_refused(
 
 
 @pytest.fixture(scope="module")
-def finished(run: Path, folder: Path) -> Path:
+def finished(weights: Path, folder: Path) -> Path:
     """Class tokens of the photographs."""
-    return written(run, run.parent / "finished", f"data.root={folder}")
+    return written(weights, weights.parent / "finished", f"data.root={folder}")
 
 
 @pytest.mark.parametrize(
@@ -284,20 +294,20 @@ def finished(run: Path, folder: Path) -> Path:
     ],
 )
 def test_other_settings_are_refused(
-    run: Path, folder: Path, finished: Path, word: str, said: str
+    weights: Path, folder: Path, finished: Path, word: str, said: str
 ) -> None:
     """Features of two kinds never stand in one folder; the sentence says what differs."""
     before = content(finished)
     with pytest.raises(UserError, match=rf"{said}.*: give another out="):
-        written(run, finished, f"data.root={folder}", word)
+        written(weights, finished, f"data.root={folder}", word)
     assert content(finished) == before
 
 
 def test_batch_size_and_the_place_of_the_checkpoint_may_change(
-    run: Path, folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither decides what is written."""
-    moved = shutil.copytree(run, tmp_path / "moved")
+    moved = shutil.copytree(weights, tmp_path / "moved")
     written(moved, finished, f"data.root={folder}", "batch_size=5")
     assert "finished already" in capsys.readouterr().out
 
@@ -315,28 +325,28 @@ def test_batch_size_and_the_place_of_the_checkpoint_may_change(
     ],
 )
 def test_impossible_settings_are_a_sentence(
-    run: Path, tmp_path: Path, words: list[str], said: str
+    weights: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
     """And leave no folder."""
     root = photos(tmp_path / "photos", ["1.png"])
     with pytest.raises(UserError, match=said):
-        written(run, tmp_path / "out", f"data.root={root}", *words)
+        written(weights, tmp_path / "out", f"data.root={root}", *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(run: Path, folder: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(weights: Path, folder: Path) -> None:
     """As the images' own."""
     with pytest.raises(UserError, match="holds other files"):
-        written(run, folder, f"data.root={folder}")
+        written(weights, folder, f"data.root={folder}")
 
 
 def test_parquet_without_its_library_is_a_sentence(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what installs it, and the format that needs none."""
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"dino-lite\[parquet\].*file_format=npy"):
-        written(run, tmp_path / "out", "file_format=parquet")
+        written(weights, tmp_path / "out", "file_format=parquet")
 
 
 def vit(depth: int = 2) -> ViT:
@@ -399,19 +409,21 @@ def test_parts_are_bounded_by_images_and_bytes(image_bytes: int, most: int) -> N
     assert usual_part_images(image_bytes) == most
 
 
-def test_python_takes_what_there_is(run: Path, folder: Path) -> None:
+def test_python_takes_what_there_is(weights: Path, folder: Path) -> None:
     """Paths, PIL images, arrays, tensors, folders, alone or in a list: the same pixels give the
     same features.
     """
     path = folder / NAMES[0]
     image = Image.open(path)
     array = np.asarray(image)
-    alone = dino_lite.embed(path, run)
+    alone = dino_lite.embed(path, weights)
     assert alone.shape == (1, 32)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     several = [str(path), image, array, tensor, np.stack([array, array])]
-    np.testing.assert_allclose(dino_lite.embed(several, run), alone.repeat(6, axis=0), rtol=1e-4)
-    found = dino_lite.embed([folder / "val/b", image], run, ["cls", "patches"], blocks=[0, -1])
+    np.testing.assert_allclose(
+        dino_lite.embed(several, weights), alone.repeat(6, axis=0), rtol=1e-4
+    )
+    found = dino_lite.embed([folder / "val/b", image], weights, ["cls", "patches"], blocks=[0, -1])
     assert found.name == [*(str(folder / name) for name in NAMES[9:]), "images[3]"]
     assert found._fields == ("name", "cls_block_0", "patches_block_0", "cls", "patches")
     np.testing.assert_allclose(found.cls[3:], alone, rtol=1e-4)
@@ -455,10 +467,10 @@ def test_images_in_memory_become_pixels_as_files_do(image: Any, pixel: tuple[int
         (["nowhere.png"], r"nowhere.png cannot be read \(No such file"),
     ],
 )
-def test_what_is_no_image_is_a_sentence(run: Path, images: Any, said: str) -> None:
+def test_what_is_no_image_is_a_sentence(weights: Path, images: Any, said: str) -> None:
     """Naming which of them."""
     with pytest.raises(UserError, match=said):
-        dino_lite.embed(images, run)
+        dino_lite.embed(images, weights)
 
 
 def blocks_of(text: str) -> Iterator[str]:
@@ -466,7 +478,7 @@ def blocks_of(text: str) -> Iterator[str]:
 
 
 def test_the_documented_search_finds_the_image_itself(
-    run: Path,
+    weights: Path,
     folder: Path,
     tmp_path: Path,
     root: Path,
@@ -476,7 +488,9 @@ def test_the_documented_search_finds_the_image_itself(
     """docs/embed.md, over .npy of a folder, then by the function."""
     search, call = blocks_of((root / "docs/embed.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
-    written(run, tmp_path / "features", f"data.root={folder}", "unit_length=true", "part_images=2")
+    written(
+        weights, tmp_path / "features", f"data.root={folder}", "unit_length=true", "part_images=2"
+    )
     capsys.readouterr()
     found: dict[str, Any] = {}
     exec(search, found)
@@ -484,6 +498,6 @@ def test_the_documented_search_finds_the_image_itself(
     assert first == f"1.000 {found['names'][0]}"
     shutil.copy(found["names"][0], "query.jpg")
     shutil.copytree(folder / "val/b", "folder")
-    exec(call.replace("CHECKPOINT", str(run)), found)
+    exec(call.replace("CHECKPOINT", str(weights)), found)
     assert found["both"].patches.shape == (3, 4, 32)
     np.testing.assert_allclose(found["cls"] @ found["query"], found["cosines"], atol=1e-4)

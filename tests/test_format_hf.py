@@ -22,6 +22,7 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.hf import HuggingFace
 from dino_lite.formats.hugging_face import write
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.verify import sizes_of
 from dino_lite.formats.weights import open_weights
 from test_transformers import largest
 from test_vit import randomize
@@ -101,9 +102,8 @@ def test_transformers_computes_the_same_at_every_claimed_size(name: str, tmp_pat
     assert type(model).__name__ == architecture
     assert not any(told.values()), told
     assert claim.any_size == everywhere
-    assert claim.sizes[0] == (32, 32)
-    assert any(rows != columns for rows, columns in claim.sizes) == everywhere
-    for size in claim.sizes:
+    assert claim.sizes == ((32, 32),)
+    for size in sizes_of(claim, 8):
         pixels = torch.randn(2, backbone.in_chans, *size)
         found = ran(claim.load, claim.run, tmp_path, pixels)
         with torch.no_grad():
@@ -175,7 +175,7 @@ def test_positions_of_the_preprocessings_size_are_stored_where_rules_differ(tmp_
             wanted = backbone(pixels)
         found = ran(claim.load, claim.run, folder, pixels)
         assert largest(found[0], wanted.cls) < 1e-5
-        assert claim.sizes[0] == (48, 48)
+        assert claim.sizes == ((48, 48),)
 
 
 def test_a_rectangle_is_held_by_the_class_that_takes_it(tmp_path: Path) -> None:
@@ -235,14 +235,12 @@ def test_what_neither_transformers_nor_timm_holds_is_refused(backbone: Any, tmp_
 def test_other_networks_go_through_timm(backbone: Any, tmp_path: Path) -> None:
     """As the wrapper in transformers opens timm's folder, whose processor is in its config.json."""
     network = backbone().eval()
-    if isinstance(network, ConvNet):
-        pytest.importorskip("dino_lite.formats.timm_convnets")
     size = (64, 64) if isinstance(network, ConvNet) else (48, 32)
     (claim,) = HuggingFace().write(opened(network, size), tmp_path)
     model, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model).__name__ == "TimmWrapperModel"
     assert not any(told.values()), told
-    for each in claim.sizes:
+    for each in sizes_of(claim, network.patch_size):
         pixels = torch.randn(2, network.in_chans, *each)
         found = ran(claim.load, claim.run, tmp_path, pixels)
         with torch.no_grad():

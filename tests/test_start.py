@@ -239,7 +239,7 @@ def test_heads_of_another_size_start_fresh_which_is_said(tmp_path: Path) -> None
     content = {"teacher": prefixed("backbone.", network().state_dict()) | prefixed("head.", head)}
     method, _ = begun(saved(content, tmp_path))
     assert method.notes[-1] == (
-        "head starts fresh: last_layer.weight_v is (7, 8) in the file, (16, 8) here"
+        "head starts fresh: last_layer.weight_v is (7, 8) in the file and (16, 8) here"
     )
 
 

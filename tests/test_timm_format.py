@@ -22,6 +22,7 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats import dinov3, plain
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.timm import Timm
+from dino_lite.formats.verify import sizes_of
 from dino_lite.formats.weights import open_weights
 from test_importers import saved, with_config
 from test_vit import images, randomize
@@ -71,8 +72,8 @@ def test_timm_and_transformers_read_the_folder(name: str, tmp_path: Path) -> Non
     source = opened(BACKBONES[name](), size)
     backbone = source.backbone
     (claim,) = Timm().write(source, tmp_path)
-    assert claim.sizes[0] == size
-    assert claim.any_size == (name not in ONE_SIZE) == (len(claim.sizes) > 1)
+    assert claim.sizes == (size,)
+    assert claim.any_size == (name not in ONE_SIZE)
     about = json.loads((tmp_path / "config.json").read_text())
     assert (about["num_classes"], "num_classes" in about["model_args"]) == (0, False)
     cfg = about["pretrained_cfg"]
@@ -83,7 +84,7 @@ def test_timm_and_transformers_read_the_folder(name: str, tmp_path: Path) -> Non
     exec(claim.load, known)
     wrapped: Any = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        for each in claim.sizes:
+        for each in sizes_of(claim, backbone.patch_size):
             x = pixels(backbone, each)
             wanted = backbone(x)
             exec(claim.run, known | (found := {"pixels": x, "model": known["model"]}), found)

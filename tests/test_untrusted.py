@@ -34,7 +34,7 @@ from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.plain_json import read_object
-from dino_lite.formats.tensors import read_tensors, safe_member
+from dino_lite.formats.tensors import read_content, safe_member
 from dino_lite.formats.weights import load_pretrained, open_timm, open_weights
 from dino_lite.runs.begin import begin_config
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, read_checkpoint
@@ -134,7 +134,7 @@ def test_no_reader_runs_what_a_pickle_calls(which: int, form: str, tmp_path: Pat
 def test_programs_in_a_pickle_are_named(tmp_path: Path) -> None:
     """Whoever has such a file should know."""
     torch.save(WEIGHTS | {"x": Call(os.system, "true")}, tmp_path / "a.pth")
-    refused(lambda: read_tensors(tmp_path / "a.pth"), tmp_path, r"would call posix\.system")
+    refused(lambda: read_content(tmp_path / "a.pth"), tmp_path, r"would call posix\.system")
 
 
 class Settings(dict[str, Any]):
@@ -181,7 +181,7 @@ def test_weights_beside_objects_of_other_programs_are_read(
 def test_tensors_in_a_dictionary_of_a_class_are_read(tmp_path: Path) -> None:
     """As in those of plain dictionaries."""
     torch.save({"model": Settings(WEIGHTS)}, tmp_path / "a.pth")
-    assert read_tensors(tmp_path / "a.pth").keys() == {f"model.{name}" for name in WEIGHTS}
+    assert read_content(tmp_path / "a.pth")[0].keys() == {f"model.{name}" for name in WEIGHTS}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -286,8 +286,8 @@ def test_a_pickle_named_safetensors_is_refused_and_the_reverse_read(tmp_path: Pa
     torch.save(WEIGHTS, tmp_path / "a.safetensors")
     save_file(WEIGHTS, tmp_path / "a.pth")
     words = r"is named \.safetensors, but is a pickle"
-    refused(lambda: read_tensors(tmp_path / "a.safetensors"), tmp_path, words)
-    assert read_tensors(tmp_path / "a.pth").keys() == WEIGHTS.keys()
+    refused(lambda: read_content(tmp_path / "a.safetensors"), tmp_path, words)
+    assert read_content(tmp_path / "a.pth")[0].keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
@@ -302,9 +302,9 @@ def test_a_file_cut_at_any_byte_is_a_sentence(form: str, tmp_path: Path) -> None
     whole = file.read_bytes()
     for size in range(0, len(whole), 1 if form == "safetensors" else 17):
         file.write_bytes(whole[:size])
-        refused(lambda: read_tensors(file), tmp_path)
+        refused(lambda: read_content(file), tmp_path)
     file.write_bytes(whole)
-    assert read_tensors(file).keys() == tensors.keys()
+    assert read_content(file)[0].keys() == tensors.keys()
 
 
 # ------------------------------------------------------------------------------------ tensors

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
-from dino_lite.formats.tensors import read_tensors
+from dino_lite.formats.tensors import read_content
 from dino_lite.formats.weights import load_pretrained
 
 Weights = dict[str, Tensor]
@@ -110,7 +110,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """~/vit.safetensors is in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     as_safetensors(source().state_dict(), tmp_path)
-    assert "cls_token" in read_tensors("~/vit.safetensors")
+    assert "cls_token" in read_content("~/vit.safetensors")[0]
 
 
 def drop(name: str) -> Callable[[Weights], None]:

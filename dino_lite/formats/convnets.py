@@ -12,9 +12,7 @@ from torch import Tensor
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.named import timm_names
 from dino_lite.contracts import UserError
-from dino_lite.formats.owner import Read, Tensors
-
-Pairs = tuple[tuple[str, str], ...]
+from dino_lite.formats.owner import Pairs, Read, Tensors
 
 STAGES = range(4)
 CONVNEXT, RESNET = "stages.0.blocks.0.conv_dw.weight", "stages.0.0.conv1.weight"

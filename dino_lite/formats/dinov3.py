@@ -1,4 +1,4 @@
-"""The names of DINOv3's hub."""
+"""The names of DINOv3's hub, whose ConvNeXts are called as in Meta's ConvNeXt and ConvNeXt V2."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.convnets import STAGES, Names, demand_plain, reads
 from dino_lite.formats.owner import Owner, Read, Tensors, gated_mlp
 
 _PERIODS = "rope_embed.periods"
@@ -16,6 +18,18 @@ _BASE = 100.0  # of all DINOv3 models
 # Not part of the backbone: the norm of local crops in training, heads of EUPE's distillation.
 _LEFT = ("local_cls_norm.", "projectors.")
 SPEC: dict[str, Any] = {"kind": "rope", "norm_eps": 1e-5}
+_CONVNEXT = Names(
+    (
+        *(("downsample_layers.0.", "stem."), ("norm.", "norm.")),
+        *((f"downsample_layers.{i}.", f"stages.{i}.downsample.") for i in STAGES[1:]),
+        *((f"stages.{i}.", f"stages.{i}.blocks.") for i in STAGES),
+    ),
+    (
+        *((".dwconv.", ".conv_dw."), (".pwconv1.", ".mlp.fc1."), (".pwconv2.", ".mlp.fc2.")),
+        *((".grn.gamma", ".mlp.grn.weight"), (".grn.beta", ".mlp.grn.bias")),
+    ),
+)
+_LAST = f"norms.{STAGES[-1]}."  # the hub's other name of a ConvNeXt's last norm
 
 
 def read(own: Tensors, about: dict[str, Any]) -> Read | None:
@@ -111,4 +125,23 @@ def write(backbone: Backbone) -> tuple[Tensors, dict[str, Any]]:
     return found, {f"pos_embed_rope_{key}": value for key, value in config.items()}
 
 
+def _read_convnext(own: Tensors, about: dict[str, Any]) -> Read:
+    """Also ConvNeXt's and ConvNeXt V2's own names, which are the same."""
+    dinov3 = any(name.startswith(_LAST) for name in own)
+    owner = "DINOv3 ConvNeXt" if dinov3 else "ConvNeXt (Meta)"
+    if "norm.weight" not in own:
+        own = {name.replace(_LAST, "norm."): value for name, value in own.items()}
+    return reads(owner, "it has downsample_layers and dwconv", _CONVNEXT)(own, about)
+
+
+def convnet_for_dinov3(backbone: ConvNet) -> Tensors:
+    """Weights of a ConvNeXt by the names of DINOv3's hub. Raises UserError for others."""
+    demand_plain(backbone, "convnext_tiny", "DINOv3's hub")
+    weights = _CONVNEXT.write(backbone.state_dict())
+    weights |= {n: v.flatten(1) for n, v in weights.items() if ".pwconv" in n and v.ndim > 1}
+    last = {f"{_LAST}{kind}": weights[f"norm.{kind}"] for kind in ("weight", "bias")}
+    return weights | last
+
+
 DINOV3 = Owner("cls_token", read)
+META_CONVNEXT = Owner("downsample_layers.0.0.weight", _read_convnext)

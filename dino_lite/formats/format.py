@@ -21,7 +21,8 @@ class Claim(NamedTuple):
     load: str
     run: str
     sizes: tuple[tuple[int, int], ...]  # rows and columns in pixels; first that of the training
-    any_size: bool = False  # whether other sizes may be used too, in steps of the patch size
+    # Whether other sizes may be used too, in steps of the patch size: some are checked as well.
+    any_size: bool = False
     tolerance: float = 1e-4  # largest difference, relative to the tokens' root mean square
     title: str = ""  # tells the claims of a format apart: "float16"
     read: str = ""  # lines that define `pixels` of image.jpg, for the card; "": by torchvision

@@ -64,7 +64,7 @@ class GraphFile(NamedTuple):
 
     stem: str  # its name without suffix: "model", or with a size other than the training's
     program: ExportedProgram
-    sizes: tuple[tuple[int, int], ...]  # rows and columns of images at which it is verified
+    sizes: tuple[tuple[int, int], ...]  # rows and columns of images, as in Claim
     any_size: bool
 
 

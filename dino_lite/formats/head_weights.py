@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import cast
 
 from torch import Tensor, nn
 
 from dino_lite.formats.layouts import WRAPPERS, teachers
 from dino_lite.formats.owner import Tensors
+from dino_lite.formats.sound import misfit
 from dino_lite.nn.heads import DINOHead
 
 _NAME = re.compile(
@@ -32,9 +32,12 @@ def load_heads(method: nn.Module, tensors: Tensors) -> list[str]:
         if not isinstance(module, DINOHead) or kind not in ("head", "patch_head"):
             continue
         weights = found.get(kind)
-        why = "the file has none" if weights is None else _difference(module, weights)
-        if not why:
-            module.load_state_dict(cast(Tensors, weights))
+        if weights is None:
+            why = "the file has none"
+        elif why := misfit(module.state_dict(), weights):
+            why += " here"
+        else:
+            module.load_state_dict(weights)
         said[kind] = f"{kind} starts fresh: {why}" if why else f"{kind} is the file's"
     return [*said.values()]
 
@@ -59,15 +62,3 @@ def find_heads(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
         renamed = {n.replace("2.", ".", 1): v for n, v in second.items()}
         chosen |= {"head": first, "patch_head": shared | renamed}
     return chosen
-
-
-def _difference(head: DINOHead, weights: Tensors) -> str:
-    """The first difference between names and shapes of the head's weights and `weights`."""
-    own = head.state_dict()
-    for name in [*own, *weights]:
-        here, there = (
-            tuple(side[name].shape) if name in side else "missing" for side in (own, weights)
-        )
-        if here != there:
-            return f"{name} is {there} in the file, {here} here"
-    return ""

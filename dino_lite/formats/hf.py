@@ -17,6 +17,7 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.hugging_face import resamples_alike, write
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.timm import Timm
 
 _PILLOW = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 _LARGE_SQUARE = (4096, 4096)
@@ -57,9 +58,8 @@ class HuggingFace(Format):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         _save(folder / "config.json", config)
         _save(folder / "preprocessor_config.json", _processor(how))
-        sizes = _some_sizes(how.size, backbone.patch_size) if alike else (how.size,)
         more = "interpolate_pos_encoding=True" if alike and config["model_type"] == "vit" else ""
-        return [Claim(_LOAD, _run(backbone, more), sizes, alike, read=_read(backbone))]
+        return [Claim(_LOAD, _run(backbone, more), (how.size,), alike, read=_read(backbone))]
 
 
 def _run(backbone: Backbone, more: str = "") -> str:
@@ -73,12 +73,6 @@ def _run(backbone: Backbone, more: str = "") -> str:
     if isinstance(backbone, ConvNet) and backbone.spec["norm"] == "layer":
         maps = f"model.timm_model.head.norm({maps})"  # timm normalizes pooled features only
     return f"{call}cls, patches = output.pooler_output, {maps}.flatten(2).transpose(1, 2)"
-
-
-def _some_sizes(size: tuple[int, int], patch: int) -> tuple[tuple[int, int], ...]:
-    """`size`, a smaller one, and a rectangle."""
-    smaller = [max(patch, side // 2 // patch * patch) for side in size]
-    return (size, (smaller[0], smaller[1]), (size[0], size[1] + 2 * patch))
 
 
 def _processor(how: Preprocessing) -> dict[str, Any]:
@@ -111,8 +105,6 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
             f"format=hf cannot hold {what}: neither transformers nor timm has a class for it; use "
             "format=[onnx] or format=[torch_export]."
         )
-    from dino_lite.formats.timm import Timm
-
     try:
         claims = Timm().write(opened, folder)
     except UserError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.formats.dinov3 import SPEC
-from dino_lite.formats.owner import Owner, Read, Tensors, gated_mlp, renamed, separate_qkv
+from dino_lite.formats.owner import Owner, Pairs, Read, Tensors, gated_mlp, joined_qkv, renamed
 
 
 class _Class(NamedTuple):
@@ -36,7 +36,6 @@ _CLASSES = {  # by model_type
     "dinov3_vit": _Class("Hugging Face DINOv3", "DINOv3ViTModel", 1e-5, num_heads=6),
 }
 
-Pairs = tuple[tuple[str, str], ...]  # of theirs and ours
 # As version 4 has them. Version 5 has them in its files too, but not in the state_dict() of models.
 _TOP = (
     ("embeddings.cls_token", "cls_token"),
@@ -75,7 +74,7 @@ def read(own: Tensors, about: dict[str, Any]) -> Read | None:
     """
     kind, why = _kind(own, about)
     weights: Tensors = {}
-    apart: dict[str, dict[str, Tensor]] = {}
+    apart: dict[str, Tensors] = {}
     top = _TOP_DINOV3 if kind == "dinov3_vit" else _TOP
     for name, value in own.items():
         block = _BLOCK.fullmatch(name)
@@ -91,7 +90,7 @@ def read(own: Tensors, about: dict[str, Any]) -> Read | None:
     if kind == "dinov3_vit":
         for name in [name for name in apart if name.endswith("bias")]:
             weights |= _biases(name.removesuffix("bias"), apart.pop(name))
-    weights |= separate_qkv(apart, ("q", "k", "v"))
+    weights |= joined_qkv(apart)
     weights = gated_mlp(weights, "gate_proj", "up_proj", "down_proj")
     if kind == "deit":
         _distillation_to_register_(weights)

@@ -12,16 +12,15 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.transformer import mlp_of
 from dino_lite.contracts import UserError
 from dino_lite.formats.convnets import convnet_spec
-from dino_lite.formats.dinov3 import DINOV3, rotation_of
+from dino_lite.formats.dinov3 import DINOV3, META_CONVNEXT, rotation_of
 from dino_lite.formats.grids import STEM, Grid, grid_of, told_sizes
 from dino_lite.formats.hugging_face import HUGGING_FACE
 from dino_lite.formats.hugging_face_convnets import HUGGING_FACE_CONVNETS
-from dino_lite.formats.meta_convnets import META_CONVNETS
 from dino_lite.formats.owner import Owner, Read, Tensors
 from dino_lite.formats.plain import PLAIN, check_layout
 from dino_lite.formats.timm_convnets import TIMM_CONVNETS
 from dino_lite.formats.timm_names import EVA
-from dino_lite.formats.torchvision_names import TORCHVISION
+from dino_lite.formats.torchvision_convnets import TORCHVISION
 
 LOOKED_FOR = (
     "looked for the class token and blocks of a ViT as dino_lite, DINO, DINOv2, DINOv3, timm and "
@@ -38,7 +37,7 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}
 # In this order: the first that reads the names is the owner.
 OWNERS: tuple[Owner, ...] = (
     *(HUGGING_FACE, DINOV3, EVA, PLAIN),
-    *(*HUGGING_FACE_CONVNETS, *META_CONVNETS, *TIMM_CONVNETS, *TORCHVISION),
+    *(*HUGGING_FACE_CONVNETS, META_CONVNEXT, *TIMM_CONVNETS, *TORCHVISION),
 )
 
 

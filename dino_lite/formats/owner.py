@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Pairs = tuple[tuple[str, str], ...]  # of their names and ours
 
 
 class Read(NamedTuple):
@@ -39,18 +40,16 @@ class Owner(NamedTuple):
     bare: str | None = None
 
 
-def separate_qkv(
-    parts: dict[str, dict[str, Tensor]], words: tuple[str, str, str] = ("query", "key", "value")
-) -> Tensors:
-    """Queries, keys and values of separate layers as one layer, where all three exist."""
+def joined_qkv(parts: dict[str, Tensors]) -> Tensors:
+    """The separate layers "q", "k" and "v" as one layer, where all three exist."""
     return {
-        name: torch.cat([found[word] for word in words])
+        name: torch.cat([found[word] for word in "qkv"])
         for name, found in parts.items()
         if len(found) == 3
     }
 
 
-def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def renamed(name: str, pairs: Pairs) -> str:
     """`name` with its beginning replaced by the first pair (theirs, ours) that fits."""
     for theirs, ours in pairs:
         if name.startswith(theirs):

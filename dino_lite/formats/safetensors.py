@@ -79,14 +79,6 @@ class SafeTensors(Format):
         ]
 
 
-def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
-    """The backbone that `SafeTensors` wrote, with its metadata from config.json."""
-    backbone, card = load_backbone(directory, trust), read_config(directory).get("card") or {}
-    transform: Any = backbone.transform
-    return Opened(backbone, transform.preprocessing, card)
-
-
-@refusing("directory")
 def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     """The backbone that `SafeTensors` wrote: in eval mode, on the CPU, with saved dtypes.
     Its attribute `transform` prepares images for it, as `data.transform.Transform` says.
@@ -94,6 +86,12 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
     If its class belongs to a package other than dino_lite, that package is imported, which runs its
     code, only if `trust` names it. Raises UserError if it does not, or if the folder is invalid.
     """
+    return open_export(directory, trust).backbone
+
+
+@refusing("directory")
+def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
+    """As `load_backbone`, with the metadata from config.json."""
     directory = Path(directory).expanduser()
     config = read_config(directory)
     path = directory / WEIGHTS
@@ -111,9 +109,9 @@ def load_backbone(directory: str | Path, trust: Trust = ()) -> Backbone:
         backbone.to(floats[0])
     backbone.load_state_dict(weights)
     size = (config["image_size"],) * 2
-    told = read_preprocessing(config, None, backbone, size, str(directory))
-    backbone.transform = Transform(told.preprocessing)
-    return backbone.eval()
+    how, _ = read_preprocessing(config, None, backbone, size, str(directory))
+    backbone.transform = Transform(how)
+    return Opened(backbone.eval(), how, config.get("card") or {})
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

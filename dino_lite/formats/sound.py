@@ -81,13 +81,24 @@ def refuse_misfit(
     """Raise UserError with the first of `names` (default: all) whose shapes differ in `own`, a
     network's weights, and in `weights`, a file's.
     """
+    if differs := misfit(own, weights, names):
+        raise UserError(
+            f"{asked} does not fit the backbone that the config.json next to it describes: "
+            f"{differs} there; export both again, together."
+        )
+
+
+def misfit(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> str:
+    """ "NAME is SHAPE in the file and SHAPE", of the first of `names` (default: all) whose shapes
+    differ in `own`, a network's weights, and in `weights`, a file's; "" if all agree.
+    """
     for name in [*own, *weights] if names is None else names:
         here, there = (tuple(v[name].shape) if name in v else "missing" for v in (own, weights))
         if here != there:
-            raise UserError(
-                f"{asked} does not fit the backbone that the config.json next to it describes: "
-                f"{name} is {there} in the file and {here} there; export both again, together."
-            )
+            return f"{name} is {there} in the file and {here}"
+    return ""
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -99,13 +110,12 @@ def refuse_preprocessing(about: Mapping[str, Any], in_chans: int, asked: str) ->
     """Raise UserError unless "image_size" (pixels), "mean" and "std" of `about` are possible for
     images of `in_chans` channels.
     """
-    sides = about["image_size"]
-    for side in sides if isinstance(sides, list | tuple) else [sides]:
-        if type(side) is not int or not 0 < side <= LARGEST_SIDE:
-            raise UserError(
-                f"{asked} has image_size={sides!r}: it must be a whole number of pixels from 1 to "
-                f"{LARGEST_SIDE:,}."
-            )
+    side = about["image_size"]
+    if type(side) is not int or not 0 < side <= LARGEST_SIDE:
+        raise UserError(
+            f"{asked} has image_size={side!r}: it must be a whole number of pixels from 1 to "
+            f"{LARGEST_SIDE:,}."
+        )
     for name, what in (("mean", "finite"), ("std", "positive")):
         values = about[name]
         if not (

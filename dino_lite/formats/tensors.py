@@ -21,20 +21,16 @@ _MOST_REPEATED = 2**20  # bytes of a tensor that repeats what the file stores on
 _OF_TRAINING = ("arch", "args", "version")  # what timm's training says of the model
 
 
-def read_tensors(path: str | Path, key: str = "backbone.pretrained") -> dict[str, Tensor]:
-    """All tensors of a .safetensors file, a torch file or a folder with one, by dotted name.
+def read_content(
+    path: str | Path, key: str = "backbone.pretrained"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a .safetensors file, a torch file or a folder with one, by dotted name, and
+    what timm's training says of the model: "arch", "args", "version".
 
     `key` is the setting whose value is `path`, for messages. A torch file may contain nested
     dictionaries of tensors, and objects of any class, which are left out: their code is neither
     imported nor run. Raises UserError.
     """
-    return read_content(path, key)[0]
-
-
-def read_content(
-    path: str | Path, key: str = "backbone.pretrained"
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `read_tensors`, and what timm's training says of the model: "arch", "args", "version"."""
     file = weights_file(path)
     if not file.is_file():
         what = "is not a regular file" if file.exists() else "there is no such file"

@@ -13,6 +13,7 @@ from dino_lite.contracts import UserError
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
+from dino_lite.formats.timm_convnets import convnet_for_timm
 from dino_lite.formats.timm_names import published, same_at_any_size, write
 
 _LOAD = 'import timm\n\nmodel = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()'
@@ -40,8 +41,6 @@ class Timm(Format):
         try:
             any_size, run = same_at_any_size(backbone), _RUN_VIT
             if isinstance(backbone, ConvNet):
-                from dino_lite.formats.timm_convnets import convnet_for_timm
-
                 weights, config = convnet_for_timm(backbone)
                 norm = "model.head.norm(maps)" if backbone.spec["norm"] == "layer" else "maps"
                 run = _RUN_CONVNET.format(norm)
@@ -57,9 +56,7 @@ class Timm(Format):
             "pretrained_cfg": _pretrained_cfg(config["architecture"], how, backbone.in_chans),
         }
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (rows, columns), patch = how.size, backbone.patch_size
-        more = ((rows + patch, columns), (rows, columns + 2 * patch)) if any_size else ()
-        return [Claim(_LOAD, run, (how.size, *more), any_size)]
+        return [Claim(_LOAD, run, (how.size,), any_size)]
 
 
 def _pretrained_cfg(name: str, how: Preprocessing, in_chans: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.contracts import UserError
 from dino_lite.formats.convnets import CONVNEXT, Names, reads
 from dino_lite.formats.owner import Owner, Read, Tensors
-from dino_lite.formats.torchvision_names import RESNET_NAMES
+from dino_lite.formats.torchvision_convnets import RESNET_NAMES
 
 _SHARED = (("stem.", "stem."), ("stages.", "stages."))
 _CONVNEXT = Names((("head.norm.", "norm."), *_SHARED))

@@ -89,10 +89,9 @@ def verify(
 ) -> list[Check]:
     """Read `folder` back as each claim says, at all its sizes and at two batch sizes, and compare.
 
-    A claim of any size is also held to two that the format was not told, one rectangular. Raises
-    UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed.
+    Raises UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed.
     """
-    sizes = [_sizes(claim, original.backbone.patch_size) for claim in claims]
+    sizes = [sizes_of(claim, original.backbone.patch_size) for claim in claims]
     pixels = {_word(size): original.pixels(size) for each in sizes for size in each}
     job = {
         "folder": str(folder),
@@ -128,10 +127,18 @@ def verify(
     return checks
 
 
-def _sizes(claim: Claim, patch: int) -> list[Size]:
-    """All sizes at which a claim is checked."""
+def sizes_of(claim: Claim, patch: int) -> list[Size]:
+    """All sizes at which a claim is checked: of any size, also a smaller one, a larger one and a
+    rectangle.
+    """
     rows, columns = claim.sizes[0]
-    others = [(rows + patch, columns + patch), (rows + patch, columns + 3 * patch)]
+    least = 2 * patch  # a graph may be exact from two patches per side on
+    half = [min(side, max(least, side // 2 // patch * patch)) for side in (rows, columns)]
+    others = [
+        (half[0], half[1]),
+        (rows + patch, columns + patch),
+        (rows + patch, columns + 3 * patch),
+    ]
     return list(dict.fromkeys([*claim.sizes, *(others if claim.any_size else ())]))
 
 

@@ -36,7 +36,7 @@ from dino_lite.formats.layouts import (
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.processors import read_preprocessing
-from dino_lite.formats.sound import refuse_misfit, refuse_preprocessing, refusing
+from dino_lite.formats.sound import refuse_misfit, refusing
 from dino_lite.formats.tensors import read_about, read_content, weights_file
 from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
@@ -226,8 +226,6 @@ def _open(
     fit = fill(backbone.eval(), found, asked)
     own = _own_size(backbone, about)
     how, said = read_preprocessing(about, found.read.preprocessing, backbone, own, asked)
-    told = {"image_size": how.size, "mean": how.mean, "std": how.std}
-    refuse_preprocessing(told, backbone.in_chans, asked)
     card = {"weights": name, "layout": fit.layout}
     return Opened(backbone, how, card, fit=fit, said=said)
 
