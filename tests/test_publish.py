@@ -26,11 +26,12 @@ from dino_lite.data.clean import clean
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats import foreign_process, swap, verify
-from dino_lite.formats.card import told_preprocessing, usage
+from dino_lite.formats.card import usage
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
 from dino_lite.formats.publish import publish
+from dino_lite.formats.reading import told_preprocessing
 from dino_lite.formats.safetensors import SafeTensors
 from dino_lite.report.origin import license_beside
 from tiny import photos, train
@@ -94,8 +95,17 @@ def opened() -> Opened:
 
 def export(form: Format, opened: Opened, target: Path, num: int = 3, **more: Any) -> dict[str, Any]:
     """Publish it, held against noise."""
-    images = torch.randn(num, 3, *opened.preprocessing.size)
-    return publish(form, opened, target, verify.Original(opened.backbone, images), **more)
+    return publish(form, opened, target, verify.Original(opened, pictures(num)), **more)
+
+
+def pictures(num: int, size: tuple[int, int] = (50, 40)) -> list[np.ndarray]:
+    """Smooth noise, as photographs are, of rows and columns `size`."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(num):
+        coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+        found.append(np.asarray(coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)))
+    return found
 
 
 def left(folder: Path) -> set[str]:
@@ -421,7 +431,7 @@ def test_a_card_tells_a_run_without_its_makers_folders(run: Path) -> None:
         "2 steps, 8 images seen",
         "begun (license of its weights: cc-by-nc-4.0)",
         "license of these weights | My own terms",
-        "DINO, losses dino",
+        "dino, losses dino",
         "16 x 16 pixels becomes a class token of 32 numbers",
         "root: photos",
     ):
