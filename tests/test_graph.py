@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats import verify
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
 from dino_lite.formats.onnx import OPSET, Onnx
@@ -168,18 +166,6 @@ def test_an_impossible_size_is_a_sentence(sizes: Any, words: str, tmp_path: Path
     with pytest.raises(UserError, match=words):
         TorchExport(sizes=sizes).write(source, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_packages_are_named_with_how_to_install_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A plain installation has none of them."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        verify, "find_spec", lambda name: None if name == "onnxscript" else found(name)
-    )
-    with pytest.raises(UserError, match=r"needs onnxscript: pip install 'dino-lite\[export\]'"):
-        verify.demand_packages({"onnx": Onnx()})
 
 
 class Choosy(ConvNet):

@@ -49,7 +49,7 @@ class Onnx(Format):
                 )
                 run = 'cls, patches = session.run(["cls", "patches"], {"images": pixels.numpy()})'
                 more: dict[str, Any] = {"tolerance": _HALF_TOLERANCE} if half else {}
-                claims.append(Claim(load, run, sizes, any_size, **more))
+                claims.append(Claim(load, run, sizes, any_size, title=file, **more))
         return claims
 
 

@@ -37,5 +37,5 @@ class TorchExport(Format):
                 "    tokens = model(pixels)\n"
                 'cls, patches = tokens["cls"], tokens["patches"]'
             )
-            claims.append(Claim(load, run, sizes, any_size))
+            claims.append(Claim(load, run, sizes, any_size, title=f"{stem}.pt2"))
         return claims
