@@ -17,6 +17,7 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats import verify
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
 from dino_lite.formats.onnx import OPSET, Onnx
