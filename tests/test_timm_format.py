@@ -124,9 +124,7 @@ ODD: dict[str, tuple[Callable[[], Backbone], str]] = {
 def test_what_timm_lacks_is_refused_with_what_has_it(name: str, tmp_path: Path) -> None:
     """One sentence that names other formats; nothing is written."""
     make, words = ODD[name]
-    with pytest.raises(
-        UserError, match=rf"^format=timm.*{words}.*format=onnx or format=torch_exp"
-    ):
+    with pytest.raises(UserError, match=rf"^format=timm.*{words}.*format=onnx or format=torch_exp"):
         Timm().write(opened(make()), tmp_path)
     assert [*tmp_path.iterdir()] == []
 

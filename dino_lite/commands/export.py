@@ -65,9 +65,10 @@ def run_export(config: Config) -> dict[str, Any]:
         of = {"of": opened.backbone.embed_dim, "whiten": config["whiten"]}
         card |= {"compact": {"width": config["compact"]} | of, "results_of": of["of"]}
         opened = opened._replace(backbone=_compact(config, opened, splits))
-    sized = _all_of_size(splits.train, opened.preprocessing.size)
+    pictures, size = _pictures(splits.train), opened.preprocessing.size
+    sized = all(each.shape[:2] == size for each in pictures) and _all_of_size(splits.train, size)
     opened = opened._replace(backbone=opened.backbone.float(), card=card, sized=sized)
-    original = Original(opened, _pictures(splits.train))
+    original = Original(opened, pictures)
     written: dict[str, Any] = {}
     refused: dict[str, UserError] = {}
     for name, form in formats.items():

@@ -16,7 +16,7 @@ from dino_lite.formats.reading import read_told, reading
 from dino_lite.wording import count
 
 About = dict[str, Any]  # the content of export.json
-_READERS = ("pillow", "torchvision")  # that the lines which read images need
+_PACKAGES = {"PIL": "pillow", "dino_lite": "dino-lite"}  # named unlike their modules
 
 
 def model_card(about: About, library: str) -> str:
@@ -61,17 +61,22 @@ def _use(about: About) -> str:
     several, patch = len(about["claims"]) > 1, about["patch_size"]
     told = read_told(about["preprocessing"])
     size = _times(told.size)
-    parts = [f"Packages: {', '.join([*about['verification']['versions'], *_READERS])}."]
+    parts, packages = [], dict[str, None]()
     for claim in about["claims"]:
         sizes = " or ".join(_times(size) for size in claim["sizes"])
-        whose = f"{claim['title']}: images" if claim["title"] else "Images"
+        whose = f"{claim['title']}: images" if several else "Images"
         if claim["any_size"]:
             told_sizes = f"{whose} have any multiple of {patch} pixels per side; trained at {size}"
         else:
             told_sizes = f"{whose} have {sizes} pixels"
-        code = f"```python\n{usage(about, claim)}\n```"
-        parts += [f"{told_sizes}:", code] if several else [code, f"{told_sizes}."]
-    same = f"; those of exactly {size} pixels are left as they are"
+        code = usage(about, claim)
+        imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+        needed = dict.fromkeys([_PACKAGES.get(n, n) for n in imported] + [*claim["packages"]])
+        shown = f"```python\n{code}\n```"
+        parts += [f"{told_sizes}:", shown] if several else [shown, f"{told_sizes}."]
+        packages.update(needed)
+    parts.insert(0, f"These lines need {', '.join(packages)}.")
+    same = f"; those of exactly {size} pixels were left as they are"
     except_ = same if told.rule == "dino_lite" else ""
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (told.mean, told.std))
     scaled = f"scaled to [0, 1], minus {mean}, divided by {std}"
@@ -178,7 +183,8 @@ def _results(results: list[About], width: int | None) -> str:
 def _verification(found: About) -> str:
     where = "by dino_lite" if found["own"] else "in a process in which dino_lite cannot be imported"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    several = any(check["title"] for check in found["checks"])
+    pixels = found["pixels"]
+    several = len(pixels) > 1
     rows = [
         [
             *([check["title"]] if several else []),
@@ -194,24 +200,26 @@ def _verification(found: About) -> str:
     return (
         f"Read back {where}, on {count(found['num_images'], 'real image')} ({versions}). The "
         "largest difference from the original, relative to the tokens' root mean square:\n\n"
-        + "\n\n".join([_table(head, rows), *map(_told_pixels, found["pixels"])])
+        + "\n\n".join([_table(head, rows), *(_told_pixels(check, several) for check in pixels)])
     )
 
 
-def _told_pixels(check: About) -> str:
-    """A sentence on the pixels that a claim's lines prepare."""
-    whose = f"{check['title']}: the" if check["title"] else "The"
+def _told_pixels(check: About, several: bool) -> str:
+    """A sentence on the pixels that a claim's lines prepare, one of `several`."""
+    whose = f"of {check['title']} " if several else ""
     parts = [
-        f"{whose} lines above prepare these images as the original's evaluations did, up to "
-        f"{check['levels']:.2g} of 255 levels per pixel on average"
+        f"The pixels that the lines above {whose}prepare of these images differ from those of the "
+        f"original's evaluations by at most {check['levels']:.2g} of 255 levels, averaged over an "
+        "image"
     ]
     if check["shifted"]:
-        cropped = f"{count(check['shifted'], 'image')} cropped one pixel off"
-        parts.append(f"{cropped}, which this format's own rounding does")
+        parts.append(
+            f"{count(check['shifted'], 'image')} cropped one pixel off, as this library rounds"
+        )
     if check["resized"]:
         parts.append(
             f"{count(check['resized'], 'image')} of exactly the size of training resized and "
-            "cropped, since the format knows no exception for them"
+            "cropped, since this format knows no exception for them"
         )
     if len(parts) > 1:
         parts.append(

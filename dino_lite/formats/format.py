@@ -18,8 +18,8 @@ class Claim(NamedTuple):
 
     `load` and `run` are lines of Python: `load` defines what `run` needs, given `folder` (str);
     `run` computes `cls` "n D" and `patches` "n P E" of `pixels`, normalized float32 "n C H W" as a
-    torch tensor, without gradients. `read` defines `pixels` "1 C H W" of the file "image.jpg", after
-    `load`; they are compared with the original's. The model card shows the same lines.
+    torch tensor, without gradients. `read` defines `pixels` "1 C H W" of the file "image.jpg",
+    after `load`; they are compared with the original's. The model card shows the same lines.
     """
 
     load: str

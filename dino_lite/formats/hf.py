@@ -116,9 +116,7 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
     _save(folder / "config.json", config)
     run = _run(backbone)
     read = _read(backbone)
-    return [
-        claim._replace(load=_LOAD, run=run, read=read, packages=("timm",)) for claim in claims
-    ]
+    return [claim._replace(load=_LOAD, run=run, read=read, packages=("timm",)) for claim in claims]
 
 
 def _read(backbone: Backbone) -> str:

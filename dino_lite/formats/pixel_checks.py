@@ -18,7 +18,7 @@ from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.transform import Transform
 
 LEVELS = 1.0  # of 255: the mean difference that libraries' rounding of a resized image explains
-Picture = UInt8[np.ndarray, "H W C"]
+Picture = UInt8[np.ndarray, "_H _W C"]  # each of its own size
 
 
 class PixelCheck(NamedTuple):

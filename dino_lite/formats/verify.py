@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from dino_lite.data.transform import Transform
 from dino_lite.formats import foreign_process
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
-from dino_lite.formats.pixel_checks import PixelCheck, compare, write_pictures
+from dino_lite.formats.pixel_checks import Picture, PixelCheck, compare, write_pictures
 from dino_lite.formats.reading import ARRAY, IMAGE, reading
 
 Size = tuple[int, int]
@@ -57,7 +57,7 @@ class Original:
     `pictures`, prepared. A single one is shown mirrored as well, so that there are two batch sizes.
     """
 
-    def __init__(self, opened: Opened, pictures: Sequence[UInt8[np.ndarray, "H W C"]]) -> None:
+    def __init__(self, opened: Opened, pictures: Sequence[Picture]) -> None:
         self.backbone, self.how, self.pictures = opened.backbone, opened.preprocessing, pictures
         images = Transform(self.how)([*pictures])
         self.images = images if len(images) > 1 else torch.cat([images, images.flip(3)])
@@ -232,8 +232,9 @@ def _demand(check: Check, form: Format) -> None:
     if not check.difference <= check.tolerance:
         raise UserError(
             f"{_named(form, check.title)} differs from the original by {check.difference:.1e} of "
-            f"the tokens' root mean square, at {_word(check.size)} pixels and a batch of {check.batch}; {check.tolerance}"
-            " is allowed, so nothing was written: choose another format."
+            f"the tokens' root mean square, at {_word(check.size)} pixels and a batch of "
+            f"{check.batch}; {check.tolerance} is allowed, so nothing was written: choose another "
+            "format."
         )
 
 
