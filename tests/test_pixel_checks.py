@@ -206,3 +206,18 @@ def test_cards_tell_the_packages_that_their_lines_need(
     card = (tmp_path / "hf" / "README.md").read_text()
     assert lines in card
     assert ("timm 1." in card) == ("timm." in lines)
+
+
+def test_further_files_of_a_graph_are_shown_with_images_of_their_size(tmp_path: Path) -> None:
+    """Their lines prepare what they take."""
+
+    class Two(Plain):
+        def write(self, opened: Opened, folder: Path) -> list[Claim]:
+            (first,) = super().write(opened, folder)
+            return [first._replace(title="a"), first._replace(title="b", sizes=((48, 48),))]
+
+    opened = Opened(Means().eval(), HOW, {})
+    told = publish(Two(), opened, tmp_path / "two", Original(opened, shapes((50, 41), (90, 80))))
+    assert [check["title"] for check in told["verification"]["pixels"]] == ["a", "b"]
+    assert max(check["levels"] for check in told["verification"]["pixels"]) < 1e-3
+    assert "CenterCrop((48, 48))" in (tmp_path / "two" / "README.md").read_text()

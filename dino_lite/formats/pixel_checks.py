@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from dino_lite.contracts import UserError
-from dino_lite.data.clean import clean
+from dino_lite.data.clean import clean, write_png
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.transform import Transform
 
@@ -46,9 +45,8 @@ def write_pictures(pictures: Sequence[Picture], how: Preprocessing, folder: Path
     for number, picture in enumerate(pictures):
         if picture.shape[2] in (1, 3):
             path = folder / f"{number}.png"
-            shown = picture if picture.shape[2] == 3 else picture[..., 0]
             if not path.exists():
-                Image.fromarray(np.ascontiguousarray(shown)).save(path, compress_level=1)
+                write_png(picture, path)
         else:
             path = folder / f"{number}_{how.pixels}.npy"
             np.save(path, clean(picture, how))
