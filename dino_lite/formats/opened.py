@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.errors import printable
 
 
 class Fit(NamedTuple):
@@ -89,4 +90,4 @@ def _summary(names: list[str], num_parts: int) -> str:
     kinds = sorted(short.items(), key=lambda kind: -kind[1])
     shown = ", ".join(f"{kind} ({num})" if num > 1 else kind for kind, num in kinds[:4])
     rest = sum(num for _, num in kinds[4:])
-    return f"{shown} and {rest} more" if rest else shown
+    return printable(f"{shown} and {rest} more" if rest else shown)

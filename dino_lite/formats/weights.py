@@ -37,7 +37,13 @@ from dino_lite.formats.layouts import (
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.processors import read_preprocessing
-from dino_lite.formats.sound import refuse_misfit, refusing
+from dino_lite.formats.sound import (
+    refuse_contradiction,
+    refuse_larger,
+    refuse_misfit,
+    refusing,
+    sizes_of,
+)
 from dino_lite.formats.tensors import read_about, read_content, weights_file
 from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
@@ -105,7 +111,10 @@ def open_weights(
     else:
         spec = checked_spec(own) | overrides
     if own is not None and not overrides:
-        refuse_misfit(empty_backbone(spec).state_dict(), found.weights, asked, ("pos_embed",))
+        refuse_larger(spec, found.weights, asked)
+        empty = empty_backbone(spec)
+        refuse_misfit(empty.state_dict(), found.weights, asked, ("pos_embed",))
+        refuse_contradiction(about, sizes_of(empty), f"{asked}: the JSON beside it", "its spec")
     return _open(spec, found, about, asked, weights_file(path).name)
 
 
