@@ -56,8 +56,8 @@ def named_in(stream: Any, asked: str) -> set[str]:
             size = len(inside) + sum(item.size for item in inside)
             depth = 1 + max((item.depth for item in inside), default=0)
             made = _Item("", size, tuple(item.name for item in inside[:3]), depth)
-        elif name == "BINUNICODE" and len(argument) < 16:
-            made = _Item(argument)
+        elif name == "BINUNICODE" and len(text := str(argument)) < 16:
+            made = _Item(text)
         elif name == "MARK":
             made = _MARK
         elif name.endswith("PUT"):
