@@ -190,6 +190,7 @@ class Backbone(nn.Module):
     in_chans: int
     num_blocks: int
     transform: Callable[..., Tensor]  # prepares images, of a backbone loaded from an export
+    whole_patches: bool = True  # whether image sides must be multiples of the patch size
     takes_masks: bool = False  # whether `forward` takes a mask
     any_size: bool = False  # whether a graph traced with dynamic image sizes is exact at all sizes
     __call__: Callable[..., Tokens]

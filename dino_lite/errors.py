@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,14 +12,27 @@ from contextlib import contextmanager
 
 from dino_lite.interrupts import report_interrupt
 
+# Of terminals, of new lines and of writing from right to left.
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
 # Of an OSError: what a user can mend.
 _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(Exception):
-    """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2."""
+    """A user's mistake, in one sentence: what is wrong, where, what to do. Exit code 2.
+
+    Control characters, which names in a file may have, are written as in Python's text.
+    """
 
     exit_code = 2
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in arguments))
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with an escape for each control character."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Interrupted(UserError):

@@ -262,6 +262,62 @@ def test_a_file_gives_its_owners_features(name: str, tmp_path: Path) -> None:
     agree(opened.backbone, lambda images: source.features(model, images))
 
 
+# ------------------------------------------------------------------ shapes that two networks share
+
+SMALL: dict[str, Any] = {"layers": [1] * 4, "channels": WIDTHS}
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("resnetblur18.pth", "resnetblur18"),
+        ("resnetaa50d.untrained.bin", "resnetaa50d"),
+        ("resnetblur50.best.pth.tar", "resnetblur50"),
+        ("resnet18.pth", "resnet18"),
+    ],
+)
+def test_the_name_of_a_file_tells_the_network(name: str, network: str, tmp_path: Path) -> None:
+    """Where shapes do not: of a checkpoint, and of a start, which must be of that network."""
+    model: Any = randomize(timm.create_model(network, num_classes=0, **SMALL))
+    path = tmp_path / name
+    torch.save(model.state_dict(), path)
+    opened = open_weights(path)
+    assert opened.fit is not None
+    assert opened.backbone.spec["name"] == network
+    assert "same shapes" not in opened.fit.why
+    assert isinstance(opened.backbone, ConvNet)
+    agree(opened.backbone, lambda images: by_timm(model, images))
+    load_pretrained(ConvNet(**opened.backbone.spec), path)
+    other = {"name": "resnetblur18" if network == "resnet18" else network.replace("aa", "blur")}
+    if other["name"] == network:
+        other = {"name": network.replace("blur", "")}
+    with pytest.raises(UserError, match=f"weights of {network}, as the file's name says"):
+        load_pretrained(ConvNet(**opened.backbone.spec | other), path)
+
+
+def test_of_networks_with_the_same_shapes_the_doubt_is_said(tmp_path: Path) -> None:
+    """With what to write; once it is written, the start is held to it."""
+    torch.save(timm.create_model("resnetblur18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    for fit in (
+        open_weights(tmp_path / "w.pth").fit,
+        load_pretrained(ConvNet("resnet18"), tmp_path / "w.pth"),
+    ):
+        assert fit is not None
+        assert "taken for timm's resnet18; resnetblur18 of the same shapes" in fit.why
+        assert '{"architecture": NAME} into NAME.json' in fit.why
+    (tmp_path / "w.json").write_text('{"architecture": "resnetblur18"}')
+    assert open_weights(tmp_path / "w.pth").backbone.spec["name"] == "resnetblur18"
+    with pytest.raises(UserError, match=r"weights of resnetblur18, as the JSON .* resnet18, which"):
+        load_pretrained(ConvNet("resnet18"), tmp_path / "w.pth")
+
+
+def test_a_file_of_another_network_than_its_name_says_is_read_by_its_shapes(tmp_path: Path) -> None:
+    """A name is no promise."""
+    torch.save(resnet(), tmp_path / "resnet50.pth")
+    spec = open_weights(tmp_path / "resnet50.pth").backbone.spec
+    assert (spec["name"], spec["widths"]) == ("resnet18", WIDTHS)
+
+
 # --------------------------------------------------------------------------- prefixes, older files
 
 
@@ -391,7 +447,10 @@ def test_a_timm_convnet_is_opened_by_name(name: str, monkeypatch: pytest.MonkeyP
     opened = open_timm(f"{name}.{tag}")
     assert opened.backbone.spec["name"] == name
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    assert opened.image_size == size - size % 32
+    assert opened.image_size == size  # 176 of resnet10t, no multiple of 32
+    assert opened.at(100).size == (100, 100)
+    with pytest.raises(UserError, match="at least the backbone's patch size, 32"):
+        opened.at(31)
     model: Any = made[0].double()
     assert isinstance(opened.backbone, ConvNet)
     agree(opened.backbone, lambda images: by_timm(model, images))

@@ -131,6 +131,94 @@ def test_no_reader_runs_what_a_pickle_calls(which: int, form: str, tmp_path: Pat
     assert listing(tmp_path) == before
 
 
+def archive(content: bytes, file: Path) -> Path:
+    """A file as torch.save writes it, with the pickle `content` behind its protocol."""
+    with zipfile.ZipFile(file, "w") as inside:
+        inside.writestr("a/data.pkl", b"\x80\x02" + content)
+        inside.writestr("a/version", "3")
+    return file
+
+
+def call_of(name: str, arguments: bytes, how: bytes = b"R") -> bytes:
+    """Opcodes of a dictionary with the result of calling the dotted `name`."""
+    module, _, name = name.rpartition(".")
+    return b"}K\0c%b\n%b\n%b%bs." % (module.encode(), name.encode(), arguments, how)
+
+
+_FORTY_BILLION = b"\x8a\x05\0\x90\x2f\x50\x09\x85"  # a tuple of one number
+_TWICE = b"h\0h\0\x86q\0"  # a tuple of the last one twice
+BOMBS: dict[str, tuple[bytes, str]] = {
+    **{
+        f"{name} {how!r}": (call_of(name, _FORTY_BILLION, how), f"would call {name} when")
+        for name in ("builtins.bytearray", "torch.FloatTensor", "torch.storage.UntypedStorage")
+        for how in (b"R", b"\x81")
+    },
+    "a call in a call": (
+        call_of(
+            "torch._tensor._rebuild_from_type_v2",
+            b"(cbuiltins\nbytearray\nctorch\nTensor\n" + _FORTY_BILLION + b"}t",
+        ),
+        r"would call builtins\.bytearray",
+    ),
+    "a slow encoding": (
+        call_of("_codecs.encode", b"X\1\0\0\0aX\x08\0\0\0punycode\x86"),
+        r"would call _codecs\.encode",
+    ),
+    "a key of 2^64 parts": (b"})q\0" + _TWICE * 64 + b"Ns.", "tuples inside tuples"),
+    "a deep key": (b"})" + b"\x85" * 500_000 + b"Ns.", "tuples inside tuples"),
+    "a text beyond the file": (b"}X\xff\xff\xff\xffabc", "cut short or damaged"),
+    "a number beyond the file": (b"}\x8b\xff\xff\xff\x7fabc", "cut short or damaged"),
+    "a number of a million digits": (b"}K\0L" + b"9" * 10**6 + b"L\ns.", "cut short or damaged"),
+    "what was never stored": (b"}h\x99.", "cut short or damaged"),
+    "an empty stack": (b"\x86.", "cut short or damaged"),
+    "no mark": (b"NNt.", "cut short or damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_pickle_takes_no_memory_or_time_beyond_its_size(kind: str, tmp_path: Path) -> None:
+    """What would is told by its opcodes; nothing is called."""
+    content, words = BOMBS[kind]
+    file = archive(content, tmp_path / "a.pth")
+    refused(lambda: read_content(file), tmp_path, words)
+
+
+def test_a_lack_of_memory_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not damage."""
+    torch.save(WEIGHTS, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: bytearray(2**62))
+    refused(lambda: read_content(tmp_path / "a.pth"), tmp_path, "asks for more memory than there")
+
+
+def test_what_weights_are_pickled_with_is_read(tmp_path: Path) -> None:
+    """Parameters, tensors with attributes, bytes, and tuples that are stored once."""
+    odd: Any = torch.ones(2)
+    odd.note = "x"
+    pair = (0.9, 0.99)
+    content = {"p": nn.Parameter(torch.ones(3)), "odd": odd, "b": b"abc", "a": bytearray(b"abc")}
+    content["groups"] = [{"betas": pair, pair: torch.Size([2, 3])} for _ in range(300)]
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        assert read_content(tmp_path / "a.pth")[0].keys() == {"p", "odd"}
+
+
+def test_control_characters_of_a_file_are_not_printed(tmp_path: Path) -> None:
+    """Names of tensors and of classes may hold anything: in messages they are escaped."""
+    name = "a\nb\x1b[31m\u202ec"
+    torch.save(WEIGHTS | {f"blocks.0.{name}": torch.ones(1)}, tmp_path / "a.pth")
+    told = refused(lambda: load_pretrained(vit(), tmp_path / "a.pth"), tmp_path, "1 unknown")
+    assert r"a\nb\x1b[31m\u202ec" in told
+    torch.save({name: torch.ones(1)}, tmp_path / "b.pth")
+    assert told.isprintable()
+    assert refused(lambda: open_weights(tmp_path / "b.pth"), tmp_path).isprintable()
+    archive(b"cos.\x1b[31m\nsystem\n.", tmp_path / "c.pth")
+    assert refused(lambda: open_weights(tmp_path / "c.pth"), tmp_path).isprintable()
+    torch.save(WEIGHTS | {f"head.{name}": torch.ones(1)}, tmp_path / "d.pth")
+    notes = open_weights(tmp_path / "d.pth", num_heads=2).notes
+    assert "left unused" in "".join(notes)
+    assert all(note.isprintable() for note in notes)
+
+
 def test_programs_in_a_pickle_are_named(tmp_path: Path) -> None:
     """Whoever has such a file should know."""
     torch.save(WEIGHTS | {"x": Call(os.system, "true")}, tmp_path / "a.pth")
@@ -346,6 +434,18 @@ BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: with_("blocks.0.mlp.fc1.weight", torch.ones(32, 8, dtype=torch.int8)),
         r"blocks\.0\.mlp\.fc1\.weight is quantized",
     ),
+    "complex": (
+        lambda: with_("norm.weight", torch.full((8,), complex("nan"))),
+        r"norm\.weight has the type complex64: give",
+    ),
+    "whole numbers": (
+        lambda: with_("norm.weight", torch.ones(8, dtype=torch.int64)),
+        r"norm\.weight has the type int64",
+    ),
+    "truth values": (
+        lambda: with_("norm.weight", torch.ones(8, dtype=torch.bool)),
+        r"norm\.weight has the type bool",
+    ),
     "sparse": (lambda: with_("norm.bias", torch.ones(8).to_sparse()), "is quantized, sparse"),
     "no values": (lambda: with_("norm.bias", torch.ones(8, device="meta")), "not stored in full"),
     "one value many times": (
@@ -389,6 +489,22 @@ ABSURD: dict[str, tuple[Any, str]] = {
     "depth": (SPEC | {"depth": HUGE}, "depth=1000000000: at most 256"),
     "depth as a float": (SPEC | {"depth": 1e9}, "depth=1000000000: at most 256"),
     "width": (SPEC | {"embed_dim": 20_000, "depth": 2}, "does not fit.*missing in the file|8"),
+    "width and depth beyond the file": (
+        SPEC | {"embed_dim": 2**20, "depth": 256},
+        "does not fit.* 256 blocks of up to 1,048,576 channels",
+    ),
+    "blocks beyond the file": (
+        {"kind": "convnet", "widths": [8] * 200, "depths": [256] * 200, "patch_size": 2**200},
+        "patch_size",
+    ),
+    "stages beyond the file": (
+        {"kind": "convnet", "widths": [8] * 9, "depths": [256] * 9, "patch_size": 256},
+        "does not fit.* 2,304 blocks",
+    ),
+    "compact beyond the file": (
+        {"kind": "compact", "width": 2, "whole": SPEC | {"embed_dim": 2**20, "depth": 256}},
+        "does not fit.* 256 blocks",
+    ),
     "width beyond memory": (SPEC | {"embed_dim": 2**40}, "embed_dim="),
     "no patch": (SPEC | {"patch_size": 0}, "patch_size=0"),
     "negative": (SPEC | {"depth": -1}, "depth=-1"),
@@ -447,6 +563,38 @@ def test_impossible_preprocessing_is_a_sentence(key: str, value: Any, tmp_path: 
     folder = exported(tmp_path / "vit", **{key: value})
     for read in (dino_lite.load_backbone, lambda f: open_backbone(find_checkpoint(str(f), "."))):
         refused(lambda read=read: read(folder), tmp_path, key)
+
+
+CONTRADICTIONS: list[dict[str, Any]] = [
+    *({"patch_size": 16}, {"embed_dim": 16}, {"in_chans": 1}, {"num_parameters": 3}),
+    *({"card": [1]}, {"card": "x"}, {"image_size": 32}, {"mean": [0.1] * 3}, {"std": [0.1] * 3}),
+    *({"preprocessing": [1]}, {"preprocessing": {"size": [31, 31]}}),
+    *({"preprocessing": {"size": [16, 16, 16]}}, {"preprocessing": {"size": [True, True]}}),
+    {"preprocessing": {"size": [16, 16], "crop": 1e-3}},
+]
+
+
+@pytest.mark.parametrize("changes", CONTRADICTIONS, ids=str)
+def test_a_config_that_contradicts_itself_is_a_sentence(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """When it is opened, not when images come; as a folder, and by its file what concerns it."""
+    folder = exported(tmp_path / "vit", **changes)
+    words = next(iter(changes)).replace("preprocessing", "preprocessing|how images are prepared")
+    refused(lambda: dino_lite.load_backbone(folder), tmp_path, words)
+    if words not in ("image_size", "mean", "std"):  # its preprocessing decides
+        refused(lambda: open_weights(folder / "model.safetensors"), tmp_path, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_an_export_in_another_type_is_a_sentence(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of all weights, and of one."""
+    folder = exported(tmp_path / "vit")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("norm.bias", "cls_token"):
+        save_file(weights | {name: weights[name].to(dtype)}, folder / "model.safetensors")
+        for read in (dino_lite.load_backbone, open_weights):
+            refused(lambda read=read: read(folder), tmp_path, f"{name} has the type")
 
 
 @pytest.mark.parametrize(

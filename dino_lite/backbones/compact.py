@@ -29,6 +29,7 @@ class Compact(Backbone):
         self.embed_dim, self.patch_size = width, whole.patch_size
         self.in_chans, self.num_blocks = whole.in_chans, whole.num_blocks
         self.takes_masks, self.any_size = whole.takes_masks, whole.any_size
+        self.whole_patches = whole.whole_patches
 
     def forward(
         self,

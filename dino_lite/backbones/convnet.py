@@ -39,6 +39,7 @@ class ConvNet(Backbone):
     """
 
     kind = "convnet"
+    whole_patches = False
 
     @checked
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.named import timm_names
 from dino_lite.contracts import UserError
-from dino_lite.formats.owner import Pairs, Read, Tensors
+from dino_lite.formats.owner import BY_FILE, Pairs, Read, Tensors
 
 STAGES = range(4)
 CONVNEXT, RESNET = "stages.0.blocks.0.conv_dw.weight", "stages.0.0.conv1.weight"
 _PLAIN = re.compile(r"resnet\d+|convnext(v2)?_\w+")  # names without other pooling or attention
+_SMOOTHED = re.compile(r"(blur|aa)(?=\d)")  # in names of ResNets with anti-aliasing
 EPS = 1e-6  # of a ConvNeXt's norms, unless told otherwise
 _COUNTER = "num_batches_tracked"
 # Width of the first stage and depths of timm's ConvNeXts; later stages are twice as wide each.
@@ -142,7 +144,8 @@ def _matching(read: Read, about: dict[str, Any]) -> dict[str, Any]:
         }
         names = _names(weights, depths, widths, about)
         given: list[dict[str, Any]] = [{"name": name} for name in names]
-        for spec in (*given, given[-1] | sizes):
+        told = [given[0] | sizes] if "architecture" in about else []
+        for spec in (given[0], *told, *given[1:], given[-1] | sizes):
             if (other := difference(common | spec, weights)) is None:
                 return common | spec
             odd, name = other, names[-1]
@@ -192,7 +195,10 @@ def _names(
                 f"the JSON file beside it has architecture={name}, which timm does not have: "
                 "name its network, or remove the key."
             )
-        return [name]
+        if about.get("told_by") != BY_FILE:
+            return [name]
+        others = {key: value for key, value in about.items() if key != "architecture"}
+        return [name, *_names(weights, depths, widths, others)]
     if CONVNEXT in weights:
         grn = any(name.endswith(".mlp.grn.weight") for name in weights)
         family = "convnextv2" if grn else "convnext"
@@ -224,6 +230,48 @@ def demand_plain(backbone: ConvNet, base: str, program: str) -> dict[str, list[i
             "format=onnx or format=torch_export."
         )
     return sizes
+
+
+def refuse_other(backbone: ConvNet, about: dict[str, Any], asked: str) -> None:
+    """Raise UserError if `about` says an architecture that computes something else than `backbone`
+    with weights of the same shapes.
+    """
+    if not isinstance(told := about.get("architecture"), str):
+        return
+    name = told.partition(".")[0]
+    keywords = {key: backbone.spec[key] for key in ("patch_size", "in_chans", "norm")}
+    theirs = None
+    with suppress(UserError), torch.device("meta"), torch.random.fork_rng(devices=[]):
+        theirs = _operations(ConvNet(name, **keywords))
+    if theirs != _operations(backbone):
+        by = about.get("told_by", "the JSON beside it")
+        raise UserError(
+            f"{asked} has weights of {name}, as {by} says, and the backbone is "
+            f"{backbone.spec['name']}, which computes something else with them: "
+            f"choose backbone={name}."
+        )
+
+
+def _operations(backbone: ConvNet) -> set[str]:
+    """What shapes of weights do not tell: kinds of activations and of pooling."""
+    bare = (part for part in backbone.modules() if not [*part.parameters(), *part.children()])
+    return {type(part).__name__ for part in bare} - {"DropPath", "Dropout", "Identity"}
+
+
+def doubted(read: Read, name: str, about: dict[str, Any]) -> Read:
+    """`read` with a clause on timm's networks whose weights have the shapes of those of its network
+    `name`, if nothing tells them apart.
+    """
+    base = _SMOOTHED.sub("", name)
+    twins = [each for each in timm_names("resnet") if _SMOOTHED.sub("", each) == base]
+    if "architecture" in about or len(twins) < 2:
+        return read
+    others = " and ".join(each for each in twins if each != name)
+    return read._replace(
+        why=f"{read.why}, and is taken for timm's {name}; {others} of the same shapes filter what "
+        'they subsample: of such a network write {"architecture": NAME} into NAME.json next to the '
+        "file"
+    )
 
 
 def difference(spec: dict[str, Any], weights: Tensors) -> str | None:

@@ -71,7 +71,7 @@ def fill(backbone: Backbone, found: Found, asked: str, may_be_fresh: bool = Fals
             f"unknown, {len(wrong)} of another shape, the first {n}{shapes}; choose the "
             "backbone it was made for."
         )
-    refuse_unsound(weights, asked)
+    refuse_unsound(weights, own, asked)
     if next(iter(own.values())).is_meta:  # no memory is taken for weights that do not fit
         backbone.to_empty(device="cpu")
     backbone.load_state_dict(weights)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.errors import printable
 
 
 class Fit(NamedTuple):
@@ -49,15 +50,15 @@ class Opened(NamedTuple):
 
     def at(self, image_size: int | str) -> Preprocessing:
         """Preprocessing for another `image_size`, pixels per side; "auto": as it is. Raises
-        UserError if that is not a multiple of the patch size.
+        UserError if that is smaller than a patch, or if the backbone needs a multiple of it.
         """
         if image_size == "auto":
             return self.preprocessing
-        patch = self.backbone.patch_size
-        if not isinstance(image_size, int) or image_size < 1 or image_size % patch:
+        patch, whole = self.backbone.patch_size, self.backbone.whole_patches
+        if not isinstance(image_size, int) or image_size < patch or (whole and image_size % patch):
+            must = "be a multiple of" if whole else "be a whole number of pixels, at least"
             raise UserError(
-                f"image_size={image_size}: must be a multiple of the backbone's patch size, "
-                f"{patch}."
+                f"image_size={image_size}: must {must} the backbone's patch size, {patch}."
             )
         return self.preprocessing.at(image_size)
 
@@ -98,4 +99,4 @@ def _summary(names: list[str], num_parts: int) -> str:
     kinds = sorted(short.items(), key=lambda kind: -kind[1])
     shown = ", ".join(f"{kind} ({num})" if num > 1 else kind for kind, num in kinds[:4])
     rest = sum(num for _, num in kinds[4:])
-    return f"{shown} and {rest} more" if rest else shown
+    return printable(f"{shown} and {rest} more" if rest else shown)

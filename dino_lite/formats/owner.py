@@ -12,6 +12,9 @@ Tensors = dict[str, Tensor]
 Pairs = tuple[tuple[str, str], ...]  # of their names and ours
 
 
+BY_FILE = "the file's name"  # what may tell the architecture; the shapes overrule it
+
+
 class Read(NamedTuple):
     """The weights of a backbone by our names, as an owner's names were read."""
 

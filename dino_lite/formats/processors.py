@@ -45,6 +45,8 @@ _RESAMPLING: tuple[Interpolation, ...] = (  # by Pillow's number
     *("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"),
 )
 _LARGEST = 2**14  # pixels per side
+_CROPS = (0.1, 4.0)  # of published networks: 0.7 to 1.15
+_STDS = (1e-4, 1e4)  # of pixels from 0 to 1
 _SQUASHED_FROM = 384  # ConvNext's processor crops smaller images only
 
 
@@ -69,8 +71,8 @@ def read_preprocessing(
     the published protocol. `own_size` is the size for which the weights were trained, `asked` the
     prefix of messages. Raises UserError.
 
-    Sizes of others are rounded down to multiples of the patch size; mean and std for other numbers
-    of channels are averaged.
+    Sizes of others are rounded down to multiples of the patch size if `backbone` needs these; mean
+    and std for other numbers of channels are averaged.
     """
     try:
         how, notes = _read(about, implied or {}, own_size)
@@ -84,30 +86,44 @@ def read_preprocessing(
             f"{asked}: how images are prepared cannot be read from the JSON beside the weights "
             f"({' '.join(str(error).split())}): correct it there."
         ) from error
-    if how.rule == "dino_lite":
-        return Prepared(how, notes)
-    patch = backbone.patch_size
-    rows, columns = (max(side - side % patch, patch) for side in how.size)
+    patch, unit = backbone.patch_size, backbone.patch_size if backbone.whole_patches else 1
+    rows, columns = (max(side - side % unit, patch) for side in how.size)
     whole = how.at((rows, columns))
     if whole != how:
         told = f"{how.pixels} pixels are no multiple of the patch size {patch}"
+        if about.get("preprocessing") is not None:  # an export of ours has sizes that fit
+            raise UserError(f"{asked}: its config.json says preprocessing.size={[*how.size]}, but "
+                            f"{told}: correct it there.")  # fmt: skip
         notes += (f"{told}: {whole.pixels} are used",)
     return Prepared(whole, notes)
 
 
 def _check(how: Preprocessing) -> None:
     """Raise ValueError for what no image can be prepared with."""
-    numbers = (*how.mean, *how.std, how.crop)
-    if not all(isinstance(side, int) and 0 < side <= _LARGEST for side in how.size):
-        raise ValueError(f"a size of {how.size} pixels")
-    if not all(map(math.isfinite, numbers)) or min(*how.std, how.crop) <= 0:
-        raise ValueError(f"mean {how.mean}, std {how.std}, crop {how.crop}")
+    size: Any = how.size
+    if not isinstance(size, tuple) or len(size) != 2:
+        raise ValueError(f"size={size}, which must be [rows, columns]")
+    if not all(type(side) is int and 0 < side <= _LARGEST for side in size):
+        raise ValueError(f"a size of {size} pixels, of which each must be 1 to {_LARGEST:,}")
+    if type(how.crop) not in (int, float) or not _CROPS[0] <= how.crop <= _CROPS[1]:
+        raise ValueError(f"crop={how.crop}, which must be {_CROPS[0]} to {_CROPS[1]}")
+    if max(size) / how.crop > _LARGEST:
+        raise ValueError(f"images are enlarged to size/crop, more than {_LARGEST:,} pixels")
+    if not all(_STDS[0] <= value <= _STDS[1] for value in how.std):
+        raise ValueError(f"std={[*how.std]}, of which each must be {_STDS[0]:g} to {_STDS[1]:g}")
+    if not all(abs(value) <= _STDS[1] for value in how.mean):
+        raise ValueError(f"mean={[*how.mean]}, of which none may exceed {_STDS[1]:g}")
+    if not isinstance(how.squash, bool) or not isinstance(how.border, bool):
+        raise ValueError(f"squash={how.squash!r}, border={how.border!r}: each true or false")
     if how.interpolation not in get_args(Interpolation) or how.rule not in get_args(Rule):
         raise ValueError(f"interpolation {how.interpolation}, rule {how.rule}")
 
 
 def _read(about: dict[str, Any], implied: dict[str, Any], own_size: _ImageSize) -> Prepared:
     ours, cfg = about.get("preprocessing"), about.get("pretrained_cfg")
+    for key, value in (("preprocessing", ours), ("pretrained_cfg", cfg)):
+        if not isinstance(value, dict | None):
+            raise TypeError(f"{key}={str(value)[:100]}, which must be an object")
     if isinstance(ours, dict):
         return Prepared(Preprocessing.read(ours))
     if isinstance(cfg, dict):
@@ -233,7 +249,10 @@ def _scaled(told: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _listed(values: Any) -> tuple[float, ...]:
-    return (float(values),) if isinstance(values, int | float) else tuple(map(float, values))
+    found = tuple(values) if isinstance(values, list | tuple) else (values,)
+    if any(type(value) not in (int, float) for value in found):
+        raise TypeError(f"{str(values)[:100]}, which must be numbers, one a channel")
+    return tuple(map(float, found))
 
 
 def _per_channel(values: Any, in_chans: int) -> tuple[float, ...]:

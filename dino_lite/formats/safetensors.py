@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dino_lite.backbones.compact import Compact
-from dino_lite.backbones.spec import empty_backbone
+from dino_lite.backbones.spec import checked_spec, empty_backbone
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.plain_json import read_object
 from dino_lite.data.preprocessing import Preprocessing
@@ -19,10 +19,13 @@ from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.processors import read_preprocessing
 from dino_lite.formats.sound import (
+    refuse_contradiction,
+    refuse_larger,
     refuse_misfit,
     refuse_preprocessing,
     refuse_unsound,
     refusing,
+    sizes_of,
 )
 from dino_lite.formats.tensors import read_file
 from dino_lite.version import __version__
@@ -52,11 +55,8 @@ class SafeTensors(Format):
             "format": _FORMAT,
             "version": __version__,
             "spec": backbone.stored_spec(),
-            "embed_dim": backbone.embed_dim,
+            **sizes_of(backbone),
             "patch_dim": _patch_dim(backbone, how),
-            "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-            "patch_size": backbone.patch_size,
-            "in_chans": backbone.in_chans,
             "image_size": opened.image_size,
             "mean": list(opened.mean),
             "std": list(opened.std),
@@ -98,10 +98,13 @@ def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     if not path.is_file():
         raise UserError(f"{directory} has no {WEIGHTS}: export the backbone again.")
     weights, _ = read_file(path, str(path))
-    refuse_unsound(weights, str(path))
+    refuse_larger(checked_spec(config["spec"]), weights, str(path))
     backbone = empty_backbone(config["spec"], trust)
     refuse_misfit(backbone.state_dict(), weights, str(path))
-    refuse_preprocessing(config, backbone.in_chans, str(directory / CONFIG))
+    refuse_unsound(weights, backbone.state_dict(), str(path))
+    asked = str(directory / CONFIG)
+    refuse_contradiction(config, sizes_of(backbone), asked, "its spec")
+    refuse_preprocessing(config, backbone.in_chans, asked)
     if any(parameter.is_meta for parameter in backbone.parameters()):
         backbone.to_empty(device="cpu")
     floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
@@ -110,6 +113,8 @@ def open_export(directory: str | Path, trust: Trust = ()) -> Opened:
     backbone.load_state_dict(weights)
     size = (config["image_size"],) * 2
     how, _ = read_preprocessing(config, None, backbone, size, str(directory))
+    told = {"image_size": how.size[0], "mean": [*how.mean], "std": [*how.std]}
+    refuse_contradiction(config, told, asked, "its preprocessing")
     backbone.transform = Transform(how)
     return Opened(backbone.eval(), how, config.get("card") or {})
 

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dino_lite.contracts import UserError
+from dino_lite.contracts import Backbone, UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,9 +54,10 @@ def refusing(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def refuse_unsound(weights: Mapping[str, Tensor], asked: str) -> None:
-    """Raise UserError with the name of the first tensor that is not dense, is quantized, or has a
-    value that is not finite. `asked` is the prefix of messages.
+def refuse_unsound(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], asked: str) -> None:
+    """Raise UserError with the name of the first tensor that is not dense, is quantized, is not in
+    floating point though that of `own`, a network's weights, is, or has a value that is not finite.
+    `asked` is the prefix of messages.
     """
     for name, value in weights.items():
         integers = value.dtype in (torch.int8, torch.uint8) and value.ndim > 1
@@ -65,11 +66,64 @@ def refuse_unsound(weights: Mapping[str, Tensor], asked: str) -> None:
                 f"{asked}: the weight {name} is quantized, sparse or without values: give the "
                 "weights in floating point."
             )
+        real = name not in own or own[name].is_floating_point()
+        if value.is_complex() or (real and not value.is_floating_point()):
+            raise UserError(
+                f"{asked}: the weight {name} has the type {str(value.dtype).removeprefix('torch.')}"
+                ": give the weights in floating point."
+            )
         if value.is_floating_point() and value.numel() and not _is_finite(value):
             raise UserError(
                 f"{asked}: the weight {name} has values that are not finite (NaN or infinite): "
                 "the file is damaged, or its training diverged; give another checkpoint."
             )
+
+
+def refuse_larger(spec: Mapping[str, Any], weights: Mapping[str, Tensor], asked: str) -> None:
+    """Raise UserError if the network of `spec`, a sound one of ours, must have more values than
+    `weights`: by arithmetic, since building it takes seconds.
+    """
+    while "whole" in spec:
+        spec = spec["whole"]
+    depths = spec.get("depths") or [spec.get("depth") or 0]
+    widths = spec.get("widths") or [spec.get("embed_dim") or 0]
+    found = sum(value.numel() for value in weights.values())
+    # The last layer of a block maps at least an eighth of its width to its width.
+    least = sum(depth * width * (width // 8) for depth, width in zip(depths, widths, strict=False))
+    if ":" not in spec.get("kind", "") and (least > found or sum(depths) > len(weights)):
+        raise UserError(
+            f"{asked} does not fit the backbone that the config.json next to it describes: it has "
+            f"{found:,} values in {len(weights):,} tensors, and {sum(depths):,} blocks of up to "
+            f"{max(widths):,} channels have more; export both again, together."
+        )
+
+
+def sizes_of(backbone: Backbone) -> dict[str, int]:
+    """What an export's config.json says of a backbone besides its spec."""
+    return {
+        "embed_dim": backbone.embed_dim,
+        "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "patch_size": backbone.patch_size,
+        "in_chans": backbone.in_chans,
+    }
+
+
+def refuse_contradiction(
+    about: Mapping[str, Any], own: Mapping[str, Any], asked: str, whose: str
+) -> None:
+    """Raise UserError if `about`, the config.json of an export, has another value for a key of
+    `own`; `whose` says where that one is from.
+    """
+    for key, value in own.items():
+        if about.get(key, value) != value:
+            raise UserError(
+                f"{asked} has {key}={str(about[key])[:100]}, but it is {value} in {whose}: export "
+                "the backbone again."
+            )
+    if not isinstance(about.get("card"), dict | None):
+        raise UserError(
+            f"{asked} has card={str(about['card'])[:100]}: it must be an object, or missing."
+        )
 
 
 def refuse_misfit(

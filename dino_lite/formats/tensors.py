@@ -50,6 +50,11 @@ def read_file(file: Path, asked: str) -> tuple[dict[str, Tensor], dict[str, Any]
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError):
+            raise UserError(
+                f"{asked} asks for more memory than there is: it is damaged, or was made to; get "
+                "it again, from a source that you trust."
+            ) from error
         if "persistent_load of storage" in str(error):  # of torch before 1.6
             raise UserError(_whole_module(asked, "a torch.nn.Module")) from error
         raise UserError(

@@ -12,12 +12,14 @@ import torch
 from timm.models.eva import Eva
 from torch import nn
 
+from dino_lite.backbones.named import timm_names
 from dino_lite.backbones.rope import RoPEViT, is_dinov3
 from dino_lite.backbones.transformer import is_plain, mlp_of
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.dinov3 import SPEC
-from dino_lite.formats.owner import Owner, Read, Tensors, gated_mlp
+from dino_lite.formats.owner import BY_FILE, Owner, Read, Tensors, gated_mlp
+from dino_lite.formats.torchvision_convnets import MODELS
 
 # Arguments of timm.create_model that do more than describe a network.
 _NOT_OF_NETWORKS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
@@ -137,10 +139,16 @@ def _of_training(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_name(file: Path) -> dict[str, Any]:
-    name = file.name.partition(".pth")[0].removesuffix(".safetensors").removesuffix(".bin")
+    name = re.sub(r"(\.(pth?|tar|bin|ckpt|safetensors))+$", "", file.name)
+    base, said = name.partition(".")[0], {"architecture": name, "told_by": BY_FILE}
+    if name in MODELS:  # torchvision's as well, which prepares images otherwise
+        return said
+    if base in (*timm_names("resnet"), *timm_names("convnext")):
+        told = published(name)
+        name = name if told else base
+        return said | {"architecture": name, "pretrained_cfg": told or published(base)}
     told = published(name) if _VITS.match(name) else {}
-    said = {"architecture": name, "told_by": "the file's name", "pretrained_cfg": told}
-    return said if told else {}
+    return said | {"pretrained_cfg": told} if told else {}
 
 
 def write(

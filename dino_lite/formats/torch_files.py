@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import pickletools
 import re
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dino_lite.contracts import UserError
+from dino_lite.formats.pickles import named_in
 
 _PICKLES = 4  # in files of torch before 1.6: a number, the version, the system, the content
 _NAMESPACE = "argparse.Namespace"  # the settings of a training, plain attributes
@@ -94,28 +93,10 @@ def _named(file: Path, asked: str) -> set[str]:
             with zipfile.ZipFile(file) as archive:
                 name = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
                 with archive.open(name) as content:
-                    found = _globals(content, asked)
+                    found = named_in(content, asked)
         else:
             stream.seek(0)
             found = set()
             for _ in range(_PICKLES):
-                found |= _globals(stream, asked)
-    return found
-
-
-def _globals(stream: Any, asked: str) -> set[str]:
-    """Names of Python 3 in one pickle of the binary file `stream`, which stops behind it."""
-    found = set()
-    for code, argument, _ in pickletools.genops(stream):
-        if code.name == "PROTO" and argument != 2:
-            raise UserError(
-                f"{asked} is written in pickle protocol {argument}, which is not read without "
-                "running code: save it again by torch.save with its default pickle_protocol."
-            )
-        if code.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            module, name = NAME_MAPPING.get(
-                (module, name), (IMPORT_MAPPING.get(module, module), name)
-            )
-            found.add(f"{module}.{name}")
+                found |= named_in(stream, asked)
     return found

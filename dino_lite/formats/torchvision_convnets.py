@@ -35,7 +35,7 @@ _CONVNEXT = Names(
         *((".block.3.", ".mlp.fc1."), (".block.5.", ".mlp.fc2.")),
     ),
 )
-_MODELS = (
+MODELS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
@@ -44,7 +44,8 @@ _MODELS = (
 
 
 def _read_resnet(own: Tensors, about: dict[str, Any]) -> Read:
-    owner = "timm ResNet" if "architecture" in about else "torchvision ResNet"
+    timms = "architecture" in about and ("told_by" not in about or "pretrained_cfg" in about)
+    owner = "timm ResNet" if timms else "torchvision ResNet"
     return reads(owner, "it has conv1 and layer1", RESNET_NAMES)(own, about)
 
 
@@ -71,7 +72,7 @@ def convnet_for_torchvision(backbone: ConvNet) -> tuple[Tensors, dict[str, Any]]
     spec = backbone.spec
     plain = {"patch_size": 32, "in_chans": 3, "fields": 0}
     other = spec.keys() & {"widths", "depths", "norm_eps", "last_norm_eps"}
-    if spec["name"] not in _MODELS or spec["norm"] == "group" or other or spec != spec | plain:
+    if spec["name"] not in MODELS or spec["norm"] == "group" or other or spec != spec | plain:
         raise UserError(
             f"torchvision has no network like {spec['name']} with these settings: export it as "
             "format=onnx or format=torch_export."

@@ -24,6 +24,7 @@ from dino_lite.backbones.timm_models import check_name
 from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT, sides_of
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.convnets import doubted, refuse_other
 from dino_lite.formats.fit import fill
 from dino_lite.formats.grids import told_sizes
 from dino_lite.formats.layouts import (
@@ -36,7 +37,13 @@ from dino_lite.formats.layouts import (
 from dino_lite.formats.opened import Fit, Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.processors import read_preprocessing
-from dino_lite.formats.sound import refuse_misfit, refusing
+from dino_lite.formats.sound import (
+    refuse_contradiction,
+    refuse_larger,
+    refuse_misfit,
+    refusing,
+    sizes_of,
+)
 from dino_lite.formats.tensors import read_about, read_content, weights_file
 from dino_lite.formats.timm_names import completed
 from dino_lite.wording import count
@@ -65,8 +72,11 @@ def load_pretrained(backbone: Backbone, path: str | Path, content: Content | Non
     if isinstance(backbone, Transformer):
         about |= {"expected_size": backbone.spec.get("image_size")}
         return fill(backbone, _find(tensors, about, asked), asked, may_be_fresh=True)
-    foreign = isinstance(backbone, ConvNet) and "spec" not in about
-    found = _searched(tensors, about, asked) if foreign else None
+    found = None
+    if isinstance(backbone, ConvNet) and "spec" not in about:
+        refuse_other(backbone, about, asked)
+        if found := _searched(tensors, about, asked):
+            found = found._replace(read=doubted(found.read, backbone.spec["name"], about))
     found = found or own_weights(tensors, next(iter(backbone.state_dict())))
     return fill(backbone, found, asked)
 
@@ -96,10 +106,15 @@ def open_weights(
         )
     if own is None:
         spec = spec_of(found, about, asked, **overrides)
+        if spec.get("kind") == ConvNet.kind:
+            found = found._replace(read=doubted(found.read, spec["name"], about))
     else:
         spec = checked_spec(own) | overrides
     if own is not None and not overrides:
-        refuse_misfit(empty_backbone(spec).state_dict(), found.weights, asked, ("pos_embed",))
+        refuse_larger(spec, found.weights, asked)
+        empty = empty_backbone(spec)
+        refuse_misfit(empty.state_dict(), found.weights, asked, ("pos_embed",))
+        refuse_contradiction(about, sizes_of(empty), f"{asked}: the JSON beside it", "its spec")
     return _open(spec, found, about, asked, weights_file(path).name)
 
 
@@ -236,6 +251,7 @@ def _own_size(backbone: Backbone, about: dict[str, Any]) -> tuple[int, int]:
     """
     patch, own = backbone.patch_size, backbone.spec.get("image_size")
     sizes = [sides_of(own)] if own else told_sizes(about)
-    fitting = (size for size in sizes if not (size[0] % patch or size[1] % patch))
+    unit = patch if backbone.whole_patches else 1
+    fitting = (size for size in sizes if not (size[0] % unit or size[1] % unit))
     usual = 224 if isinstance(backbone, ConvNet) else 16 * patch
     return next(fitting, (usual, usual))

@@ -211,7 +211,7 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     run, file = _run_to_begin_with(asked, runs_dir)
     about = {"image_size": current(load(run.config_file))["backbone"].get("image_size")}
     weights, own = method_weights(read_checkpoint(file)), method.state_dict()
-    refuse_unsound(weights, f"checkpoint={asked}")
+    refuse_unsound(weights, own, f"checkpoint={asked}")
     for name, value in weights.items():
         part, _, last = name.rpartition(".")
         network = method.get_submodule(part) if last == "pos_embed" and name in own else None

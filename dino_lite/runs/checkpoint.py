@@ -168,7 +168,8 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
         ) from error
     size, normalize = config["augment"]["global_size"], config["normalize"]
     backbone = method.export_backbone().float().eval()
-    refuse_unsound(backbone.state_dict(), str(file))
+    own = backbone.state_dict()
+    refuse_unsound(own, own, str(file))
     return Opened(
         backbone=backbone,
         preprocessing=Preprocessing(
