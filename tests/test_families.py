@@ -196,7 +196,9 @@ def test_without_evidence_it_is_dinos_and_the_doubt_is_said(tmp_path: Path) -> N
     ):
         assert told.fit is not None
         assert (told.fit.layout, told.mean[0]) == ("timm", mean)
-        assert difference(told, model.forward_features, (48, 96)) < 1e-4  # timm resamples in float32
+        assert (
+            difference(told, model.forward_features, (48, 96)) < 1e-4
+        )  # timm resamples in float32
     assert "the file's name" in open_weights(named).notes[0]
 
 

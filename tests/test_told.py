@@ -66,6 +66,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a hub": ({"architecture": "hf-hub:timm/vit_tiny"}, "timm .* does not have"),
     "a number": ({"architecture": 3}, "architecture=3, which must be text"),
     "a convnet": ({"architecture": "resnet18"}, "resnet18, which is neither a plain ViT"),
+    "layers side by side": (
+        {"architecture": "vit_small_patch16_18x2_224"},
+        "18x2_224, which is neither a plain ViT",
+    ),
+    "attention to classes": ({"architecture": "cait_xxs24_224"}, "which is neither a plain ViT"),
+    "no class token": (
+        {"architecture": "vit_base_patch16_siglip_224"},
+        "siglip_224, which is neither a plain ViT",
+    ),
     "a wider model": (
         {"architecture": "vit_tiny_patch16_224"},
         r"cls_token is \(1, 1, 24\) in the file and \(1, 1, 192\) there",
@@ -163,3 +172,14 @@ def test_positions_that_are_absent_are_none_of_ours_without_a_word(tmp_path: Pat
     with pytest.raises(UserError, match="lacks pos_embed"):
         open_weights(path, num_heads=2)
     assert open_weights(path, layout="dino_lite", num_heads=2).backbone.num_registers == 0
+
+
+def test_a_number_of_heads_that_the_width_alone_tells_is_said(tmp_path: Path) -> None:
+    """Unless it is the width of published models, or the caller or the file beside it knows."""
+    path = saved(network(embed_dim=128).state_dict(), tmp_path)
+    assert any("num_heads=2 is a guess" in note for note in open_weights(path).notes)
+    assert not any("a guess" in note for note in open_weights(path, num_heads=2).notes)
+    with_config(path, num_attention_heads=4)
+    assert not any("a guess" in note for note in open_weights(path).notes)
+    usual = saved(network(embed_dim=192).state_dict(), tmp_path, "usual.pth")
+    assert not any("a guess" in note for note in open_weights(usual).notes)

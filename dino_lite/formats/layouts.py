@@ -34,6 +34,8 @@ _AVERAGED = re.compile(r"teacher|momentum_backbone|(?:^|[._])ema[._]")
 # Heads by width of ViT-H, g and G (Zhai et al. 2022); others have heads of width 64.
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
 
+_USUAL_WIDTHS = (192, 384, 768, 1024, 1536, 4096)  # of published ViTs
+
 
 # In this order: the first that reads the names is the owner.
 OWNERS: tuple[Owner, ...] = (
@@ -226,6 +228,21 @@ def _check_architecture(
 def known_heads(found: Found, about: dict[str, Any], asked: str) -> int | None:
     """The number of heads, if more tells it than the width. Raises UserError."""
     return heads_of(about, asked) or found.read.num_heads
+
+
+def guessed_heads(found: Found, about: dict[str, Any], asked: str) -> str:
+    """A clause on the number of heads if the width alone tells it, and no published ViT has that
+    width; else "".
+    """
+    if "cls_token" not in found.weights or known_heads(found, about, asked) is not None:
+        return ""
+    width = found.weights["cls_token"].shape[-1]
+    if width in {*_HEADS, *_USUAL_WIDTHS}:
+        return ""
+    return (
+        f"num_heads={width // 64} is a guess, heads of width 64: else write "
+        '{"num_attention_heads": N} into NAME.json next to the file NAME'
+    )
 
 
 def _num_heads(found: Found, about: dict[str, Any], asked: str) -> int:

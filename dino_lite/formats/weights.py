@@ -30,6 +30,7 @@ from dino_lite.formats.layouts import (
     LOOKED_FOR,
     Found,
     find_backbone,
+    guessed_heads,
     known_heads,
     own_weights,
     spec_of,
@@ -129,7 +130,11 @@ def open_weights(
         spec = checked_spec(own) | overrides
     if own is not None and not overrides:
         refuse_misfit(empty_backbone(spec).state_dict(), found.weights, asked, ("pos_embed",))
-    return _open(spec, found, about, asked, weights_file(path).name)
+    opened = _open(spec, found, about, asked, weights_file(path).name)
+    if own is not None or "num_heads" in overrides or not opened.fit:
+        return opened
+    guess = guessed_heads(found, about, asked)
+    return opened._replace(fit=opened.fit._replace(said=(*opened.fit.said, *filter(None, [guess]))))
 
 
 def open_timm(name: str) -> Opened:
