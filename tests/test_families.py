@@ -153,6 +153,10 @@ FORMS: dict[str, tuple[Callable[[Weights], Any], str, float, str]] = {
         below("student_backbone.vit.", "teacher_backbone.vit."),
         *("lightly", USUAL, "below teacher_backbone."),
     ),
+    "lightly's backbone": (
+        lambda weights: {f"vit.{name}": value for name, value in weights.items()},
+        *("lightly", USUAL, "below vit."),
+    ),
     "solo-learn": (
         below("backbone.", "momentum_backbone."),
         *("solo-learn", USUAL, "below momentum_backbone."),

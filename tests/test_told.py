@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
+from dino_lite.formats.timm_told import completed
 from dino_lite.formats.weights import load_pretrained, open_weights
 from test_importers import saved, with_config
 from test_rope import joined
@@ -183,3 +185,62 @@ def test_a_number_of_heads_that_the_width_alone_tells_is_said(tmp_path: Path) ->
     assert not any("a guess" in note for note in open_weights(path).notes)
     usual = saved(network(embed_dim=192).state_dict(), tmp_path, "usual.pth")
     assert not any("a guess" in note for note in open_weights(usual).notes)
+
+
+def test_what_timms_training_leaves_empty_is_what_timm_publishes(tmp_path: Path) -> None:
+    """Its arguments are "" or None where none was given."""
+    name = "vit_base_patch16_224_miil"
+    args = {"model": name, "interpolation": "", "mean": None, "std": [], "crop_pct": 0.5}
+    told = completed({"pretrained_cfg": None}, {"arch": name, "args": args}, tmp_path)
+    how, published = told["pretrained_cfg"], timm.get_pretrained_cfg(name)
+    assert published is not None
+    assert how["crop_pct"] == 0.5
+    for key in ("interpolation", "mean", "std"):
+        assert how[key] == getattr(published, key)
+    assert how["interpolation"] == "bilinear"
+
+
+def test_layers_of_hugging_faces_dinov3_without_bias_open_or_are_named(tmp_path: Path) -> None:
+    """All of a block's may lack it, as in timm; some cannot."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    for lacks in (["proj_bias", "mlp_bias"], ["proj_bias"], ["mlp_bias"]):
+        config = transformers.DINOv3ViTConfig(
+            **sizes, intermediate_size=48, **dict.fromkeys(lacks, False)
+        )
+        model, folder = transformers.DINOv3ViTModel(config).eval(), tmp_path / "".join(lacks)
+        randomize(model)
+        model.save_pretrained(folder)
+        if len(lacks) == 1:
+            layers = "attn.proj" if lacks == ["proj_bias"] else "mlp.fc1, mlp.fc2"
+            with pytest.raises(UserError, match=f"its layers {layers} have no bias"):
+                open_weights(folder)
+            continue
+        with torch.no_grad():
+            x = images(32, 48)
+            wanted = model.double()(x).last_hidden_state
+            found = joined(open_weights(folder).backbone.double()(x))
+        assert float((found - wanted).abs().max()) < 1e-5  # their sines are in float32
+
+
+def test_hugging_faces_dinov2_ignores_the_activation_of_its_gate(tmp_path: Path) -> None:
+    """So do we."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    more = {"image_size": 32, "use_swiglu_ffn": True, "hidden_act": "silu"}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, **more)).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        x = images(32, 32)
+        wanted = model.double()(x).last_hidden_state
+        found = joined(open_weights(tmp_path).backbone.double()(x))
+    assert float((found - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["audio-spectrogram-transformer", "dpt", "pixio"])
+def test_other_models_of_hugging_face_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    """Though all names and shapes agree."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32))
+    path = saved(model.state_dict(), tmp_path)
+    with pytest.raises(UserError, match=f"model_type={kind}, none of vit"):
+        open_weights(with_config(path, model_type=kind, num_attention_heads=2))

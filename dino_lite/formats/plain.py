@@ -117,7 +117,7 @@ def _layout(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
         return "timm", f"{by} names an architecture of timm"
     for found, layout in (
         (r"momentum_backbone\.", "solo-learn"),
-        (r"(student|teacher)_backbone\.|backbone\.vit\.", "lightly"),
+        (r"(student|teacher)_backbone\.|(^|backbone\.)vit\.", "lightly"),
         (r"state_dict_ema\.", "timm"),
         (r"state_dict\.method\.", "dino_lite"),
     ):
