@@ -53,7 +53,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "runs/metrics_file.py",
     ),
     "lightning": (),  # the same library by another name: one is enough
-    "timm": ("backbones/*", "formats/fit.py", "formats/weights.py", "formats/timm_names.py"),
+    "timm": ("backbones/*", "formats/fit.py", "formats/weights.py", "formats/timm_*.py"),
     "PIL": ("data/*", "eval/pictures*.py", "eval/sheets.py", "report/thumbnails.py"),
     "torchvision": ("data/*",),
 }

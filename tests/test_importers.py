@@ -293,15 +293,16 @@ def test_a_sharded_training_state_is_read_by_its_wrapped_names(tmp_path: Path) -
 )
 def test_timms_files_give_timms_tokens(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """timm's own forward at the native size, from the file alone; the classifier is left aside."""
-    model = timm.create_model(name, img_size=28, patch_size=14, depth=1, num_classes=5, **settings)
+    args = {"img_size": 28, "patch_size": 14, "depth": 1, **settings}
+    model = timm.create_model(name, num_classes=5, **args)
     assert isinstance(model, VisionTransformer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})
-    )
+    about = {"architecture": name, "model_args": args}
+    about["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(about))
     opened = open_weights(tmp_path)
     backbone = opened.backbone
     assert opened.fit.layout == "timm"

@@ -187,7 +187,7 @@ def test_what_its_configuration_leaves_out_has_the_default_of_its_class(tmp_path
         assert (spec["norm_eps"], spec["num_heads"]) == (eps, 12)
     (tmp_path / "config.json").unlink()
     opened = open_weights(tmp_path, num_heads=12)
-    assert "ViTMSN, of another norm_eps, has the same" in opened.notes[0]
+    assert "ViTMSN, of another norm_eps, and DPT, of other positions" in opened.notes[0]
 
 
 def test_a_distillation_token_is_said_to_become_a_register_token(tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def timm_vit(
     sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {k: v for k, v in (sizes | {"init_values": init_values}).items() if v is not None}
     kwargs: dict[str, Any] = {"num_classes": 0, **architecture, **given}
+    if torch.get_default_device().type == "meta":  # where drawing takes most of the time
+        kwargs["weight_init"] = "skip"
     if num_registers is not None:
         kwargs["reg_tokens"] = num_registers
     if num_registers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers.patch_embed import resample_patch_embed
@@ -10,6 +10,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.convnets import shaped, stem_of
@@ -17,6 +19,7 @@ from dino_lite.formats.grids import STEM, Grid
 from dino_lite.formats.layouts import Found
 from dino_lite.formats.opened import Fit
 from dino_lite.formats.sound import refuse_unsound
+from dino_lite.settings.validate import shown
 from dino_lite.wording import count
 
 
@@ -81,6 +84,49 @@ def fill(backbone: Backbone, found: Found, asked: str, may_be_fresh: bool = Fals
     ]
     said = [clause for clause in said if clause]
     return Fit(found.read.owner, found.read.why, len(own), unused, changed, tuple(said))
+
+
+def compare_settings(
+    backbone: Transformer, theirs: Any, activation_told: bool, asked: str
+) -> tuple[str, ...]:
+    """One clause on each setting that no weight shows, of norms and positions, in which `backbone`
+    differs from `theirs`, the network that the weights in `asked` are of. Raises UserError if the
+    number of heads differs, or the activation, if it is told.
+    """
+    own: Any = backbone
+    first, its = own.blocks[0], theirs.blocks[0]
+    if first.attn.num_heads != its.attn.num_heads:
+        raise UserError(
+            f"{asked} was trained with {its.attn.num_heads} heads, and the backbone has "
+            f"{first.attn.num_heads}: set backbone.num_heads={its.attn.num_heads}."
+        )
+    acts = [_activation(block.mlp.act) for block in (first, its)]
+    if activation_told and acts[0] != acts[1]:
+        raise UserError(
+            f"{asked} was trained with {acts[1]}, and the backbone has {acts[0]}: choose the "
+            "backbone it was made for."
+        )
+    there = _settings(theirs)
+    return tuple(
+        f"{name} is {shown(value)} here, {shown(there[name])} in the network the weights are of"
+        for name, value in _settings(own).items()
+        if value != there[name]
+    )
+
+
+def _activation(act: Any) -> str:
+    approximate = getattr(act, "approximate", "none")
+    return type(act).__name__ + ("" if approximate == "none" else f" ({approximate})")
+
+
+def _settings(backbone: Any) -> dict[str, Any]:
+    """Settings of norms and positions."""
+    norms = {"norm_eps": backbone.norm.eps}
+    if isinstance(backbone, RoPEViT):
+        where = backbone.positions
+        return norms | {"rope_base": where.base, "rope_normalize_coords": where.normalizer}
+    names = ("position_offset", "position_antialias")
+    return norms | {name: getattr(backbone, name) for name in names}
 
 
 def fit_patches(learned: Tensor, backbone: Backbone, asked: str) -> Fitted:

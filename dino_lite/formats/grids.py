@@ -41,28 +41,35 @@ def told_sizes(about: dict[str, Any]) -> Iterator[tuple[int, int]]:
             yield two[0], two[1]
 
 
-def grid_of(weights: Tensors, about: dict[str, Any]) -> Grid | None:
+def grid_of(
+    weights: Tensors, about: dict[str, Any], class_position: bool | None = True
+) -> Grid | None:
     """The grid of "pos_embed" in `weights`: of the size that `about` names if the number of
-    positions agrees, else a square one; None if there is none, or it may as well be oblong. A
-    square one without the class token is only of networks with registers or LayerScale (DeiT III).
+    positions agrees, else a square one; None if there is none, or it may as well be oblong.
+    `class_position` is whether its owner's class tokens have a position; None: some have, and then
+    a square without one is only of networks with LayerScale (DeiT III).
     """
     if "pos_embed" not in weights or STEM not in weights:
         return None
     num, patch = weights["pos_embed"].shape[1], weights[STEM].shape[-2:]
+    either = {True: (num - 1,), False: (num,), None: (num - 1, num)}[class_position]
     for size in told_sizes(about):
         rows, columns = (side // one for side, one in zip(size, patch, strict=True))
-        if rows * columns in (num - 1, num):
+        if rows * columns in either:
             return Grid(rows, columns, rows * columns == num - 1)
-    side = isqrt(num - 1)
-    if side * side == num - 1:
-        return Grid(side, side)
-    side = isqrt(num)
-    registers = "reg_token" in weights or "register_tokens" in weights
-    if side * side != num or not (registers or "blocks.0.ls1.gamma" in weights):
-        return None
-    doubt = (
-        f"its {num} positions are taken for a grid of {side}x{side} without one for the class "
-        f"token, not for {side - 1}x{side + 1} with one, which "
-        '{"image_size": [ROWS, COLUMNS]} in NAME.json next to the file NAME would say'
-    )
-    return Grid(side, side, False, "" if registers else doubt)
+    for cells in either:
+        side = isqrt(cells)
+        if side * side != cells or not cells:
+            continue
+        if cells == num - 1 or class_position is False:
+            return Grid(side, side, cells == num - 1)
+        if "blocks.0.ls1.gamma" in weights:
+            return Grid(
+                side,
+                side,
+                False,
+                f"its {num} positions are taken for a grid of {side}x{side} without one for the "
+                f"class token, not for {side - 1}x{side + 1} with one, which "
+                '{"image_size": [ROWS, COLUMNS]} in NAME.json next to the file NAME would say',
+            )
+    return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
+from dino_lite.contracts import UserError
 from dino_lite.formats.dinov3 import SPEC
 from dino_lite.formats.owner import Owner, Pairs, Read, Tensors, gated_mlp, joined_qkv, renamed
 
@@ -104,7 +105,9 @@ def read(own: Tensors, about: dict[str, Any]) -> Read | None:
 
 
 def _kind(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
-    """The model_type of weights, and how it was told."""
+    """The model_type of weights, and how it was told. Raises UserError for that of others."""
+    if (told := about.get("model_type")) not in (None, *_CLASSES):
+        raise UserError(f"its config.json has model_type={told}, none of {', '.join(_CLASSES)}.")
     if "embeddings.position_embeddings" not in own and "embeddings.patch_embeddings.weight" in own:
         return "dinov3_vit", "it has no position embeddings"
     if "embeddings.distillation_token" in own:
@@ -113,10 +116,10 @@ def _kind(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
         return "dinov2_with_registers", "it has register tokens"
     if any(name.endswith("layer_scale1.lambda1") for name in own):
         return "dinov2", "it has LayerScale"
-    told = about.get("model_type")
     if told in ("vit", "vit_msn", "vit_mae"):
         return told, f"its config.json has model_type={told}"
-    return "vit", "its names begin with embeddings.; ViTMSN, of another norm_eps, has the same"
+    others = "ViTMSN, of another norm_eps, and DPT, of other positions, have the same"
+    return "vit", f"its names begin with embeddings.; {others}"
 
 
 def _biases(layer: str, found: dict[str, Tensor]) -> Tensors:

@@ -19,7 +19,8 @@ from dino_lite.formats.hugging_face_convnets import HUGGING_FACE_CONVNETS
 from dino_lite.formats.owner import Owner, Read, Tensors
 from dino_lite.formats.plain import PLAIN, check_layout
 from dino_lite.formats.timm_convnets import TIMM_CONVNETS
-from dino_lite.formats.timm_names import EVA
+from dino_lite.formats.timm_names import EVA, implied
+from dino_lite.formats.told import heads_of
 from dino_lite.formats.torchvision_convnets import TORCHVISION
 
 LOOKED_FOR = (
@@ -32,6 +33,8 @@ WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 _AVERAGED = re.compile(r"teacher|momentum_backbone|(?:^|[._])ema[._]")
 # Heads by width of ViT-H, g and G (Zhai et al. 2022); others have heads of width 64.
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
+
+_USUAL_WIDTHS = (192, 384, 768, 1024, 1536, 4096)  # of published ViTs
 
 
 # In this order: the first that reads the names is the owner.
@@ -83,7 +86,13 @@ def _found(
     heads = {prefix + name for name in read.weights.keys() - weights.keys()}
     left = heads | {prefix + name for name in read.unused}
     unused = [name for name in tensors if name not in taken or taken[name] in left]
-    grid, why = grid_of(weights, about), read.why
+    if read.spec.get("kind") != ConvNet.kind:
+        told = implied(weights, about)
+        first = told.class_position if read.class_position is None else read.class_position
+        num_heads = told.num_heads or read.num_heads
+        spec = read.spec | told.spec
+        read = read._replace(spec=spec, num_heads=num_heads, class_position=first)
+    grid, why = grid_of(weights, about, read.class_position), read.why
     if grid is not None and not grid.with_class:  # timm's ViTs with registers, DeiT III
         none = torch.zeros_like(weights["cls_token"])
         weights["pos_embed"] = torch.cat([none, weights["pos_embed"]], dim=1)
@@ -143,7 +152,9 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
             "be opened."
         )
     width, (hidden, gated) = weights["cls_token"].shape[-1], _mlp_shape(weights)
-    _check_architecture(found, about, asked, "silu" if rope and gated else "gelu")
+    # Hugging Face's Dinov2 has SiLU in its gate, whatever its configuration says.
+    usual = ("silu",) if rope and gated else ("gelu", "silu") if gated else ("gelu",)
+    _check_architecture(found, about, asked, usual)
     blocks = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
     scaled, patch = f"{first}ls1.gamma" in weights, weights[STEM].shape[-1]
     spec: dict[str, Any] = {
@@ -161,6 +172,8 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
         "norm_eps": about.get("layer_norm_eps", found.read.spec.get("norm_eps")),
         **mlp_of(width, hidden, gated),
     }
+    if f"{first}attn.proj.weight" in weights and f"{first}attn.proj.bias" not in weights:
+        spec["proj_bias"] = False  # of timm, for all layers but the first
     if rope:
         spec |= {"kind": "rope", "name": "rope", **rotation_of(about, found.read.spec)}
         spec["init_values"] = float(scaled)  # None would mean DINOv3's default
@@ -173,9 +186,11 @@ def spec_of(found: Found, about: dict[str, Any], asked: str, **overrides: Any) -
     return spec | overrides
 
 
-def _check_architecture(found: Found, about: dict[str, Any], asked: str, usual: str) -> None:
+def _check_architecture(
+    found: Found, about: dict[str, Any], asked: str, usual: tuple[str, ...]
+) -> None:
     """Raise UserError if `about` contradicts the weights, or our transformers do not support the
-    architecture; `usual` is their activation.
+    architecture; `usual` are names of their activation.
     """
     weights = found.weights
     width, patch = weights["cls_token"].shape[-1], weights[STEM].shape[-2:]
@@ -185,11 +200,21 @@ def _check_architecture(found: Found, about: dict[str, Any], asked: str, usual: 
                 f"{asked} has a width of {width}, but the JSON file next to it has {word}="
                 f"{about[word]}: it belongs to other weights; remove it."
             )
-    act = about.get("hidden_act", usual)
-    if patch[0] != patch[1] or act != usual:
+    act = about.get("hidden_act", usual[0])
+    if patch[0] != patch[1] or act not in usual:
         raise UserError(
-            f"{asked} is not a ViT with {usual} and square patches (patches of {tuple(patch)}, "
+            f"{asked} is not a ViT with {usual[0]} and square patches (patches of {tuple(patch)}, "
             f"{act}), and others cannot be opened."
+        )
+    without = [
+        layer
+        for layer in ("attn.proj", "mlp.fc1", "mlp.fc2")
+        if not any(n.startswith("blocks.") and n.endswith(f".{layer}.bias") for n in weights)
+    ]
+    if 0 < len(without) < 3:
+        raise UserError(
+            f"{asked}: its layers {', '.join(without)} have no bias, and others of its blocks "
+            "have one, which no backbone of dino_lite can have: use it with its own program."
         )
     if "pos_embed" in weights and found.grid is None:
         told = " or ".join(f"{rows}x{columns}" for rows, columns in told_sizes(about))
@@ -200,16 +225,36 @@ def _check_architecture(found: Found, about: dict[str, Any], asked: str, usual: 
         )
 
 
+def known_heads(found: Found, about: dict[str, Any], asked: str) -> int | None:
+    """The number of heads, if more tells it than the width. Raises UserError."""
+    return heads_of(about, asked) or found.read.num_heads
+
+
+def guessed_heads(found: Found, about: dict[str, Any], asked: str) -> str:
+    """A clause on the number of heads if the width alone tells it, and no published ViT has that
+    width; else "".
+    """
+    if "cls_token" not in found.weights or known_heads(found, about, asked) is not None:
+        return ""
+    width = found.weights["cls_token"].shape[-1]
+    if width in {*_HEADS, *_USUAL_WIDTHS}:
+        return ""
+    return (
+        f"num_heads={width // 64} is a guess, heads of width 64: else write "
+        '{"num_attention_heads": N} into NAME.json next to the file NAME'
+    )
+
+
 def _num_heads(found: Found, about: dict[str, Any], asked: str) -> int:
     width = found.weights["cls_token"].shape[-1]
     usual = {4096: 32} if found.read.spec.get("kind") == "rope" else _HEADS  # DINOv3's 7B
-    told = about.get("num_attention_heads") or found.read.num_heads or usual.get(width)
-    if (told is None and width % 64) or not isinstance(told, int | None):
+    told = known_heads(found, about, asked) or usual.get(width)
+    if told is None and width % 64:
         raise UserError(
             f"{asked}: the number of heads for a width of {width} cannot be derived from the "
             'weights; write {"num_attention_heads": N} into NAME.json next to the file NAME.'
         )
-    return int(told or width // 64)
+    return told or width // 64
 
 
 def _mlp_shape(weights: dict[str, Tensor]) -> tuple[int, bool]:

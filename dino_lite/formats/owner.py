@@ -27,6 +27,7 @@ class Read(NamedTuple):
     spec: dict[str, Any]
     num_heads: int | None = None  # if known from more than the width
     preprocessing: dict[str, Any] | None = None  # as timm's pretrained_cfg, if nothing else says
+    class_position: bool | None = True  # whether the class token has a learned position; see grids
 
 
 class Owner(NamedTuple):

@@ -13,9 +13,10 @@ from torch import Tensor
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.formats.dinov3 import SPEC
 from dino_lite.formats.grids import grid_of
 from dino_lite.formats.owner import Owner, Read, Tensors
-from dino_lite.formats.timm_names import implied, preprocessing_of
+from dino_lite.formats.timm_told import preprocessing_of
 
 # What `checkpoint_layout=` may say.
 Layout = Literal["dino", "ibot", "dinov2", "mae", "lightly", "solo-learn", "timm", "dino_lite"]
@@ -41,12 +42,18 @@ LAYOUTS: dict[str, _Rule] = {
     "dino_lite": _Rule("dino_lite", 0.0, True),
 }
 _DINOV2_REGISTERS = _Rule("DINOv2 with registers", 0.0, True)
+_OF_TIMM = ("timm", "lightly", "solo-learn")  # some of timm's class tokens have no position
+_ROTARY = (
+    "it has our names of a ViT with rotary positions; their base is 100 unless "
+    '{"rope_theta": BASE} in NAME.json next to the file says another'
+)
 _DECODER = re.compile(r"decoder_|mask_token$")
 
 
 def read(own: Tensors, about: dict[str, Any]) -> Read:
     """Almost identical names, told apart by what else there is."""
-    layout, why = _layout(own, about)
+    rotary = _is_rotary(own, about)
+    layout, why = ("dino_lite", _ROTARY) if rotary else _layout(own, about)
     rule = LAYOUTS[layout]
     if layout == "dinov2" and "register_tokens" in own:
         rule = _DINOV2_REGISTERS
@@ -66,20 +73,35 @@ def read(own: Tensors, about: dict[str, Any]) -> Read:
         "position_offset": rule.position_offset,
         "position_antialias": rule.position_antialias,
     }
-    if layout != "timm":
-        return Read(rule.owner, why, weights, left, spec)
-    told, num_heads = implied(own, about)
-    preprocessing, doubt = preprocessing_of(own, about)
-    return Read(rule.owner, why + doubt, weights, left, spec | told, num_heads, preprocessing)
+    if rotary:
+        return Read(rule.owner, why, weights, left, SPEC)
+    preprocessing, doubt = preprocessing_of(own, about) if layout == "timm" else (None, "")
+    first = False if "reg_token" in own else None if layout in _OF_TIMM else True
+    return Read(
+        *(rule.owner, why + doubt, weights, left, spec),
+        preprocessing=preprocessing,
+        class_position=first,
+    )
+
+
+def _is_rotary(own: Tensors, about: dict[str, Any]) -> bool:
+    """Whether it is our RoPEViT: registers by our name or biases of queries alone, no positions."""
+    if "pos_embed" in own:
+        return False
+    if about.get("checkpoint_layout") == "dino_lite":
+        return True
+    names = {name.rpartition(".qkv.")[2] for name in own if ".attn.qkv." in name}
+    return "q_bias" in names or ("register_tokens" in own and names == {"weight"})
 
 
 def _layout(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
     """The key of `LAYOUTS`, and how it was told, from what is said, then names that only one owner
     has, then where the weights are in the file, then the positions.
     """
-    prefix, grid = about.get("prefix", ""), grid_of(own, about)
+    prefix = about.get("prefix", "")
+    grid = grid_of(own, about, class_position=False if "reg_token" in own else None)
     if told := about.get("checkpoint_layout"):
-        if told not in LAYOUTS:
+        if not isinstance(told, str) or told not in LAYOUTS:
             raise UserError(f"checkpoint_layout={told} is none of {', '.join(LAYOUTS)}.")
         return told, "checkpoint_layout says so"
     if "register_tokens" in own:
@@ -95,7 +117,7 @@ def _layout(own: Tensors, about: dict[str, Any]) -> tuple[str, str]:
         return "timm", f"{by} names an architecture of timm"
     for found, layout in (
         (r"momentum_backbone\.", "solo-learn"),
-        (r"(student|teacher)_backbone\.|backbone\.vit\.", "lightly"),
+        (r"(student|teacher)_backbone\.|(^|backbone\.)vit\.", "lightly"),
         (r"state_dict_ema\.", "timm"),
         (r"state_dict\.method\.", "dino_lite"),
     ):

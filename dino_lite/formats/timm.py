@@ -15,7 +15,8 @@ from dino_lite.contracts import UserError
 from dino_lite.formats.format import Claim, Format, described
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.timm_convnets import convnet_for_timm
-from dino_lite.formats.timm_names import published, same_at_any_size, write
+from dino_lite.formats.timm_names import same_at_any_size, write
+from dino_lite.formats.timm_told import published
 
 _LOAD = 'import timm\n\nmodel = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()'
 _READ = """from PIL import Image

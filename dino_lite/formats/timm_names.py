@@ -1,34 +1,39 @@
-"""timm's models: their names that differ from those of `plain`, and what timm says of a model."""
+"""timm's ViTs: their names that differ from those of `plain`, and what architectures imply."""
 
 from __future__ import annotations
 
-import argparse
 import re
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers.activations import GELU
+from timm.layers.mlp import Mlp
 from timm.models.eva import Eva
 from torch import nn
 
-from dino_lite.backbones.named import timm_names
 from dino_lite.backbones.rope import RoPEViT, is_dinov3
 from dino_lite.backbones.transformer import is_plain, mlp_of
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.dinov3 import SPEC
+from dino_lite.formats.grids import STEM
 from dino_lite.formats.owner import BY_FILE, Owner, Read, Tensors, gated_mlp
-from dino_lite.formats.torchvision_convnets import MODELS
+from dino_lite.formats.sound import misfit
+from dino_lite.formats.timm_told import described
 
-# Arguments of timm.create_model that do more than describe a network.
-_NOT_OF_NETWORKS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path")
-_VITS = re.compile(r"(vit|deit3?)_\w+_patch\d+")
-_HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}  # of most of timm's ViTs
 # Base architectures by the epsilon of their norms; all else is said by arguments.
 _PLAIN = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
 _GATED = {1e-6: "vit_giant_patch14_dinov2"}
 _ROPE = {1e-5: "vit_small_patch16_dinov3", 1e-6: "eva02_tiny_patch14_224"}
+
+
+class Implied(NamedTuple):
+    """What an architecture of timm says that shapes do not."""
+
+    spec: dict[str, Any]
+    num_heads: int | None = None
+    class_position: bool | None = None  # as in Read
 
 
 def read_eva(own: Tensors, about: dict[str, Any]) -> Read | None:
@@ -38,117 +43,65 @@ def read_eva(own: Tensors, about: dict[str, Any]) -> Read | None:
     scaled = any(name.endswith((".gamma_1", ".attn.q_bias")) for name in own)
     if scaled and "reg_token" in own:
         why = "its blocks have gamma_1 or q_bias and it has reg_token"
-    elif isinstance(_described(about), Eva):
+    elif isinstance(described(about), Eva):
         why = "the JSON beside it names an Eva of timm"
     else:
         return None
-    weights = {}
+    return Read("timm DINOv3", why, _ours(own), [], SPEC)
+
+
+def _ours(own: Tensors) -> Tensors:
+    """Weights of timm's VisionTransformer or Eva by our names."""
+    weights: Tensors = {}
     for name, value in own.items():
         name = re.sub(r"\.attn\.([qv]_bias)$", r".attn.qkv.\1", name)
         name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
         weights["register_tokens" if name == "reg_token" else name] = value
-    weights = gated_mlp(weights, "fc1_g", "fc1_x", "fc2")
-    told, num_heads = implied(own, about)
-    return Read("timm DINOv3", why, weights, [], SPEC | told, num_heads)
+    return gated_mlp(weights, "fc1_g", "fc1_x", "fc2")
 
 
-def _described(about: dict[str, Any]) -> Any:
-    """One block of the timm model that config.json beside a file describes, without memory for its
-    weights; None if there is none that timm can build.
+def implied(weights: Tensors, about: dict[str, Any]) -> Implied:
+    """What the architecture named in `about` implies for a transformer's `weights`, by our names.
+    Raises UserError if they are not its weights, or our transformers compute something else.
     """
-    name, given = about.get("architecture"), about.get("model_args") or {}
-    if not isinstance(name, str) or not timm.is_model(name.partition(".")[0]):
-        return None
-    args = {key: value for key, value in given.items() if key not in _NOT_OF_NETWORKS}
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, **args | {"num_classes": 0, "depth": 1})
-    except Exception:  # arguments of another version of timm, or of another network
-        return None
-
-
-def implied(own: Tensors, about: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Keywords of the spec, and the number of heads, that the architecture named in `about`
-    implies. Raises UserError if our transformers compute something else.
-    """
-    model = _described(about)
+    model = described(about)
     if model is None:
-        return {}, None
-    act: Any = getattr(getattr(model.blocks[0], "mlp", None), "act", None)
-    usual = isinstance(act, nn.SiLU) or (isinstance(act, nn.GELU) and act.approximate == "none")
-    if not usual or not (is_plain(model) or is_dinov3(model)):
+        return Implied({})
+    name, by = about["architecture"], about.get("told_by", "the JSON beside it")
+    dinov3 = is_dinov3(model)
+    if not (is_plain(model) or dinov3):
         raise UserError(
-            f"timm's {about['architecture']} is neither a plain ViT with a class token nor a "
+            f"{by} names timm's {name}, which is neither a plain ViT with a class token nor a "
             "DINOv3 ViT, and others cannot be opened."
         )
-    spec = {"norm_eps": model.norm.eps}
-    if is_dinov3(model):
-        spec["rope_base"] = model.rope.temperature
-    same = own["cls_token"].shape[-1] == model.embed_dim
-    return spec, model.blocks[0].attn.num_heads if same else None
+    if not _has_usual_activation(mlp := model.blocks[0].mlp):
+        raise UserError(
+            f"{by} names timm's {name} with the activation {type(mlp.act).__name__}, and only ViTs "
+            "with GELU, or SiLU in gates, can be opened."
+        )
+    if not dinov3 and model.num_reg_tokens and not model.no_embed_class:
+        raise UserError(
+            f"{by} names timm's {name}, whose registers have positions, and others cannot be "
+            "opened: use it with timm."
+        )
+    theirs = _ours(model.state_dict())
+    if STEM in weights:  # channels are adapted
+        theirs[STEM] = theirs[STEM][:, :1].expand(-1, weights[STEM].shape[1], -1, -1)
+    free = ("pos_embed", "mask_token", ".attn.qkv.q_bias", ".attn.qkv.v_bias")
+    names = [each for each in [*theirs, *weights] if not each.endswith(free)]
+    if differs := misfit(theirs, weights, names):
+        remedy = "rename it" if by == BY_FILE else "correct architecture or model_args there"
+        raise UserError(f"{by} names timm's {name}, but {differs} there: {remedy}.")
+    spec = {"norm_eps": model.norm.eps} | ({"rope_base": model.rope.temperature} if dinov3 else {})
+    return Implied(spec, model.blocks[0].attn.num_heads, dinov3 or not model.no_embed_class)
 
 
-def preprocessing_of(own: Tensors, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The preprocessing of a timm model of which `about` says none, by keys of pretrained_cfg, and
-    a clause on what is doubtful about it.
-    """
-    if about.get("pretrained_cfg") or about.keys() & {"mean", "image_mean"}:
-        return {}, ""
-    if "blocks.0.ls1.gamma" in own or about.get("prefix", "").startswith("model."):
-        return {}, ""  # DeiT's and DINOv2's have ImageNet's mean
-    return _HALF, (
-        "; images are normalized by 0.5, as for most of timm's ViTs: if this one has another mean, "
-        'write {"architecture": NAME} into NAME.json next to the file'
-    )
-
-
-def published(name: str) -> dict[str, Any]:
-    """timm's pretrained_cfg of the model `name`; empty if it has none."""
-    try:
-        told: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except (RuntimeError, ValueError):
-        return {}
-    return told.to_dict() if told else {}
-
-
-def completed(about: dict[str, Any], values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`about`, the JSON beside `file`, with what else tells a model of timm: the `values` of a
-    training checkpoint of timm, else the file's name; and what timm knows of a model by its name.
-    """
-    told = _of_training(values) or _of_name(file)
-    if about.keys() & {"mean", "image_mean"}:
-        told.pop("pretrained_cfg", None)
-    elif isinstance(name := about.get("architecture"), str) and (known := published(name)):
-        told["pretrained_cfg"] = known
-    return told | about
-
-
-def _of_training(values: dict[str, Any]) -> dict[str, Any]:
-    args, name = values.get("args"), values.get("arch")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else {}
-    if not isinstance(name, str) or (args.get("model") != name and values.get("version") != 2):
-        return {}
-    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    told = {key: args[key] for key in kept if args.get(key) is not None}
-    return {
-        **{"architecture": name, "told_by": "timm's training checkpoint"},
-        **{"model_args": args.get("model_kwargs") or {}, "image_size": args.get("img_size")},
-        "pretrained_cfg": published(name) | told,
-    }
-
-
-def _of_name(file: Path) -> dict[str, Any]:
-    name = re.sub(r"(\.(pth?|tar|bin|ckpt|safetensors))+$", "", file.name)
-    base, said = name.partition(".")[0], {"architecture": name, "told_by": BY_FILE}
-    if name in MODELS:  # torchvision's as well, which prepares images otherwise
-        return said
-    if base in (*timm_names("resnet"), *timm_names("convnext")):
-        told = published(name)
-        name = name if told else base
-        return said | {"architecture": name, "pretrained_cfg": told or published(base)}
-    told = published(name) if _VITS.match(name) else {}
-    return said | {"pretrained_cfg": told} if told else {}
+def _has_usual_activation(mlp: Any) -> bool:
+    """Whether it is SiLU of a gated MLP, else the exact GELU."""
+    act = mlp.act
+    if not isinstance(mlp, Mlp):
+        return isinstance(act, nn.SiLU)
+    return isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none"
 
 
 def write(

@@ -25,12 +25,14 @@ from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT, sides_of
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.convnets import doubted, refuse_other
-from dino_lite.formats.fit import fill
+from dino_lite.formats.fit import compare_settings, fill
 from dino_lite.formats.grids import told_sizes
 from dino_lite.formats.layouts import (
     LOOKED_FOR,
     Found,
     find_backbone,
+    guessed_heads,
+    known_heads,
     own_weights,
     spec_of,
 )
@@ -45,7 +47,8 @@ from dino_lite.formats.sound import (
     sizes_of,
 )
 from dino_lite.formats.tensors import read_about, read_content, weights_file
-from dino_lite.formats.timm_names import completed
+from dino_lite.formats.timm_told import completed
+from dino_lite.formats.told import check_about
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
@@ -71,7 +74,10 @@ def load_pretrained(backbone: Backbone, path: str | Path, content: Content | Non
     tensors, about = content or read_weights(path)
     if isinstance(backbone, Transformer):
         about |= {"expected_size": backbone.spec.get("image_size")}
-        return fill(backbone, _find(tensors, about, asked), asked, may_be_fresh=True)
+        vit = _find(tensors, about, asked)
+        said = _differences(backbone, vit, about, asked)
+        fit = fill(backbone, vit, asked, may_be_fresh=True)
+        return fit._replace(said=(*fit.said, *said))
     found = None
     if isinstance(backbone, ConvNet) and "spec" not in about:
         refuse_other(backbone, about, asked)
@@ -79,6 +85,30 @@ def load_pretrained(backbone: Backbone, path: str | Path, content: Content | Non
             found = found._replace(read=doubted(found.read, backbone.spec["name"], about))
     found = found or own_weights(tensors, next(iter(backbone.state_dict())))
     return fill(backbone, found, asked)
+
+
+def _differences(
+    backbone: Transformer, found: Found, about: dict[str, Any], asked: str
+) -> tuple[str, ...]:
+    """What `compare_settings` says of `backbone` and of the network that the weights are of."""
+    exported, heads = about.get("spec"), known_heads(found, about, asked)
+    own_heads: Any = backbone.blocks[0].attn.num_heads
+    if exported is not None:
+        spec = _whole(exported)
+    else:
+        spec = spec_of(found, about, asked, num_heads=heads or own_heads)
+    if spec.get("kind", ViT.kind) != backbone.kind:
+        return ()  # the weights will not fit
+    told = exported is not None or bool(about.keys() & {"hidden_act", "architecture"})
+    return compare_settings(backbone, empty_backbone(spec), told, asked)
+
+
+def _whole(spec: Any) -> dict[str, Any]:
+    """The spec of the backbone of which `spec` may be that of a compact one."""
+    whole = checked_spec(spec)
+    while whole["kind"] == Compact.kind:
+        whole = checked_spec(whole["whole"])
+    return whole
 
 
 @refusing("path")
@@ -115,7 +145,11 @@ def open_weights(
         empty = empty_backbone(spec)
         refuse_misfit(empty.state_dict(), found.weights, asked, ("pos_embed",))
         refuse_contradiction(about, sizes_of(empty), f"{asked}: the JSON beside it", "its spec")
-    return _open(spec, found, about, asked, weights_file(path).name)
+    opened = _open(spec, found, about, asked, weights_file(path).name)
+    if own is not None or "num_heads" in overrides or not opened.fit:
+        return opened
+    guess = guessed_heads(found, about, asked)
+    return opened._replace(fit=opened.fit._replace(said=(*opened.fit.said, *filter(None, [guess]))))
 
 
 def open_timm(name: str) -> Opened:
@@ -188,7 +222,11 @@ def read_weights(path: str | Path, key: str = "backbone.pretrained") -> Content:
     """The tensors of a file, and what is said of them: beside it, else in it, else by its name."""
     file = weights_file(path)
     tensors, values = read_content(path, key)
-    return Content(tensors, completed(read_about(file), values, file))
+    beside = read_about(file)
+    check_about(beside, f"{key}={path}")
+    about = completed(beside, values, file)
+    check_about(about, f"{key}={path}")
+    return Content(tensors, about)
 
 
 def spec_in(path: str | Path) -> dict[str, Any] | None:
@@ -198,10 +236,7 @@ def spec_in(path: str | Path) -> dict[str, Any] | None:
     asked = f"backbone.pretrained={path}"
     tensors, about = read_weights(path)
     if (own := about.get("spec")) is not None:  # of an export
-        spec = checked_spec(own)
-        while spec["kind"] == Compact.kind:
-            spec = checked_spec(spec["whole"])
-        return spec
+        return _whole(own)
     found = _searched(tensors, about, asked)
     return None if found is None else {"kind": ViT.kind} | spec_of(found, about, asked)
 

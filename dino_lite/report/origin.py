@@ -13,7 +13,7 @@ from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import last_part
 from dino_lite.formats.tensors import read_about, weights_file
-from dino_lite.formats.timm_names import published
+from dino_lite.formats.timm_told import published
 from dino_lite.report.story import results_of
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.run import read_json
