@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -113,7 +114,10 @@ def _write_safetensors(table: Table, path: Path) -> None:
     tensors = {"index": table.index, "label": table.label} | table.features
     whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     # One key only: the library writes several in random order.
+    path.touch()
+    usual = path.stat().st_mode  # the library lets nobody else read its files
     save_file(whole, path, metadata={"name": json.dumps(table.name)})
+    path.chmod(S_IMODE(usual))
 
 
 def _write_parquet(table: Table, path: Path) -> None:
