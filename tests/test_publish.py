@@ -7,8 +7,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +216,8 @@ def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As here, where it is imported already: the answer is an error."""
-    (tmp_path / "job.json").write_text(json.dumps({"path": []}))
+    (tmp_path / "job.json").write_text(json.dumps({"path": [], "parent": os.getppid()}))
+    monkeypatch.setattr(foreign_process, "_end_with", int)  # this process stays
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(SystemExit):
         foreign_process.main(tmp_path)
@@ -245,7 +250,10 @@ def test_what_is_wrong_is_told_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "was ended by SIGABRT; is"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGABRT)",
+            r"was ended by SIGABRT; is there enough memory\?$",
+        ),
         ("raise SystemExit('no such instruction')", r"ended with code 1 \(no such instruction\)"),
     ],
 )
@@ -258,6 +266,45 @@ def test_a_process_that_ends_before_it_answers_is_told(
     with pytest.raises(UserError, match=f"format=plain cannot be read back, .* {words}"):
         export(Plain(here=False), opened, tmp_path / "plain")
     assert left(tmp_path) == {"script.py"}
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for it, a minute at most."""
+    last = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended without anybody who asked for it."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_killed_export_ends_the_other_process_and_leaves_nothing_elsewhere(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL, after which no line of ours runs; the next export removes what is beside it."""
+    target, begun = tmp_path / "runs" / "plain", tmp_path / "begun"
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    told = f"import os, time\nprint(os.getpid(), file=open({str(begun)!r}, 'w'), flush=True)"
+    if not (pid := os.fork()):
+        with suppress(BaseException):
+            export(Plain(load=f"{told}\ntime.sleep(600)", here=False), opened, target)
+        os._exit(1)
+    until(lambda: begun.is_file() and begun.read_text().endswith("\n"))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    until(lambda: not runs(int(begun.read_text())))
+    assert left(tmp_path / "tmp") == set()
+    assert left(tmp_path / "runs") == {".plain.part"}
+    export(Plain(), opened, target)
+    assert left(tmp_path / "runs") == {"plain"}
 
 
 def test_one_image_makes_two_batch_sizes(tmp_path: Path, opened: Opened) -> None:

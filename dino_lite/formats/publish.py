@@ -44,7 +44,7 @@ def publish(
     opened = opened._replace(card=portable(opened.card))
     with _told(target), replaced(target) as (part, scratch):
         claims = form.write(opened, part)
-        checks = verify(form, claims, part, original, repeats)
+        checks = verify(form, claims, part, original, repeats, scratch)
         about = _about(form, opened, original, claims, checks) | {
             "folder": target.name,
             "license": license,

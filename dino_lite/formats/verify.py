@@ -85,11 +85,17 @@ def demand_packages(formats: dict[str, Format]) -> None:
 
 
 def verify(
-    form: Format, claims: list[Claim], folder: Path, original: Original, repeats: int = 1
+    form: Format,
+    claims: list[Claim],
+    folder: Path,
+    original: Original,
+    repeats: int = 1,
+    scratch: Path | None = None,
 ) -> list[Check]:
     """Read `folder` back as each claim says, at all its sizes and at two batch sizes, and compare.
 
-    Raises UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed.
+    Raises UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed;
+    `scratch` is a folder for temporary files.
     """
     sizes = [sizes_of(claim, original.backbone.patch_size) for claim in claims]
     pixels = {_word(size): original.pixels(size) for each in sizes for size in each}
@@ -105,12 +111,16 @@ def verify(
         ],
         "repeats": repeats,
         "path": [each for each in sys.path if each],
+        "parent": os.getpid(),
     }
     try:
-        answer = foreign_process.execute if form.own else _elsewhere
-        tokens, seconds = answer(job, pixels)
+        if form.own:
+            tokens, seconds = foreign_process.execute(job, pixels)
+        else:
+            tokens, seconds = _elsewhere(job, pixels, scratch)
     except RuntimeError as error:
-        raise UserError(f"format={form.name} cannot be read back, {error}.") from error
+        end = "" if str(error).endswith("?") else "."
+        raise UserError(f"format={form.name} cannot be read back, {error}{end}") from error
     checks = []
     for number, (claim, each) in enumerate(zip(claims, sizes, strict=True)):
         for size in each:
@@ -168,11 +178,11 @@ def _demand(check: Check, form: Format) -> None:
 
 
 def _elsewhere(
-    job: dict[str, Any], pixels: dict[str, Tensor]
+    job: dict[str, Any], pixels: dict[str, Tensor], scratch: Path | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """`foreign_process.execute` in a fresh interpreter, without network and GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         save_file(
             {size: each.contiguous() for size, each in pixels.items()},
@@ -181,7 +191,7 @@ def _elsewhere(
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-I", foreign_process.__file__, name],
-            env=os.environ | hidden,
+            env=os.environ | hidden | {"TMPDIR": name},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
