@@ -33,6 +33,7 @@ from dino_lite.contracts import Interrupted, Splits, Tokens, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.given import as_source
 from dino_lite.data.transform import pixels_of
+from dino_lite.eval import feature_files
 from dino_lite.eval.embedder import Embedder
 from dino_lite.eval.feature_parts import usual_part_images
 from dino_lite.eval.features import frozen
@@ -388,6 +389,24 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match=r"Cannot write to out=.*new: Read-only file system\."):
         written(weights, tmp_path / "new", word)
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_a_full_disk_is_a_sentence(
+    weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Whatever the library says of it, which may be numbers of items alone; no half part stays."""
+
+    def write(table: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("32768 requested and 22496 written")
+
+    monkeypatch.setitem(feature_files._WRITERS, form, write)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"train-00000-of-00001.* cannot be written \(the disk is"):
+        written(weights, tmp_path / "out", f"data.root={folder}", f"file_format={form}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "meta.json", ".bad"}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SUFFIXES: dict[FileFormat, str] = {
     "parquet": ".parquet",
     "safetensors": ".safetensors",
 }
+_FULL = 2**20  # bytes
 
 
 class Part(NamedTuple):
@@ -73,9 +74,11 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
             _remove(path)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            _remove(part)
         told = getattr(error, "strerror", None) or error
+        with suppress(OSError):
+            if shutil.disk_usage(path.parent).free < _FULL:  # numpy tells only numbers of items
+                told = "the disk is full"
+            _remove(part)
         raise UserError(
             f"{path} cannot be written ({told}): the parts written before are kept, and the same "
             "command goes on after them."
