@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import re
@@ -32,11 +33,13 @@ from dino_lite.contracts import Interrupted, Splits, Tokens, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.given import as_source
 from dino_lite.data.transform import pixels_of
+from dino_lite.eval import feature_files
 from dino_lite.eval.embedder import Embedder
 from dino_lite.eval.feature_parts import usual_part_images
 from dino_lite.eval.features import frozen
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.feature_folder import FeatureFolder
+from dino_lite.runs.run import locked
 from ranks import on_ranks
 from tiny import exported, photos, train
 
@@ -287,9 +290,9 @@ def finished(weights: Path, folder: Path) -> Path:
     ("word", "said"),
     [
         ("unit_length=true", "with unit_length=false, not true"),
-        ("features=patches", "of features cls"),
+        ("features=patches", "features cls, not patches"),
         ("part_images=5", "with part_images=4096, not 5"),
-        ("image_size=24", "of preprocessing"),
+        ("image_size=24", r"of preprocessing size=\[16, 16\], not \[24, 24\]"),
         ("splits=test", "of other data"),
     ],
 )
@@ -298,8 +301,10 @@ def test_other_settings_are_refused(
 ) -> None:
     """Features of two kinds never stand in one folder; the sentence says what differs."""
     before = content(finished)
-    with pytest.raises(UserError, match=rf"{said}.*: give another out="):
+    with pytest.raises(UserError, match=rf"{said}.*: give another out=") as error:
         written(weights, finished, f"data.root={folder}", word)
+    with locked(finished, "is locked although it was refused"):
+        del error  # whose traceback would keep a lock that nothing else releases
     assert content(finished) == before
 
 
@@ -338,6 +343,102 @@ def test_a_folder_with_other_files_is_left_alone(weights: Path, folder: Path) ->
     """As the images' own."""
     with pytest.raises(UserError, match="holds other files"):
         written(weights, folder, f"data.root={folder}")
+
+
+@pytest.mark.parametrize(
+    ("out", "root"),
+    [
+        ("photos/out", "photos"),
+        ("photos/a/deep/out", "photos"),
+        ("photos/out", "photos/*"),
+        ("photos/a/out", "[photos/b,photos/a]"),
+        ("link/out", "photos"),
+        ("photos/out", "link"),
+        ("photos/leads_out", "photos"),
+    ],
+)
+def test_a_folder_in_that_of_the_images_is_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, root: str
+) -> None:
+    """Which the next command would read as a class; also by links."""
+    photos(tmp_path / "photos", ["a/1.png", "b/2.png"])
+    (tmp_path / "link").symlink_to("photos")
+    (tmp_path / "photos" / "leads_out").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=rf"out={out} lies in data\.root=.*: name a folder outside"):
+        written(weights, Path(out), f"data.root={root}")
+    assert {*tmp_path.rglob("*")} == before
+    written(weights, tmp_path / "photos2", f"data.root={root}")  # begins with the same letters
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(
+    weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, below a file, on a medium for reading only."""
+    (tmp_path / "file").touch()
+    word, end = f"data.root={folder}", "file: it is a file; name a folder"
+    with pytest.raises(UserError, match=f"Cannot write to out=.*{end}"):
+        written(weights, tmp_path / "file", word)
+    with pytest.raises(UserError, match=r"Cannot write to out=.*below: Not a directory\."):
+        written(weights, tmp_path / "file" / "below", word)
+
+    def refuse(*given: Any, **settings: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"Cannot write to out=.*new: Read-only file system\."):
+        written(weights, tmp_path / "new", word)
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_a_full_disk_is_a_sentence(
+    weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Whatever the library says of it, which may be numbers of items alone; no half part stays."""
+
+    def write(table: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("32768 requested and 22496 written")
+
+    monkeypatch.setitem(feature_files._WRITERS, form, write)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"train-00000-of-00001.* cannot be written \(the disk is"):
+        written(weights, tmp_path / "out", f"data.root={folder}", f"file_format={form}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "meta.json", ".bad"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"features": "foo"}, "^features=foo: it must be one of cls, mean_patch, patches"),
+        ({"features": ["cls", 3]}, r"^features=\[cls, 3\]: it must be"),
+        ({"blocks": True}, "^blocks=true: it must be a whole number"),
+        ({"batch_size": 0}, "^batch_size=0: it must be a whole number of at least 1"),
+        ({"num_workers": -1}, "^num_workers=-1: it must be"),
+        ({"image_size": 0}, "^image_size=0: it must be"),
+        ({"dtype": "float64"}, "^dtype=float64: it must be one of float32, float16"),
+    ],
+)
+def test_impossible_arguments_are_called_as_the_function_does(
+    weights: Path, folder: Path, settings: dict[str, Any], said: str
+) -> None:
+    """In Python."""
+    with pytest.raises(UserError, match=said):
+        inspect.unwrap(dino_lite.embed)(folder, weights, **settings)  # as users have it, unchecked
+
+
+def test_everybody_may_read_features_as_other_files(
+    weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Also those of safetensors, which makes files for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        out = written(weights, tmp_path / "out", f"data.root={folder}", "file_format=safetensors")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.is_file()} == {0o640}
 
 
 def test_parquet_without_its_library_is_a_sentence(
@@ -486,7 +587,7 @@ def test_the_documented_search_finds_the_image_itself(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """docs/embed.md, over .npy of a folder, then by the function."""
-    search, call = blocks_of((root / "docs/embed.md").read_text(encoding="utf-8"))
+    search, parquet, call = blocks_of((root / "docs/embed.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     written(
         weights, tmp_path / "features", f"data.root={folder}", "unit_length=true", "part_images=2"
@@ -496,6 +597,13 @@ def test_the_documented_search_finds_the_image_itself(
     exec(search, found)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"1.000 {found['names'][0]}"
+    shutil.rmtree("features")
+    words = [f"data.root={folder}", "unit_length=true", "part_images=2", "file_format=parquet"]
+    written(weights, tmp_path / "features", *words)
+    by_numpy = found["cls"]
+    exec(parquet, found)
+    order = [*map(found["table"]["name"].to_pylist().index, found["names"])]
+    np.testing.assert_array_equal(found["cls"][order], by_numpy)
     shutil.copy(found["names"][0], "query.jpg")
     shutil.copytree(folder / "val/b", "folder")
     exec(call.replace("CHECKPOINT", str(weights)), found)

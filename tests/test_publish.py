@@ -5,8 +5,14 @@ told in a card. The formats here are small, and wrong in one way each.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +226,8 @@ def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As here, where it is imported already: the answer is an error."""
-    (tmp_path / "job.json").write_text(json.dumps({"path": []}))
+    (tmp_path / "job.json").write_text(json.dumps({"path": [], "parent": os.getppid()}))
+    monkeypatch.setattr(foreign_process, "_end_with", int)  # this process stays
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(SystemExit):
         foreign_process.main(tmp_path)
@@ -283,7 +290,10 @@ def test_what_is_wrong_is_told_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "was ended by SIGABRT; is"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGABRT)",
+            r"was ended by SIGABRT; is there enough memory\?$",
+        ),
         ("raise SystemExit('no such instruction')", r"ended with code 1 \(no such instruction\)"),
     ],
 )
@@ -325,6 +335,45 @@ def test_a_format_without_claims_is_refused(tmp_path: Path, opened: Opened) -> N
         with pytest.raises(UserError, match="format=plain claims nothing that could be checked"):
             export(form, opened, tmp_path / "plain")
     assert left(tmp_path) == set()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for it, a minute at most."""
+    last = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended without anybody who asked for it."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_killed_export_ends_the_other_process_and_leaves_nothing_elsewhere(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL, after which no line of ours runs; the next export removes what is beside it."""
+    target, begun = tmp_path / "runs" / "plain", tmp_path / "begun"
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    told = f"import os, time\nprint(os.getpid(), file=open({str(begun)!r}, 'w'), flush=True)"
+    if not (pid := os.fork()):
+        with suppress(BaseException):
+            export(Plain(load=f"{told}\ntime.sleep(600)", here=False), opened, target)
+        os._exit(1)
+    until(lambda: begun.is_file() and begun.read_text().endswith("\n"))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    until(lambda: not runs(int(begun.read_text())))
+    assert left(tmp_path / "tmp") == set()
+    assert left(tmp_path / "runs") == {".plain.part"}
+    export(Plain(), opened, target)
+    assert left(tmp_path / "runs") == {"plain"}
 
 
 def test_one_image_makes_two_batch_sizes(tmp_path: Path, opened: Opened) -> None:
@@ -418,12 +467,136 @@ def test_an_export_replaces_the_former_one_whole(
     target = tmp_path / "plain"
     export(SafeTensors(), _vit(), target)
     (target / "results.json").write_text("{}")
-    (tmp_path / ".plain.part" / "deeper").mkdir(parents=True)
-    (tmp_path / ".plain.part" / "w.safetensors").write_text("half")
+    killed(swap.replaced(target))
+    (tmp_path / ".plain.part" / "new" / "w.safetensors").write_text("half")
     told = export(Plain(), opened, target)
     assert left(target) == {"w.safetensors", "README.md", "export.json", "results.json"}
     assert set(told["files"]) == left(target) - {"results.json"}
     assert left(tmp_path) == {"plain"}
+
+
+def killed(context: Any) -> None:
+    """Enter a context as a process does that is killed inside, whose locks the system drops."""
+    pid = os.fork()
+    if not pid:
+        context.__enter__()
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_a_process_left_that_was_killed_after_the_exchange_is_no_loss(
+    tmp_path: Path, opened: Opened, exchange: bool
+) -> None:
+    """The former export is removed if the new one is in place, else it is put back."""
+    target = tmp_path / "plain"
+    export(Plain(), opened, target)
+    killed(swap.replaced(target))
+    target.rename(tmp_path / ".plain.part" / "former")
+    if exchange:
+        (tmp_path / ".plain.part" / "new").rename(target)
+    with pytest.raises(UserError, match="not now"):
+        export(Fails(UserError("not now.")), opened, target)
+    assert left(tmp_path) == {"plain"}
+    assert ("w.safetensors" in left(target)) != exchange
+
+
+def test_the_former_export_is_locked_until_it_is_removed(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a second process cannot take the place where it is being removed."""
+    target, told = tmp_path / "plain", []
+    export(Plain(), opened, target)
+    real = swap._empty
+
+    def empty(hidden: Path) -> None:
+        with pytest.raises(UserError, match="Another process is writing") as error:
+            swap._locked(hidden, target)
+        told.append(error.value)
+        real(hidden)
+
+    monkeypatch.setattr(swap, "_empty", empty)
+    export(Plain(), opened, target)
+    assert len(told) == 2
+    assert left(tmp_path) == {"plain"}
+
+
+def a_folder(hidden: Path) -> None:
+    (hidden / "sub").mkdir(parents=True)
+    (hidden / "sub" / "data.txt").write_text("mine")
+
+
+def a_link(hidden: Path) -> None:
+    a_folder(hidden.with_name("elsewhere"))
+    hidden.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [a_folder, a_link, lambda hidden: hidden.write_text("x"), lambda h: h.symlink_to("nowhere")],
+)
+def test_a_hidden_folder_of_somebody_else_is_left_alone(
+    tmp_path: Path, opened: Opened, make: Callable[[Path], Any]
+) -> None:
+    """A folder, a link to one, a file, a link to nothing."""
+    make(tmp_path / ".plain.part")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=r"\.plain\.part was not made by dino-lite.*: rename it"):
+        export(Plain(), opened, tmp_path / "plain")
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert after == before
+
+
+def test_everybody_may_read_an_export_as_other_files(tmp_path: Path, opened: Opened) -> None:
+    """All its files have the mode of the umask; others keep theirs."""
+    target = tmp_path / "plain"
+    before = os.umask(0o027)
+    try:
+        export(Plain(), opened, target)
+        (target / "mine").touch(0o600)
+        export(Plain(), opened, target)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()}
+    assert modes.pop("mine") == 0o600
+    assert {*modes.values()} == {0o640}
+    assert target.stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("about", [None, {"files": ["model.safetensors"]}, {"written_by": "x"}])
+def test_a_model_of_another_program_is_no_former_export(
+    tmp_path: Path, opened: Opened, about: Any
+) -> None:
+    """Although it has files of the same names."""
+    target = tmp_path / "plain"
+    target.mkdir()
+    save_file({"w": torch.zeros(1)}, target / "model.safetensors")
+    (target / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    if about is not None:
+        (target / "export.json").write_text(json.dumps(about))
+    before = {path: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(UserError, match=r"holds other files than an export's, such as config"):
+        export(Plain(), opened, target)
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_an_export_of_a_former_version_is_replaced(tmp_path: Path, opened: Opened) -> None:
+    """Which its config.json tells."""
+    export(SafeTensors(), _vit(), tmp_path / "plain")
+    for name in ("export.json", "README.md"):
+        (tmp_path / "plain" / name).unlink()
+    export(Plain(), opened, tmp_path / "plain")
+    assert left(tmp_path / "plain") == {"w.safetensors", "README.md", "export.json"}
+
+
+def test_a_file_of_the_users_is_not_replaced_by_a_new_one(tmp_path: Path, opened: Opened) -> None:
+    """Beside an export that had none of this name."""
+    target = tmp_path / "own"
+    export(SafeTensors(), _vit(), target)
+    (target / "w.safetensors").write_text("mine")
+    with pytest.raises(UserError, match=r"holds a w\.safetensors that is no file of the export"):
+        export(Plain(), opened, target)
+    assert (target / "w.safetensors").read_text() == "mine"
 
 
 def _vit() -> Opened:
@@ -578,3 +751,14 @@ def test_formats_are_written_although_another_is_refused(run: Path, tmp_path: Pa
     photos(tmp_path / "out" / "plain", ["mine.png"])
     with pytest.raises(UserError, match=r"holds other files than an export's, such as mine\.png"):
         run_export(config)
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(tmp_path: Path) -> None:
+    """Given as its folder, its file, or by a link."""
+    export(SafeTensors(), _vit(), tmp_path / "own")
+    (tmp_path / "link").symlink_to("own")
+    config = put(compose("export", ["data=shapes"]), "out", str(tmp_path / "own"))
+    for checkpoint in ("own", "link", "own/model.safetensors"):
+        with pytest.raises(UserError, match=r"own is the folder of checkpoint=.* itself"):
+            run_export(put(config, "checkpoint", str(tmp_path / checkpoint)))
+    assert left(tmp_path) == {"own", "link"}

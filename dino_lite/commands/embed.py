@@ -19,6 +19,8 @@ from dino_lite.contracts import Backbone, Interrupted, Source, Splits, Trust, Us
 from dino_lite.data.clean import CleanData
 from dino_lite.data.given import Given, as_source
 from dino_lite.data.names import safe_name
+from dino_lite.data.roots import is_pattern, is_url, several
+from dino_lite.data.sources import expand
 from dino_lite.distributed import rank, start_group
 from dino_lite.eval.embedder import Dtype, Embedder, Feature
 from dino_lite.eval.feature_files import Part, check_installed
@@ -33,6 +35,8 @@ from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.feature_folder import FORMAT, FeatureFolder
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
+from dino_lite.settings.kinds import Count, Size
+from dino_lite.settings.validate import validated
 from dino_lite.version import __version__
 from dino_lite.wording import count
 
@@ -45,9 +49,9 @@ def embed(
     blocks: int | Sequence[int] = -1,
     unit_length: bool = False,
     dtype: Dtype = "float32",
-    image_size: int | Literal["auto"] = "auto",
-    batch_size: int = 64,
-    num_workers: int = 0,
+    image_size: Size | Literal["auto"] = "auto",
+    batch_size: Size = 64,
+    num_workers: Count = 0,
     accelerator: str = "auto",
     trust: Trust = (),
     runs_dir: str | Path = "runs",
@@ -59,6 +63,11 @@ def embed(
     "H W C", or a list of them. The other settings are those of `dino-lite embed`. Raises UserError
     for an image that cannot be read.
     """
+    given = {
+        **{"features": features, "blocks": blocks, "unit_length": unit_length, "dtype": dtype},
+        **{"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers},
+    }
+    validated(embed, given, num_given=None)
     opened = open_backbone(find_checkpoint(str(checkpoint), runs_dir), trust)
     source = as_source(images, opened.backbone.in_chans)
     opened.backbone.to(torch.device(pick_accelerator(accelerator, "accelerator")))
@@ -88,7 +97,10 @@ def run_embed(config: Config) -> Path:
     accelerator = pick_accelerator(config["accelerator"], "accelerator")
     start_group(accelerator)
     opened = open_backbone(checkpoint, config["trust"], config["checkpoint_layout"])
-    splits = open_data(asked_data(config, checkpoint, opened), opened)
+    asked = asked_data(config, checkpoint, opened)
+    if config["out"]:
+        _refuse_inside(Path(config["out"]), asked.get("root"))
+    splits = open_data(asked, opened)
     sources = _sources(splits, config["splits"])
     workers = loader_workers(config["num_workers"], accelerator)
     if accelerator == "cpu" and workers and "OMP_NUM_THREADS" not in os.environ:
@@ -165,6 +177,25 @@ def _folder(config: Config, checkpoint: Checkpoint, splits: Splits) -> Path:
     if checkpoint.run is None:
         raise UserError(f"{checkpoint} is not part of a run: give the folder to write, out=FOLDER.")
     return checkpoint.run.folder / "features" / safe_name(splits.name)
+
+
+def _refuse_inside(out: Path, root: Any) -> None:
+    """Raise UserError if `out` lies in a folder of images, as whose class it would count."""
+    places = {Path(os.path.abspath(out)), out.resolve()}
+    above = {folder for place in places for folder in place.parents}
+    for each in several(root) or [root]:
+        if not each or is_url(each):
+            continue
+        folder = expand(each)
+        if is_pattern(each):
+            inside = any(place.match(str(folder)) for place in places | above)
+        else:
+            inside = not above.isdisjoint({Path(os.path.abspath(folder)), folder.resolve()})
+        if inside:
+            raise UserError(
+                f"out={out} lies in data.root={each}, so its files would be read as images by the "
+                "next command: name a folder outside."
+            )
 
 
 def _about(

@@ -56,6 +56,7 @@ def run_export(config: Config) -> dict[str, Any]:
     targets = _targets(config, checkpoint, [*formats])
     for target in targets.values():
         check_target(target)
+        _refuse_source(target, checkpoint)
     opened = open_backbone(checkpoint, config["trust"], config.get("checkpoint_layout"))
     for note in opened.notes:
         print(note)
@@ -141,6 +142,18 @@ def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:
     device = torch.device(pick_accelerator("auto", "accelerator"))
     features = extract(whole.to(device), data, some, device, "features").features
     return compacted(whole.to("cpu"), features, width, bool(config["whiten"]))
+
+
+def _refuse_source(target: Path, checkpoint: Checkpoint) -> None:
+    """Raise UserError if the weights to export are in the folder that would be replaced."""
+    if checkpoint.path is None or not target.is_dir():
+        return
+    places = [checkpoint.path, checkpoint.path.resolve()]  # a cache of the Hub has links to files
+    if any(target.samefile(each if each.is_dir() else each.parent) for each in places):
+        raise UserError(
+            f"{target} is the folder of checkpoint={checkpoint} itself, which an export would "
+            "replace: name another folder as out=."
+        )
 
 
 def _targets(config: Config, checkpoint: Checkpoint, names: list[str]) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ SUFFIXES: dict[FileFormat, str] = {
     "parquet": ".parquet",
     "safetensors": ".safetensors",
 }
+_FULL = 2**20  # bytes
 
 
 class Part(NamedTuple):
@@ -72,9 +74,11 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
             _remove(path)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            _remove(part)
         told = getattr(error, "strerror", None) or error
+        with suppress(OSError):
+            if shutil.disk_usage(path.parent).free < _FULL:  # numpy tells only numbers of items
+                told = "the disk is full"
+            _remove(part)
         raise UserError(
             f"{path} cannot be written ({told}): the parts written before are kept, and the same "
             "command goes on after them."
@@ -113,7 +117,10 @@ def _write_safetensors(table: Table, path: Path) -> None:
     tensors = {"index": table.index, "label": table.label} | table.features
     whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     # One key only: the library writes several in random order.
+    path.touch()
+    usual = path.stat().st_mode  # the library lets nobody else read its files
     save_file(whole, path, metadata={"name": json.dumps(table.name)})
+    path.chmod(S_IMODE(usual))
 
 
 def _write_parquet(table: Table, path: Path) -> None:

@@ -7,7 +7,10 @@ reads job.json and pixels.safetensors in FOLDER, and writes tokens.safetensors a
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 import time
 from importlib.abc import MetaPathFinder
@@ -17,6 +20,8 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class _Refuse(MetaPathFinder):
@@ -76,9 +81,18 @@ def _lines(code: str, names: dict[str, Any], doing: str) -> None:
         raise RuntimeError(f"{doing}: {type(error).__name__}: {told}".rstrip(": ")) from error
 
 
+def _end_with(parent: int) -> None:
+    """Let the system kill this process when the one that started it ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # ended before
+            os._exit(1)
+
+
 def main(folder: Path) -> NoReturn:
     """Answer the job in `folder`."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    _end_with(job["parent"])
     sys.meta_path.insert(0, _Refuse("dino_lite"))
     # An editable install and PYTHONPATH have folders of their own; other packages are beside torch.
     packages = Path(torch.__file__).parents[1]

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from dino_lite.contracts import UserError
@@ -17,12 +18,13 @@ from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
 from dino_lite.formats.reading import told_preprocessing
+from dino_lite.formats.safetensors import CONFIG, WEIGHTS, read_config
 from dino_lite.formats.swap import replaced
 from dino_lite.formats.verify import Original, Verified, verify
 from dino_lite.version import __version__
 
 ABOUT, CARD = "export.json", "README.md"
-_BEFORE_ABOUT = ("model.safetensors", "config.json")  # written by exports that had no export.json
+_BY = "dino_lite "  # begins who wrote it
 _FULL = 2**20  # bytes
 
 
@@ -41,9 +43,9 @@ def publish(
     """
     check_target(target)
     opened = opened._replace(card=portable(opened.card))
-    with _told(target), replaced(target) as part:
+    with _told(target), replaced(target) as (part, scratch):
         claims = form.write(opened, part)
-        found = verify(form, claims, part, original, repeats)
+        found = verify(form, claims, part, original, repeats, scratch)
         about = _about(form, opened, original, claims, found) | {
             "folder": target.name,
             "license": license,
@@ -52,6 +54,11 @@ def publish(
         (part / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         card = model_card(about, form.library or form.name)
         (part / CARD).write_text(card, encoding="utf-8")
+        usual = (part / CARD).stat().st_mode  # safetensors lets nobody else read its files
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(S_IMODE(usual))
+        check_target(target)  # it may have changed meanwhile
         _keep_others(target, part)
     largest = max(check.difference for check in found.checks)
     return about | {"directory": str(target), "largest_difference": largest}
@@ -80,19 +87,29 @@ def _names(folder: Path) -> set[str]:
 
 def _former(target: Path) -> set[str]:
     """Names of the files of the export in `target`; empty if there is none."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
         about = json.loads((target / ABOUT).read_text(encoding="utf-8"))
-        return set(about["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
-        names = set(_BEFORE_ABOUT)
-        return names if names <= _names(target) else set()
+        if about["written_by"].startswith(_BY):
+            return set(about["files"])
+    with suppress(UserError):  # of a version that wrote no export.json
+        read_config(target)
+        return {WEIGHTS, CONFIG}
+    return set()
 
 
 def _keep_others(target: Path, part: Path) -> None:
-    """Copy what others have put beside the former export, such as results."""
-    for name in _names(target) - _former(target) - _names(part):
+    """Copy what others have put beside the former export, such as results. Raises UserError if one
+    of these has the name of a new file.
+    """
+    others = _names(target) - _former(target)
+    if both := others & _names(part):
+        raise UserError(
+            f"{target} holds a {min(both)} that is no file of the export there, and the new one "
+            "has a file of this name: rename yours, or name a new folder as out=."
+        )
+    for name in others:
         path = target / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, part / name, symlinks=True)
         else:
             shutil.copy2(path, part / name, follow_symlinks=False)
@@ -105,7 +122,7 @@ def _about(
     backbone, size = opened.backbone, opened.preprocessing.size
     return {
         "format": form.name,
-        "written_by": f"dino_lite {__version__}",
+        "written_by": f"{_BY}{__version__}",
         "backbone": portable(backbone.stored_spec()),
         "embed_dim": backbone.embed_dim,
         "patch_dim": original.tokens(size, 1)["patches"].shape[2],

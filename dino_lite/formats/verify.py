@@ -103,12 +103,18 @@ class Verified(NamedTuple):
 
 
 def verify(
-    form: Format, claims: list[Claim], folder: Path, original: Original, repeats: int = 1
+    form: Format,
+    claims: list[Claim],
+    folder: Path,
+    original: Original,
+    repeats: int = 1,
+    scratch: Path | None = None,
 ) -> Verified:
     """Read `folder` back as each claim says, at all its sizes and at two batch sizes, and compare
     tokens; prepare the pictures as it says, and compare pixels.
 
-    Raises UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed.
+    Raises UserError if it cannot be read, or above the tolerance. `repeats` of each run are timed;
+    `scratch` is a folder for temporary files.
     """
     if not all([claims, *(claim.sizes for claim in claims)]):
         raise UserError(
@@ -121,22 +127,24 @@ def verify(
             for batch in original.batches(size):
                 original.tokens(size, batch)
     pixels = {_word(size): original.pixels(size) for each in sizes for size in each}
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        files = Path(name)
         job = {
             "folder": str(folder),
-            "claims": [_job(*pair, original, scratch) for pair in zip(claims, sizes, strict=True)],
+            "claims": [_job(*pair, original, files) for pair in zip(claims, sizes, strict=True)],
             "repeats": repeats,
             "path": [each for each in sys.path if each],
+            "parent": os.getpid(),
         }
         try:
             if form.own:
                 found, seconds = foreign_process.execute(job, pixels)
             else:
                 limit = _LEAST_SECONDS + _TIMES_EAGER * repeats * original.seconds
-                found, seconds = _elsewhere(job, pixels, scratch, limit)
+                found, seconds = _elsewhere(job, pixels, files, limit)
         except RuntimeError as error:
-            raise UserError(f"format={form.name} cannot be read back, {error}.") from error
+            end = "" if str(error).endswith("?") else "."
+            raise UserError(f"format={form.name} cannot be read back, {error}{end}") from error
     checks, prepared = [], []
     for number, (claim, each) in enumerate(zip(claims, sizes, strict=True)):
         prepared.append(_prepared(number, claim, found, original, form))
@@ -144,7 +152,7 @@ def verify(
     return Verified(checks, prepared)
 
 
-def _job(claim: Claim, sizes: list[Size], original: Original, scratch: Path) -> dict[str, Any]:
+def _job(claim: Claim, sizes: list[Size], original: Original, folder: Path) -> dict[str, Any]:
     """What `foreign_process.execute` is to do for a claim."""
     how = original.how.at(claim.sizes[0])
     return {
@@ -153,7 +161,7 @@ def _job(claim: Claim, sizes: list[Size], original: Original, scratch: Path) -> 
         "sizes": [(_word(size), original.batches(size)) for size in sizes],
         "read": "\n".join(reading(claim, how)),
         "file": IMAGE if len(how.mean) in (1, 3) else ARRAY,
-        "pictures": write_pictures(original.pictures, how, scratch),
+        "pictures": write_pictures(original.pictures, how, folder),
     }
 
 
@@ -252,10 +260,11 @@ def _elsewhere(
     stored = {size: each.contiguous() for size, each in pixels.items()}
     save_file(stored, folder / "pixels.safetensors")
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
         done = subprocess.run(
             [sys.executable, "-I", foreign_process.__file__, str(folder)],
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | hidden,
+            env=kept | hidden | {"TMPDIR": str(folder)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,21 @@ class FeatureFolder:
         UserError on all ranks if it holds others, or is locked.
         """
         why = "is being written by another command: wait for it, or choose another out=."
-        lock, problem = locked(self.folder, why), None
-        if rank() == 0:
-            try:
-                lock.__enter__()
-                self._begin(about)
-            except (OSError, UserError) as error:
-                problem = (
-                    f"out={self.folder}: {error}" if isinstance(error, OSError) else f"{error}"
-                )
-        if told := all_gather_objects(problem)[0]:
-            raise UserError(told)
-        try:
-            yield
-        finally:
+        problem = None
+        with ExitStack() as stack:
             if rank() == 0:
-                lock.__exit__(None, None, None)
+                try:
+                    stack.enter_context(locked(self.folder, why))
+                    self._begin(about)
+                except UserError as error:
+                    problem = str(error)
+                except OSError as error:
+                    is_file = self.folder.exists() and not self.folder.is_dir()
+                    told = "it is a file; name a folder" if is_file else error.strerror
+                    problem = f"Cannot write to out={self.folder}: {told}."
+            if told := all_gather_objects(problem)[0]:
+                raise UserError(told)
+            yield
 
     def _begin(self, about: dict[str, Any]) -> None:
         """Write meta.json, or check that the one there says the same."""
@@ -139,9 +138,16 @@ def _check_same(folder: Path, before: dict[str, Any], about: dict[str, Any]) -> 
             why = f"of other weights (checkpoint={before.get('checkpoint')})"
         elif key == "splits":
             why = f"of other data ({before.get('data')}), or its files or labels have changed"
+        elif key == "features":
+            why = f"{', '.join(before.get(key) or {})}, not {', '.join(about[key])}"
         elif isinstance(about[key], dict):
-            own = ", ".join(f"{name}={shown(value)}" for name, value in before.get(key, {}).items())
-            why = f"of {key} {own}"
+            old, new = before.get(key) or {}, about[key]
+            other = [
+                f"{name}={shown(old.get(name))}, not {shown(new[name])}"
+                for name in new
+                if old.get(name) != new[name]
+            ]
+            why = f"of {key} {', '.join(other)}"
         else:
             why = f"with {key}={shown(before.get(key))}, not {shown(about[key])}"
         raise UserError(f"{folder} holds features {why}: {_AGAIN}")
