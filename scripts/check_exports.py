@@ -29,6 +29,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from step_process import machine
 
@@ -37,9 +38,7 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.config import config_dir, instantiate, load
 from dino_lite.contracts import Backbone, UserError
-from dino_lite.data.clean import by_channel
 from dino_lite.data.folder import open_folder
-from dino_lite.data.photometric import Normalize
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.shapes import open_shapes
 from dino_lite.formats.format import Format
@@ -88,25 +87,15 @@ def generic(name: str) -> tuple[Backbone, int]:
     return backbone.eval(), size
 
 
-def images(data: Path | None, scratch: Path, size: int) -> torch.Tensor:
-    """Eight normalized images of `size` x `size` pixels: the middle squares of photographs."""
+def pictures(data: Path | None, scratch: Path, size: int) -> list[np.ndarray]:
+    """Eight photographs, else embedded images of `size` x `size` pixels."""
     if data is None and PHOTOS.is_file() and not (scratch / "photos").is_dir():
         with zipfile.ZipFile(PHOTOS) as archive:
             names = [n for n in archive.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png"))]
             archive.extractall(scratch / "photos", names[:NUM_IMAGES])
     folder = data or (scratch / "photos")
     source = (open_folder(folder) if folder.is_dir() else open_shapes(image_size=size)).train
-    found = []
-    for index in range(NUM_IMAGES):
-        pixels = source.read(index % len(source))
-        side = min(pixels.shape[:2])
-        top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        middle = pixels[top : top + side, left : left + side]
-        scaled = by_channel(middle, lambda part: part.resize((size, size)))
-        found.append(torch.from_numpy(scaled.copy()).permute(2, 0, 1))
-    how = Preprocessing((size, size))
-    normalized: torch.Tensor = Normalize(how.mean, how.std)(torch.stack(found), torch.float32)
-    return normalized
+    return [source.read(index % len(source)) for index in range(NUM_IMAGES)]
 
 
 def eager(backbone: Backbone, pixels: torch.Tensor) -> float:
@@ -133,9 +122,10 @@ def leaks(folder: Path) -> list[str]:
     ]
 
 
-def row(name: str, form: Format, original: Original, size: int, target: Path) -> dict[str, Any]:
+def row(
+    name: str, form: Format, original: Original, opened: Opened, target: Path
+) -> dict[str, Any]:
     """One row of the table. Raises UserError if the format is refused."""
-    opened = Opened(original.backbone, Preprocessing((size, size)), {"checkpoint": name})
     before = eager(original.backbone, original.images)
     began = time.perf_counter()
     about = publish(form, opened, target, original, repeats=REPEATS)
@@ -151,6 +141,7 @@ def row(name: str, form: Format, original: Original, size: int, target: Path) ->
         "titles": titles,
         "sizes": sizes,
         "difference": about["largest_difference"],
+        "pixels": about["verification"]["pixels"],
         "images_per_second": NUM_IMAGES / first["seconds"],
         "of_eager": seconds / first["seconds"],
         "megabytes": sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) / 1e6,
@@ -190,11 +181,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.only:
             backbone, size = generic(name)
-            original = Original(backbone, images(asked.data, Path(folder), size))
+            opened = Opened(backbone, Preprocessing((size, size)), {"checkpoint": name})
+            original = Original(opened, pictures(asked.data, Path(folder), size))
             for form in formats.values():
                 target = Path(folder) / "export" / name.replace("/", "_") / form.name
                 try:
-                    rows.append(row(name, form, original, size, target))
+                    rows.append(row(name, form, original, opened, target))
                     print(as_table(rows[-1:]).splitlines()[-1], flush=True)
                 except UserError as error:
                     refused.append(f"{name}, {form.name}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, Tokens, UserError
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats import verify
 from dino_lite.formats.format import Claim
 from dino_lite.formats.graph import Graph
 from dino_lite.formats.onnx import OPSET, Onnx
@@ -41,7 +43,7 @@ NETWORKS = {  # with the size of training
 }
 CASES = [
     ("vit", Onnx(half=True), ["model.onnx", "model_fp16.onnx"]),
-    ("vit", TorchExport(sizes=[24, [24, 16]]), ["model.pt2", "model_24.pt2", "model_24x16.pt2"]),
+    ("vit", TorchExport(sizes=[[24, 16]]), ["model.pt2", "model_24x16.pt2"]),
     ("rope", Onnx(), ["model.onnx"]),
     ("rope", TorchExport(sizes=[24, [16, 32]]), ["model.pt2", "model_24.pt2"]),
     ("fields", Onnx(), ["model.onnx"]),
@@ -63,21 +65,29 @@ def opened(name: str) -> Opened:
     return Opened(backbone, Preprocessing(size), {})
 
 
-def used(claim: Claim, folder: Path, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """`cls` and `patches` by the lines of a claim."""
-    names: dict[str, Any] = {"folder": str(folder), "pixels": pixels}
-    exec(f"{claim.load}\n{claim.run}", names)
-    return torch.as_tensor(names["cls"]), torch.as_tensor(names["patches"])
+Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def hold(claim: Claim, folder: Path, backbone: Backbone) -> None:
+def reader(claim: Claim, folder: Path) -> Reader:
+    """`cls` and `patches` of pixels by the lines of a claim; the file is loaded once."""
+    names: dict[str, Any] = {"folder": str(folder)}
+    exec(claim.load, names)
+
+    def read(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        exec(claim.run, names | (found := {"pixels": pixels}), found)
+        return torch.as_tensor(found["cls"]), torch.as_tensor(found["patches"])
+
+    return read
+
+
+def hold(claim: Claim, read: Reader, backbone: Backbone) -> None:
     """One image and three have the tokens of `backbone`, which is in float32, at every size."""
     for size in verify.sizes_of(claim, backbone.patch_size):
         for num in (1, 3):
             pixels = torch.randn(num, backbone.in_chans, *size)
             with torch.no_grad():
                 wanted = backbone(pixels)
-            for found, ours in zip(used(claim, folder, pixels), wanted, strict=False):
+            for found, ours in zip(read(pixels), wanted, strict=False):
                 assert (found.shape, found.dtype) == (ours.shape, torch.float32)
                 off = (found - ours).abs().max() / ours.square().mean().sqrt()
                 assert off <= claim.tolerance
@@ -102,11 +112,12 @@ def test_files_answer_as_the_backbone_at_every_claimed_size(
     backbone, unclaimed = source.backbone.float().eval(), (48, 32)
     for claim, file in zip(claims, files, strict=True):
         assert file in claim.load
-        hold(claim, tmp_path, backbone)
+        read = reader(claim, tmp_path)
+        hold(claim, read, backbone)
         if not claim.any_size:
             assert len(claim.sizes) == 1
             with pytest.raises(Exception, match=r"(?i)expected"):
-                used(claim, tmp_path, torch.randn(1, 3, *unclaimed))
+                read(torch.randn(1, 3, *unclaimed))
         content = (tmp_path / file).read_bytes()
         for word in (b"dino_lite", b"site-packages", b".py", str(tmp_path).encode()):
             assert word not in content, word

@@ -32,11 +32,12 @@ from dino_lite.data.clean import clean
 from dino_lite.data.photometric import Normalize
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats import foreign_process, swap, verify
-from dino_lite.formats.card import told_preprocessing, usage
+from dino_lite.formats.card import usage
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
 from dino_lite.formats.publish import publish
+from dino_lite.formats.reading import told_preprocessing
 from dino_lite.formats.safetensors import SafeTensors
 from dino_lite.report.origin import license_beside
 from tiny import photos, train
@@ -100,8 +101,17 @@ def opened() -> Opened:
 
 def export(form: Format, opened: Opened, target: Path, num: int = 3, **more: Any) -> dict[str, Any]:
     """Publish it, held against noise."""
-    images = torch.randn(num, 3, *opened.preprocessing.size)
-    return publish(form, opened, target, verify.Original(opened.backbone, images), **more)
+    return publish(form, opened, target, verify.Original(opened, pictures(num)), **more)
+
+
+def pictures(num: int, size: tuple[int, int] = (50, 40)) -> list[np.ndarray]:
+    """Smooth noise, as photographs are, of rows and columns `size`."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(num):
+        coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+        found.append(np.asarray(coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)))
+    return found
 
 
 def left(folder: Path) -> set[str]:
@@ -216,12 +226,41 @@ def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As here, where it is imported already: the answer is an error."""
-    (tmp_path / "job.json").write_text(json.dumps({"path": [], "parent": os.getppid()}))
-    monkeypatch.setattr(foreign_process, "_end_with", int)  # this process stays
+    (tmp_path / "job.json").write_text(json.dumps({"path": []}))
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(SystemExit):
         foreign_process.main(tmp_path)
     assert "can be imported there" in json.loads((tmp_path / "answer.json").read_text())["error"]
+
+
+def test_the_process_does_not_find_the_folders_of_dino_lite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an editable install or PYTHONPATH; and what is imported nevertheless is told."""
+    (tmp_path / "mine" / "dino_lite").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    came = "import sys, types\nsys.modules['dino_lite'] = types.ModuleType('dino_lite')"
+    job = {
+        "folder": str(tmp_path),
+        "path": [str(tmp_path / "mine"), str(tmp_path / "other")],
+        "claims": [{"load": came, "run": "", "sizes": [], "read": "", "pictures": [], "file": ""}],
+        "repeats": 1,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    save_file({"32x32": torch.zeros(1)}, tmp_path / "pixels.safetensors")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [each for each in sys.modules if each.partition(".")[0] == "dino_lite"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit):
+        foreign_process.main(tmp_path)
+    assert str(tmp_path / "other") in sys.path
+    assert str(tmp_path / "mine") not in sys.path
+    having = {each for each in sys.path if (Path(each) / "dino_lite").exists()}
+    assert having <= {str(Path(torch.__file__).parents[1])}
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["error"] == "its lines have imported dino_lite"
+    monkeypatch.delitem(sys.modules, "dino_lite")
 
 
 @pytest.mark.parametrize(
@@ -307,10 +346,79 @@ def test_a_killed_export_ends_the_other_process_and_leaves_nothing_elsewhere(
     assert left(tmp_path / "runs") == {"plain"}
 
 
+def test_a_process_that_takes_much_longer_than_the_original_is_ended(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sentence, with nothing left."""
+    (tmp_path / "script.py").write_text("import time; time.sleep(100)")
+    monkeypatch.setattr(foreign_process, "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(verify, "_LEAST_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"was ended after \d seconds without an answer"):
+        export(Plain(here=False), opened, tmp_path / "plain")
+    assert left(tmp_path) == {"script.py"}
+
+
+def test_a_format_without_claims_is_refused(tmp_path: Path, opened: Opened) -> None:
+    """Nothing would be verified."""
+
+    class Silent(Plain):
+        def write(self, opened: Opened, folder: Path) -> list[Claim]:
+            return [claim._replace(sizes=()) for claim in super().write(opened, folder)][
+                self.skip :
+            ]
+
+    for skip in (0, 1):
+        form = Silent()
+        form.skip = skip  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="format=plain claims nothing that could be checked"):
+            export(form, opened, tmp_path / "plain")
+    assert left(tmp_path) == set()
+
+
 def test_one_image_makes_two_batch_sizes(tmp_path: Path, opened: Opened) -> None:
-    """It is shown mirrored, too."""
+    """It is shown mirrored, too, and counted once."""
     told = export(Plain(), opened, tmp_path / "plain", num=1)
     assert [check["batch"] for check in told["verification"]["checks"]] == [1, 2]
+    assert told["verification"]["num_images"] == 1
+    assert "on 1 real image (" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_a_card_names_the_users_method_and_what_is_reduced(tmp_path: Path, opened: Opened) -> None:
+    """As conf/method has it; results are of the whole network."""
+    result = {"name": "knn", "metric": "k-NN top-1", "value": 50.0}
+    card = {
+        "config": {"method": {"_target_": "a.DINOv2"}, "choices": {"method": "dinov3"}},
+        "compact": {"width": 5, "of": 384, "whiten": True},
+        "results_of": 384,
+        "results": [result],
+    }
+    whole = {"kind": "vit", "depth": 2, "more": {"a": 1}}
+    opened.backbone.spec = {"whole": whole, "width": 5}
+    export(Plain(), opened._replace(card=card), tmp_path / "plain")
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "dinov3" in yaml.safe_load(text.split("---\n")[1])["tags"]
+    for words in (
+        "| method | dinov3 |",
+        "| class token | 5 of 384 numbers, by PCA of the class tokens of training images, whitened",
+        "| backbone | kind=vit, depth=2, more.a=1 |",
+        "Of the whole network's class token of 384 numbers.",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (True, "Images have any multiple of 8 pixels per side; trained at 32 x 32."),
+        (False, "Images have 32 x 32 pixels."),
+    ],
+)
+def test_a_card_tells_the_sizes_of_images(
+    tmp_path: Path, opened: Opened, free: bool, words: str
+) -> None:
+    """Once."""
+    export(Plain(any_size=free), opened, tmp_path / "plain")
+    assert words in (tmp_path / "plain" / "README.md").read_text()
 
 
 class Fails(Plain):
@@ -594,7 +702,7 @@ def test_a_card_tells_a_run_without_its_makers_folders(run: Path) -> None:
         "2 steps, 8 images seen",
         "begun (license of its weights: cc-by-nc-4.0)",
         "license of these weights | My own terms",
-        "DINO, losses dino",
+        "dino, losses dino",
         "16 x 16 pixels becomes a class token of 32 numbers",
         "root: photos",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -17,7 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.pretrain import run_pretrain
-from dino_lite.config import Config, compose
+from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
 from dino_lite.errors import Interrupted
 from dino_lite.formats.head_weights import find_heads
@@ -48,9 +50,17 @@ def network(kind: type[ViT | RoPEViT] = ViT, **settings: Any) -> Any:
     return backbone
 
 
+@functools.cache
+def composed(*groups: str) -> Config:
+    return compose("pretrain", ["data=shapes", *WORDS, *groups])
+
+
 def begun(path: Path, *words: str, **of_images: Any) -> tuple[Method, Config]:
     """The method with which a run that names no network begins, and its plan."""
-    asked = compose("pretrain", ["data=shapes", f"backbone.pretrained={path}", *WORDS, *words])
+    groups = [word for word in words if "." not in word.partition("=")[0]]
+    asked = put(composed(*groups), "backbone.pretrained", str(path))
+    for key, _, value in (word.partition("=") for word in words if word not in groups):
+        asked = put(asked, key, yaml.safe_load(value))
     config = plan(begin_config(check_values(asked)), facts(**of_images)).config
     return build_method(config), config
 

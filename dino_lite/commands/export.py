@@ -4,14 +4,16 @@ without dino_lite, and compared on real images, before it takes its place.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dino_lite.backbones.compact import Compact, compacted
 from dino_lite.config import Config, command, compose, instantiate
-from dino_lite.contracts import Splits, UserError
+from dino_lite.contracts import Source, Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import extract
@@ -28,6 +30,7 @@ from dino_lite.runs.subject import asked_data, open_data
 from dino_lite.wording import count
 
 _NUM_IMAGES = 8  # for the comparison
+_NUM_SIZES = 64  # images whose size is looked at
 _MOST_FITTED, _BATCH = 10_000, 64  # training images that the principal components are taken of
 
 
@@ -58,13 +61,15 @@ def run_export(config: Config) -> dict[str, Any]:
     for note in opened.notes:
         print(note)
     splits = open_data(asked_data(config, checkpoint, opened), opened)
-    data = CleanData(splits, opened.preprocessing, batch_size=_NUM_IMAGES)
-    images, _ = next(data.batches(splits.train, torch.device("cpu")))  # at least one is readable
     card = training(checkpoint, opened)
     if config["compact"] is not None:
+        of = {"of": opened.backbone.embed_dim, "whiten": config["whiten"]}
+        card |= {"compact": {"width": config["compact"]} | of, "results_of": of["of"]}
         opened = opened._replace(backbone=_compact(config, opened, splits))
-    opened = opened._replace(backbone=opened.backbone.float(), card=card)
-    original = Original(opened.backbone, images)
+    pictures, size = _pictures(splits.train), opened.preprocessing.size
+    sized = all(each.shape[:2] == size for each in pictures) and _all_of_size(splits.train, size)
+    opened = opened._replace(backbone=opened.backbone.float(), card=card, sized=sized)
+    original = Original(opened, pictures)
     written: dict[str, Any] = {}
     refused: dict[str, UserError] = {}
     for name, form in formats.items():
@@ -74,19 +79,52 @@ def run_export(config: Config) -> dict[str, Any]:
             refused[name] = error
             continue
         written[name] = found
-        print(
-            f"{name}: {found['directory']} (largest difference of tokens on "
-            f"{count(len(images), 'image')}, of their root mean square: "
-            f"{found['largest_difference']:.1e})",
-            flush=True,
-        )
+        print(f"{name}: {found['directory']} ({_differences(found)})", flush=True)
     if len(formats) == 1 and refused:
         raise next(iter(refused.values()))
     if refused:
         rest = f"{' and '.join(written)} written" if written else "nothing was written"
-        told = "; ".join(f"{name}: {str(error).rstrip('.')}" for name, error in refused.items())
+        told = "; ".join(
+            str(error).rstrip(".") if str(error).startswith("format=") else f"{name}: {error}"
+            for name, error in refused.items()
+        ).rstrip(".")
         raise UserError(f"{count(len(refused), 'format')} failed, {rest}: {told}.")
     return written
+
+
+def _differences(found: dict[str, Any]) -> str:
+    """What the verification measured, on one line."""
+    checked = found["verification"]
+    pixels = checked["pixels"]
+    levels, cls = (max(check[key] for check in pixels) for key in ("levels", "cls"))
+    told = (
+        f"largest difference of tokens on {count(checked['num_images'], 'image')}, of their root "
+        f"mean square: {found['largest_difference']:.1e}; mean difference of pixels prepared by "
+        f"the format: {levels:.2g} of 255 levels"
+    )
+    if cls:
+        told += f", as the format crops or resizes otherwise: class tokens then differ by {cls:.2g}"
+    return told
+
+
+def _pictures(source: Source) -> list[np.ndarray]:
+    """The first images that can be read, of which `open_data` has found one."""
+    found = []
+    for index in range(len(source)):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(source.read(index))
+        if len(found) == _NUM_IMAGES:
+            break
+    return found
+
+
+def _all_of_size(source: Source, size: tuple[int, int]) -> bool:
+    """Whether all images, of up to `_NUM_SIZES` evenly spread ones that can be read, are of it."""
+    for index in spread(len(source), _NUM_SIZES).tolist():
+        with contextlib.suppress(OSError, ValueError):
+            if source.image_size(index) != size:
+                return False
+    return True
 
 
 def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,12 @@ def clean(
     inside = (slice(max(-top, 0), rows - top), slice(max(-left, 0), columns - left))
     filled[inside] = found[inside]
     return filled
+
+
+def write_png(image: UInt8[np.ndarray, "H W C"], path: Path) -> None:
+    """Write an image of one or three channels, without loss."""
+    shown = image[..., 0] if image.shape[2] == 1 else image
+    Image.fromarray(np.ascontiguousarray(shown)).save(path, format="PNG", compress_level=1)
 
 
 def preprocessing_of(size: int, normalize: Normalize) -> Preprocessing:

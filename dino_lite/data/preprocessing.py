@@ -66,6 +66,18 @@ class Preprocessing(NamedTuple):
         """The same for images of another size, with the same ratio of crop to image."""
         return self._replace(size=(size, size) if isinstance(size, int) else size)
 
+    def always_resized(self) -> Preprocessing:
+        """The same by timm's rule, which also resizes an image of exactly `size`. `crop` is such
+        that size / `crop`, rounded down, is what it was.
+        """
+        if self.rule == "timm":
+            return self
+        rows, columns = self._replace(squash=True).resized(*self.size)
+        highest = min(self.size[0] / rows, self.size[1] / columns)
+        lowest = max(self.size[0] / (rows + 1), self.size[1] / (columns + 1))
+        keep = lowest < self.crop <= highest or lowest >= highest  # the latter: none fits both
+        return self._replace(crop=self.crop if keep else highest - 1e-9, rule="timm")
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns to which an image is resized before it is cropped."""
         whole = math.floor if self.rule == "timm" else round

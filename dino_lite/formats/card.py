@@ -5,16 +5,18 @@ and how it was verified.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from textwrap import dedent, indent
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats.format import Claim
+from dino_lite.formats.reading import read_told, reading
 from dino_lite.wording import count
 
 About = dict[str, Any]  # the content of export.json
+_PACKAGES = {"PIL": "pillow", "dino_lite": "dino-lite"}  # named unlike their modules
 
 
 def model_card(about: About, library: str) -> str:
@@ -27,7 +29,7 @@ def model_card(about: About, library: str) -> str:
         _summary(about),
         f"## Use\n\n{_use(about)}",
         f"## Training\n\n{_training(about)}",
-        _results(training.get("results") or []),
+        _results(training.get("results") or [], training.get("results_of")),
         f"## Verification\n\n{_verification(about['verification'])}",
         _configuration(training.get("config") or {}),
     ]
@@ -39,7 +41,7 @@ def _front_matter(about: About, library: str) -> str:
     said = about["license"]
     known = re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", said)
     rights = {"license": said} if known else {"license": "other", "license_name": said}
-    method = _class_name(about["training"].get("config") or {}, "method").lower()
+    method = _method(about["training"].get("config") or {})
     tags = ["self-supervised-learning", "dino-lite", *filter(None, [method]), about["format"]]
     words = {"library_name": library, **rights, "pipeline_tag": "image-feature-extraction"}
     return f"---\n{yaml.safe_dump(words | {'tags': tags}, sort_keys=False)}---"
@@ -57,30 +59,40 @@ def _summary(about: About) -> str:
 
 def _use(about: About) -> str:
     several, patch = len(about["claims"]) > 1, about["patch_size"]
-    parts = []
+    told = read_told(about["preprocessing"])
+    size = _times(told.size)
+    parts, packages = [], dict[str, None]()
     for claim in about["claims"]:
         sizes = " or ".join(_times(size) for size in claim["sizes"])
-        other = f", or any multiple of {patch} pixels per side" if claim["any_size"] else ""
-        title = f"{claim['title']}, i" if claim["title"] else "I"
-        if several:
-            parts.append(f"{title}mages of {sizes} pixels{other}:")
-        parts.append(f"```python\n{usage(about, claim)}\n```")
-        if not several:
-            parts.append(f"Images have {sizes} pixels{other}.")
-    told = Preprocessing.read({k: v for k, v in about["preprocessing"].items() if k != "resize"})
+        whose = f"{claim['title']}: images" if several else "Images"
+        if claim["any_size"]:
+            told_sizes = f"{whose} have any multiple of {patch} pixels per side; trained at {size}"
+        else:
+            told_sizes = f"{whose} have {sizes} pixels"
+        code = usage(about, claim)
+        imported = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+        needed = dict.fromkeys([_PACKAGES.get(n, n) for n in imported] + [*claim["packages"]])
+        shown = f"```python\n{code}\n```"
+        parts += [f"{told_sizes}:", shown] if several else [shown, f"{told_sizes}."]
+        packages.update(needed)
+    parts.insert(0, f"These lines need {', '.join(packages)}.")
+    same = f"; those of exactly {size} pixels were left as they are"
+    except_ = same if told.rule == "dino_lite" else ""
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (told.mean, told.std))
     scaled = f"scaled to [0, 1], minus {mean}, divided by {std}"
-    return "\n\n".join([*parts, f"Images are {told.said()}; their pixels {scaled}."])
+    return "\n\n".join(
+        [*parts, f"For training's evaluations images were {told.said()}{except_}; pixels {scaled}."]
+    )
 
 
-def usage(about: About, claim: About) -> str:
+def usage(about: About, claim: dict[str, Any]) -> str:
     """Python that reads an image, and computes its tokens as the claim says."""
     load = dedent(claim["load"]).strip().splitlines()
     lines = [
         "import torch",
         f"folder = {about['folder']!r}  # with this file in it",
         *(line for line in load if line != "import torch"),
-        *(claim["read"].splitlines() or _reading(about["preprocessing"], about["in_chans"])),
+        *reading(Claim(**claim), read_told(about["preprocessing"])),
         "with torch.no_grad():",
         indent(dedent(claim["run"]).strip(), "    "),
         "print(cls.shape, patches.shape)",
@@ -88,88 +100,25 @@ def usage(about: About, claim: About) -> str:
     return "\n".join(lines)
 
 
-def _reading(how: About, channels: int) -> list[str]:
-    """Lines that define `pixels` of an image file."""
-    rows, columns = how["size"]
-    normalize = f"transforms.Normalize({how['mean']}, {how['std']})"
-    if channels not in (1, 3):
-        return [
-            "import numpy as np",
-            "from torchvision import transforms",
-            "",
-            f'image = np.load("image.npy")  # uint8, ({rows}, {columns}, {channels})',
-            "pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255",
-            f"pixels = {normalize}(pixels)",
-        ]
-    mode = "RGB" if channels == 3 else "L"
-    lines = [*_resizing(how), *_cropping(how, mode)]
-    if how["rule"] == "dino_lite":
-        lines = [f"if image.size != ({columns}, {rows}):", *(f"    {line}" for line in lines)]
-    return [
-        "from PIL import Image",
-        "from torchvision import transforms",
-        "",
-        f'image = Image.open("image.jpg").convert("{mode}")',
-        *lines,
-        f"pixels = {normalize}(transforms.ToTensor()(image)[None])",
-    ]
-
-
-def _resizing(how: About) -> list[str]:
-    """Lines that do what `Preprocessing.resized` says."""
-    kind = how["interpolation"].upper()
-    if not isinstance(how["resize"], list) or how["squash"]:
-        wanted = how["resize"] if isinstance(how["resize"], int) else tuple(how["resize"])
-        return [f"image = transforms.Resize({wanted}, transforms.InterpolationMode.{kind})(image)"]
-    rows, columns = how["resize"]
-    least = "max" if how["border"] else "min"
-    return [
-        f"ratio = {least}(image.height / {rows}, image.width / {columns})",
-        "size = (round(image.width / ratio), round(image.height / ratio))",
-        f"image = image.resize(size, Image.Resampling.{kind})",
-    ]
-
-
-def _cropping(how: About, mode: str) -> list[str]:
-    """Lines that do what `Preprocessing.corner` says."""
-    rows, columns = how["size"]
-    if how["border"]:
-        color = [round(255 * value) for value in how["mean"]]
-        fill = tuple(color) if mode == "RGB" else color[0]
-        return [
-            f'whole = Image.new("{mode}", ({columns}, {rows}), {fill})',
-            f"whole.paste(image, (({columns} - image.width) // 2, ({rows} - image.height) // 2))",
-            "image = whole",
-        ]
-    if how["rule"] == "hugging_face":
-        return [
-            f"left, top = (image.width - {columns}) // 2, (image.height - {rows}) // 2",
-            f"image = image.crop((left, top, left + {columns}, top + {rows}))",
-        ]
-    return [f"image = transforms.CenterCrop(({rows}, {columns}))(image)"]
-
-
-def told_preprocessing(how: Preprocessing) -> About:
-    """Plain JSON of a preprocessing. "resize" is to how many pixels: the shorter side, else rows
-    and columns, which with `border` hold the whole image, and without `squash` are filled by it.
-    """
-    rows, columns = how._replace(squash=True).resized(*how.size)
-    one_side = rows == columns or how.rule == "hugging_face"
-    resize = min(rows, columns) if one_side and not (how.squash or how.border) else [rows, columns]
-    told = {key: list(v) if isinstance(v, tuple) else v for key, v in how._asdict().items()}
-    return {"size": told.pop("size"), "resize": resize} | told
-
-
 def _training(about: About) -> str:
     training = about["training"]
     config, data = training.get("config") or {}, training.get("data") or {}
     rows: dict[str, str] = {}
-    if method := _class_name(config, "method"):
+    if method := _method(config):
         losses = ", ".join(config.get("loss") or ())
         rows["method"] = f"{method}{f', losses {losses}' if losses else ''}"
         rows["teacher"] = "moving average of the student; its weights are these"
-    if spec := about.get("backbone"):
-        rows["backbone"] = ", ".join(f"{key}={value}" for key, value in spec.items())
+    spec = about.get("backbone") or {}
+    if reduced := training.get("compact"):
+        whitened = ", whitened" if reduced["whiten"] else ""
+        rows["class token"] = (
+            f"{reduced['width']:,} of {reduced['of']:,} numbers, by PCA of the class tokens of "
+            f"training images{whitened}"
+        )
+    while isinstance(whole := spec.get("whole"), dict):
+        spec = whole
+    if spec:
+        rows["backbone"] = ", ".join(f"{key}={value}" for key, value in _leaves(spec))
     if data:
         classes = data.get("num_classes")
         parts = [
@@ -190,6 +139,15 @@ def _training(about: About) -> str:
     return _table(["", ""], rows.items())
 
 
+def _leaves(spec: About, stem: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of nested dictionaries, joined by dots."""
+    for key, value in spec.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{stem}{key}.")
+        else:
+            yield f"{stem}{key}", value
+
+
 def _starts(starts: list[dict[str, str]] | None) -> str:
     if starts is None:
         return "unknown"
@@ -197,8 +155,8 @@ def _starts(starts: list[dict[str, str]] | None) -> str:
     return ", which began with ".join(named) or "random weights"
 
 
-def _results(results: list[About]) -> str:
-    """The measured numbers beside their baselines."""
+def _results(results: list[About], width: int | None) -> str:
+    """The measured numbers beside their baselines; of class tokens of `width`, if other ones."""
     if not results:
         return ""
     rows = []
@@ -218,13 +176,15 @@ def _results(results: list[About]) -> str:
             ]
         )
     head = ["evaluation", "value", "95 % interval", "baselines", "protocol", "train / test images"]
-    return f"## Results\n\n{_table(head, rows)}"
+    whose = f"Of the whole network's class token of {width:,} numbers.\n\n" if width else ""
+    return f"## Results\n\n{whose}{_table(head, rows)}"
 
 
 def _verification(found: About) -> str:
     where = "by dino_lite" if found["own"] else "in a process in which dino_lite cannot be imported"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    several = any(check["title"] for check in found["checks"])
+    pixels = found["pixels"]
+    several = len(pixels) > 1
     rows = [
         [
             *([check["title"]] if several else []),
@@ -240,8 +200,32 @@ def _verification(found: About) -> str:
     return (
         f"Read back {where}, on {count(found['num_images'], 'real image')} ({versions}). The "
         "largest difference from the original, relative to the tokens' root mean square:\n\n"
-        + _table(head, rows)
+        + "\n\n".join([_table(head, rows), *(_told_pixels(check, several) for check in pixels)])
     )
+
+
+def _told_pixels(check: About, several: bool) -> str:
+    """A sentence on the pixels that a claim's lines prepare, one of `several`."""
+    whose = f"of {check['title']} " if several else ""
+    parts = [
+        f"The pixels that the lines above {whose}prepare of these images differ from those of the "
+        f"original's evaluations by at most {check['levels']:.2g} of 255 levels, averaged over an "
+        "image"
+    ]
+    if check["shifted"]:
+        parts.append(
+            f"{count(check['shifted'], 'image')} cropped one pixel off, as this library rounds"
+        )
+    if check["resized"]:
+        parts.append(
+            f"{count(check['resized'], 'image')} of exactly the size of training resized and "
+            "cropped, since this format knows no exception for them"
+        )
+    if len(parts) > 1:
+        parts.append(
+            f"the class token then differs by up to {check['cls']:.2g} of its root mean square"
+        )
+    return "; ".join(parts) + "."
 
 
 def _configuration(config: About) -> str:
@@ -251,9 +235,10 @@ def _configuration(config: About) -> str:
     return f"## Configuration\n\n```yaml\n{text}```"
 
 
-def _class_name(config: About, group: str) -> str:
-    """The class of a group of the configuration, "" if there is none."""
-    return str((config.get(group) or {}).get("_target_", "")).rpartition(".")[2]
+def _method(config: About) -> str:
+    """The method's name in conf/method that the user chose, else its class; "" if unknown."""
+    of = str((config.get("method") or {}).get("_target_", "")).rpartition(".")[2].lower()
+    return str((config.get("choices") or {}).get("method") or of)
 
 
 def _times(size: Iterable[int]) -> str:

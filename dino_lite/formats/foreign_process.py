@@ -1,8 +1,9 @@
 """Executes the lines of claims. As a script it does so where dino_lite cannot be imported:
 
-    python -I foreign_process.py FOLDER
+    python -I foreign_process.py FOLDER PROCESS
 
 reads job.json and pixels.safetensors in FOLDER, and writes tokens.safetensors and answer.json.
+PROCESS is the number of the process that started it, with which it ends.
 """
 
 from __future__ import annotations
@@ -37,17 +38,25 @@ class _Refuse(MetaPathFinder):
 
 
 def execute(job: dict[str, Any], pixels: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """The tokens, by "claim/size/batch/output", and seconds, by "claim/size/batch".
+    """The tokens, by "claim/size/batch/output", with the pixels of pictures, by
+    "claim/picture/number"; and seconds, by "claim/size/batch".
 
     `job`: "folder"; "claims", each with "load", "run" and its "sizes": names in `pixels` with batch
-    sizes; "repeats" of the runs at the first size, the fastest of which counts. Raises RuntimeError
-    that says what failed.
+    sizes; with "read", which names "file", and "pictures", paths to put in its place; "repeats" of
+    the runs at the first size, the fastest of which counts. Raises RuntimeError that says what
+    failed.
     """
     tokens: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for number, claim in enumerate(job["claims"]):
         names: dict[str, Any] = {"folder": job["folder"]}
         _lines(claim["load"], names, "loading it")
+        for index, path in enumerate(claim["pictures"]):
+            given = {**names, "torch": torch}
+            code = claim["read"].replace(f'"{claim["file"]}"', repr(path))
+            _lines(code, given, "preparing an image")
+            made = torch.as_tensor(given.get("pixels", torch.empty(0)))
+            tokens[f"{number}/picture/{index}"] = made.detach().float().clone().contiguous()
         for index, (size, batches) in enumerate(claim["sizes"]):
             for batch in batches:
                 key, times = f"{number}/{size}/{batch}", []
@@ -84,9 +93,14 @@ def _end_with(parent: int) -> None:
 def main(folder: Path) -> NoReturn:
     """Answer the job in `folder`."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    _end_with(job["parent"])
     sys.meta_path.insert(0, _Refuse("dino_lite"))
-    sys.path += job["path"]
+    # An editable install and PYTHONPATH have folders of their own; other packages are beside torch.
+    packages = Path(torch.__file__).parents[1]
+    sys.path[:] = [
+        each
+        for each in [*sys.path, *job["path"]]
+        if Path(each) == packages or not (Path(each) / "dino_lite").exists()
+    ]
     answer: dict[str, Any] = {}
     try:
         import dino_lite.version  # must fail
@@ -94,6 +108,8 @@ def main(folder: Path) -> NoReturn:
         try:
             tokens, answer["seconds"] = execute(job, load_file(folder / "pixels.safetensors"))
             save_file(tokens, folder / "tokens.safetensors")
+            if "dino_lite" in sys.modules:
+                answer["error"] = "its lines have imported dino_lite"
         except Exception as error:
             answer["error"] = str(error)
     else:
@@ -103,4 +119,5 @@ def main(folder: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
     main(Path(sys.argv[1]))

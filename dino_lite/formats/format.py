@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from dino_lite.backbones.compact import Compact
+from dino_lite.backbones.convnet import ConvNet
+from dino_lite.contracts import Backbone
 from dino_lite.formats.opened import Opened
 
 
@@ -15,7 +18,8 @@ class Claim(NamedTuple):
 
     `load` and `run` are lines of Python: `load` defines what `run` needs, given `folder` (str);
     `run` computes `cls` "n D" and `patches` "n P E" of `pixels`, normalized float32 "n C H W" as a
-    torch tensor, without gradients. The model card shows the same lines.
+    torch tensor, without gradients. `read` defines `pixels` "1 C H W" of the file "image.jpg",
+    after `load`; they are compared with the original's. The model card shows the same lines.
     """
 
     load: str
@@ -25,7 +29,17 @@ class Claim(NamedTuple):
     any_size: bool = False
     tolerance: float = 1e-4  # largest difference, relative to the tokens' root mean square
     title: str = ""  # tells the claims of a format apart: "float16"
-    read: str = ""  # lines that define `pixels` of image.jpg, for the card; "": by torchvision
+    read: str = ""  # "": by torchvision
+    packages: tuple[str, ...] = ()  # that the lines need besides the format's
+
+
+def described(backbone: Backbone) -> str:
+    """What a backbone is, for a sentence that refuses it."""
+    if isinstance(backbone, Compact):
+        return f"a class token reduced by compact={backbone.embed_dim}"
+    if isinstance(backbone, ConvNet) and backbone.spec["name"] == "resnet":
+        return "the small convolutional network"
+    return f"a network of kind {backbone.kind}"
 
 
 class Format(ABC):

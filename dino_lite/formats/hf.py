@@ -14,7 +14,7 @@ from dino_lite.backbones.transformer import Transformer
 from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats.format import Claim, Format
+from dino_lite.formats.format import Claim, Format, described
 from dino_lite.formats.hugging_face import resamples_alike, write
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.timm import Timm
@@ -47,7 +47,8 @@ class HuggingFace(Format):
     def write(self, opened: Opened, folder: Path) -> list[Claim]:
         """Write config.json, model.safetensors and preprocessor_config.json; see `Format.write`."""
         backbone, how = opened.backbone, opened.preprocessing
-        if not isinstance(backbone, ViT | RoPEViT) or how.border:
+        oblong = how.size[0] != how.size[1] and not how.squash and how.rule != "hugging_face"
+        if not isinstance(backbone, ViT | RoPEViT) or how.border or oblong:
             return _through_timm(opened, folder)
         alike = resamples_alike(backbone)
         native = write(backbone, None if alike else how.size)
@@ -57,7 +58,7 @@ class HuggingFace(Format):
         config.setdefault("image_size", how.size[0] if how.size[0] == how.size[1] else [*how.size])
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         _save(folder / "config.json", config)
-        _save(folder / "preprocessor_config.json", _processor(how))
+        _save(folder / "preprocessor_config.json", _processor(opened.for_others))
         more = "interpolate_pos_encoding=True" if alike and config["model_type"] == "vit" else ""
         return [Claim(_LOAD, _run(backbone, more), (how.size,), alike, read=_read(backbone))]
 
@@ -77,7 +78,7 @@ def _run(backbone: Backbone, more: str = "") -> str:
 
 def _processor(how: Preprocessing) -> dict[str, Any]:
     """The content of preprocessor_config.json, for versions 4 and 5."""
-    rows, columns = how.resized(*_LARGE_SQUARE)
+    rows, columns = how.always_resized().resized(*_LARGE_SQUARE)
     size = {"height": rows, "width": columns} if how.squash else {"shortest_edge": rows}
     return {
         "image_processor_type": "BitImageProcessor",
@@ -100,10 +101,9 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
     backbone = opened.backbone
     small = isinstance(backbone, ConvNet) and backbone.spec["name"] == "resnet"
     if small or not isinstance(backbone, Transformer | ConvNet):
-        what = "the small convolutional network" if small else f"a {type(backbone).__name__}"
         raise UserError(
-            f"format=hf cannot hold {what}: neither transformers nor timm has a class for it; use "
-            "format=[onnx] or format=[torch_export]."
+            f"format=hf cannot hold {described(backbone)}: neither transformers nor timm has a "
+            "class for it; use format=[onnx] or format=[torch_export]."
         )
     try:
         claims = Timm().write(opened, folder)
@@ -115,7 +115,8 @@ def _through_timm(opened: Opened, folder: Path) -> list[Claim]:
     config["model_args"] = {key: made_of[key] for key in made_of if key != "num_classes"}
     _save(folder / "config.json", config)
     run = _run(backbone)
-    return [claim._replace(load=_LOAD, run=run, read=_read(backbone)) for claim in claims]
+    read = _read(backbone)
+    return [claim._replace(load=_LOAD, run=run, read=read, packages=("timm",)) for claim in claims]
 
 
 def _read(backbone: Backbone) -> str:

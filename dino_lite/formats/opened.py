@@ -45,6 +45,7 @@ class Opened(NamedTuple):
     data: dict[str, Any] | None = None
     fit: Fit | None = None
     said: tuple[str, ...] = ()  # on the preprocessing, if another program's; one clause each
+    sized: bool = False  # whether all images of its data have exactly the preprocessing's size
 
     def at(self, image_size: int | str) -> Preprocessing:
         """Preprocessing for another `image_size`, pixels per side; "auto": as it is. Raises
@@ -59,6 +60,14 @@ class Opened(NamedTuple):
                 f"{patch}."
             )
         return self.preprocessing.at(image_size)
+
+    @property
+    def for_others(self) -> Preprocessing:
+        """The preprocessing as programs can be told it that know no exception for images of its
+        size: if all of the data are, without a crop, which leaves them as they are.
+        """
+        how = self.preprocessing
+        return how._replace(crop=1.0) if self.sized and how.rule == "dino_lite" else how
 
     @property
     def image_size(self) -> int:

@@ -13,13 +13,14 @@ from stat import S_IMODE
 from typing import Any
 
 from dino_lite.contracts import UserError
-from dino_lite.formats.card import model_card, told_preprocessing
+from dino_lite.formats.card import model_card
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import portable
+from dino_lite.formats.reading import told_preprocessing
 from dino_lite.formats.safetensors import CONFIG, WEIGHTS, read_config
 from dino_lite.formats.swap import replaced
-from dino_lite.formats.verify import Check, Original, verify
+from dino_lite.formats.verify import Original, Verified, verify
 from dino_lite.version import __version__
 
 ABOUT, CARD = "export.json", "README.md"
@@ -44,8 +45,8 @@ def publish(
     opened = opened._replace(card=portable(opened.card))
     with _told(target), replaced(target) as (part, scratch):
         claims = form.write(opened, part)
-        checks = verify(form, claims, part, original, repeats, scratch)
-        about = _about(form, opened, original, claims, checks) | {
+        found = verify(form, claims, part, original, repeats, scratch)
+        about = _about(form, opened, original, claims, found) | {
             "folder": target.name,
             "license": license,
         }
@@ -59,7 +60,7 @@ def publish(
                 path.chmod(S_IMODE(usual))
         check_target(target)  # it may have changed meanwhile
         _keep_others(target, part)
-    largest = max((check.difference for check in checks), default=0.0)
+    largest = max(check.difference for check in found.checks)
     return about | {"directory": str(target), "largest_difference": largest}
 
 
@@ -115,7 +116,7 @@ def _keep_others(target: Path, part: Path) -> None:
 
 
 def _about(
-    form: Format, opened: Opened, original: Original, claims: list[Claim], checks: list[Check]
+    form: Format, opened: Opened, original: Original, claims: list[Claim], found: Verified
 ) -> dict[str, Any]:
     """What is known of an export, for its card and for programs."""
     backbone, size = opened.backbone, opened.preprocessing.size
@@ -132,9 +133,10 @@ def _about(
         "claims": [claim._asdict() for claim in claims],
         "verification": {
             "own": form.own,
-            "num_images": len(original.images),
-            "versions": _versions("torch", *form.packages),
-            "checks": [check._asdict() for check in checks],
+            "num_images": len(original.pictures),
+            "versions": _versions("torch", *form.packages, *claims[0].packages),
+            "checks": [check._asdict() for check in found.checks],
+            "pixels": [check._asdict() for check in found.pixels],
         },
         "training": opened.card,
     }

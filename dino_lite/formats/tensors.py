@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dino_lite.contracts import UserError
 from dino_lite.data.plain_json import read_object
+from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.recognize import kind_of
 from dino_lite.formats.torch_files import StandIn, load_inert
 
@@ -159,7 +160,19 @@ def read_about(file: Path) -> dict[str, Any]:
             content = read_object(beside)
             nested = content.get("image_processor") if name == names[1] else None
             about |= nested if isinstance(nested, dict) else content
+    if file.name in WEIGHTS + SHARDED and (own := _exported(file.parent / "export.json")):
+        about["preprocessing"] = own
     return about
+
+
+def _exported(path: Path) -> dict[str, Any] | None:
+    """The preprocessing that an export of ours records, which formats of others cannot all say."""
+    content = read_object(path) if path.is_file() else {}
+    told = content.get("preprocessing")
+    if not str(content.get("written_by")).startswith("dino_lite ") or not isinstance(told, dict):
+        return None
+    own = {key: value for key, value in told.items() if key != "resize"}
+    return own if own.keys() == Preprocessing((1, 1))._asdict().keys() else None
 
 
 def _flat(content: Any, asked: str) -> dict[str, Tensor]:

@@ -9,14 +9,19 @@ from typing import Any
 from safetensors.torch import save_file
 
 from dino_lite.backbones.convnet import ConvNet
+from dino_lite.backbones.rope import RoPEViT
+from dino_lite.backbones.vit import ViT
 from dino_lite.contracts import UserError
-from dino_lite.data.preprocessing import Preprocessing
-from dino_lite.formats.format import Claim, Format
+from dino_lite.formats.format import Claim, Format, described
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.timm_convnets import convnet_for_timm
 from dino_lite.formats.timm_names import published, same_at_any_size, write
 
 _LOAD = 'import timm\n\nmodel = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()'
+_READ = """from PIL import Image
+
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+pixels = transform(Image.open("image.jpg").convert("{}"))[None]"""
 _RUN_VIT = """tokens = model.forward_features(pixels)
 cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens :]"""
 _RUN_CONVNET = """maps = model.forward_features(pixels)
@@ -38,6 +43,11 @@ class Timm(Format):
         that timm lacks.
         """
         backbone, how = opened.backbone, opened.preprocessing
+        if not isinstance(backbone, ViT | RoPEViT | ConvNet):
+            raise UserError(
+                f"format=timm cannot hold {described(backbone)}: timm has no class for it; choose "
+                "format=onnx or format=torch_export."
+            )
         try:
             any_size, run = same_at_any_size(backbone), _RUN_VIT
             if isinstance(backbone, ConvNet):
@@ -53,19 +63,23 @@ class Timm(Format):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         about = config | {
             **{"num_classes": 0, "num_features": backbone.embed_dim},
-            "pretrained_cfg": _pretrained_cfg(config["architecture"], how, backbone.in_chans),
+            "pretrained_cfg": _pretrained_cfg(config["architecture"], opened),
         }
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        return [Claim(_LOAD, run, (how.size,), any_size)]
+        mode = {1: "L", 3: "RGB"}.get(backbone.in_chans)
+        read = _READ.format(mode) if mode else ""
+        return [Claim(_LOAD, run, (how.size,), any_size, read=read)]
 
 
-def _pretrained_cfg(name: str, how: Preprocessing, in_chans: int) -> dict[str, Any]:
+def _pretrained_cfg(name: str, opened: Opened) -> dict[str, Any]:
     """Preprocessing as timm says it, and what timm knows of the architecture: whether it is built
     for one image size, the layers to adapt to other channels and classes.
     """
+    how, in_chans = opened.for_others.always_resized(), opened.backbone.in_chans
+    mode = "squash" if how.squash else "border" if how.border else "center"
     known = ("fixed_input_size", "first_conv", "classifier")
     return {key: value for key, value in published(name).items() if key in known} | {
         **{"input_size": [in_chans, *how.size], "num_classes": 0},
         **{"mean": list(how.mean), "std": list(how.std), "interpolation": how.interpolation},
-        **{"crop_pct": how.crop, "crop_mode": "squash" if how.squash else "center"},
+        **{"crop_pct": how.crop, "crop_mode": mode},
     }

@@ -37,6 +37,7 @@ def training(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
         card["start"] = [{"name": checkpoint.title, "license": rights}]
     if checkpoint.results_file.is_file():
         card["results"] = _results(read_json(checkpoint.results_file), checkpoint.which)
+        card.pop("results_of", None)  # those of the whole network, if this is a compact export
     return card
 
 
