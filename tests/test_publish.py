@@ -226,8 +226,7 @@ def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As here, where it is imported already: the answer is an error."""
-    (tmp_path / "job.json").write_text(json.dumps({"path": [], "parent": os.getppid()}))
-    monkeypatch.setattr(foreign_process, "_end_with", int)  # this process stays
+    (tmp_path / "job.json").write_text(json.dumps({"path": []}))
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     with pytest.raises(SystemExit):
         foreign_process.main(tmp_path)
@@ -308,35 +307,6 @@ def test_a_process_that_ends_before_it_answers_is_told(
     assert left(tmp_path) == {"script.py"}
 
 
-def test_a_process_that_takes_much_longer_than_the_original_is_ended(
-    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a sentence, with nothing left."""
-    (tmp_path / "script.py").write_text("import time; time.sleep(100)")
-    monkeypatch.setattr(foreign_process, "__file__", str(tmp_path / "script.py"))
-    monkeypatch.setattr(verify, "_LEAST_SECONDS", 0.2)
-    with pytest.raises(UserError, match=r"was ended after \d seconds without an answer"):
-        export(Plain(here=False), opened, tmp_path / "plain")
-    assert left(tmp_path) == {"script.py"}
-
-
-def test_a_format_without_claims_is_refused(tmp_path: Path, opened: Opened) -> None:
-    """Nothing would be verified."""
-
-    class Silent(Plain):
-        def write(self, opened: Opened, folder: Path) -> list[Claim]:
-            return [claim._replace(sizes=()) for claim in super().write(opened, folder)][
-                self.skip :
-            ]
-
-    for skip in (0, 1):
-        form = Silent()
-        form.skip = skip  # type: ignore[attr-defined]
-        with pytest.raises(UserError, match="format=plain claims nothing that could be checked"):
-            export(form, opened, tmp_path / "plain")
-    assert left(tmp_path) == set()
-
-
 def until(holds: Callable[[], bool]) -> None:
     """Wait for it, a minute at most."""
     last = time.monotonic() + 60
@@ -374,6 +344,35 @@ def test_a_killed_export_ends_the_other_process_and_leaves_nothing_elsewhere(
     assert left(tmp_path / "runs") == {".plain.part"}
     export(Plain(), opened, target)
     assert left(tmp_path / "runs") == {"plain"}
+
+
+def test_a_process_that_takes_much_longer_than_the_original_is_ended(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sentence, with nothing left."""
+    (tmp_path / "script.py").write_text("import time; time.sleep(100)")
+    monkeypatch.setattr(foreign_process, "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(verify, "_LEAST_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"was ended after \d seconds without an answer"):
+        export(Plain(here=False), opened, tmp_path / "plain")
+    assert left(tmp_path) == {"script.py"}
+
+
+def test_a_format_without_claims_is_refused(tmp_path: Path, opened: Opened) -> None:
+    """Nothing would be verified."""
+
+    class Silent(Plain):
+        def write(self, opened: Opened, folder: Path) -> list[Claim]:
+            return [claim._replace(sizes=()) for claim in super().write(opened, folder)][
+                self.skip :
+            ]
+
+    for skip in (0, 1):
+        form = Silent()
+        form.skip = skip  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="format=plain claims nothing that could be checked"):
+            export(form, opened, tmp_path / "plain")
+    assert left(tmp_path) == set()
 
 
 def test_one_image_makes_two_batch_sizes(tmp_path: Path, opened: Opened) -> None:

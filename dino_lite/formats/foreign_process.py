@@ -1,8 +1,9 @@
 """Executes the lines of claims. As a script it does so where dino_lite cannot be imported:
 
-    python -I foreign_process.py FOLDER
+    python -I foreign_process.py FOLDER PROCESS
 
 reads job.json and pixels.safetensors in FOLDER, and writes tokens.safetensors and answer.json.
+PROCESS is the number of the process that started it, with which it ends.
 """
 
 from __future__ import annotations
@@ -92,7 +93,6 @@ def _end_with(parent: int) -> None:
 def main(folder: Path) -> NoReturn:
     """Answer the job in `folder`."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    _end_with(job["parent"])
     sys.meta_path.insert(0, _Refuse("dino_lite"))
     # An editable install and PYTHONPATH have folders of their own; other packages are beside torch.
     packages = Path(torch.__file__).parents[1]
@@ -119,4 +119,5 @@ def main(folder: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
     main(Path(sys.argv[1]))

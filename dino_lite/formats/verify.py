@@ -128,7 +128,7 @@ def verify(
                 original.tokens(size, batch)
     pixels = {_word(size): original.pixels(size) for each in sizes for size in each}
     with tempfile.TemporaryDirectory(dir=scratch) as name:
-        files = Path(name)
+        scratch = Path(name)
         job = {
             "folder": str(folder),
             "claims": [_job(*pair, original, files) for pair in zip(claims, sizes, strict=True)],
@@ -256,15 +256,16 @@ def _elsewhere(
     """`foreign_process.execute` in a fresh interpreter, without network and GPU, which is ended
     after `limit` seconds; `folder` is for its files.
     """
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    own = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    own["TMPDIR"] = str(folder)
     stored = {size: each.contiguous() for size, each in pixels.items()}
     save_file(stored, folder / "pixels.safetensors")
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
         done = subprocess.run(
-            [sys.executable, "-I", foreign_process.__file__, str(folder)],
-            env=kept | hidden | {"TMPDIR": str(folder)},
+            [sys.executable, "-I", foreign_process.__file__, str(folder), str(os.getpid())],
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
