@@ -131,17 +131,16 @@ def verify(
         scratch = Path(name)
         job = {
             "folder": str(folder),
-            "claims": [_job(*pair, original, files) for pair in zip(claims, sizes, strict=True)],
+            "claims": [_job(*pair, original, scratch) for pair in zip(claims, sizes, strict=True)],
             "repeats": repeats,
             "path": [each for each in sys.path if each],
-            "parent": os.getpid(),
         }
         try:
             if form.own:
                 found, seconds = foreign_process.execute(job, pixels)
             else:
                 limit = _LEAST_SECONDS + _TIMES_EAGER * repeats * original.seconds
-                found, seconds = _elsewhere(job, pixels, files, limit)
+                found, seconds = _elsewhere(job, pixels, scratch, limit)
         except RuntimeError as error:
             end = "" if str(error).endswith("?") else "."
             raise UserError(f"format={form.name} cannot be read back, {error}{end}") from error
@@ -152,7 +151,7 @@ def verify(
     return Verified(checks, prepared)
 
 
-def _job(claim: Claim, sizes: list[Size], original: Original, folder: Path) -> dict[str, Any]:
+def _job(claim: Claim, sizes: list[Size], original: Original, scratch: Path) -> dict[str, Any]:
     """What `foreign_process.execute` is to do for a claim."""
     how = original.how.at(claim.sizes[0])
     return {
@@ -161,7 +160,7 @@ def _job(claim: Claim, sizes: list[Size], original: Original, folder: Path) -> d
         "sizes": [(_word(size), original.batches(size)) for size in sizes],
         "read": "\n".join(reading(claim, how)),
         "file": IMAGE if len(how.mean) in (1, 3) else ARRAY,
-        "pictures": write_pictures(original.pictures, how, folder),
+        "pictures": write_pictures(original.pictures, how, scratch),
     }
 
 
@@ -261,7 +260,6 @@ def _elsewhere(
     stored = {size: each.contiguous() for size, each in pixels.items()}
     save_file(stored, folder / "pixels.safetensors")
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
         done = subprocess.run(
             [sys.executable, "-I", foreign_process.__file__, str(folder), str(os.getpid())],
