@@ -217,6 +217,7 @@ def test_workers_ignore_signals_and_are_killed_at_the_end(
     """Else multiprocessing would wait for a stuck worker forever."""
     start = multiprocessing.get_context(method).Process._Popen  # type: ignore[attr-defined]
     monkeypatch.setattr(Worker, "_Popen", staticmethod(start))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
     worker = Worker(target=time.sleep, args=(100,), daemon=True)
     worker.start()
     assert worker.pid is not None

@@ -228,6 +228,7 @@ def test_a_process_in_which_dino_lite_can_be_imported_is_no_proof(
     """As here, where it is imported already: the answer is an error."""
     (tmp_path / "job.json").write_text(json.dumps({"path": []}))
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit):
         foreign_process.main(tmp_path)
     assert "can be imported there" in json.loads((tmp_path / "answer.json").read_text())["error"]

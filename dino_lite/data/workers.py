@@ -6,6 +6,7 @@ import atexit
 import copy
 import multiprocessing
 import signal
+from multiprocessing import resource_tracker
 from typing import Any
 
 from dino_lite.interrupts import block_stop_signals
@@ -23,6 +24,8 @@ class Worker(multiprocessing.Process):
 
     def start(self) -> None:
         """Start with the stop signals blocked; those that arrive meanwhile are delivered later."""
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # which unblocks some of them when it starts
         before = block_stop_signals() if _CAN_BLOCK else set()
         try:
             super().start()

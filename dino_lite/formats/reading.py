@@ -7,7 +7,10 @@ from typing import Any
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.format import Claim
 
-IMAGE, ARRAY = "image.jpg", "image.npy"  # the file that the lines read; of other channels, ARRAY
+
+def file_of(channels: int) -> str:
+    """The file that the lines read: an image, or with other channels than gray and RGB an array."""
+    return "image.jpg" if channels in (1, 3) else "image.npy"
 
 
 def reading(claim: Claim, how: Preprocessing) -> list[str]:
@@ -26,7 +29,7 @@ def _torchvision(how: Preprocessing) -> list[str]:
             "import numpy as np",
             "from torchvision import transforms",
             "",
-            f'image = np.load("{ARRAY}")  # uint8, ({rows}, {columns}, {channels})',
+            f'image = np.load("{file_of(channels)}")  # uint8, ({rows}, {columns}, {channels})',
             "pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255",
             f"pixels = {normalize}(pixels)",
         ]
@@ -38,7 +41,7 @@ def _torchvision(how: Preprocessing) -> list[str]:
         "from PIL import Image",
         "from torchvision import transforms",
         "",
-        f'image = Image.open("{IMAGE}").convert("{mode}")',
+        f'image = Image.open("{file_of(channels)}").convert("{mode}")',
         *lines,
         f"pixels = {normalize}(transforms.ToTensor()(image)[None])",
     ]

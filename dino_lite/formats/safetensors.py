@@ -18,6 +18,7 @@ from dino_lite.data.transform import Transform
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.processors import read_preprocessing
+from dino_lite.formats.reading import file_of
 from dino_lite.formats.sound import (
     refuse_contradiction,
     refuse_larger,
@@ -74,7 +75,7 @@ class SafeTensors(Format):
                 sizes=(how.size,),
                 any_size=package is None,  # the sizes of other packages' networks are not known
                 tolerance=1e-5,
-                read='pixels = backbone.transform("image.jpg")',
+                read=f'pixels = backbone.transform("{file_of(backbone.in_chans)}")',
             )
         ]
 

@@ -27,7 +27,7 @@ from dino_lite.formats import foreign_process
 from dino_lite.formats.format import Claim, Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.pixel_checks import Picture, PixelCheck, compare, write_pictures
-from dino_lite.formats.reading import ARRAY, IMAGE, reading
+from dino_lite.formats.reading import file_of, reading
 
 Size = tuple[int, int]
 _LEAST_SECONDS, _TIMES_EAGER = 900.0, 100.0  # after which a process that reads an export is ended
@@ -159,7 +159,7 @@ def _job(claim: Claim, sizes: list[Size], original: Original, scratch: Path) -> 
         "run": claim.run,
         "sizes": [(_word(size), original.batches(size)) for size in sizes],
         "read": "\n".join(reading(claim, how)),
-        "file": IMAGE if len(how.mean) in (1, 3) else ARRAY,
+        "file": file_of(len(how.mean)),
         "pictures": write_pictures(original.pictures, how, scratch),
     }
 
