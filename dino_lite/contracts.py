@@ -318,6 +318,21 @@ class Anchor(NamedTuple):
         return Anchor(self.patches[:, cut], self.weight[cut])
 
 
+class Kept(NamedTuple):
+    """Targets of retention: a frozen network's tokens of the G global crops of n images, patches on
+    the student's grid, and the weight of each image.
+    """
+
+    cls: Float[Tensor, "G n D"]
+    patches: Float[Tensor, "G n P D"]
+    weight: Float[Tensor, "n"]
+
+    def part(self, start: int, stop: int) -> Kept:
+        """Images start to stop (exclusive), their weights as in the whole batch."""
+        cut = slice(start, stop)
+        return Kept(self.cls[:, cut], self.patches[:, cut], self.weight[cut])
+
+
 class Match(NamedTuple):
     """The student's outputs and their targets: the argument of a loss.
 
@@ -336,7 +351,9 @@ class Divisible(Protocol):
     def part(self, start: int, stop: int) -> Any: ...
 
 
-StepOutputs = dict[str, Match]  # a loss whose match is missing is not active yet
+# A loss whose match is missing is not active yet. If several students are trained at once, each has
+# its own matches, "STUDENT/MATCH", and every loss is applied to each student.
+StepOutputs = dict[str, Match]
 StepTargets = dict[str, Divisible]
 
 
@@ -361,6 +378,19 @@ class Loss:
 
     def __call__(self, match: Match) -> Float[Tensor, ""]:
         """The mean over images, unweighted."""
+        raise NotImplementedError
+
+
+class Penalty:
+    """A term of the objective that reads weights instead of a Match. Abstract.
+
+    `backbone` is the student's, `start` a frozen network of the same architecture.
+    """
+
+    weight: Schedule
+
+    def __call__(self, backbone: Backbone, start: Backbone) -> Float[Tensor, ""]:
+        """The unweighted penalty."""
         raise NotImplementedError
 
 

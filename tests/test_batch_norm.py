@@ -10,10 +10,10 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.nn.batch_norm import BatchNorm, across_ranks
+from dino_lite.runs.pretraining import run_pretrain
 from ranks import command, on_ranks
 from test_pretrain import assert_same
 from tiny import checkpoint

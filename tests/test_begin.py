@@ -10,7 +10,6 @@ import torch
 from dino_lite.backbones.compact import Compact
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.vit import ViT
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put, save
 from dino_lite.contracts import UserError
 from dino_lite.methods.dinov2 import DINOv2
@@ -18,6 +17,7 @@ from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan
 from dino_lite.runs.begin import begin_config, build_method
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
+from dino_lite.runs.pretraining import run_pretrain
 from test_conf import facts
 from tiny import TINY, checkpoint, exported, tiny
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from dino_lite import load_backbone
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, get, load
 from dino_lite.data import resample
 from dino_lite.data.clean import CleanData
@@ -24,6 +23,7 @@ from dino_lite.data.folder import open_folder
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.data.shapes import open_shapes
 from dino_lite.formats.safetensors import read_config
+from dino_lite.runs.pretraining import run_pretrain
 from images import sentence
 from tiny import WITH_PICTURES, photos, pixel_features, tiny, train
 

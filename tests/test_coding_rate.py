@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose
 from dino_lite.contracts import Match, Progress, Prototypes, Scores, Targets, UserError
 from dino_lite.losses.coding_rate import CodingRateLoss, alignment, coding_rate, rate_scale
@@ -26,6 +25,7 @@ from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
 from dino_lite.planning.plan import plan
 from dino_lite.runs.identity import requested, run_name
+from dino_lite.runs.pretraining import run_pretrain
 from ranks import command
 from test_conf import facts
 from test_dino import random_crops

@@ -18,11 +18,11 @@ from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.spec import build_backbone
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import UserError
 from dino_lite.nn.teachers import frozen_copy
 from dino_lite.runs.identity import requested
+from dino_lite.runs.pretraining import run_pretrain
 from test_vit import randomize
 from tiny import photos, tiny, train
 

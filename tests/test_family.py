@@ -25,7 +25,6 @@ from dino_lite.commands.compare import run_compare
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
 from dino_lite.commands.pretrain import main as pretrain_main
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.commands.report import run_report
 from dino_lite.config import Config, compose, config_dir, get, load, put, save
 from dino_lite.contracts import Backbone, Tokens, Traits, UserError
@@ -34,6 +33,7 @@ from dino_lite.planning.plan import plan
 from dino_lite.report.story import reproduce
 from dino_lite.runs.begin import begin_config, build_method
 from dino_lite.runs.identity import requested
+from dino_lite.runs.pretraining import run_pretrain
 from dino_lite.runs.trust import demand_trust
 from test_conf import facts
 from tiny import tiny, tiny_command

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dino_lite.commands import pretrain as commands
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.contracts import Splits, UserError
 from dino_lite.eval import gallery
 from dino_lite.eval.baselines import knn_against_baselines
@@ -23,6 +22,7 @@ from dino_lite.report.page import page
 from dino_lite.report.story import read_story
 from dino_lite.runs import finish
 from dino_lite.runs.checkpoint import find_checkpoint
+from dino_lite.runs.pretraining import run_pretrain
 from test_pictures import first_broken
 from tiny import tiny, train
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, config_dir
 from dino_lite.contracts import UserError
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
+from dino_lite.runs.pretraining import run_pretrain
 from ranks import command
 from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command

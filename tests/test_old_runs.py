@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 import dino_lite
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, load, put, save
 from dino_lite.contracts import UserError
 from dino_lite.data.sources import digest
 from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.old_names import CLASSES, current
+from dino_lite.runs.pretraining import run_pretrain
 from dino_lite.runs.resume import check_data
 from dino_lite.runs.run import Run
 from images import fill

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dino_lite.backbones.vit import ViT
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, instantiate
 from dino_lite.planning.overview import embedded, network_size, overview
 from dino_lite.planning.plan import Plan, plan
 from dino_lite.runs.identity import requested
 from dino_lite.runs.lengths import other_length
+from dino_lite.runs.pretraining import run_pretrain
 from dino_lite.runs.run import Run, write_json
 from test_conf import facts
 from tiny import tiny
@@ -107,7 +107,7 @@ def test_a_run_prints_its_plan_in_ten_lines_and_notes_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Then all of it with plan=full; a run like an earlier one but longer names that one."""
-    monkeypatch.setattr("dino_lite.commands.pretrain.finish", lambda *_: None)
+    monkeypatch.setattr("dino_lite.runs.pretraining.finish", lambda *_: None)
     first = run_pretrain(tiny(tmp_path, "trainer.max_steps=2"))["run"]
     plan_of_first, *rest = capsys.readouterr().out.split("\n\n")
     assert plan_of_first.splitlines()[0] == f"run {first}"

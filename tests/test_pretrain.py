@@ -16,9 +16,9 @@ import torch
 import dino_lite
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose, put
 from dino_lite.contracts import UserError
+from dino_lite.runs.pretraining import run_pretrain
 from ranks import command
 from tiny import WITH_PICTURES, checkpoint, photos, tiny, tiny_command, train
 

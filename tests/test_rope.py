@@ -22,7 +22,6 @@ from dino_lite.backbones.spec import build_backbone
 from dino_lite.backbones.vit import ViT
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.commands.export import run_export
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import Backbone, Memory, Tokens, UserError
 from dino_lite.eval.features import frozen
@@ -31,6 +30,7 @@ from dino_lite.formats.safetensors import load_backbone
 from dino_lite.formats.timm_names import read_eva
 from dino_lite.nn.teachers import frozen_copy
 from dino_lite.planning.plan import plan
+from dino_lite.runs.pretraining import run_pretrain
 from test_conf import facts
 from test_pretrain import assert_same
 from test_vit import images, randomize

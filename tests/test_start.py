@@ -18,7 +18,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from dino_lite.backbones.rope import RoPEViT
 from dino_lite.backbones.vit import ViT
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
 from dino_lite.errors import Interrupted
@@ -28,6 +27,7 @@ from dino_lite.methods.method import Method
 from dino_lite.planning.checks import check_values
 from dino_lite.planning.plan import plan
 from dino_lite.runs.begin import begin_config, build_method
+from dino_lite.runs.pretraining import run_pretrain
 from test_conf import facts
 from tiny import checkpoint, tiny
 

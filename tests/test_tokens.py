@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import compose
 from dino_lite.contracts import Crops, Loss, Match, Progress, Schedule, Targets, Tokens
 from dino_lite.losses.koleo import KoLeoLoss, koleo
@@ -17,6 +16,7 @@ from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Constant
+from dino_lite.runs.pretraining import run_pretrain
 from test_dino import random_crops, tiny_dino
 from tiny import tiny_command
 

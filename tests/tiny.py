@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-from dino_lite.commands.pretrain import run_pretrain
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import Backbone
 from dino_lite.data.clean import CleanData
@@ -23,6 +22,7 @@ from dino_lite.eval.baselines import raw_pixels
 from dino_lite.eval.features import Features, extract
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.safetensors import SafeTensors
+from dino_lite.runs.pretraining import run_pretrain
 
 TINY = {
     "data.num_train": 44,

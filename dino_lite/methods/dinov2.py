@@ -110,6 +110,7 @@ class DINOv2(Method):
         if masking is not None:
             self.patch_centering = centering(self.student.of_patches.num_prototypes)
         self.masking, self.teacher_temp = masking, teacher_temp
+        self.masks_crops = masking is not None
         offered = {
             "embedding": True,
             "cls": self.student.head.num_prototypes > 0,

@@ -34,6 +34,7 @@ class Method(nn.Module):
     provides: tuple[str, ...]  # names of the matches that losses may read
     notes: tuple[str, ...] = ()  # on the weights with which a run begins, one clause each
     needs_patches = False  # set by Step: a loss reads patches of the match "tokens"
+    masks_crops = False  # whether the student's global crops may be masked
     student: nn.Module
     teachers: nn.ModuleDict
     step: Tensor
@@ -76,5 +77,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def export_backbone(self) -> Backbone:
-        """The backbone that is evaluated and exported: the teacher's."""
+        """The backbone that is evaluated and exported: the teacher's. With several students, the
+        first one's.
+        """
         raise NotImplementedError
+
+    def export_backbones(self) -> dict[str, Backbone]:
+        """The backbone of each student by its name; "" for the only student."""
+        return {"": self.export_backbone()}

@@ -142,19 +142,29 @@ class Step:
                     outputs = self.method.compare(crops.part(start, stop), part)
                     if watch is not None:
                         watch(outputs)
-                    due = {n: x for n, x in self.losses.items() if x.reads in outputs}
-                    terms = {n: _term(n, loss, outputs[loss.reads]) for n, loss in due.items()}
+                    terms, weights = self._terms(outputs)
                     if not terms:
                         raise UserError(
                             f"loss: none of {', '.join(self.losses)} is active at step "
                             f"{self.num_steps}; add one that is, such as loss.dino."
                         )
-                    weighted = [self.losses[n].weight(at) * term for n, term in terms.items()]
+                    weighted = [weights[n](at) * term for n, term in terms.items()]
                     total = torch.stack(weighted).sum()
                 self.backward(total)
             for name, term in {"loss": total, **terms}.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         return sums
+
+    def _terms(self, outputs: StepOutputs) -> tuple[dict[str, Tensor], dict[str, Schedule]]:
+        """Each active loss and its weight, by "LOSS" or, with several students, "STUDENT/LOSS"."""
+        terms, weights = {}, {}
+        for name, loss in self.losses.items():
+            for key, match in outputs.items():
+                student, _, read = key.rpartition("/")
+                if loss.reads == read:
+                    term = f"{student}/{name}" if student else name
+                    terms[term], weights[term] = _term(name, loss, match), loss.weight
+        return terms, weights
 
     def _update(self, ok: Tensor) -> None:
         """Optimizer step, skipped if `ok` is false: fused optimizers read it on the device, others

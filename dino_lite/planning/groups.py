@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from torch.optim import Optimizer
 
-from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Schedule
+from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Penalty, Schedule
 from dino_lite.eval.embedder import Dtype, Feature
 from dino_lite.eval.feature_files import FileFormat
 from dino_lite.formats.format import Format
@@ -94,6 +94,13 @@ class Optim(NamedTuple):
     max_skipped: Size = 20
 
 
+class Teacher(NamedTuple):
+    """The group `teacher` of a stage: a frozen network to learn from or to hold on to."""
+
+    checkpoint: str  # whatever `checkpoint=` of the commands takes
+    digest: str | None = None  # of its content; null: determined when the stage begins
+
+
 class Start(TypedDict, total=False):
     """Keys of the group `backbone` that are not arguments of the backbone's class."""
 
@@ -107,11 +114,13 @@ class Settings(TypedDict, total=False):
     augment: Node
     normalize: Node
     backbone: Callable[..., Backbone]
+    students: dict[str, Callable[..., Backbone]]
+    teacher: Teacher
     method: Callable[[Backbone], Method]
     trainer: Trainer
     loader: Loader
     optim: Optim
-    loss: dict[str, Loss]
+    loss: dict[str, Loss | Penalty]
     eval: dict[str, Evaluation] | None
     callbacks: dict[str, Node | None] | None
     format: dict[str, Format]
@@ -145,4 +154,4 @@ class Settings(TypedDict, total=False):
     pictures: str | None
 
 
-RECORDS = {"trainer": Trainer, "loader": Loader, "optim": Optim}
+RECORDS = {"trainer": Trainer, "loader": Loader, "optim": Optim, "teacher": Teacher}

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from dino_lite.config import load
-from dino_lite.contracts import Trust, UserError
+from dino_lite.backbones.spec import build_backbone
+from dino_lite.config import Config, load
+from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.names import file_name
 from dino_lite.data.preprocessing import Preprocessing
 from dino_lite.formats.opened import Opened
@@ -124,6 +126,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def save_backbone(file: Path, backbone: Backbone, step: int) -> None:
+    """Write a backbone alone as a checkpoint of the run in whose folder `file` lies, atomically:
+    its spec, its weights as "backbone.NAME", and the step. Raises UserError.
+    """
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    content = {"spec": backbone.stored_spec(), "state_dict": weights, "global_step": step}
+    part = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        part.replace(file)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({error}): free disk space.") from error
+
+
 def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of the method, from the content returned by `read_checkpoint`."""
     return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
@@ -159,15 +177,14 @@ def _is_foreign(inside: Path) -> bool:
 def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
     config = current(load(run.config_file))
     demand_trust(targets([config["backbone"], config["method"]]), trust, run.config_file)
-    method, content = fresh_method(config), read_checkpoint(file)
+    content = read_checkpoint(file)
+    size, normalize = config["augment"]["global_size"], config["normalize"]
     try:
-        method.load_state_dict(method_weights(content))
+        backbone = _backbone_in(content, config, trust).float().eval()
     except RuntimeError as error:
         raise UserError(
             f"{file} does not match {run.config_file}: keep checkpoints in the folder of their run."
         ) from error
-    size, normalize = config["augment"]["global_size"], config["normalize"]
-    backbone = method.export_backbone().float().eval()
     own = backbone.state_dict()
     refuse_unsound(own, own, str(file))
     return Opened(
@@ -178,3 +195,16 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
         card={"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
         data=config["data"],
     )
+
+
+def _backbone_in(content: dict[str, Any], config: Config, trust: Trust) -> Backbone:
+    """The backbone in a run's checkpoint: of its method, or alone (`save_backbone`)."""
+    weights = method_weights(content)
+    if "spec" in content:
+        backbone = build_backbone(content["spec"], trust)
+        own = {name.removeprefix("backbone."): value for name, value in weights.items()}
+        backbone.load_state_dict(own)
+        return backbone
+    method = fresh_method(config)
+    method.load_state_dict(weights)
+    return method.export_backbone()
