@@ -78,7 +78,7 @@ def plan(config: Config, facts: Facts) -> Plan:
         config = put(config, "backbone", choice.node)
         decisions.append(Decision("backbone", choice.name, choice.reason))
     config = _settle(config, facts, RULES, decisions)
-    left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
+    left = [key for key, value in leaves(config) if value == "auto" and not _keeps_auto(key)]
     if left:
         raise UserError(f"{left[0]}=auto: this key has no automatic value; set it explicitly.")
     check(config, facts)
@@ -97,4 +97,6 @@ def _settle(
     return config
 
 
-_OWN_AUTO = {"name", "data.labels"}
+def _keeps_auto(key: str) -> bool:
+    """Whether what reads the key takes "auto" itself: the name, and the labels of any data set."""
+    return key == "name" or (key.startswith("data.") and key.endswith(".labels"))
