@@ -29,6 +29,8 @@ from dino_lite.runs.sequence_folder import SequenceFolder, title_of
 from dino_lite.runs.trust import demand_trust, targets
 
 _TIMM = "timm:"
+_TEACHER = "teachers.ema.module."  # in the state dict of a method
+_BACKBONE = f"{_TEACHER}backbone."
 
 
 class Checkpoint(NamedTuple):
@@ -131,11 +133,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def save_backbone(file: Path, backbone: Backbone, step: int) -> None:
-    """Write a backbone alone as a checkpoint of the run in whose folder `file` lies, atomically:
-    its spec, its weights as "backbone.NAME", and the step. Raises UserError.
+def save_backbone(
+    file: Path, backbone: Backbone, step: int, heads: dict[str, Tensor] | None = None
+) -> None:
+    """Write a backbone, with weights of `heads` by the teacher's names, as a checkpoint of the run
+    in whose folder `file` lies, atomically: its spec, its weights named as the teacher's, and the
+    step. Raises UserError.
     """
-    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    weights = {f"method.{_BACKBONE}{name}": each for name, each in backbone.state_dict().items()}
+    weights |= {f"method.{name}": value for name, value in (heads or {}).items()}
     content = {"spec": backbone.stored_spec(), "state_dict": weights, "global_step": step}
     part = file.with_name(f".{file.name}.part")
     try:
@@ -150,6 +156,20 @@ def save_backbone(file: Path, backbone: Backbone, step: int) -> None:
 def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of the method, from the content returned by `read_checkpoint`."""
     return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
+
+
+def heads_in(run: Run) -> dict[str, Tensor]:
+    """The weights of the teacher's heads in the last checkpoint of a run, by their names there."""
+    weights = method_weights(read_checkpoint(run.last))
+    return {
+        name: value
+        for name, value in weights.items()
+        if name.startswith(_TEACHER) and not name.startswith(_BACKBONE)
+    }
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
 
 
 def _latest(runs_dir: Path) -> Path:
@@ -225,8 +245,7 @@ def _backbone_in(content: dict[str, Any], config: Config, trust: Trust) -> Backb
     weights = method_weights(content)
     if "spec" in content:
         backbone = build_backbone(content["spec"], trust)
-        own = {name.removeprefix("backbone."): value for name, value in weights.items()}
-        backbone.load_state_dict(own)
+        backbone.load_state_dict(_below(_BACKBONE, weights))
         return backbone
     method = fresh_method(config)
     method.load_state_dict(weights)

@@ -27,7 +27,7 @@ from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
 from dino_lite.meter import named
 from dino_lite.runs.begin import build_method
-from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, save_backbone
+from dino_lite.runs.checkpoint import find_checkpoint, heads_in, open_backbone, save_backbone
 from dino_lite.runs.finish import Say
 from dino_lite.runs.judge import Judge, Judged
 from dino_lite.runs.old_names import current
@@ -72,7 +72,8 @@ def settle(
     if found["choice"]:
         points = {each["name"]: each["path"] for each in found["collections"]}
         path_picture(points, found["alpha"], found["max_loss"], run.path_picture)
-    save_backbone(run.adapted, line.network(found["alpha"]).cpu(), int(end.card["steps"]))
+    chosen = line.network(found["alpha"]).cpu()
+    save_backbone(run.adapted, chosen, int(end.card["steps"]), heads_in(run))
     run.add_results({"adaptation": found})
     line.outcomes.file.unlink(missing_ok=True)
     say(table(found))
