@@ -260,3 +260,14 @@ def turned(
                 out[patch, j] = low * math.cos(angle) - high * math.sin(angle)
                 out[patch, j + width // 2] = high * math.cos(angle) + low * math.sin(angle)
     return out
+
+
+def kept(student: Tensor, frozen: Tensor) -> Tensor:
+    """Squared error over the frozen token's squared norm, plus the cosine distance."""
+    found, width = [], student.shape[-1]
+    for s, t in zip(student.reshape(-1, width), frozen.reshape(-1, width), strict=True):
+        dot = sum(a * b for a, b in zip(s, t, strict=True))
+        norms = [sum(a * a for a in x) for x in (s, t)]
+        error = sum((a - b) ** 2 for a, b in zip(s, t, strict=True))
+        found.append(error / norms[1] + 1 - dot / (norms[0] * norms[1]) ** 0.5)
+    return torch.stack(found).view(student.shape[:-1])

@@ -50,9 +50,10 @@ class FrozenTeacher:
             self._network = network
         return self._network
 
-    @torch.no_grad()
     def __call__(self, crops: Float[Tensor, "n C H W"], cls_only: bool = False) -> Tokens:
-        """Tokens of normalized crops, on their device and in their dtype."""
+        """Tokens of normalized crops, on their device and in their dtype. None of its weights
+        requires a gradient, so there is no graph in either mode; the mode selects kernels.
+        """
         backbone, how = self.network.backbone, self.network.preprocessing
         for part in (backbone, *self.network.heads.values()):
             part.to(crops)

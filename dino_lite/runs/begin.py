@@ -22,6 +22,7 @@ from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.identity import ABSENT, default_of
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
+from dino_lite.runs.teacher import teacher_config
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate_class, shown
 
@@ -49,9 +50,10 @@ def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
     backbone, and those that the method inherits. Raises UserError if others are asked for. If
     `backbone.pretrained` is given without an architecture, that of the file is the backbone's.
-    `trust` is used here and removed from the result: it is neither saved nor hashed.
+    `trust` is used here and removed from the result: it is neither saved nor hashed. Of a frozen
+    teacher the digest is added.
     """
-    config = dict(config)
+    config = teacher_config(dict(config))
     trust = config.pop("trust", None)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)

@@ -14,6 +14,7 @@ from dino_lite.data.datamodule import DataModule
 from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
+from dino_lite.methods.retention import Retention
 from dino_lite.methods.step import Step
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import scale_rate
@@ -21,6 +22,8 @@ from dino_lite.planning.groups import Loader, Optim, Trainer
 from dino_lite.planning.presets import usual_rate
 from dino_lite.runs.begin import build_method
 from dino_lite.runs.run import Run
+from dino_lite.runs.teacher import open_teacher
+from dino_lite.runs.trust import targets
 
 _FAR = 10.0  # times the usual learning rate
 
@@ -48,6 +51,8 @@ def build(
 def build_module(config: Config, facts: Facts) -> PretrainModule:
     """Build the module of method and step, with the clock of the run."""
     trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
+    # The user's own configuration names the classes of the backbone and the method.
+    teacher = open_teacher(config, [*targets([config["backbone"], config["method"]])])
     step = functools.partial(
         Step,
         losses=instantiate(config["loss"]),
@@ -61,6 +66,7 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
         micro_batch_size=trainer.micro_batch_size,
         autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
         seed=config["seed"],
+        retention=teacher and Retention(teacher),
     )
     groups = functools.partial(
         param_groups,
