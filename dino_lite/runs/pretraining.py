@@ -69,7 +69,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     started = without_start(config) if resuming else {}
 
     def build_run(config: Config) -> Built:
-        return build(config | started, facts, splits, run)
+        return build(config | started, facts, splits, run, trust)
 
     built = [build_run(config)]  # errors are raised before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
