@@ -83,6 +83,9 @@ def plan(config: Config, facts: Facts) -> Plan:
         decisions.append(Decision("backbone", choice.name, choice.reason))
     config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
     left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
+
+    config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
+    left = [key for key, value in leaves(config) if value == "auto" and not _keeps_auto(key)]
     if left:
         raise UserError(f"{left[0]}=auto: this key has no automatic value; set it explicitly.")
     check(config, facts)
@@ -114,4 +117,6 @@ def _settle_students(config: Config, facts: Facts, decisions: list[Decision]) ->
     return config | {"students": planned} if planned else config
 
 
-_OWN_AUTO = {"name", "data.labels"}
+def _keeps_auto(key: str) -> bool:
+    """Whether what reads the key takes "auto" itself: the name, and the labels of any data set."""
+    return key == "name" or (key.startswith("data.") and key.endswith(".labels"))

@@ -54,7 +54,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             state = "finished" if run.results().get("finished") else "trained"
             say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
-                with run.locked():
+                with run.locked(), alone():
                     checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
                     # The user's command names the same classes, so they are trusted.
                     trust = [*targets([planned.config["backbone"], planned.config["method"]])]
