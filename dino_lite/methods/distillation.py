@@ -40,6 +40,7 @@ from dino_lite.nn.masking import BlockMasking
 from dino_lite.nn.masks import Masks, draw_masks
 from dino_lite.nn.teachers import EMATeacher
 from dino_lite.settings.kinds import Count, Fraction, Positive, Size, Values
+from dino_lite.wording import count
 
 OF_MASKED = frozenset({"patch", "masked_tokens"})  # matches of masked patches
 _OF_PATCHES = frozenset({"patch", "masked_tokens", "patch_tokens", "patch_similarity"})
@@ -130,6 +131,12 @@ class Distillation(Method):
             raise UserError(
                 "method=distill learns from a teacher: dino-lite distill teacher=WEIGHTS "
                 "students=[vit_tiny] trains with it."
+            )
+        channels, name = teacher.network.backbone.in_chans, teacher.source
+        if any(each.in_chans != channels for each in backbone.values()):
+            raise UserError(
+                f"teacher={name} takes images of {count(channels, 'channel')}, unlike these: set "
+                f"data.channels={channels}, or choose another teacher."
             )
         self.teacher, self.reads, self.masking = teacher, frozenset(reads), masking
         self.teacher_temp, self.mixup, self.seed = teacher_temp, mixup, seed
