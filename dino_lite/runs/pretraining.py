@@ -30,7 +30,7 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
-from dino_lite.runs.students import finish_students, open_students
+from dino_lite.runs.student_folders import finish_students, open_students
 from dino_lite.runs.trainer import check_launcher, quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
