@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserError
 from dino_lite.data.random_crops import RandomCrops, random_batches
-from dino_lite.data.subset import Subset
+from dino_lite.data.subset import Subset, hold_out
 from dino_lite.eval.features import device_of
-from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes, hold_out
+from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore, demand_labels

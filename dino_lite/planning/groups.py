@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Penalty, Schedule
+from dino_lite.data.stage_data import Replayed
 from dino_lite.eval.embedder import Dtype, Feature
 from dino_lite.eval.feature_files import FileFormat
+from dino_lite.eval.tradeoff import Promise
 from dino_lite.formats.format import Format
 from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
@@ -101,10 +103,24 @@ class Teacher(NamedTuple):
     digest: str | None = None  # of its content; null: determined when the stage begins
 
 
+class Distill(NamedTuple):
+    """The group `distill` of its command."""
+
+    chain: bool = False
+    teacher_size: Size | None = None
+    export: bool = True
+
+
 class Start(TypedDict, total=False):
     """Keys of the group `backbone` that are not arguments of the backbone's class."""
 
     pretrained: str | None
+
+
+class Replay(TypedDict, total=False):
+    """Keys of the group `keep` that are not arguments of what opens the data."""
+
+    share: Replayed
 
 
 class Settings(TypedDict, total=False):
@@ -116,6 +132,9 @@ class Settings(TypedDict, total=False):
     backbone: Callable[..., Backbone]
     students: dict[str, Callable[..., Backbone]]
     teacher: Teacher
+    keep: Node
+    stages: str | list[str] | None
+    adapt: Promise
     method: Callable[[Backbone], Method]
     trainer: Trainer
     loader: Loader
@@ -154,4 +173,10 @@ class Settings(TypedDict, total=False):
     pictures: str | None
 
 
-RECORDS = {"trainer": Trainer, "loader": Loader, "optim": Optim, "teacher": Teacher}
+RECORDS = {
+    "trainer": Trainer,
+    "loader": Loader,
+    "optim": Optim,
+    "teacher": Teacher,
+    "adapt": Promise,
+}
