@@ -187,6 +187,59 @@ def dino_step(
     return loss.detach(), center_ema(center, t, center_momentum)
 
 
+# ------------------------------------------------------------------------------------ adaptation
+
+
+def interpolate(start: Tensor, end: Tensor, alpha: float) -> Tensor:
+    """(1 − α)·start + α·end, number by number in double precision (Wortsman et al. 2022)."""
+    pairs = zip(start.flatten().tolist(), end.flatten().tolist(), strict=True)
+    mixed = [(1 - alpha) * one + alpha * other for one, other in pairs]
+    return torch.tensor(mixed, dtype=torch.float64).to(end.dtype).reshape(end.shape)
+
+
+def channel_statistics(batches: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and unbiased variance of each channel over all images and places: batches n C h w."""
+    mean, variance = [], []
+    for channel in range(batches[0].shape[1]):
+        values = [v for batch in batches for v in batch[:, channel].flatten().tolist()]
+        mean.append(sum(values) / len(values))
+        squares = sum((value - mean[-1]) ** 2 for value in values)
+        variance.append(squares / (len(values) - 1))
+    return mean, variance
+
+
+def best_point(
+    gains: Sequence[float], losses: Sequence[Sequence[float]], max_loss: float | None
+) -> int:
+    """The first point of largest gain where no loss (collection, point) is above `max_loss`."""
+    best = 0
+    for point in range(len(gains)):
+        allowed = True
+        for each in losses:
+            if max_loss is not None and each[point] > max_loss:
+                allowed = False
+        if allowed and gains[point] > gains[best]:
+            best = point
+    return best
+
+
+def shared_neighbors(one: Tensor, other: Tensor, bank: tuple[Tensor, Tensor], k: int) -> Tensor:
+    """Percent of the k nearest rows of a bank, by cosine, that two networks share: queries n D."""
+    found = []
+    for i in range(len(one)):
+        nearest = []
+        for query, rows in ((one[i], bank[0]), (other[i], bank[1])):
+            cosines = [float(query @ row / query.norm() / row.norm()) for row in rows]
+            nearest.append(set(sorted(range(len(rows)), key=lambda j: -cosines[j])[:k]))
+        found.append(100 * len(nearest[0] & nearest[1]) / k)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def paired_bootstrap(before: Tensor, after: Tensor, draws: Tensor) -> list[float]:
+    """The mean gain of every sample of images, drawn before and after together: draws m n."""
+    return [float(sum(after[i] - before[i] for i in draw.tolist()) / len(draw)) for draw in draws]
+
+
 # ------------------------------------------------------------------------------------ positions
 
 

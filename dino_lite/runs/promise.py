@@ -34,8 +34,6 @@ from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
 from dino_lite.runs.settlement import sentences, table
 
-START, ADAPTED = "start.ckpt", "adapted.ckpt"  # beside last.ckpt
-
 
 def settle(
     run: Run,
@@ -59,8 +57,7 @@ def settle(
     seed = int(config["data"].get("seed", config["seed"]))
     key = _key(start, end, {"": mine} | dict(keep), promise, seed)
     before: dict[str, Any] = run.results().get("adaptation", {})
-    files = [run.checkpoints / ADAPTED, run.folder / "path.png"]
-    if before.get("key") == key and all(file.is_file() for file in files[: 1 + before["choice"]]):
+    if before.get("key") == key and run.adapted.is_file():
         say(table(before))
         return before
     workers = int(config["loader"]["num_workers"])
@@ -72,31 +69,23 @@ def settle(
     line = Line(start, end.backbone, judges, device, seed, Outcomes(run.folder / "path.npz", key))
     found = _measured(line, promise, say) | {"key": key}
     found["sentences"] = sentences(found)
-    chosen = line.network(found["alpha"])
-    save_backbone(files[0], chosen.cpu(), int(end.card["steps"]))
     if found["choice"]:
         points = {each["name"]: each["path"] for each in found["collections"]}
-        path_picture(points, found["alpha"], found["max_loss"], files[1])
+        path_picture(points, found["alpha"], found["max_loss"], run.path_picture)
+    save_backbone(run.adapted, line.network(found["alpha"]).cpu(), int(end.card["steps"]))
     run.add_results({"adaptation": found})
     line.outcomes.file.unlink(missing_ok=True)
     say(table(found))
     return found
 
 
-def save_start(run: Run, config: Config) -> None:
-    """Write the backbone with which the stage of a planned configuration begins, converted as it
-    will be: before training, as the file it comes from may change later.
-    """
-    backbone = build_method(config).export_backbone().float()
-    save_backbone(run.checkpoints / START, backbone, 0)
-
-
 def open_start(run: Run, config: Config, trust: Trust = ()) -> Backbone:
-    """The backbone in start.ckpt, written now if it is missing."""
-    file = run.checkpoints / START
-    if not file.is_file():
-        save_start(run, config)
-    return open_backbone(find_checkpoint(str(file), config["runs_dir"]), trust).backbone
+    """The backbone with which the stage began, converted as it was; written to start.ckpt now if it
+    is not there.
+    """
+    if not run.start.is_file():
+        save_backbone(run.start, build_method(config).export_backbone().float(), 0)
+    return open_backbone(find_checkpoint(str(run.start), config["runs_dir"]), trust).backbone
 
 
 class Outcomes:

@@ -31,6 +31,9 @@ class Run:
         self.bad_files = folder / "bad_files.csv"  # path, reason
         self.checkpoints = folder / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        # Of an adaptation, whose result lies between start and end: see runs/promise.py.
+        self.start, self.adapted = (self.checkpoints / f"{n}.ckpt" for n in ("start", "adapted"))
+        self.path_picture = folder / "path.png"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Run) and self.folder == other.folder
@@ -70,7 +73,8 @@ class Run:
 
     def clear(self, pictures: Iterable[str]) -> None:
         """Remove results and `pictures` of an earlier training in this folder."""
-        for path in (self.results_file, *(self.folder / f"{name}.png" for name in pictures)):
+        drawn = (self.folder / f"{name}.png" for name in pictures)
+        for path in (self.results_file, self.start, self.adapted, self.path_picture, *drawn):
             path.unlink(missing_ok=True)
 
     def add_results(self, results: dict[str, Any]) -> None:
