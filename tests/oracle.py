@@ -313,3 +313,41 @@ def turned(
                 out[patch, j] = low * math.cos(angle) - high * math.sin(angle)
                 out[patch, j + width // 2] = high * math.cos(angle) + low * math.sin(angle)
     return out
+
+
+def kept(student: Tensor, frozen: Tensor) -> Tensor:
+    """Squared error over the frozen token's squared norm, plus the cosine distance."""
+    found, width = [], student.shape[-1]
+    for s, t in zip(student.reshape(-1, width), frozen.reshape(-1, width), strict=True):
+        dot = sum(a * b for a, b in zip(s, t, strict=True))
+        norms = [sum(a * a for a in x) for x in (s, t)]
+        error = sum((a - b) ** 2 for a, b in zip(s, t, strict=True))
+        found.append(error / norms[1] + 1 - dot / (norms[0] * norms[1]) ** 0.5)
+    return torch.stack(found).view(student.shape[:-1])
+
+
+# ---------------------------------------------------------------------------------- distillation
+
+
+def token_distance(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Proteus: the mean squared difference of each row, summed by the rows' weights."""
+    total = student.new_zeros(())
+    for row in range(len(weight)):
+        total = total + weight[row] * ((student[row] - teacher[row]) ** 2).mean()
+    return total
+
+
+def kl_of_cosines(
+    student: Tensor, teacher: Tensor, bank: tuple[Tensor, Tensor], temp: float
+) -> float:
+    """KL of the softmax over cosines with rows of the bank (student, teacher): SEED, eq. 5."""
+
+    def distribution(row: Tensor, others: Tensor) -> list[float]:
+        cosines = [
+            float(row @ other / (row.norm() * other.norm()).clamp(min=1e-12)) for other in others
+        ]
+        powers = [math.exp(cosine / temp) for cosine in cosines]
+        return [power / sum(powers) for power in powers]
+
+    ours, theirs = distribution(student, bank[0]), distribution(teacher, bank[1])
+    return sum(p * (math.log(p) - math.log(q)) for p, q in zip(theirs, ours, strict=True))

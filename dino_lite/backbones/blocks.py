@@ -4,7 +4,8 @@ stochastic depth, and pruning of the last block's queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Annotated, Any, Literal, cast
 
@@ -114,9 +115,29 @@ def run_blocks(
         drops = draw_drops(block, tokens, drop_path_by, scales)
         run = partial(_compiled(), block) if compiled else block
         given = (tokens, rotation, drops, queries, slice_qkv, recompute)
-        low = memory == "low"
-        tokens = checkpoint(run, *given, use_reentrant=False) if low else run(*given)
+        if memory == "low":
+            # A pass in eval mode may be recomputed after the network is in training mode again.
+            again = {} if block.training or traced else {"context_fn": partial(_again, block)}
+            tokens = checkpoint(run, *given, use_reentrant=False, **again)
+        else:
+            tokens = run(*given)
     return tokens
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Context in which `network` is in eval mode; afterwards each part has its own mode again."""
+    modes = [(part, part.training) for part in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), evaluating(block)
 
 
 @cache

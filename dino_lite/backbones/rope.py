@@ -165,6 +165,11 @@ class RotaryPositions(nn.Module):
         self.moves = True
         self.fixed: Rotation | None = None  # returned for every grid, without augmentation
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether coordinates are augmented in training mode."""
+        return self.moves and (self.shift > 0 or self.jitter > 1 or self.rescale > 1)
+
     def forward(self, grid: tuple[int, int], like: Tensor) -> Rotation:
         """Sines and cosines for the patches of a grid in row-major order, on the device and in the
         precision of `like`, at least float32 even under autocast.
@@ -178,7 +183,7 @@ class RotaryPositions(nn.Module):
             for size, side in zip(grid, whole, strict=True)
         ]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
-        if self.training and self.moves:
+        if self.training and self.is_noisy:
             offset, factor = self._draw().to(places, non_blocking=True)
             places = (places + offset) * factor
         exponents = torch.arange(self.width // 4, dtype=dtype, device=like.device)

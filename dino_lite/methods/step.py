@@ -22,6 +22,7 @@ from dino_lite.contracts import (
 )
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
+from dino_lite.methods.retention import Retention
 from dino_lite.nn.buffers import KeptBuffers
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
 from dino_lite.optim.schedules import Span, span_steps
@@ -39,7 +40,8 @@ class Step:
     (DINOv2), last layers in other groups get no gradient (DINO). If a gradient is not finite, the
     step changes nothing but the step count; `max_skipped` consecutive skipped steps end the run.
     `rate_doubt` says that the learning rate is unusually high, and is then advised about first.
-    `backward` and `no_sync` come from the strategy that synchronizes ranks.
+    `retention` adds its matches to the method's. `backward` and `no_sync` come from the strategy
+    that synchronizes ranks.
     """
 
     def __init__(
@@ -58,18 +60,22 @@ class Step:
         seed: int = 0,
         max_skipped: int = 20,
         rate_doubt: str | None = None,
+        retention: Retention | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        provided = (*method.provides, *(retention.provides if retention else ()))
         for name, loss in losses.items():
-            if loss.reads not in method.provides:
+            if loss.reads not in provided:
                 raise UserError(
                     f"loss.{name} reads {loss.reads!r}, but {type(method).__name__} provides "
-                    f"{', '.join(method.provides)}."
+                    f"{', '.join(provided)}{_unkept(loss.reads)}."
                 )
         self.method, self.losses, self.optimizer = method, dict(losses), optimizer
         of_tokens = [loss for loss in losses.values() if loss.reads == "tokens"]
         method.needs_patches = not all(isinstance(x, Loss) and x.cls_only for x in of_tokens)
+        used = retention is not None and retention.attach(method, losses.values())
+        self.retention = retention if used else None
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
@@ -85,7 +91,8 @@ class Step:
         self.last_layer = [p for p in last if p not in apart]
 
     def __call__(self, crops: Crops, at: Progress, watch: Watch | None = None) -> dict[str, Tensor]:
-        """Returns detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
+        """Returns detached scalars: "loss", each loss by name, "grad_norm" and "skipped"; with
+        several students also "STUDENT/loss" and each "STUDENT/NAME".
 
         `watch` is called with the losses' inputs of each micro-batch and must not modify them.
         """
@@ -139,7 +146,7 @@ class Step:
             with nullcontext() if start == starts[-1] else self.no_sync():
                 with self._autocast(crops):
                     part = {name: target.part(start, stop) for name, target in targets.items()}
-                    outputs = self.method.compare(crops.part(start, stop), part)
+                    outputs = self._outputs(crops.part(start, stop), part, crops.num_images)
                     if watch is not None:
                         watch(outputs)
                     terms, weights = self._terms(outputs)
@@ -148,12 +155,18 @@ class Step:
                             f"loss: none of {', '.join(self.losses)} is active at step "
                             f"{self.num_steps}; add one that is, such as loss.dino."
                         )
-                    weighted = [weights[n](at) * term for n, term in terms.items()]
-                    total = torch.stack(weighted).sum()
+                    weighted = {n: weights[n](at) * term for n, term in terms.items()}
+                    total = torch.stack([*weighted.values()]).sum()
                 self.backward(total)
-            for name, term in {"loss": total, **terms}.items():
+            for name, term in {"loss": total, **_of_students(weighted), **terms}.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         return sums
+
+    def _outputs(self, crops: Crops, targets: StepTargets, num_images: int) -> StepOutputs:
+        """The matches of a micro-batch of a batch of `num_images`."""
+        if self.retention is None:
+            return self.method.compare(crops, targets)
+        return self.retention.compare(self.method, crops, targets, num_images)
 
     def _terms(self, outputs: StepOutputs) -> tuple[dict[str, Tensor], dict[str, Schedule]]:
         """Each active loss and its weight, by "LOSS" or, with several students, "STUDENT/LOSS"."""
@@ -200,6 +213,22 @@ class Step:
     def _count_skipped(self, ok: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=ok.device)
         return torch.where(ok, zero, (zero if self.skipped is None else self.skipped) + 1)
+
+
+def _unkept(read: str) -> str:
+    """What to do if a loss reads a match of retention, and there is none."""
+    needed = read in Retention.provides
+    return f"; {read} needs a frozen network: set teacher.checkpoint" if needed else ""
+
+
+def _of_students(weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of each student's weighted losses, "STUDENT/loss"."""
+    sums: dict[str, Tensor] = {}
+    for name, term in weighted.items():
+        if student := name.rpartition("/")[0]:
+            key = f"{student}/loss"
+            sums[key] = sums[key] + term if key in sums else term
+    return sums
 
 
 def _term(name: str, loss: Loss, match: Match) -> Tensor:

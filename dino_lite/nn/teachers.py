@@ -51,13 +51,21 @@ def ema_(
 class EMATeacher(nn.Module):
     """The student's running average (DINO, section 3.1): initialized as a copy and updated after
     every optimizer step.
+
+    Batch-norm statistics are its own, unless it never runs in training: with `buffers`, those of
+    the student are averaged too.
     """
 
-    def __init__(self, student: nn.Module, momentum: Schedule) -> None:
+    def __init__(self, student: nn.Module, momentum: Schedule, buffers: bool = False) -> None:
         super().__init__()
         self.module: Any = frozen_copy(student)
-        self.momentum = momentum
+        self.momentum, self.with_buffers = momentum, buffers
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Update from `student`. Parameters only: batch-norm statistics are the teacher's own."""
-        ema_(self.module.parameters(), student.parameters(), self.momentum(at), ok)
+        """Update from `student`."""
+        ours, theirs = (self._averaged(module) for module in (self.module, student))
+        ema_(ours, theirs, self.momentum(at), ok)
+
+    def _averaged(self, module: nn.Module) -> list[Tensor]:
+        buffers = module.buffers() if self.with_buffers else ()
+        return [*module.parameters(), *(each for each in buffers if each.is_floating_point())]

@@ -22,6 +22,7 @@ from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.identity import ABSENT, default_of
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
+from dino_lite.runs.teacher import open_teacher, teacher_config
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate_class, shown
 
@@ -49,10 +50,12 @@ def begin_config(config: Config) -> Config:
     """If `checkpoint` names a run, replace the settings that must match its weights: those of the
     backbone, and those that the method inherits. Raises UserError if others are asked for. If
     `backbone.pretrained` is given without an architecture, that of the file is the backbone's.
-    `trust` is used here and removed from the result: it is neither saved nor hashed.
+    `trust` is used here and removed from the result: it is neither saved nor hashed. Of a frozen
+    teacher the digest is added.
     """
     config = dict(config)
     trust = config.pop("trust", None)
+    config = teacher_config(config)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)
     config["backbone"] = _as_in_file(config["backbone"], trust)
@@ -182,9 +185,10 @@ def _is_group(node: str) -> bool:
     return node != "method" and (config_dir() / node).is_dir()
 
 
-def build_method(config: Config) -> Method:
+def build_method(config: Config, trust: Trust = ()) -> Method:
     """Build the method of a planned configuration with its initial weights."""
-    method = fresh_method(config, config["backbone"].get("pretrained"))
+    teacher = open_teacher(config, trust)
+    method = fresh_method(config, config["backbone"].get("pretrained"), teacher)
     if config.get("checkpoint"):
         _begin_with(method, config["checkpoint"], config["runs_dir"])
     return method

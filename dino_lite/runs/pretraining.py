@@ -30,6 +30,7 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
+from dino_lite.runs.student_folders import finish_students, open_students
 from dino_lite.runs.trainer import check_launcher, quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
@@ -59,11 +60,7 @@ def run_pretrain(
             say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
                 with run.locked(), alone():
-                    checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
-                    # The user's command names the same classes, so they are trusted.
-                    trust = [*targets([planned.config["backbone"], planned.config["method"]])]
-                    opened = open_backbone(checkpoint, trust)
-                    return _finish(run, config, facts, splits, opened.backbone)
+                    return _finish(run, config, facts, splits, _trained(run, config, planned))
             return {}
     else:
         config = planned.config
@@ -73,7 +70,7 @@ def run_pretrain(
     started = without_start(config) if resuming else {}
 
     def build_run(config: Config) -> Built:
-        return build(config | started, facts, splits, run)
+        return build(config | started, facts, splits, run, trust)
 
     built = [build_run(config)]  # errors are raised before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
@@ -81,8 +78,7 @@ def run_pretrain(
         if rank() == 0:
             # Of a resumed run, the saved configuration decides.
             shown = Plan(config, [] if resuming else planned.decisions)
-            network = network_size(built[0][1].method.export_backbone())
-            say_plan(shown, run, facts, splits, network)
+            say_plan(shown, run, facts, splits, network_size(built[0][1].method.export_backbone()))
             other = None if resuming or named else other_length(run, request)
             begun = begins_with(config, built[0][1].method.notes)
             notes = (*splits.left_out, *facts.warnings, *embedded(config), other, begun)
@@ -99,8 +95,7 @@ def run_pretrain(
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}
         run.add_results({"trained": True} | spent)
         with alone():  # the other ranks have finished
-            backbone = module.method.export_backbone().float()
-            return _finish(run, config, facts, splits, backbone)
+            return _finish(run, config, facts, splits, module.method.export_backbones())
 
 
 def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
@@ -113,14 +108,29 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
     write_json(run.environment_file, environment(facts) | known)
 
 
+def _trained(run: Run, config: Config, planned: Plan) -> Mapping[str, Backbone]:
+    """The backbones of a trained run by student; "" for the only one."""
+    if config.get("students"):
+        return open_students(run, config)
+    checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
+    # The user's command names the same classes, so they are trusted.
+    trust = [*targets([planned.config["backbone"], planned.config["method"]])]
+    return {"": open_backbone(checkpoint, trust).backbone}
+
+
 def _finish(
-    run: Run, config: Config, facts: Facts, splits: Splits, backbone: Backbone
+    run: Run, config: Config, facts: Facts, splits: Splits, backbones: Mapping[str, Backbone]
 ) -> dict[str, Any]:
-    """Add missing pictures and baselines to the trained run; returns its results. Raises
-    Interrupted after a signal.
+    """Add missing pictures and baselines to the trained run, or to the folders of its students;
+    returns its results. Raises Interrupted after a signal.
     """
+    device = torch.device(facts.accelerator)
+    backbones = {name: backbone.float() for name, backbone in backbones.items()}
     try:
-        finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+        if config.get("students"):
+            finish_students(run, config, splits, backbones, device, say)
+            return run.results() | {"run": str(run.folder)}
+        finish(run, config, splits, backbones[""].to(device), say)
     except KeyboardInterrupt as stop:
         number = number_of(stop)
         raise Interrupted(
