@@ -126,7 +126,7 @@ class Adaptation:
     def _start_file(self, folder: Path) -> str:
         """The path of the weights to start from; those of timm's are written to one."""
         if self.start.path is not None:
-            return str(self.start.path)
+            return str(self.config["checkpoint"])
         file = folder / "start"
         if rank() == 0 and not (file / "model.safetensors").is_file():
             file.mkdir(parents=True, exist_ok=True)
