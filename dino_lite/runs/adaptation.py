@@ -119,7 +119,9 @@ class Adaptation:
         }
         start = {"checkpoint": weights if heads else None}
         pretrained = None if heads else weights
-        backbone = config["backbone"] | {"pretrained": pretrained}
+        kinds = [load(config_dir() / "backbone" / f"{name}.yaml") for name in ("auto", "rope")]
+        chosen = config["backbone"]  # if a method's usual one: the file's
+        backbone = (kinds[0] if chosen in kinds else chosen) | {"pretrained": pretrained}
         teacher = {"teacher": {"checkpoint": weights}}
         return config | start | teacher | {"data": data, "backbone": backbone}
 
