@@ -351,3 +351,21 @@ def kl_of_cosines(
 
     ours, theirs = distribution(student, bank[0]), distribution(teacher, bank[1])
     return sum(p * (math.log(p) - math.log(q)) for p, q in zip(theirs, ours, strict=True))
+
+
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W·x + bias + scale·B·(A·x), row by row."""
+    rows = []
+    for row in x:
+        low = [sum(a[r, i] * row[i] for i in range(len(row))) for r in range(len(a))]
+        rows.append(
+            torch.stack(
+                [
+                    sum(weight[o, i] * row[i] for i in range(len(row)))
+                    + bias[o]
+                    + scale * sum(b[o, r] * low[r] for r in range(len(a)))
+                    for o in range(len(weight))
+                ]
+            )
+        )
+    return torch.stack(rows)

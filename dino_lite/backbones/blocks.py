@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dino_lite.backbones.layers import MLP, Attention, Rotation, has_hooks, is_bare
 from dino_lite.contracts import Backbone, Memory
@@ -117,8 +117,8 @@ def run_blocks(
         given = (tokens, rotation, drops, queries, slice_qkv, recompute)
         if memory == "low":
             # A pass in eval mode may be recomputed after the network is in training mode again.
-            again = {} if block.training or traced else {"context_fn": partial(_again, block)}
-            tokens = checkpoint(run, *given, use_reentrant=False, **again)
+            modes = noop_context_fn if block.training or traced else partial(_again, block)
+            tokens = checkpoint(run, *given, use_reentrant=False, context_fn=modes)
         else:
             tokens = run(*given)
     return tokens

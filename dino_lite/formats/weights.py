@@ -49,6 +49,7 @@ from dino_lite.formats.sound import (
 from dino_lite.formats.tensors import read_about, read_content, weights_file
 from dino_lite.formats.timm_told import completed
 from dino_lite.formats.told import check_about
+from dino_lite.nn.lora import merged_tensors
 from dino_lite.wording import count
 
 _SECONDS_TO_ANSWER = 5
@@ -226,7 +227,7 @@ def read_weights(path: str | Path, key: str = "backbone.pretrained") -> Content:
     check_about(beside, f"{key}={path}")
     about = completed(beside, values, file)
     check_about(about, f"{key}={path}")
-    return Content(tensors, about)
+    return Content(merged_tensors(tensors), about)
 
 
 def spec_in(path: str | Path) -> dict[str, Any] | None:

@@ -50,11 +50,10 @@ class KeptLoss(Loss):
                 f"{student.cls.shape[-1]}: replace kept by kept_gram, which compares networks of "
                 "any width."
             )
-        shape = kept.cls.shape[:2]  # G n
-        distance = kept_distance(student.cls.unflatten(0, shape), kept.cls)
+        distance = kept_distance(student.cls.view(kept.cls.shape), kept.cls)  # G n
         if self.patches:
-            of_patches = kept_distance(student.patches.unflatten(0, shape), kept.patches)
-            distance = distance + self.patches * of_patches.mean(-1)
+            mine = student.patches.reshape(kept.patches.shape)
+            distance = distance + self.patches * kept_distance(mine, kept.patches).mean(-1)
         by_image = distance.mean(0)
         loss: Tensor = (kept.weight.to(by_image) * by_image).sum()
         return loss

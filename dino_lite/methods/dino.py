@@ -25,6 +25,7 @@ from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods.method import Method
 from dino_lite.nn.centering import EMACentering
 from dino_lite.nn.heads import DINOHead
+from dino_lite.nn.lora import merged
 from dino_lite.nn.teachers import EMATeacher
 from dino_lite.settings.kinds import Fraction, Positive, Values
 
@@ -123,8 +124,7 @@ class DINO(Method):
 
     def export_backbone(self) -> Backbone:
         """The teacher's backbone: it outperforms the student's in training (DINO, figure 6)."""
-        backbone: Backbone = self.ema.module.backbone
-        return backbone
+        return merged(self.ema.module.backbone)
 
 
 def centered(

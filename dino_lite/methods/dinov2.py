@@ -31,6 +31,7 @@ from dino_lite.methods.dino import centered
 from dino_lite.methods.method import Method
 from dino_lite.methods.snapshot import SnapshotTeacher
 from dino_lite.nn.heads import DINOHead
+from dino_lite.nn.lora import merged
 from dino_lite.nn.masking import BlockMasking
 from dino_lite.nn.masks import Masks, draw_masks
 from dino_lite.nn.teachers import EMATeacher
@@ -234,8 +235,7 @@ class DINOv2(Method):
 
     def export_backbone(self) -> Backbone:
         """The teacher's backbone."""
-        backbone: Backbone = self.ema.module.backbone
-        return backbone
+        return merged(self.ema.module.backbone)
 
 
 def _forget(method: nn.Module, keys: Any) -> None:

@@ -77,8 +77,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def export_backbone(self) -> Backbone:
-        """The backbone that is evaluated and exported: the teacher's. With several students, the
-        first one's.
+        """The backbone that is evaluated and exported: the teacher's, its adapters merged. With
+        several students, the first one's.
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dino_lite.contracts import Crops
+from dino_lite.contracts import Crops, Tokens, UserError
 from dino_lite.distributed import all_reduce_mean_, world_size
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.method import Method
@@ -27,6 +27,8 @@ class PretrainModule(pl.LightningModule):
 
     `groups` builds the parameter groups of the student, `optimizer` an optimizer from those, `step`
     a Step from method and optimizer. With several ranks, batch normalization is synchronized.
+    `frozen` are file and digest of frozen networks by the role of each, saved in place of their
+    weights; `start` returns tokens of the frozen network that the student is held to, if any.
     """
 
     def __init__(
@@ -36,10 +38,13 @@ class PretrainModule(pl.LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         clock: Clock,
         groups: Callable[[nn.Module], list[dict[str, Any]]] = param_groups,
+        frozen: Mapping[str, tuple[str, str]] | None = None,
+        start: Callable[..., Tokens] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.method, self.clock = method, clock
+        self.frozen, self.start = dict(frozen or {}), start
         self.make_step, self._make_optimizer, self._make_groups = step, optimizer, groups
         self.watch: Watch | None = None  # set by callbacks for the steps they observe
         self.in_step = False  # whether student, teacher and optimizer may belong to different steps
@@ -130,12 +135,28 @@ class PretrainModule(pl.LightningModule):
         return [name for name in losses if name not in active]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the training time and the number of skipped steps so far."""
+        """Save the training time and the number of skipped steps so far, and which frozen networks
+        took part.
+        """
         checkpoint["train_seconds"] = self.clock.seconds
         checkpoint["skipped_total"] = self.skipped()[1]
+        if self.frozen:
+            names = ("source", "digest")
+            checkpoint["frozen"] = {
+                role: dict(zip(names, each, strict=True)) for role, each in self.frozen.items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the training time and the number of skipped steps."""
+        """Restore the training time and the number of skipped steps. Raises UserError if a frozen
+        network has changed.
+        """
+        saved = checkpoint.get("frozen", {})
+        for role, (source, digest) in self.frozen.items():
+            if saved.get(role, {"digest": digest})["digest"] != digest:
+                raise UserError(
+                    f"{source} has changed since this run was started: restore the file, or choose "
+                    "another name= for a new run."
+                )
         self.clock.seconds = float(checkpoint.get("train_seconds", 0.0))
         self._skipped_before = int(checkpoint.get("skipped_total", 0))
 

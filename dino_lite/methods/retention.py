@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+from jaxtyping import Float
+from torch import Tensor
+
 from dino_lite.backbones.blocks import evaluating
 from dino_lite.backbones.noise import is_noisy
 from dino_lite.contracts import (
     Anchor,
+    Backbone,
     Crops,
     Kept,
     Loss,
@@ -19,6 +23,7 @@ from dino_lite.contracts import (
 )
 from dino_lite.losses.gram import regrid
 from dino_lite.methods.method import Method
+from dino_lite.nn.lora import without_adapters
 
 KEPT, KEPT_GRAM = "kept", "kept_gram"
 
@@ -28,7 +33,7 @@ class Retention:
     "kept" with `Kept`, "kept_gram" with `Anchor`, as GramLoss reads it.
 
     `frozen` returns the frozen network's tokens of crops: a `FrozenTeacher`, or the student itself
-    without its adapters (`nn.lora.Unadapted`). Its patches are resampled to the student's grid.
+    without its adapters (`Unadapted`). Its patches are resampled to the student's grid.
     Where the method's own pass over the global crops is masked or noisy (drop path, dropout, batch
     normalization, augmented coordinates), the student sees them once more in eval mode; else the
     tokens of the method's pass are used. So a student that is the frozen network has a distance of
@@ -74,13 +79,27 @@ class Retention:
         if not cls_only:
             patches = regrid(patches, theirs.grid, tokens.grid)
         shape = crops.globals_.shape[:2]  # G n
-        patches = patches.unflatten(0, shape)
+        patches = patches.reshape(*shape, *patches.shape[1:])
         weight = crops.globals_.new_full(shape[1:], 1.0 / num_images)
         found = {
-            KEPT: Kept(theirs.cls.detach().unflatten(0, shape), patches, weight),
+            KEPT: Kept(theirs.cls.detach().reshape(*shape, -1), patches, weight),
             KEPT_GRAM: Anchor(patches, weight),
         }
         return outputs | {name: Match(tokens, found[name]) for name in self._read}
+
+
+class Unadapted:
+    """Tokens of a backbone without its adapters, whose own weights are frozen: the network with
+    which training began, without a copy of it.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def __call__(self, crops: Float[Tensor, "n C H W"], cls_only: bool = False) -> Tokens:
+        """Tokens of crops, in eval mode."""
+        with evaluating(self._backbone), without_adapters(self._backbone):
+            return self._backbone(crops, cls_only=cls_only)
 
 
 def _student(method: Method) -> Any:

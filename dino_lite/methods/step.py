@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dino_lite.contracts import (
+    Backbone,
     Crops,
     Loss,
     Match,
     MatchError,
+    Penalty,
     Progress,
     Schedule,
     StepOutputs,
@@ -23,6 +25,7 @@ from dino_lite.contracts import (
 from dino_lite.distributed import rank
 from dino_lite.methods.method import Method
 from dino_lite.methods.retention import Retention
+from dino_lite.methods.stillness import Stillness
 from dino_lite.nn.buffers import KeptBuffers
 from dino_lite.optim.param_groups import ClipBy, clip_gradients_, clip_groups, is_last_layer
 from dino_lite.optim.schedules import Span, span_steps
@@ -37,17 +40,19 @@ class Step:
     student processes micro-batches of `micro_batch_size` images (0: the whole batch), whose
     gradients add up to the whole batch's. During `freeze_last_layer` the prototypes do not change:
     parameter groups marked `last_layer` have a learning rate of 0 but accumulate optimizer moments
-    (DINOv2), last layers in other groups get no gradient (DINO). If a gradient is not finite, the
-    step changes nothing but the step count; `max_skipped` consecutive skipped steps end the run.
-    `rate_doubt` says that the learning rate is unusually high, and is then advised about first.
-    `retention` adds its matches to the method's. `backward` and `no_sync` come from the strategy
-    that synchronizes ranks.
+    (DINOv2), last layers in other groups get no gradient (DINO). During `freeze_backbone` only
+    heads are trained; then the rate of groups marked `backbone` rises from 0 over `backbone_ramp`.
+    If a gradient is not finite, the step changes nothing but the step count; `max_skipped`
+    consecutive skipped steps end the run. `rate_doubt` says that the learning rate is unusually
+    high, and is then advised about first. `retention` adds its matches to the method's; penalties
+    compare the student's backbone with `start`, the one with which the run began. `backward` and
+    `no_sync` come from the strategy that synchronizes ranks.
     """
 
     def __init__(
         self,
         method: Method,
-        losses: Mapping[str, Loss],
+        losses: Mapping[str, Loss | Penalty],
         optimizer: torch.optim.Optimizer,
         *,
         learning_rate: Schedule,
@@ -55,29 +60,35 @@ class Step:
         clip: float = 3.0,
         clip_by: ClipBy = "global",
         freeze_last_layer: Span = 0.0,
+        freeze_backbone: Span = 0.0,
+        backbone_ramp: Span = 0.0,
         micro_batch_size: int = 0,
         autocast: torch.dtype | None = None,
         seed: int = 0,
         max_skipped: int = 20,
         rate_doubt: str | None = None,
         retention: Retention | None = None,
+        start: Backbone | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         provided = (*method.provides, *(retention.provides if retention else ()))
-        for name, loss in losses.items():
+        matched = {name: loss for name, loss in losses.items() if not isinstance(loss, Penalty)}
+        for name, loss in matched.items():
             if loss.reads not in provided:
                 raise UserError(
                     f"loss.{name} reads {loss.reads!r}, but {type(method).__name__} provides "
                     f"{', '.join(provided)}{_unkept(loss.reads)}."
                 )
         self.method, self.losses, self.optimizer = method, dict(losses), optimizer
-        of_tokens = [loss for loss in losses.values() if loss.reads == "tokens"]
+        of_tokens = [loss for loss in matched.values() if loss.reads == "tokens"]
         method.needs_patches = not all(isinstance(x, Loss) and x.cls_only for x in of_tokens)
-        used = retention is not None and retention.attach(method, losses.values())
+        used = retention is not None and retention.attach(method, matched.values())
         self.retention = retention if used else None
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.clip, self.freeze_last_layer = clip, freeze_last_layer
+        self.freeze_backbone, self.backbone_ramp = freeze_backbone, backbone_ramp
+        self.start, self.stillness = start, Stillness(method)
         self.micro_batch_size, self.autocast, self.seed = micro_batch_size, autocast, seed
         self.max_skipped, self.backward, self.no_sync = max_skipped, backward, no_sync
         self.rate_doubt = rate_doubt
@@ -96,6 +107,14 @@ class Step:
 
         `watch` is called with the losses' inputs of each micro-batch and must not modify them.
         """
+        still = at.step < span_steps(self.freeze_backbone, at)
+        with self.stillness.held(still):
+            return self._step(crops, at, watch, still)
+
+    def _step(
+        self, crops: Crops, at: Progress, watch: Watch | None, still: bool
+    ) -> dict[str, Tensor]:
+        """A step, in which the backbone stays as it is if `still`."""
         frozen = at.step < span_steps(self.freeze_last_layer, at)
         self._write_rates(at, frozen)
         # Drop path draws from the global generator. It is seeded by seed, step and rank, so that a
@@ -107,10 +126,12 @@ class Step:
             targets = self.method.targets(crops, at)
         self.optimizer.zero_grad(set_to_none=True)
         scalars = self._accumulate(crops, targets, at, watch)
-        if frozen:
-            for parameter in self.last_layer:
-                parameter.grad = None  # AdamW then skips the parameter: no moments, no decay
+        held = [*self.last_layer] * frozen + [*self.stillness.parameters] * still
+        for parameter in held:
+            parameter.grad = None  # AdamW then skips the parameter: no moments, no decay
         gradients = [[p.grad for p in g if p.grad is not None] for g in self.clip_groups]
+        if not any(gradients):
+            raise UserError(_NOTHING_TRAINED)
         norm = clip_gradients_(gradients, self.clip)
         ok = torch.isfinite(norm)
         self._update(ok)
@@ -126,8 +147,15 @@ class Step:
         for group in self.optimizer.param_groups:
             held = frozen and group.get("last_layer", False)
             group["lr"] = 0.0 if held else rate * group.get("rate_scale", 1.0)
+            if group.get("backbone", False):
+                group["lr"] *= self._ramp(at)
             if group["decay"]:
                 group["weight_decay"] = decay
+
+    def _ramp(self, at: Progress) -> float:
+        """Factor of the backbone's rate after `freeze_backbone`."""
+        since, ramp = (span_steps(span, at) for span in (self.freeze_backbone, self.backbone_ramp))
+        return min(1.0, max(0.0, (at.step - since) / ramp)) if ramp > 0 else 1.0
 
     def _autocast(self, crops: Crops) -> AbstractContextManager[object]:
         if self.autocast is None:
@@ -155,8 +183,12 @@ class Step:
                             f"loss: none of {', '.join(self.losses)} is active at step "
                             f"{self.num_steps}; add one that is, such as loss.dino."
                         )
+                    if start == starts[-1]:  # once a step, whatever the number of images
+                        terms, weights = self._with_penalties(terms, weights)
                     weighted = {n: weights[n](at) * term for n, term in terms.items()}
                     total = torch.stack([*weighted.values()]).sum()
+                if not total.requires_grad:
+                    raise UserError(_NOTHING_TRAINED)
                 self.backward(total)
             for name, term in {"loss": total, **_of_students(weighted), **terms}.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
@@ -172,12 +204,33 @@ class Step:
         """Each active loss and its weight, by "LOSS" or, with several students, "STUDENT/LOSS"."""
         terms, weights = {}, {}
         for name, loss in self.losses.items():
+            if isinstance(loss, Penalty):
+                continue
             for key, match in outputs.items():
                 student, _, read = key.rpartition("/")
                 if loss.reads == read:
                     term = f"{student}/{name}" if student else name
                     terms[term], weights[term] = _term(name, loss, match), loss.weight
         return terms, weights
+
+    def _with_penalties(
+        self, terms: dict[str, Tensor], weights: dict[str, Schedule]
+    ) -> tuple[dict[str, Tensor], dict[str, Schedule]]:
+        """`terms` and `weights` with those of the penalties."""
+        penalties = {n: x for n, x in self.losses.items() if isinstance(x, Penalty)}
+        if not penalties:
+            return terms, weights
+        backbone: Any = getattr(self.method.student, "backbone", None)
+        if backbone is None or self.start is None:
+            raise UserError(
+                f"loss.{next(iter(penalties))} holds the weights of one student near those that it "
+                "began with: remove this loss."
+            )
+        own = next(backbone.parameters())
+        if next(self.start.parameters()).device != own.device:
+            self.start.to(own.device)
+        found = {name: penalty(backbone, self.start) for name, penalty in penalties.items()}
+        return terms | found, weights | {name: x.weight for name, x in penalties.items()}
 
     def _update(self, ok: Tensor) -> None:
         """Optimizer step, skipped if `ok` is false: fused optimizers read it on the device, others
@@ -213,6 +266,9 @@ class Step:
     def _count_skipped(self, ok: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=ok.device)
         return torch.where(ok, zero, (zero if self.skipped is None else self.skipped) + 1)
+
+
+_NOTHING_TRAINED = "optim.freeze_backbone: no loss trains anything but the backbone; set it to 0."
 
 
 def _unkept(read: str) -> str:

@@ -24,6 +24,7 @@ def param_groups(
     layer_decay: float = 1.0,
     patch_embed_scale: float = 1.0,
     freeze_by: FreezeBy = "gradient",
+    backbone_apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, those with weight decay first. Biases and one-dimensional
     parameters never decay; parameters that require no gradient are left out.
@@ -31,11 +32,11 @@ def param_groups(
     `student` has its backbone as `.backbone`. With `decay_tokens`, learned tokens, positions and
     the norms of prototypes decay too, as in DINO. For `layer_decay` and `patch_embed_scale` see
     `rate_scale`. `freeze_by="rate"` puts last layers into separate groups, whose rate `Step` can
-    set to 0. Each group has `rate_scale` (factor of the learning rate), `decay` (whether the
-    weight-decay schedule applies), `last_layer` (whether it is such a separate group) and `names`
-    (of its parameters).
+    set to 0; `backbone_apart` does so with the backbone, in groups marked `backbone`. Each group
+    has `rate_scale` (factor of the learning rate), `decay` (whether the weight-decay schedule
+    applies), `last_layer` (whether it is such a separate group) and `names` (of its parameters).
     """
-    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -43,8 +44,9 @@ def param_groups(
         exempt |= not decay_tokens and name.rsplit(".", 1)[-1] in TOKENS
         scale = rate_scale(student, name, layer_decay, patch_embed_scale)
         apart = freeze_by == "rate" and is_last_layer(name)
+        of_backbone = backbone_apart and is_of_backbone(name)
         group = groups.setdefault(
-            (scale, not exempt, apart),
+            (scale, not exempt, apart, of_backbone),
             {
                 "params": [],
                 "names": [],
@@ -52,7 +54,8 @@ def param_groups(
                 "decay": not exempt,
                 "last_layer": apart,
                 "weight_decay": 0.0,
-            },
+            }
+            | ({"backbone": True} if of_backbone else {}),
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -77,6 +80,11 @@ def groups_of_students(
 def is_last_layer(name: str) -> bool:
     """Whether the parameter `name` belongs to the prototypes of a head."""
     return "last_layer" in name
+
+
+def is_of_backbone(name: str) -> bool:
+    """Whether the parameter `name` of a student, or of several, belongs to a backbone."""
+    return "backbone" in name.split(".")[:-1]
 
 
 def rate_scale(

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dino_lite.config import Config, get, leaves
-from dino_lite.contracts import Backbone, Traits, UserError
+from dino_lite.contracts import Backbone, Penalty, Progress, Traits, UserError
 from dino_lite.machine import Facts
-from dino_lite.optim.schedules import parse_span
+from dino_lite.optim.schedules import parse_span, span_steps
 from dino_lite.planning.groups import RECORDS, Replay, Settings, Start
 from dino_lite.settings.validate import locate, locate_class, parameters, settings_of, validated
 from dino_lite.wording import count
@@ -76,6 +76,12 @@ def traits_of(config: Config) -> Traits:
     return family.traits(**settings)
 
 
+def is_penalty(loss: Config) -> bool:
+    """Whether a loss reads weights instead of a match."""
+    target = locate(loss["_target_"])
+    return isinstance(target, type) and issubclass(target, Penalty)
+
+
 def read_by(name: str, loss: Config) -> str:
     """The name of the match that a loss reads: its setting `reads`, or its class's attribute."""
     target = locate(loss["_target_"])
@@ -92,7 +98,14 @@ def _check_uses(config: Config) -> None:
     """Check that every weight is used by a loss: otherwise DDP would wait for its gradient."""
     if not config["loss"]:
         raise UserError("loss=[]: there is no loss to train on; choose loss=[dino] or another.")
-    method, reads = config["method"], set(map(read_by, config["loss"], config["loss"].values()))
+    of_matches = {name: loss for name, loss in config["loss"].items() if not is_penalty(loss)}
+    method, reads = config["method"], set(map(read_by, of_matches, of_matches.values()))
+    penalties = [name for name in config["loss"] if name not in of_matches]
+    if penalties and config.get("adapter"):
+        raise UserError(
+            f"loss.{penalties[0]} holds weights that an adapter does not change: remove it "
+            f"(~loss.{penalties[0]}), or set adapter=none."
+        )
     masks, of_patches = (
         method.get("masking") is not None,
         {"patch", "patch_embedding", "masked_tokens"} & reads,
@@ -197,6 +210,13 @@ def _check_channels(config: Config, facts: Facts) -> None:
             )
 
 
+_TICKS = 10_000.0  # of a timed run, for comparing fractions
+_SPANS = (
+    *("warmup", "freeze_last_layer", "freeze_backbone", "backbone_ramp"),
+    *("start_step", "every"),
+)
+
+
 def _check_length(config: Config, steps_per_epoch: float) -> None:
     """Check that exactly one length is given, and that no span exceeds it."""
     measures = ("max_epochs", "max_steps", "max_time")
@@ -209,7 +229,7 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
         )
     ((measure, length),) = given.items()
     for key, span in leaves(config):
-        if key.rpartition(".")[2] not in ("warmup", "freeze_last_layer", "start_step", "every"):
+        if key.rpartition(".")[2] not in _SPANS:
             continue
         if not isinstance(span, str):
             continue
@@ -228,3 +248,14 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
             raise UserError(
                 f"{key}={span} is longer than the run (trainer.{measure}={length}): shorten it."
             )
+    steps = length * {"max_epochs": steps_per_epoch}.get(measure, 1.0)
+    if measure == "max_time":  # spans are fractions
+        steps = _TICKS
+    at, optim = Progress(0, steps, steps_per_epoch), config["optim"]
+    spans = {key: optim.get(key) or 0.0 for key in ("freeze_backbone", "backbone_ramp")}
+    if all(spans.values()) and sum(span_steps(span, at) for span in spans.values()) > steps:
+        freeze, ramp = spans.values()
+        raise UserError(
+            f"optim.freeze_backbone={freeze} and optim.backbone_ramp={ramp} are together longer "
+            f"than the run (trainer.{measure}={length}): shorten one."
+        )

@@ -86,9 +86,13 @@ class Optim(NamedTuple):
     rate_rule: RateRule
     learning_rate: Annotated[Schedule, Values(NonNegative)]
     weight_decay: Annotated[Schedule, Values(NonNegative)]
+    rate_scale: NonNegative = 1.0
     decay_tokens: bool = False
     layer_decay: Share = 1.0
     patch_embed_scale: NonNegative = 1.0
+    last_blocks: Size | None = None
+    freeze_backbone: Span = 0.0
+    backbone_ramp: Span = 0.0
     clip: NonNegative = 3.0
     clip_by: ClipBy = "global"
     freeze_last_layer: Span = 0.0
@@ -131,6 +135,7 @@ class Settings(TypedDict, total=False):
     normalize: Node
     backbone: Callable[..., Backbone]
     students: dict[str, Callable[..., Backbone]]
+    adapter: Callable[[Backbone], None] | None
     teacher: Teacher
     keep: Node
     stages: str | list[str] | None

@@ -137,9 +137,11 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     rate, size, rule = (
         get(config, k) for k in ("optim.rate", "loader.batch_size", "optim.rate_rule")
     )
+    times = config["optim"].get("rate_scale", 1.0)
+    scaled = f" times optim.rate_scale={times:g}" if times != 1 else ""
     return scale_rate(
-        float(rate), size, rule
-    ), f"optim.rate={rate} scaled to {count(size, 'image')} per step, {rule}"
+        float(rate) * times, size, rule
+    ), f"optim.rate={rate}{scaled} scaled to {count(size, 'image')} per step, {rule}"
 
 
 def _constant(schedule: str) -> Any:

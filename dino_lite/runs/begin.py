@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.backbones.rope import RoPEViT
@@ -17,6 +17,7 @@ from dino_lite.formats.sound import refuse_unsound
 from dino_lite.formats.tensors import weights_file
 from dino_lite.formats.weights import spec_in
 from dino_lite.methods.method import Method
+from dino_lite.nn.lora import is_of_adapter, merged_tensors
 from dino_lite.runs.checkpoint import find_checkpoint, method_weights, read_checkpoint
 from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.identity import ABSENT, default_of
@@ -61,6 +62,11 @@ def begin_config(config: Config) -> Config:
     config["backbone"] = _as_in_file(config["backbone"], trust)
     if not config.get("checkpoint"):
         begun = config["backbone"].get("pretrained")
+        if not begun and config.get("adapter"):
+            raise UserError(
+                "adapter= keeps the network's own weights, which would be random ones: name those "
+                "to start from by checkpoint= or backbone.pretrained=."
+            )
         if not begun and (why := method.requires_weights(config["method"])) is not None:
             raise UserError(
                 f"{why}; name the weights to start from by one of them, or start later."
@@ -191,7 +197,14 @@ def build_method(config: Config, trust: Trust = ()) -> Method:
     method = fresh_method(config, config["backbone"].get("pretrained"), teacher)
     if config.get("checkpoint"):
         _begin_with(method, config["checkpoint"], config["runs_dir"])
+        if config.get("teacher"):  # of a run, whose teacher is what is held on to
+            method.student.load_state_dict(cast(Any, method.teachers["ema"]).module.state_dict())
     return method
+
+
+def without_start(config: Config) -> Config:
+    """The changes that keep a resumed run, which loads its own weights, from reading others."""
+    return {"checkpoint": None, "backbone": config["backbone"] | {"pretrained": None}}
 
 
 def _run_to_begin_with(asked: str, runs_dir: str) -> tuple[Run, Path]:
@@ -214,7 +227,8 @@ def _begin_with(method: Method, asked: str, runs_dir: str) -> None:
     """Load the weights of an earlier run; position embeddings are resampled if the grid differs."""
     run, file = _run_to_begin_with(asked, runs_dir)
     about = {"image_size": current(load(run.config_file))["backbone"].get("image_size")}
-    weights, own = method_weights(read_checkpoint(file)), method.state_dict()
+    weights, own = merged_tensors(method_weights(read_checkpoint(file))), method.state_dict()
+    weights |= {name: value for name, value in own.items() if is_of_adapter(name)}  # fresh ones
     refuse_unsound(weights, own, f"checkpoint={asked}")
     for name, value in weights.items():
         part, _, last = name.rpartition(".")

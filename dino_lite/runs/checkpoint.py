@@ -228,7 +228,8 @@ def _is_foreign(inside: Path) -> bool:
 
 def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
     config = current(load(run.config_file))
-    demand_trust(targets([config["backbone"], config["method"]]), trust, run.config_file)
+    nodes = [config.get(name) for name in ("backbone", "method", "adapter")]
+    demand_trust(targets(nodes), trust, run.config_file)
     content = read_checkpoint(file)
     size, normalize = config["augment"]["global_size"], config["normalize"]
     try:

@@ -32,6 +32,9 @@ def fresh_method(
     make_method, backbone = instantiate(config["method"]), fresh_backbone(config)
     content = read_weights(pretrained) if pretrained else None
     fit = load_pretrained(backbone, pretrained, content) if pretrained else None
+    adapter = config.get("adapter")
+    if adapter:  # after the weights, whose names it keeps
+        instantiate(adapter)(backbone)
     method = make_method(backbone=backbone)
     assert isinstance(method, Method)
     if content is not None and fit is not None:

@@ -67,10 +67,9 @@ def run_pretrain(
     torch.set_num_threads(config["trainer"]["num_threads"])
     if facts.accelerator == "cpu":
         keep_freed_memory()
-    started = without_start(config) if resuming else {}
 
     def build_run(config: Config) -> Built:
-        return build(config | started, facts, splits, run, trust)
+        return build(config, facts, splits, run, trust, resuming)
 
     built = [build_run(config)]  # errors are raised before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
@@ -153,11 +152,6 @@ def say_plan(
     if planned.config["plan"] == "full" and planned.decisions:
         say(f"all automatic choices:\n{planned.table()}")
     say("")
-
-
-def without_start(config: Config) -> Config:
-    """The changes that keep a resumed run, which loads its own weights, from reading others."""
-    return {"checkpoint": None, "backbone": config["backbone"] | {"pretrained": None}}
 
 
 def begins_with(config: Config, notes: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ from dino_lite.formats.tensors import weights_file
 from dino_lite.formats.weights import read_weights
 from dino_lite.methods.frozen import FrozenTeacher, Network
 from dino_lite.nn.heads import DINOHead
+from dino_lite.planning.checks import is_penalty
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 
 
@@ -23,7 +24,7 @@ def teacher_config(config: Config) -> Config:
     asked = config.get("teacher")
     if not asked:
         return config
-    found = _digest(find_checkpoint(asked["checkpoint"], config["runs_dir"]))
+    found = digest_of(find_checkpoint(asked["checkpoint"], config["runs_dir"]))
     if asked.get("digest") not in (None, found):
         raise UserError(
             f"teacher={asked['checkpoint']} has changed since this run was started: restore the "
@@ -40,6 +41,41 @@ def open_teacher(config: Config, trust: Trust = ()) -> FrozenTeacher | None:
     read = functools.partial(_open, config, trust)
     normalize = instantiate(config["normalize"])
     return FrozenTeacher(asked["checkpoint"], asked["digest"], read, normalize)
+
+
+def start_of(config: Config) -> str | None:
+    """What names the weights that a run begins with; None if they are drawn."""
+    start: str | None = config.get("checkpoint") or config["backbone"].get("pretrained")
+    return start
+
+
+def begins_as_teacher(config: Config) -> bool:
+    """Whether a run begins with the weights of its teacher."""
+    digest: str = config["teacher"]["digest"]
+    return _digest_of_start(config) == digest
+
+
+def _digest_of_start(config: Config) -> str | None:
+    start, teacher = start_of(config), config.get("teacher") or {}
+    if start is None:
+        return None
+    if start == teacher.get("checkpoint"):
+        digest: str = teacher["digest"]
+        return digest
+    return digest_of(find_checkpoint(start, config["runs_dir"]))
+
+
+def frozen_files(config: Config) -> dict[str, tuple[str, str]]:
+    """File and digest of the networks that take part in training as they are, by role: the
+    "teacher", and the "start" if a penalty compares the student's weights with it.
+    """
+    teacher, found = config.get("teacher"), {}
+    if teacher:
+        found["teacher"] = (teacher["checkpoint"], teacher["digest"])
+    reads_start = any(map(is_penalty, config["loss"].values()))
+    if reads_start and (digest := _digest_of_start(config)) is not None:
+        found["start"] = (start_of(config) or "", digest)
+    return found
 
 
 def _open(config: Config, trust: Trust) -> Network:
@@ -65,7 +101,7 @@ def _heads(checkpoint: Checkpoint, backbone: Backbone) -> dict[str, DINOHead]:
     return {kind: head for kind, head in heads.items() if head.in_dim == width}
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def digest_of(checkpoint: Checkpoint) -> str:
     """16 hex digits over the content of the file of weights; of a timm model, over its name."""
     if checkpoint.path is None:
         return hashlib.sha256(checkpoint.name.encode()).hexdigest()[:16]
