@@ -15,6 +15,7 @@ from dino_lite.config import Config, load
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.names import file_name
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.data.stage_data import own_collection
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.safetensors import open_export
@@ -246,7 +247,7 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
             (size, size), tuple(normalize["mean"]), tuple(normalize["std"])
         ),
         card={"run": title_of(run), "steps": int(content["global_step"]), "config": config},
-        data=config["data"],
+        data=own_collection(config["data"]),
     )
 
 
