@@ -1,4 +1,4 @@
-"""A run that holds on to a frozen network: resumed to the bit, its file, its drift, its checkpoint."""
+"""A run that holds on to a frozen network: resumed to the bit; the file, drift, what is refused."""
 
 from __future__ import annotations
 
