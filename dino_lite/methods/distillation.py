@@ -6,7 +6,7 @@ Objectives are losses; a student has only the heads of the matches that some los
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,9 @@ from dino_lite import draws
 from dino_lite.contracts import (
     Backbone,
     Crops,
-    Match,
     Progress,
     Prototypes,
     Schedule,
-    Scores,
     StepOutputs,
     StepTargets,
     Targets,
@@ -30,63 +28,25 @@ from dino_lite.contracts import (
 )
 from dino_lite.distributed import all_gather_cat
 from dino_lite.losses.gram import regrid
-from dino_lite.losses.similarity import Queued
-from dino_lite.losses.tokens import Rows
 from dino_lite.methods.dino import centered
 from dino_lite.methods.frozen import FrozenTeacher, patch_width
 from dino_lite.methods.method import Method
+from dino_lite.methods.student import (
+    OF_CLS,
+    OF_MASKED,
+    OF_PATCHES,
+    OF_WHOLE,
+    Masked,
+    Student,
+    Taught,
+    mixed,
+)
 from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.masking import BlockMasking
-from dino_lite.nn.masks import Masks, draw_masks
+from dino_lite.nn.masks import draw_masks
 from dino_lite.nn.teachers import EMATeacher
 from dino_lite.settings.kinds import Count, Fraction, Positive, Size, Values
 from dino_lite.wording import count
-
-OF_MASKED = frozenset({"patch", "masked_tokens"})  # matches of masked patches
-_OF_PATCHES = frozenset({"patch", "masked_tokens", "patch_tokens", "patch_similarity"})
-_OF_CLS = frozenset({"cls_token", "cls_similarity"})
-_OF_WHOLE = frozenset({"cls_token", "cls_similarity", "patch_tokens", "patch_similarity"})
-
-
-class Student(nn.Module):
-    """A backbone, and a head for each match that a loss reads."""
-
-    def __init__(self, backbone: Backbone, heads: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleDict(dict(heads))
-
-    def project(self, match: str, rows: Tensor) -> Tensor:
-        """Tokens through the head of a match."""
-        projected: Tensor = self.heads[match](rows)
-        return projected
-
-
-class Taught(NamedTuple):
-    """The teacher's tokens of the crops, patches on its own grid, and the weight of each image."""
-
-    cls: Float[Tensor, "S n D"]  # of local crops as well if a loss compares them
-    patches: Float[Tensor, "G n P D"]
-    grid: tuple[int, int]
-    weight: Float[Tensor, "n"]
-
-    def part(self, start: int, stop: int) -> Taught:
-        """Images start to stop (exclusive), their weights as in the whole batch."""
-        cut = slice(start, stop)
-        cls, patches = self.cls[:, cut], self.patches[:, cut]
-        return self._replace(cls=cls, patches=patches, weight=self.weight[cut])
-
-
-class Masked(NamedTuple):
-    """The masks of a student's crops and, with prototypes, the targets of the masked patches."""
-
-    masks: Masks
-    targets: Targets | None
-
-    def part(self, start: int, stop: int) -> Masked:
-        """Images start to stop (exclusive)."""
-        first, last = self.masks.bounds[start], self.masks.bounds[stop]
-        targets = None if self.targets is None else self.targets.part(first, last)
-        return Masked(self.masks.part(start, stop), targets)
 
 
 class Distillation(Method):
@@ -140,19 +100,19 @@ class Distillation(Method):
             )
         self.teacher, self.reads, self.masking = teacher, frozenset(reads), masking
         self.teacher_temp, self.mixup, self.seed = teacher_temp, mixup, seed
-        masked = {name for name, each in backbone.items() if self._masks(each)}
+        masked = [name for name, each in backbone.items() if self._masks(each)]
         self.provides = self._offered(bool(masked))
         self.student = nn.ModuleDict(
             {name: Student(each, self._heads(each, head)) for name, each in backbone.items()}
         )
         self.teachers = nn.ModuleDict({"ema": EMATeacher(self.student, momentum, buffers=True)})
-        kinds = {"cls": "head", "patch": "patch_head"}
-        counts = {kind: self._prototypes(kind) for kind in kinds.values()}
-        self.centering = centering(counts["head"]) if "cls" in self.reads else None
+        self.centering: Any = None
+        if "cls" in self.reads:
+            self.centering = centering(self._prototypes("head"))
         # One for each grid, since the masked patches differ; by the first student that has it.
-        self.patch_centering = nn.ModuleDict(
-            {name: centering(counts["patch_head"]) for name in masked if "patch" in self.reads}
-        )
+        num = self._prototypes("patch_head")
+        of_patches = masked if "patch" in self.reads else []
+        self.patch_centering = nn.ModuleDict({name: centering(num) for name in of_patches})
         width = teacher.network.backbone.embed_dim if "cls_similarity" in self.reads else 0
         self.register_buffer("queue", torch.zeros(queue_size if width else 0, width))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
@@ -184,25 +144,25 @@ class Distillation(Method):
             "patch": masks and self._prototypes("patch_head") > 0,
             "masked_tokens": masks,
         }
-        always = ("tokens", *sorted(_OF_WHOLE))
+        always = ("tokens", *sorted(OF_WHOLE))
         return (*always, *(name for name, is_there in offered.items() if is_there))
 
     def _heads(self, backbone: Backbone, head: Callable[..., DINOHead]) -> dict[str, nn.Module]:
         """The heads of a student, by the match that they serve."""
         teacher, masks = self.teacher.network.backbone, self._masks(backbone)
         ours = theirs = 0
-        if self.reads & _OF_PATCHES:
+        if self.reads & OF_PATCHES:
             ours, theirs = patch_width(backbone), patch_width(teacher)
         heads: dict[str, nn.Module] = {}
-        for match in sorted(self.reads & (_OF_PATCHES | _OF_CLS | {"cls"})):
+        for match in sorted(self.reads & (OF_PATCHES | OF_CLS | {"cls"})):
             widths = (ours, theirs)
-            if match in _OF_CLS | {"cls"}:
+            if match in OF_CLS | {"cls"}:
                 widths = (backbone.embed_dim, teacher.embed_dim)
             if match in OF_MASKED and not masks:
                 continue
             if match in ("cls", "patch"):
-                count = self._prototypes("head" if match == "cls" else "patch_head")
-                heads[match] = head(widths[0], num_prototypes=count)
+                num = self._prototypes("head" if match == "cls" else "patch_head")
+                heads[match] = head(widths[0], num_prototypes=num)
                 continue
             linear = nn.Linear(*widths)
             nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -226,7 +186,7 @@ class Distillation(Method):
             share = float(draws.unit(draws.hashed(self.seed, draws.MIXUP, self._num_steps))[0])
             found["mixed"] = crops = mixed(crops, share)
         views = crops.extra.get("gram", crops.globals_)  # larger ones, if there are
-        tokens = self.teacher(views.flatten(0, 1), cls_only=not self.reads & _OF_PATCHES)
+        tokens = self.teacher(views.flatten(0, 1), cls_only=not self.reads & OF_PATCHES)
         num_crops, num_images = views.shape[:2]
         wide = torch.promote_types(tokens.cls.dtype, torch.float32)
         weight = tokens.cls.new_full((num_images,), 1.0 / num_images, dtype=wide)
@@ -234,11 +194,12 @@ class Distillation(Method):
         cls = tokens.cls.unflatten(0, (num_crops, num_images))  # G n D
         if "cls_similarity" in self.reads:
             self._enqueue_(F.normalize(all_gather_cat(cls[0]).to(self.queue.dtype), dim=-1))
-        if crops.locals_ is not None and self.reads & _OF_CLS:
+        if crops.locals_ is not None and self.reads & OF_CLS:
             more = self.teacher(crops.locals_.flatten(0, 1), cls_only=True).cls
             cls = torch.cat([cls, more.unflatten(0, (-1, num_images))])  # S n D
         patches = tokens.patches.unflatten(0, (num_crops, num_images))
-        return found | {"taught": Taught(cls, patches, tokens.grid, weight)}
+        taught = Taught(cls, patches, tokens.grid, weight, self.queue, self.queued, {})
+        return found | {"taught": taught}
 
     def _prototype_targets(
         self, crops: Crops, tokens: Tokens, weight: Float[Tensor, "n"], temp: float
@@ -251,7 +212,7 @@ class Distillation(Method):
         pairs /= pairs.sum()  # every crop of a student with every view of the teacher
         if "cls" in self.reads:
             z = heads["head"](tokens.cls).unflatten(0, shape)
-            cls = centered(z, heads["head"], cast(Any, self.centering), temp, pairs, weight)
+            cls = centered(z, heads["head"], self.centering, temp, pairs, weight)
         else:
             z = tokens.cls.unflatten(0, shape)
             none = Prototypes(z.new_zeros(0, z.shape[-1]))
@@ -292,79 +253,12 @@ class Distillation(Method):
         """Each student's outputs for a micro-batch, matched with the teacher's."""
         crops = cast(Crops, targets.get("mixed", crops))
         taught, outputs = cast(Taught, targets["taught"]), StepOutputs()
-        on_grid: dict[tuple[int, int], Tensor] = {}  # the teacher's patches, by the student's grid
+        prototypes = cast(Targets, targets["cls"])
         for name, student in self.student.items():
             masked = cast("Masked | None", targets.get(f"masked/{name}"))
-            of_cls = cast(Targets, targets["cls"])
-            found = self._compare(cast(Student, student), crops, taught, of_cls, masked, on_grid)
+            found = cast(Student, student).compare(crops, taught, prototypes, masked, self.reads)
             outputs |= {f"{name}/{match}": each for match, each in found.items()}
         return outputs
-
-    def _compare(
-        self,
-        student: Student,
-        crops: Crops,
-        taught: Taught,
-        of_cls: Targets,
-        masked: Masked | None,
-        on_grid: dict[tuple[int, int], Tensor],
-    ) -> StepOutputs:
-        """The matches of one student: whole crops in one pass, masked ones in another."""
-        backbone, reads, globals_ = student.backbone, self.reads, crops.globals_.flatten(0, 1)
-        found, num, locals_ = StepOutputs(), crops.num_images, []
-        if crops.locals_ is not None and reads & (_OF_CLS | {"cls"}):
-            locals_ = [backbone(crops.locals_.flatten(0, 1), cls_only=True).cls]
-        whole: Tokens | None = None
-        if masked is None or reads & _OF_WHOLE:
-            whole = backbone(globals_, cls_only=not reads & {"patch_tokens", "patch_similarity"})
-            wanted = _resampled(taught, whole.grid, on_grid)
-            cls = torch.cat([whole.cls, *locals_])
-            found |= self._of_whole(student, whole, cls, taught, wanted)
-        tokens = whole
-        if masked is not None:
-            tokens = backbone(globals_, mask=masked.masks.mask.flatten(0, 1))
-            rows = masked.masks.select(tokens.patches)  # M D
-            if "patch" in reads and masked.targets is not None:
-                head = cast(DINOHead, student.heads["patch"])
-                scores = Scores(head(rows)[None], head.prototypes())
-                found["patch"] = Match(scores, masked.targets)
-            if "masked_tokens" in reads:
-                values = masked.masks.select(_resampled(taught, tokens.grid, on_grid))
-                target = Rows(values, masked.masks.weight)
-                found["masked_tokens"] = Match(student.project("masked_tokens", rows), target)
-        assert tokens is not None
-        if "tokens" in reads:
-            found["tokens"] = Match(tokens, of_cls)
-        if "cls" in reads:
-            head = cast(DINOHead, student.heads["cls"])
-            z = head(torch.cat([tokens.cls, *locals_])).unflatten(0, (-1, num))  # S n E
-            found["cls"] = Match(Scores(z, head.prototypes()), of_cls)
-        return found
-
-    def _of_whole(
-        self,
-        student: Student,
-        tokens: Tokens,
-        cls: Float[Tensor, "r D"],
-        taught: Taught,
-        patches: Float[Tensor, "m Q A"],
-    ) -> StepOutputs:
-        """The matches of crops that are not masked; `cls` of all crops, `patches` the teacher's."""
-        found, reads = StepOutputs(), self.reads
-        num_crops = len(taught.cls)
-        of_cls = Rows(taught.cls.flatten(0, 1), taught.weight.repeat(num_crops) / num_crops)
-        num_views = len(taught.patches)
-        of_patches = Rows(patches, taught.weight.repeat(num_views) / num_views)
-        targets: dict[str, tuple[Tensor, object]] = {
-            "cls_token": (cls, of_cls),
-            "cls_similarity": (cls, Queued(of_cls, self.queue, self.queued)),
-            "patch_tokens": (tokens.patches, of_patches),
-            "patch_similarity": (tokens.patches, of_patches),
-        }
-        for match, (rows, target) in targets.items():
-            if match in reads:
-                found[match] = Match(student.project(match, rows), target)
-        return found
 
     def after_step(self, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Update the averages and centers, and count the step."""
@@ -386,36 +280,6 @@ class Distillation(Method):
     def export_backbones(self) -> dict[str, Backbone]:
         """The average of each student."""
         return {name: each.backbone for name, each in self.ema.module.items()}
-
-
-def mixed(crops: Crops, share: float) -> Crops:
-    """λ·x + (1−λ)·y for each image x of the batch and its neighbor y, λ = `share`: images 2k and
-    2k+1 are neighbors, so the pairs do not depend on the number of processes.
-    """
-
-    def mix(images: Tensor) -> Tensor:
-        partner = (torch.arange(images.shape[1], device=images.device) ^ 1).clamp(
-            max=images.shape[1] - 1
-        )
-        return torch.lerp(images[:, partner], images, share)
-
-    return crops._replace(
-        globals_=mix(crops.globals_),
-        locals_=None if crops.locals_ is None else mix(crops.locals_),
-        extra={name: mix(images) for name, images in crops.extra.items()},
-    )
-
-
-def _resampled(
-    taught: Taught, grid: tuple[int, int], known: dict[tuple[int, int], Tensor]
-) -> Float[Tensor, "m Q D"]:
-    """The teacher's patches on `grid`, kept in `known`; none if it made none."""
-    patches = taught.patches.flatten(0, 1)
-    if not patches.shape[1]:
-        return patches
-    if grid not in known:
-        known[grid] = regrid(patches, taught.grid, grid)
-    return known[grid]
 
 
 def _forget(method: nn.Module, keys: Any) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,18 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
-from dino_lite.runs.students import finish_students, open_students
+from dino_lite.runs.student_folders import finish_students, open_students
 from dino_lite.runs.trainer import check_launcher, quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
 
 
-def run_pretrain(config: Config) -> dict[str, Any]:
-    """Train, or resume the run of the same request."""
+def run_pretrain(
+    config: Config, before: Callable[[Run, Config], None] | None = None
+) -> dict[str, Any]:
+    """Train, or resume the run of the same request. `before` is called on the first rank with the
+    run, once it is written, and its planned configuration, before training.
+    """
     config = check_values(absolute_paths(config))
     check_launcher(config)
     request, named = requested(config), config["name"] != "auto"
@@ -91,6 +95,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             if not resuming:
                 run.clear([*PICTURES, "crops", "curves"])
             write_run(run, config, request, facts, splits)
+            if before is not None:
+                before(run, config)
         module = train(config, facts, run, built, build_run, resuming, may_shrink=is_auto, say=say)
         if rank() != 0:
             return {}
