@@ -55,8 +55,13 @@ def run_distill(config: Config, arguments: list[str]) -> dict[str, Any]:
         _check(whole, asked.chain)
     after = partial(_export, config=whole) if asked.export else None
     if not asked.chain:
-        stages = [_stage("01_distill", base, teacher, students, after)]
-        return sequence.run(stages)
+        results = sequence.run([_stage("01_distill", base, teacher, students, after)])
+        if results and len(students) > 1:
+            first, *others = students
+            folder = sequence.folder / "01_distill"
+            also = ", ".join(str(folder / name) for name in others)
+            say(f"checkpoint={sequence.folder} opens {first}, the first student; besides: {also}")
+        return results
     stages = []
     for number, (name, node) in enumerate(students.items(), start=1):
         stages.append(_stage(f"{number:02d}_{name}", base, teacher, {name: node}, after))

@@ -8,10 +8,9 @@ from typing import Any
 
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
-from dino_lite.planning.checks import read_by, setting
+from dino_lite.planning.checks import read_by
 
 OF_MASKED = ("patch", "masked_tokens")  # what losses read of masked patches
-_OF_SIMILARITIES = ("cls_similarity", "patch_similarity")
 
 
 def student_nodes(asked: Any) -> dict[str, Config]:
@@ -82,8 +81,4 @@ def settle_objective(config: Config) -> tuple[Config, list[tuple[str, Any, str]]
     if config["method"].get("masking") and not matches & {*OF_MASKED}:
         config = put(config, "method.masking", None)
         decisions.append(("method.masking", None, "no loss reads masked patches"))
-    if setting(config, "method.mixup") == "auto":
-        mixup = bool(matches & {*_OF_SIMILARITIES})
-        config = put(config, "method.mixup", mixup)
-        decisions.append(("method.mixup", mixup, "with losses of similarities"))
     return config, decisions
