@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Does a small network gain more from a teacher than from DINO on its own?
 
-    scripts/bench_distillation.py [--seeds 3] [--json FILE] [--work FOLDER] [--chain] [--fresh]
+    scripts/bench_distillation.py [--seeds 3] [--json FILE] [--work FOLDER] [--jobs 2]
+                                    [--chain]
 
 CIFAR-10 (10,000 images of train, all 10,000 of test) and caltech101_30 (1,800 and 448, shrunk and
 cropped to 64 pixels), from ../shared. Accuracy is k-NN (k = 20) of the test images, in percent. For
@@ -14,10 +15,10 @@ width is trained, on one core each:
 * simdino_equal_steps: the teacher's own method instead, reported beside; first seed only
 * dino_all_seconds: DINO, for the seconds of teacher and distillation; first seed only
 
-Two trainings run at a time, each on one core, so that their seconds compare. Every finished one is
-kept in --work (and --json, which is written as it goes): the same command resumes; --fresh starts
-again. --chain also trains a student of three quarters of the teacher's width, and the student from
-that one, and compares the latter with direct distillation of as many steps as both.
+Two trainings (--jobs) run at a time, each on one core, so that their seconds compare. Each finished
+one is kept in --work and --json: the same command resumes. --chain also trains a student of three
+quarters of the teacher's width, and the student from that one, and compares the latter with direct
+distillation of as many steps as both.
 
 Of each data set, means over seeds: minus_dino_equal_steps, minus_dino_equal_seconds, minus_floor
 (distilled minus the better of its untrained network and raw pixels), and gain_kept = (distilled -
@@ -82,7 +83,7 @@ class Task(NamedTuple):
 
 def student(name: str = "student") -> str:
     """A student of `dino-lite distill`, as a setting."""
-    return f"{name}:{{backbone:convnet,widths:{WIDTHS[name]}}}".replace(" ", "")
+    return f"{name}:{{backbone:convnet,widths:{WIDTHS[name]}}}"
 
 
 def data_settings(work: Path, data: str, seed: int) -> list[str]:
@@ -123,7 +124,7 @@ def distillations(work: Path, seeds: int, chain: bool) -> list[Task]:
 
 
 def comparisons(work: Path, seeds: int, parts: Parts) -> list[Task]:
-    """The same students trained without a teacher: the longest first."""
+    """The same students trained without a teacher."""
     tasks = []
 
     def task(data: str, seed: int, name: str, *settings: str) -> None:
@@ -131,9 +132,6 @@ def comparisons(work: Path, seeds: int, parts: Parts) -> list[Task]:
         common += [f"backbone.widths={WIDTHS['student']}", *settings]
         tasks.append(Task(f"{data}/{seed}/{name}", "pretrain", common))
 
-    for data in DATA:
-        spent = parts[f"{data}/teacher"]["seconds"] + parts[f"{data}/0/distilled"]["seconds"]
-        task(data, 0, "dino_all_seconds", f"trainer.max_time={spent:.1f}s")
     steps = f"trainer.max_steps={STEPS['student']}"
     for seed in range(seeds):
         for data in DATA:
@@ -142,6 +140,9 @@ def comparisons(work: Path, seeds: int, parts: Parts) -> list[Task]:
             task(data, seed, "dino_equal_seconds", f"trainer.max_time={spent:.1f}s")
     for data in DATA:
         task(data, 0, "simdino_equal_steps", steps, "method=simdino")
+    for data in DATA:
+        spent = parts[f"{data}/teacher"]["seconds"] + parts[f"{data}/0/distilled"]["seconds"]
+        task(data, 0, "dino_all_seconds", f"trainer.max_time={spent:.1f}s")
     return tasks
 
 
@@ -150,6 +151,7 @@ def train(task: Task, work: Path) -> dict[str, Any]:
     name = task.name.rpartition("/")[2]
     runs = (work / "runs" / task.name).parent
     settings = [*task.settings, f"runs_dir={runs}", f"name={name}", "trainer.num_threads=1"]
+    settings.append("loader.num_workers=0")  # which would use another core
     torch.set_num_threads(1)
     log = work / "runs" / f"{task.name.replace('/', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -171,11 +173,13 @@ def train(task: Task, work: Path) -> dict[str, Any]:
     return {"steps": found["steps"], "seconds": found.pop("train_seconds")} | found
 
 
-def run_all(tasks: list[Task], work: Path, parts: Parts, keep: Callable[[], None]) -> None:
-    """Run those of `tasks` that are not in `parts`, two at a time."""
+def run_all(
+    tasks: list[Task], work: Path, jobs: int, parts: Parts, keep: Callable[[], None]
+) -> None:
+    """Run those of `tasks` that are not in `parts`, `jobs` at a time."""
     missing = [task for task in tasks if task.name not in parts]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=2, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
         running = {pool.submit(train, task, work): task for task in missing}
         for future in as_completed(running):
             name = running[future].name
@@ -233,7 +237,7 @@ def write_data(work: Path) -> None:
     scratch = work / "unpacked"
     shutil.rmtree(scratch, ignore_errors=True)
     if not (work / "cifar10.npz").is_file():
-        quiet(*unpack, "cifar10", str(scratch), "--as", "npz")
+        subprocess.run([*unpack, "cifar10", scratch, "--as", "npz"], check=True)
         with np.load(scratch / "cifar10.npz") as archive:
             arrays = {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
         labels = arrays["y_train"]
@@ -243,7 +247,7 @@ def write_data(work: Path) -> None:
         np.savez(work / "cifar10.npz", **arrays)
         shutil.rmtree(scratch)
     if not (work / "caltech101_30.npz").is_file():
-        quiet(*unpack, "caltech101_30", str(scratch))
+        subprocess.run([*unpack, "caltech101_30", scratch], check=True)
         arrays = {}
         for split, name in (("train", "train"), ("val", "test")):
             files = sorted((scratch / split).rglob("*.*"))
@@ -260,11 +264,6 @@ def squared(file: Path) -> np.ndarray[Any, Any]:
         return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
 
 
-def quiet(*line: str) -> None:
-    """Run a command."""
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-
-
 def processor() -> str:
     """The CPU's name."""
     with contextlib.suppress(OSError):
@@ -274,7 +273,7 @@ def processor() -> str:
     return platform.processor()
 
 
-def bench(work: Path, seeds: int, chain: bool, keep: Callable[[Parts], None]) -> Parts:
+def bench(work: Path, seeds: int, jobs: int, chain: bool, keep: Callable[[Parts], None]) -> Parts:
     """Run everything that is missing in `work`."""
     file = work / "parts.json"
     parts: Parts = json.loads(file.read_text()) if file.is_file() else {}
@@ -286,9 +285,9 @@ def bench(work: Path, seeds: int, chain: bool, keep: Callable[[Parts], None]) ->
         keep(parts)
 
     write_data(work)
-    run_all(teachers(work), work, parts, save)
-    run_all(distillations(work, seeds, chain), work, parts, save)
-    run_all(comparisons(work, seeds, parts), work, parts, save)
+    run_all(teachers(work), work, jobs, parts, save)
+    run_all(distillations(work, seeds, chain), work, jobs, parts, save)
+    run_all(comparisons(work, seeds, parts), work, jobs, parts, save)
     return parts
 
 
@@ -298,15 +297,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--work", type=Path, default=Path("bench_distillation"), metavar="FOLDER")
     parser.add_argument("--chain", action="store_true", help="compare a chain with direct")
-    parser.add_argument("--fresh", action="store_true", help="forget what is in --work")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started
     work = options.work.absolute()
-    if options.fresh:
-        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     machine = {"cpu": processor(), "cores": os.cpu_count(), "seeds": options.seeds}
@@ -315,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps(machine | more | {"parts": parts}, indent=2) + "\n")
 
-    parts = bench(work, options.seeds, options.chain, keep)
+    parts = bench(work, options.seeds, options.jobs, options.chain, keep)
     found = summary(parts, options.seeds)
     keep(parts, **found, wall_seconds=round(time.perf_counter() - started, 1))
     for data, values in found["data"].items():
