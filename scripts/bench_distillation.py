@@ -34,9 +34,7 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -44,9 +42,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from small_images import write_data
 
 from dino_lite.commands.distill import run_distill
 from dino_lite.config import compose, load
@@ -57,10 +54,7 @@ from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.pretraining import run_pretrain
 from dino_lite.runs.run import Run
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 DATA = ("cifar10", "caltech101_30")
-NUM_PER_CLASS = 1000  # training images of CIFAR-10
-PIXELS = 64  # of caltech101_30
 TEACHER = ["backbone=convnet", "method=simdino"]
 WIDTHS = {"teacher": [32, 64], "middle": [24, 48], "student": [16, 32]}
 STEPS = {"teacher": 1000, "student": 300}
@@ -229,39 +223,6 @@ def summary(parts: Parts, seeds: int) -> dict[str, Any]:
         worst[key] >= least if least else worst[key] > 0 for key, least in BAR.items()
     )
     return worst | {"data": by_data}
-
-
-def write_data(work: Path) -> None:
-    """Write the images of both data sets into `work`, as arrays of one size."""
-    unpack = [sys.executable, str(SHARED / "tools" / "unpack_data.py")]
-    scratch = work / "unpacked"
-    shutil.rmtree(scratch, ignore_errors=True)
-    if not (work / "cifar10.npz").is_file():
-        subprocess.run([*unpack, "cifar10", scratch, "--as", "npz"], check=True)
-        with np.load(scratch / "cifar10.npz") as archive:
-            arrays = {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-        labels = arrays["y_train"]
-        kept = [np.flatnonzero(labels == each)[:NUM_PER_CLASS] for each in np.unique(labels)]
-        rows = np.sort(np.concatenate(kept))
-        arrays |= {key: arrays[key][rows] for key in ("x_train", "y_train")}
-        np.savez(work / "cifar10.npz", **arrays)
-        shutil.rmtree(scratch)
-    if not (work / "caltech101_30.npz").is_file():
-        subprocess.run([*unpack, "caltech101_30", scratch], check=True)
-        arrays = {}
-        for split, name in (("train", "train"), ("val", "test")):
-            files = sorted((scratch / split).rglob("*.*"))
-            arrays[f"x_{name}"] = np.stack([squared(file) for file in files])
-            arrays[f"y_{name}"] = np.array([file.parent.name for file in files])
-        np.savez(work / "caltech101_30.npz", **arrays)
-        shutil.rmtree(scratch)
-
-
-def squared(file: Path) -> np.ndarray[Any, Any]:
-    """The square in the middle of an image, at PIXELS pixels."""
-    with Image.open(file) as image:
-        size = (PIXELS, PIXELS)
-        return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
 
 
 def processor() -> str:
