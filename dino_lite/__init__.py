@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dino_lite.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dino_lite.commands.distill import distill as distill
     from dino_lite.commands.embed import embed as embed
     from dino_lite.commands.evaluate import evaluate as evaluate
     from dino_lite.commands.export import export as export
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "pretrain": "dino_lite.commands.pretrain",
+    "distill": "dino_lite.commands.distill",
     "evaluate": "dino_lite.commands.evaluate",
     "export": "dino_lite.commands.export",
     "embed": "dino_lite.commands.embed",

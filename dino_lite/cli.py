@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "check": "check the data before a run",
     "pretrain": "train a backbone on a folder of images",
+    "distill": "train small backbones to match a large one",
     "evaluate": "evaluate a frozen backbone",
     "compare": "compare several backbones with each other and with baselines",
     "report": "write an HTML page about a run",

@@ -85,6 +85,13 @@ class Source(ABC):
     def digest(self) -> str:
         """16 hex digits over names or bytes in order; a run only resumes on the same digest."""
 
+    def turns(self, order: Int64[np.ndarray, "N"], epoch: int) -> Int64[np.ndarray, "N"]:
+        """The images of an epoch, given the order of 0 … N-1 in it. The default is that order. A
+        source that holds more images than an epoch shows gives each of them its turn: with numbers
+        of N or more, which `read` and `name` take too.
+        """
+        return order
+
     def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 - optional
         """Announce the next images to be read, for sources that can fetch them concurrently."""
 

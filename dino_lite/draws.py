@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int, UInt64
 MASK = (1 << 64) - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads consecutive keys
 # Streams: one per purpose, so that no two share random numbers.
-CROPS, ORDER, TURNS, GROUPS, MASKS, RATIOS, BLOCKS, SINGLES = range(8)
+CROPS, ORDER, TURNS, GROUPS, MASKS, RATIOS, BLOCKS, SINGLES, MIXUP = range(9)
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_lite.eval.holdout import hold_out
+from dino_lite.data.subset import hold_out
 
 
 @given(

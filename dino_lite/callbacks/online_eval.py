@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from dino_lite.callbacks.progress import run_fraction
-from dino_lite.contracts import Backbone, Source
+from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData, preprocessing_of
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
@@ -21,6 +21,7 @@ from dino_lite.eval.knn import knn_accuracy
 from dino_lite.eval.ridge import ridge_correct
 from dino_lite.settings.kinds import Positive, Share, Size, whole
 from dino_lite.settings.validate import checked
+from dino_lite.wording import count
 
 _BATCH_SIZE = 256  # images per forward pass, without gradients
 _MOST_BYTES = 2**30  # of decoded images kept between evaluations
@@ -32,6 +33,7 @@ class OnlineEval(pl.Callback):
 
     With labels: `knn`, top-1 in percent of a leave-one-out weighted k-NN, and `probe`, top-1 of
     the linear classifier of `eval.ridge`. Always: `rankme` and `feature_std` (`eval.collapse`).
+    With several students each has its own, "STUDENT/knn"; those without a name are the first one's.
     Times are `features_seconds`, `knn_seconds`, `probe_seconds`. Runs every `every` (a fraction of
     the run), or every `every_n_steps` optimizer steps if given, and at the end. The images are
     spaced evenly over the set. Test images are never read, so best.ckpt may be selected by `knn`.
@@ -88,19 +90,24 @@ class OnlineEval(pl.Callback):
         self._asked_at = step
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            backbone = cast(Any, pl_module).method.export_backbone()
-            # A data loader draws a seed from the global generator, which must not affect training.
-            with torch.random.fork_rng(devices=[]):
-                started = time.monotonic()
-                bank = self.features(backbone, clean_data(trainer), source)
-                seconds = time.monotonic() - started
-            values = {"features_seconds": seconds} | self.measure(bank, device_of(backbone))
+            for name, backbone in cast(Any, pl_module).method.export_backbones().items():
+                found = self._measured(backbone, clean_data(trainer), source)
+                values = values or found  # without a name: those of the first student
+                values |= {f"{name}/{key}": value for key, value in found.items() if name}
         if source.labels is not None:  # the other ranks wait here
             knn = broadcast_value(values.get("knn", math.nan), pl_module.device)
             trainer.callback_metrics["knn"] = torch.tensor(knn, dtype=torch.float64)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step - 1)  # the row of the step just completed
             logger.save()
+
+    def _measured(self, backbone: Backbone, data: CleanData, source: Source) -> dict[str, float]:
+        # A data loader draws a seed from the global generator, which must not affect training.
+        with torch.random.fork_rng(devices=[]):
+            started = time.monotonic()
+            bank = self.features(backbone, data, source)
+            seconds = time.monotonic() - started
+        return {"features_seconds": seconds} | self.measure(bank, device_of(backbone))
 
     def features(self, backbone: Backbone, data: CleanData, source: Source) -> Features:
         """Features of the same images each time, decoded once if they fit in memory."""
@@ -147,6 +154,10 @@ def in_memory(source: Source, data: CleanData) -> ArraySource:
     more than extracting features.
     """
     batches = list(data.read(source))
+    if not batches:
+        raise UserError(
+            f"None of the {count(len(source), 'image')} of {data.splits.name} can be read."
+        )
     images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).contiguous()
     labels = torch.cat([batch.labels for batch in batches]).numpy()
     return ArraySource(images, labels, source.classes, "online evaluation")

@@ -4,33 +4,30 @@ without dino_lite, and compared on real images, before it takes its place.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dino_lite.backbones.compact import Compact, compacted
 from dino_lite.config import Config, command, compose, instantiate
-from dino_lite.contracts import Source, Splits, UserError
+from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import extract
 from dino_lite.formats.format import Format
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.publish import check_target, publish
-from dino_lite.formats.verify import Original, demand_packages
+from dino_lite.formats.verify import demand_packages
 from dino_lite.machine import pick_accelerator
 from dino_lite.planning.checks import check_values
 from dino_lite.report.origin import training
+from dino_lite.report.originals import to_export
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.subject import asked_data, open_data
 from dino_lite.wording import count
 
-_NUM_IMAGES = 8  # for the comparison
-_NUM_SIZES = 64  # images whose size is looked at
 _MOST_FITTED, _BATCH = 10_000, 64  # training images that the principal components are taken of
 
 
@@ -66,10 +63,7 @@ def run_export(config: Config) -> dict[str, Any]:
         of = {"of": opened.backbone.embed_dim, "whiten": config["whiten"]}
         card |= {"compact": {"width": config["compact"]} | of, "results_of": of["of"]}
         opened = opened._replace(backbone=_compact(config, opened, splits))
-    pictures, size = _pictures(splits.train), opened.preprocessing.size
-    sized = all(each.shape[:2] == size for each in pictures) and _all_of_size(splits.train, size)
-    opened = opened._replace(backbone=opened.backbone.float(), card=card, sized=sized)
-    original = Original(opened, pictures)
+    opened, original = to_export(opened, splits, card)
     written: dict[str, Any] = {}
     refused: dict[str, UserError] = {}
     for name, form in formats.items():
@@ -105,26 +99,6 @@ def _differences(found: dict[str, Any]) -> str:
     if cls:
         told += f", as the format crops or resizes otherwise: class tokens then differ by {cls:.2g}"
     return told
-
-
-def _pictures(source: Source) -> list[np.ndarray]:
-    """The first images that can be read, of which `open_data` has found one."""
-    found = []
-    for index in range(len(source)):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(source.read(index))
-        if len(found) == _NUM_IMAGES:
-            break
-    return found
-
-
-def _all_of_size(source: Source, size: tuple[int, int]) -> bool:
-    """Whether all images, of up to `_NUM_SIZES` evenly spread ones that can be read, are of it."""
-    for index in spread(len(source), _NUM_SIZES).tolist():
-        with contextlib.suppress(OSError, ValueError):
-            if source.image_size(index) != size:
-                return False
-    return True
 
 
 def _compact(config: Config, opened: Opened, splits: Splits) -> Compact:

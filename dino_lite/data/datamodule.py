@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lite.contracts import Crops, Splits
 from dino_lite.data import exact, resample
 from dino_lite.data.crops import MultiCrop
+from dino_lite.data.mixture import images_in_memory
 from dino_lite.data.parts import BadFiles, CropData, DrawData, Part, Pixels, join
 from dino_lite.data.photometric import Normalize, photometric
 from dino_lite.data.sampler import PositionSampler
-from dino_lite.data.sources import ArraySource
 from dino_lite.data.workers import worker_context
 from dino_lite.settings.kinds import Count, Fraction, Size
 from dino_lite.settings.validate import checked
@@ -111,10 +111,8 @@ class DataModule(pl.LightningDataModule):
         self.bad_files = BadFiles(splits.train, max_bad_fraction, bad_files)
         self._loader: StepLoader | None = None
         self._whole: Tensor | None = None  # all images, "N H W C", on the device
-        source = splits.train
-        if multi_crop.where == "device" and isinstance(source, ArraySource):
-            side = max(source.images.shape[1:3])
-            self._whole = source.images if side <= MAX_WHOLE_SIDE else None
+        if multi_crop.where == "device":
+            self._whole = images_in_memory(splits.train, MAX_WHOLE_SIDE)
 
     @property
     def data_wait_seconds(self) -> float:
@@ -132,6 +130,7 @@ class DataModule(pl.LightningDataModule):
             seed=self.seed,
             num_steps=self.num_steps,
             groups=self.splits.train.groups,
+            turns=self.splits.train.turns,
         )
         on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
         loader = DataLoader(
@@ -149,8 +148,8 @@ class DataModule(pl.LightningDataModule):
     def _parts(self) -> Dataset[Part]:
         """The data set that the workers read."""
         source, multi_crop = self.splits.train, self.multi_crop
-        if self._whole is not None and isinstance(source, ArraySource):
-            return DrawData(source, multi_crop)
+        if self._whole is not None:
+            return DrawData(self._whole.shape, source.labels, multi_crop)
         make: Pixels = resample.make_crops
         if multi_crop.where == "worker":
             make = partial(exact.make_crops, blur_kernel=multi_crop.blur_kernel)

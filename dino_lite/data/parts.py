@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_lite.contracts import Crops, Source, UserError
 from dino_lite.data.crops import Drawn, MultiCrop, plain_globals
-from dino_lite.data.sources import ArraySource, reason
+from dino_lite.data.sources import reason
 from dino_lite.wording import count
 
 try:
@@ -106,9 +106,14 @@ class DrawData(Dataset[Part]):
     Crops have size 0 until `resample.fill` makes them.
     """
 
-    def __init__(self, source: ArraySource, multi_crop: MultiCrop) -> None:
-        self.labels, self.multi_crop = source.labels, multi_crop
-        self.height, self.width, self.channels = source.images.shape[1:]
+    def __init__(
+        self,
+        shape: Sequence[int],  # N H W C
+        labels: Int[np.ndarray, "N"] | None,
+        multi_crop: MultiCrop,
+    ) -> None:
+        self.labels, self.multi_crop = labels, multi_crop
+        self.height, self.width, self.channels = shape[1:]
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Part:
         epochs, index = np.array(pairs).T
@@ -137,10 +142,18 @@ def to_crops(
         globals_=globals_,
         locals_=locals_[0] if locals_ else None,
         index=torch.from_numpy(index.astype(np.int64)),
-        labels=None if labels is None else torch.from_numpy(labels[index].astype(np.int64)),
+        labels=None if labels is None else torch.from_numpy(_of_images(labels, index)),
         boxes=torch.from_numpy((drawn.boxes / np.tile(sides, 2)).astype(np.float32)),
         draws=torch.from_numpy(drawn.params),
     )
+
+
+def _of_images(labels: Int[np.ndarray, "N"], index: Int[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+    """The labels of images; -1 for numbers of N and more (`Source.turns`)."""
+    found = np.full(len(index), -1, np.int64)
+    known = index < len(labels)
+    found[known] = labels[index[known]]
+    return found
 
 
 def _in_order(pixels: UInt8[np.ndarray, "_ n h w C"]) -> UInt8[Tensor, "_ n C h w"]:

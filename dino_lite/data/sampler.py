@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import numpy as np
@@ -22,7 +22,7 @@ class PositionSampler:
 
     n, so batches straddle epochs and no image is dropped. Rank r has the r-th contiguous slice: the
     ranks' slices concatenated are the batch of a single process. Ends at step `num_steps`; None:
-    endless. `groups` are the source's, see `order.grouped_permutation`.
+    endless. `groups` are the source's, see `order.grouped_permutation`, and so are `turns`.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class PositionSampler:
         start_step: int = 0,
         num_steps: int | None = None,
         groups: Int64[np.ndarray, "bounds"] | None = None,
+        turns: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ) -> None:
         if n < 1:
             raise UserError("There is no image to train on; check data.root.")
@@ -45,7 +46,8 @@ class PositionSampler:
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.num_ranks = rank, num_ranks
-        self.start_step, self.num_steps, self.groups = start_step, num_steps, groups
+        self.start_step, self.num_steps = start_step, num_steps
+        self.groups, self.turns = groups, turns
         self._order_of: tuple[int, np.ndarray] | None = None  # cached for the latest epoch
 
     @property
@@ -80,5 +82,7 @@ class PositionSampler:
 
     def _order(self, epoch: int) -> Int64[np.ndarray, "n"]:
         if self.groups is None:
-            return order.permutation(self.seed, epoch, self.n)
-        return order.grouped_permutation(self.seed, epoch, self.groups)
+            places = order.permutation(self.seed, epoch, self.n)
+        else:
+            places = order.grouped_permutation(self.seed, epoch, self.groups)
+        return places if self.turns is None else self.turns(places, epoch)

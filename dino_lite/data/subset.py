@@ -1,4 +1,4 @@
-"""A subset of a source, and indices spread evenly over a source."""
+"""A subset of a source, indices spread evenly over a source, and those held out by class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import final
 
 import numpy as np
+import torch
 from jaxtyping import Int, UInt8
+from torch import Tensor
 
 from dino_lite.contracts import Source
 from dino_lite.data.sources import digest
@@ -69,3 +71,22 @@ def spread(num_images: int, most: int) -> Int[np.ndarray, "n"]:
         return np.arange(num_images)
     borders = np.arange(most + 1) * num_images // most
     return np.random.default_rng(0).integers(borders[:-1], borders[1:])
+
+
+def hold_out(
+    labels: Int[Tensor, "N"], share: float, seed: int
+) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
+    """Indices that are kept and that are held out, both sorted.
+
+    Stratified: of each class the number nearest to `share` is held out, drawn from `seed`; at least
+    one image but never the last one.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    most = (counts - 1).clamp(min=0)
+    quota = (share * counts.double()).round().long().clamp(min=1).minimum(most)
+    by_class = order[numbers[order].argsort(stable=True)]  # shuffled within each class
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[by_class] = place < quota.repeat_interleave(counts)
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]

@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, Evaluation, UserError
+from dino_lite.data.subset import hold_out
 from dino_lite.data.targets import Targets, read_targets
 from dino_lite.eval.features import Pooled, check_finite
-from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE, hold_out
+from dino_lite.eval.holdout import CHOICE_SHARE, TEST_SHARE
 from dino_lite.eval.logistic import Logistic, Powers, double, powers_of_ten
 from dino_lite.eval.metrics import explained, mean_average_precision
 from dino_lite.eval.results import resampled, result

@@ -29,7 +29,7 @@ _PANELS = (  # title; column of metrics.csv, label, color
     ("Spread of the teacher's features: near 0 in a collapse", (("feature_std", "", _BLUE),)),
 )
 _FEW = 40  # up to this many points are drawn as dots
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.edgecolor": _LINE,
     "axes.labelcolor": _GRAY,
@@ -59,7 +59,7 @@ def curves_picture(metrics: str | Path, path: str | Path) -> None:
         raise UserError(f"{metrics} has no number under loss or knn: there is nothing to draw.")
     wide = min(2, len(panels))
     tall = -(-len(panels) // wide)
-    with mpl.rc_context(cast(Any, _STYLE)):
+    with mpl.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(4.6 * wide, 2.9 * tall), dpi=150, layout="constrained")
         places = figure.subplots(tall, wide, squeeze=False).flatten()
         for axes, (title, curves) in zip(places, panels, strict=False):

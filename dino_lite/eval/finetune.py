@@ -21,12 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserError
 from dino_lite.data.mixing import mix
 from dino_lite.data.random_crops import RandomCrops, random_batches
-from dino_lite.data.subset import Subset
+from dino_lite.data.subset import Subset, hold_out
 from dino_lite.draws import hashed
 from dino_lite.eval.baselines import untrained
 from dino_lite.eval.born_again import BornAgain, Predictions, born_again_loss, generations_told
 from dino_lite.eval.features import device_of
-from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes, hold_out
+from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore, demand_labels

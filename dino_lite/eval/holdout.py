@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dino_lite.contracts import Backbone, UserError
+from dino_lite.data.subset import hold_out
 from dino_lite.eval.features import Pooled, check_finite
 from dino_lite.eval.store import FeatureStore
 
@@ -58,25 +59,6 @@ def check_classes(what: str, train: Int[Tensor, "N"], test: Int[Tensor, "n"]) ->
             f"{what} needs labeled training images of at least 2 classes and a labeled image to "
             "test on; see data.labels."
         )
-
-
-def hold_out(
-    labels: Int[Tensor, "N"], share: float, seed: int
-) -> tuple[Int[Tensor, "K"], Int[Tensor, "H"]]:
-    """Indices that are kept and that are held out, both sorted.
-
-    Stratified: of each class the number nearest to `share` is held out, drawn from `seed`; at least
-    one image but never the last one.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    most = (counts - 1).clamp(min=0)
-    quota = (share * counts.double()).round().long().clamp(min=1).minimum(most)
-    by_class = order[numbers[order].argsort(stable=True)]  # shuffled within each class
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[by_class] = place < quota.repeat_interleave(counts)
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def chooser(

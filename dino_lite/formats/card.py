@@ -108,6 +108,11 @@ def _training(about: About) -> str:
         losses = ", ".join(config.get("loss") or ())
         rows["method"] = f"{method}{f', losses {losses}' if losses else ''}"
         rows["teacher"] = "moving average of the student; its weights are these"
+    if frozen := training.get("teacher"):
+        rows["teacher"] = (
+            f"{frozen['name']}, frozen (digest {frozen['digest']}, license {frozen['license']}); "
+            "these weights are the moving average of its student"
+        )
     spec = about.get("backbone") or {}
     if reduced := training.get("compact"):
         whitened = ", whitened" if reduced["whiten"] else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dino_lite.contracts import UserError
 from dino_lite.formats.layouts import WRAPPERS, teachers
 from dino_lite.formats.owner import Tensors
 from dino_lite.formats.sound import misfit
@@ -40,6 +42,31 @@ def load_heads(method: nn.Module, tensors: Tensors) -> list[str]:
             module.load_state_dict(weights)
         said[kind] = f"{kind} starts fresh: {why}" if why else f"{kind} is the file's"
     return [*said.values()]
+
+
+def head_of(weights: Mapping[str, Tensor], asked: str) -> DINOHead:
+    """The head that `weights`, by the names of `DINOHead`, are of. Raises UserError, whose message
+    begins with `asked`, if they are not those of one.
+    """
+    layers = [v for n, v in weights.items() if n.startswith("mlp") and v.ndim == 2]
+    last = next((v for n, v in weights.items() if n.startswith("last_layer") and v.ndim == 2), None)
+    if not layers:
+        raise UserError(f"{asked}: its projection head has no layers; get the file again.")
+    prototypes = weights.get("last_layer.weight_v", weights.get("last_layer.weight", last))
+    head = DINOHead(
+        layers[0].shape[1],
+        0 if prototypes is None else len(prototypes),
+        hidden_dim=layers[0].shape[0],
+        bottleneck_dim=layers[-1].shape[0],
+        num_layers=len(layers),
+        batch_norm=any(name.endswith("running_mean") for name in weights),
+        plain="last_layer.weight" in weights,
+    )
+    own = head.state_dict()
+    if why := misfit(own, weights):
+        raise UserError(f"{asked}: its projection head is of another kind: {why}.")
+    head.load_state_dict(dict(weights))
+    return head
 
 
 def find_heads(tensors: Tensors) -> dict[str, dict[str, Tensor]]:

@@ -25,7 +25,6 @@ from dino_lite.contracts import (
     Tokens,
     UserError,
 )
-from dino_lite.distributed import rank, world_size
 from dino_lite.losses.gram import regrid
 from dino_lite.losses.prototype import cross_view_pairs
 from dino_lite.methods.dino import centered
@@ -33,7 +32,7 @@ from dino_lite.methods.method import Method
 from dino_lite.methods.snapshot import SnapshotTeacher
 from dino_lite.nn.heads import DINOHead
 from dino_lite.nn.masking import BlockMasking
-from dino_lite.nn.masks import Masks, masks_of
+from dino_lite.nn.masks import Masks, draw_masks
 from dino_lite.nn.teachers import EMATeacher
 from dino_lite.settings.kinds import Fraction, Positive, Values
 
@@ -167,16 +166,10 @@ class DINOv2(Method):
         return found
 
     def _draw_masks(self, masking: BlockMasking, crops: Crops, grid: tuple[int, int]) -> Masks:
-        """This rank's part of the masks of all ranks' global crops, which are those of a
-        single-process run.
-        """
-        num_crops, num_images = crops.globals_.shape[:2]
-        num_all, first = num_images * world_size(), num_images * rank()
+        """The masks of this step."""
         if self._num_steps is None:  # synchronizes with the device, once
             self._num_steps = int(self.step)
-        drawn = masking.draw(num_crops * num_all, grid, self._num_steps)  # G*B rows columns
-        drawn = drawn.reshape(num_crops, num_all, -1)
-        return masks_of(drawn[:, first : first + num_images], crops.globals_)
+        return draw_masks(masking, crops, grid, self._num_steps)
 
     def compare(self, crops: Crops, targets: StepTargets) -> StepOutputs:
         """The student's scores for all crops and for masked patches, matched with their targets."""

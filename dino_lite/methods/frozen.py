@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,5 +61,24 @@ class FrozenTeacher:
         scale, shift = self._normalize.std / std, (self._normalize.mean - mean) / std
         if not (scale == 1).all() or not (shift == 0).all():
             crops = crops * scale.to(crops)[:, None, None] + shift.to(crops)[:, None, None]
-        tokens: Tokens = backbone(crops, cls_only=cls_only)
+        tokens: Tokens = backbone(_whole_patches(crops, backbone), cls_only=cls_only)
         return tokens
+
+
+def _whole_patches(crops: Float[Tensor, "n C H W"], backbone: Backbone) -> Tensor:
+    """`crops`, resized to whole patches of a network that demands it: sides are rounded up."""
+    patch, sides = backbone.patch_size, crops.shape[-2:]
+    if not backbone.whole_patches or not any(side % patch for side in sides):
+        return crops
+    size = [-(-side // patch) * patch for side in sides]
+    return F.interpolate(crops, size=size, mode="bicubic", antialias=True)
+
+
+@torch.no_grad()
+def patch_width(backbone: Backbone) -> int:
+    """The width of a backbone's patch tokens, which may differ from that of its class token."""
+    was_training, like = backbone.training, next(backbone.parameters())
+    side = 2 * backbone.patch_size
+    tokens: Tokens = backbone.eval()(like.new_zeros(1, backbone.in_chans, side, side))
+    backbone.train(was_training)
+    return tokens.patches.shape[2]

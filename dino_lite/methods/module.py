@@ -126,7 +126,8 @@ class PretrainModule(pl.LightningModule):
     def inactive_losses(self) -> list[str]:
         """Names of the losses that no step has computed yet (Gram anchoring before its start)."""
         losses = {} if self._step is None else self._step.losses
-        return [name for name in losses if name not in self._active]
+        active = {name.rpartition("/")[2] for name in self._active}  # of any student
+        return [name for name in losses if name not in active]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the training time and the number of skipped steps so far."""

@@ -85,7 +85,8 @@ class Step:
         self.last_layer = [p for p in last if p not in apart]
 
     def __call__(self, crops: Crops, at: Progress, watch: Watch | None = None) -> dict[str, Tensor]:
-        """Returns detached scalars: "loss", each loss by name, "grad_norm" and "skipped".
+        """Returns detached scalars: "loss", each loss by name, "grad_norm" and "skipped"; with
+        several students also "STUDENT/loss" and each "STUDENT/NAME".
 
         `watch` is called with the losses' inputs of each micro-batch and must not modify them.
         """
@@ -148,10 +149,10 @@ class Step:
                             f"loss: none of {', '.join(self.losses)} is active at step "
                             f"{self.num_steps}; add one that is, such as loss.dino."
                         )
-                    weighted = [weights[n](at) * term for n, term in terms.items()]
-                    total = torch.stack(weighted).sum()
+                    weighted = {n: weights[n](at) * term for n, term in terms.items()}
+                    total = torch.stack([*weighted.values()]).sum()
                 self.backward(total)
-            for name, term in {"loss": total, **terms}.items():
+            for name, term in {"loss": total, **_of_students(weighted), **terms}.items():
                 sums[name] = sums[name] + term.detach() if name in sums else term.detach()
         return sums
 
@@ -200,6 +201,16 @@ class Step:
     def _count_skipped(self, ok: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=ok.device)
         return torch.where(ok, zero, (zero if self.skipped is None else self.skipped) + 1)
+
+
+def _of_students(weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of each student's weighted losses, "STUDENT/loss"."""
+    sums: dict[str, Tensor] = {}
+    for name, term in weighted.items():
+        if student := name.rpartition("/")[0]:
+            key = f"{student}/loss"
+            sums[key] = sums[key] + term if key in sums else term
+    return sums
 
 
 def _term(name: str, loss: Loss, match: Match) -> Tensor:

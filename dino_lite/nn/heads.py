@@ -78,6 +78,7 @@ class DINOHead(nn.Module):
                 layers.append(nn.GELU())
         self.mlp = layers[0] if num_layers == 1 else nn.Sequential(*layers)
         self.num_prototypes, self.bottleneck_dim = num_prototypes, bottleneck_dim
+        self.in_dim = in_dim
         self.last_layer: LastLayer | PlainLayer | None = None
         if num_prototypes and plain:
             self.last_layer = PlainLayer(bottleneck_dim, num_prototypes)

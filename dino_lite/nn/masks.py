@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dino_lite.contracts import Crops
+from dino_lite.distributed import rank, world_size
+from dino_lite.nn.masking import BlockMasking
+
 
 class Masks(NamedTuple):
     """Masks of the G global crops of n images, and the M masked patches, image by image."""
@@ -54,3 +58,14 @@ def masks_of(mask: Bool[np.ndarray, "G n P"], like: Tensor) -> Masks:
         return torch.from_numpy(values).to(like.device, non_blocking=True)
 
     return Masks(send(mask), send(rows), bounds, send(weight))
+
+
+def draw_masks(masking: BlockMasking, crops: Crops, grid: tuple[int, int], step: int) -> Masks:
+    """This rank's part of the masks of all ranks' global crops, which are those of a single-process
+    run.
+    """
+    num_crops, num_images = crops.globals_.shape[:2]
+    num_all, first = num_images * world_size(), num_images * rank()
+    drawn = masking.draw(num_crops * num_all, grid, step)  # G*B rows columns
+    drawn = drawn.reshape(num_crops, num_all, -1)
+    return masks_of(drawn[:, first : first + num_images], crops.globals_)

@@ -51,13 +51,21 @@ def ema_(
 class EMATeacher(nn.Module):
     """The student's running average (DINO, section 3.1): initialized as a copy and updated after
     every optimizer step.
+
+    Batch-norm statistics are its own, unless it never runs in training: with `buffers`, those of
+    the student are averaged too.
     """
 
-    def __init__(self, student: nn.Module, momentum: Schedule) -> None:
+    def __init__(self, student: nn.Module, momentum: Schedule, buffers: bool = False) -> None:
         super().__init__()
         self.module: Any = frozen_copy(student)
-        self.momentum = momentum
+        self.momentum, self.buffers = momentum, buffers
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
-        """Update from `student`. Parameters only: batch-norm statistics are the teacher's own."""
-        ema_(self.module.parameters(), student.parameters(), self.momentum(at), ok)
+        """Update from `student`."""
+        ours, theirs = [*self.module.parameters()], [*student.parameters()]
+        if self.buffers:
+            pairs = [*zip(self.module.buffers(), student.buffers(), strict=True)]
+            ours += [mine for mine, _ in pairs if mine.is_floating_point()]
+            theirs += [its for mine, its in pairs if mine.is_floating_point()]
+        ema_(ours, theirs, self.momentum(at), ok)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,6 +57,21 @@ def param_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return sorted(groups.values(), key=lambda group: not group["decay"])
+
+
+def groups_of_students(
+    students: nn.ModuleDict, scales: Mapping[str, float], **settings: Any
+) -> list[dict[str, Any]]:
+    """`param_groups` of each student, its learning rate multiplied by its one of `scales`."""
+    return [
+        group
+        | {
+            "names": [f"{name}.{each}" for each in group["names"]],
+            "rate_scale": group["rate_scale"] * scales[name],
+        }
+        for name, student in students.items()
+        for group in param_groups(student, **settings)
+    ]
 
 
 def is_last_layer(name: str) -> bool:

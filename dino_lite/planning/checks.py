@@ -45,7 +45,13 @@ def mixes_images(config: Config) -> bool:
         says = getattr(locate(node["_target_"]), "mixes_images", False)
         if says(settings_of(node)) if callable(says) else says:
             return True
-    return traits_of(config).mixes_images
+    return any(traits_of(each).mixes_images for each in by_student(config))
+
+
+def by_student(config: Config) -> list[Config]:
+    """The configuration with the backbone of each student; with its own if it has no students."""
+    students = (config.get("students") or {}).values()
+    return [config | {"backbone": node} for node in students] or [config]
 
 
 def target_nodes(value: Any) -> Iterator[Config]:
@@ -65,7 +71,7 @@ def traits_of(config: Config) -> Traits:
     return family.traits(**settings)
 
 
-def _read_by(name: str, loss: Config) -> str:
+def read_by(name: str, loss: Config) -> str:
     """The name of the match that a loss reads: its setting `reads`, or its class's attribute."""
     target = locate(loss["_target_"])
     reads = settings_of(loss).get("reads") or getattr(target, "reads", None)
@@ -81,8 +87,11 @@ def _check_uses(config: Config) -> None:
     """Check that every weight is used by a loss: otherwise DDP would wait for its gradient."""
     if not config["loss"]:
         raise UserError("loss=[]: there is no loss to train on; choose loss=[dino] or another.")
-    method, reads = config["method"], set(map(_read_by, config["loss"], config["loss"].values()))
-    masks, of_patches = method.get("masking") is not None, {"patch", "patch_embedding"} & reads
+    method, reads = config["method"], set(map(read_by, config["loss"], config["loss"].values()))
+    masks, of_patches = (
+        method.get("masking") is not None,
+        {"patch", "patch_embedding", "masked_tokens"} & reads,
+    )
     if masks and not of_patches:
         raise UserError(
             "method.masking: no loss reads masked patches; add one, or set method.masking=null."
@@ -103,7 +112,7 @@ def _check_uses(config: Config) -> None:
             f"method.{serves}.batch_norm=true: the number of masked patches varies, and a single "
             "one has no variance; remove this setting."
         )
-    if config["backbone"].get("mask_token") and not masks:
+    if any(each["backbone"].get("mask_token") for each in by_student(config)) and not masks:
         raise UserError(
             "backbone.mask_token=true: the method masks no patches; remove this setting, or choose "
             "method=dinov2."
@@ -120,8 +129,9 @@ def setting(config: Config, key: str, otherwise: Any = None) -> Any:
 
 def check(config: Config, facts: Facts) -> None:
     """Check a planned configuration as a whole: reject combinations of values that do not fit."""
-    _check_sizes(config)
-    _check_channels(config, facts)
+    for each in by_student(config):
+        _check_sizes(each)
+        _check_channels(each, facts)
     _check_uses(config)
     if setting(config, "augment.where") == "worker" and facts.channels not in (1, 3):
         raise UserError(
@@ -133,6 +143,11 @@ def check(config: Config, facts: Facts) -> None:
         raise UserError(
             f"loader.batch_size={batch_size} is the total over all {ranks} processes and must be "
             "divisible by their number."
+        )
+    if config["method"].get("mixup") and ranks > 1 and batch_size // ranks % 2:
+        raise UserError(
+            f"loader.batch_size={batch_size}: method.mixup mixes pairs of images, so each of "
+            f"{ranks} processes needs an even number of them."
         )
     devices = get(config, "trainer.devices")
     if facts.accelerator == "cuda" and devices > facts.num_devices:
@@ -148,7 +163,8 @@ def check(config: Config, facts: Facts) -> None:
 def _check_sizes(config: Config) -> None:
     """Check that crops consist of whole patches."""
     patch, augment = setting(config, "backbone.patch_size", 1), config["augment"]
-    keys = ["global_size", *["local_size"] * bool(augment["num_local"]), "gram_size"]
+    keys = ["global_size", *["local_size"] * bool(augment["num_local"])]
+    keys += [] if config.get("students") else ["gram_size"]  # which only a teacher sees
     does = "reduces images by" if traits_of(config).convolutional else "has patches of"
     for key in keys:
         size = augment.get(key) or patch  # null: no crops of that kind

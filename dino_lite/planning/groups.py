@@ -101,6 +101,14 @@ class Teacher(NamedTuple):
     digest: str | None = None  # of its content; null: determined when the stage begins
 
 
+class Distill(NamedTuple):
+    """The group `distill` of its command."""
+
+    chain: bool = False
+    teacher_size: Size | None = None
+    export: bool = True
+
+
 class Start(TypedDict, total=False):
     """Keys of the group `backbone` that are not arguments of the backbone's class."""
 

@@ -73,7 +73,7 @@ def overview(
             f"loader.batch_size={2 * batch}",
             "loader.batch_size",
         ),
-        line("length", _length(config), "trainer.max_time=2h", *_LENGTHS),
+        line("length", length(config), "trainer.max_time=2h", *_LENGTHS),
     ]
     if plan.decisions:
         full = f"plan=full lists all {len(plan.decisions)} automatic choices and their reasons"
@@ -115,7 +115,7 @@ def _crops(config: Config) -> str:
     return f"2 of {augment['global_size']}{local} pixels{patches}"
 
 
-def _length(config: Config) -> str:
+def length(config: Config) -> str:
     """The length of the run in its own measure."""
     trainer: dict[str, Any] = config["trainer"]
     if trainer["max_time"] is not None:

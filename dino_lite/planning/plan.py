@@ -15,6 +15,7 @@ from dino_lite.machine import Facts, has_compiler, has_fast_bf16, num_cores, pic
 from dino_lite.planning.checks import check, check_values
 from dino_lite.planning.presets import SIZE, Rule, choose_backbone
 from dino_lite.planning.rules import RULES
+from dino_lite.planning.students import settle_objective
 
 
 class Decision(NamedTuple):
@@ -74,11 +75,17 @@ def plan(config: Config, facts: Facts) -> Plan:
     config = check_values(config)
     decisions: list[Decision] = []
     config = _settle(config, facts, SIZE, decisions)
-    if (choice := choose_backbone(config, facts)) is not None:
+    if config.get("students"):
+        config, settled = settle_objective(config)
+        decisions += [Decision(*each) for each in settled]
+    elif (choice := choose_backbone(config, facts)) is not None:
         config = put(config, "backbone", choice.node)
         decisions.append(Decision("backbone", choice.name, choice.reason))
-    config = _settle(config, facts, RULES, decisions)
+    config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
     left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
+
+    config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
+    left = [key for key, value in leaves(config) if value == "auto" and not _keeps_auto(key)]
     if left:
         raise UserError(f"{left[0]}=auto: this key has no automatic value; set it explicitly.")
     check(config, facts)
@@ -97,4 +104,19 @@ def _settle(
     return config
 
 
-_OWN_AUTO = {"name", "data.labels"}
+def _settle_students(config: Config, facts: Facts, decisions: list[Decision]) -> Config:
+    """Settle the backbone of each student, if there are any; the others' keys are settled."""
+    planned: Config = {}
+    for name, node in (config.get("students") or {}).items():
+        own: list[Decision] = []
+        planned[name] = _settle(config | {"backbone": node}, facts, RULES, own)["backbone"]
+        decisions += [
+            each._replace(key=f"students.{name}.{each.key.removeprefix('backbone.')}")
+            for each in own
+        ]
+    return config | {"students": planned} if planned else config
+
+
+def _keeps_auto(key: str) -> bool:
+    """Whether what reads the key takes "auto" itself: the name, and the labels of any data set."""
+    return key == "name" or (key.startswith("data.") and key.endswith(".labels"))

@@ -158,6 +158,11 @@ def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.01, "a hundredth of the run, as DINO's 1 of 100 epochs"
 
 
+def _queue_size(config: Config, facts: Facts) -> tuple[int, str]:
+    size = 2 ** math.ceil(math.log2(max(facts.num_images, 1) / 8))
+    return min(8192, max(16, size)), "an eighth of the images, from 16 to 8,192"
+
+
 def _vit_sizes(config: Config) -> tuple[int, int, int] | None:
     """Width, depth and tokens per global crop of a transformer of dino_lite, None for any other
     backbone. A named model is built on the meta device, without memory for its weights.
@@ -269,6 +274,7 @@ RULES: dict[str, Any] = {
         )
         for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
     },
+    "method.queue_size": _queue_size,
     "backbone.mask_token": _mask_token,
     "method.momentum.end": _constant("method.momentum"),
     "loader.batch_size": _batch_size,

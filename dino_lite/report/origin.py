@@ -28,6 +28,12 @@ def training(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
     if run is not None and config is not None:
         card["images_seen"] = card["steps"] * config["loader"]["batch_size"]
         card["start"] = _starts(config, checkpoint.name)
+        if teacher := config.get("teacher"):
+            name = teacher["checkpoint"]
+            rights = license_beside(None if name.startswith("timm:") else Path(name))
+            card["teacher"] = {"name": last_part(name), "license": rights} | {
+                "digest": teacher["digest"]
+            }
         if run.environment_file.is_file():
             card["data"] = read_json(run.environment_file).get("data")
     elif checkpoint.kind != "export":

@@ -22,6 +22,7 @@ from dino_lite.runs.fresh import fresh_method
 from dino_lite.runs.identity import ABSENT, default_of
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
+from dino_lite.runs.teacher import open_teacher, teacher_config
 from dino_lite.runs.trust import demand_trust, targets
 from dino_lite.settings.validate import locate_class, shown
 
@@ -53,6 +54,7 @@ def begin_config(config: Config) -> Config:
     """
     config = dict(config)
     trust = config.pop("trust", None)
+    config = teacher_config(config)
     target = config["method"]["_target_"]
     method = locate_class(config["method"], "method", Method)
     config["backbone"] = _as_in_file(config["backbone"], trust)
@@ -182,9 +184,10 @@ def _is_group(node: str) -> bool:
     return node != "method" and (config_dir() / node).is_dir()
 
 
-def build_method(config: Config) -> Method:
+def build_method(config: Config, trust: Trust = ()) -> Method:
     """Build the method of a planned configuration with its initial weights."""
-    method = fresh_method(config, config["backbone"].get("pretrained"))
+    teacher = open_teacher(config, trust)
+    method = fresh_method(config, config["backbone"].get("pretrained"), teacher)
     if config.get("checkpoint"):
         _begin_with(method, config["checkpoint"], config["runs_dir"])
     return method

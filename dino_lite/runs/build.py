@@ -9,14 +9,15 @@ import torch
 
 from dino_lite.backbones.blocks import set_memory
 from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Splits
+from dino_lite.contracts import Splits, Trust
 from dino_lite.data.datamodule import DataModule
 from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.methods.module import PretrainModule
 from dino_lite.methods.step import Step
-from dino_lite.optim.param_groups import param_groups
+from dino_lite.optim.param_groups import groups_of_students, param_groups
 from dino_lite.optim.schedules import scale_rate
+from dino_lite.planning.checks import by_student
 from dino_lite.planning.groups import Loader, Optim, Trainer
 from dino_lite.planning.presets import usual_rate
 from dino_lite.runs.begin import build_method
@@ -26,10 +27,10 @@ _FAR = 10.0  # times the usual learning rate
 
 
 def build(
-    config: Config, facts: Facts, splits: Splits, run: Run
+    config: Config, facts: Facts, splits: Splits, run: Run, trust: Trust = ()
 ) -> tuple[DataModule, PretrainModule, list[pl.Callback]]:
     """Build the data module, the training module and the callbacks."""
-    loader, module = Loader(**config["loader"]), build_module(config, facts)
+    loader, module = Loader(**config["loader"]), build_module(config, facts, trust)
     datamodule = DataModule(
         splits,
         instantiate(config["augment"]),
@@ -45,7 +46,7 @@ def build(
     return datamodule, module, callbacks
 
 
-def build_module(config: Config, facts: Facts) -> PretrainModule:
+def build_module(config: Config, facts: Facts, trust: Trust = ()) -> PretrainModule:
     """Build the module of method and step, with the clock of the run."""
     trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
     step = functools.partial(
@@ -62,14 +63,18 @@ def build_module(config: Config, facts: Facts) -> PretrainModule:
         autocast=torch.bfloat16 if trainer.precision == "bf16" else None,
         seed=config["seed"],
     )
+    rates = {
+        name: usual_rate(each, facts) / usual_rate(config, facts)
+        for name, each in zip(config.get("students") or {}, by_student(config), strict=False)
+    }
     groups = functools.partial(
-        param_groups,
+        functools.partial(groups_of_students, scales=rates) if rates else param_groups,
         decay_tokens=optim.decay_tokens,
         layer_decay=optim.layer_decay,
         patch_embed_scale=optim.patch_embed_scale,
         freeze_by=optim.freeze_by,
     )
-    method = build_method(config)
+    method = build_method(config, trust)
     set_memory(method, trainer.memory, trainer.compile)
     clock = Clock.of(config["trainer"], facts.num_images, config["loader"]["batch_size"])
     optimizer = instantiate(config["optim"]["optimizer"])

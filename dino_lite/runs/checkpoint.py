@@ -21,7 +21,7 @@ from dino_lite.formats.sound import refuse_unsound
 from dino_lite.formats.tensors import read_about, weights_file
 from dino_lite.formats.torch_files import load_inert
 from dino_lite.formats.weights import open_timm, open_weights
-from dino_lite.runs.fresh import fresh_method
+from dino_lite.runs.fresh import fresh_backbone, fresh_method
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
 from dino_lite.runs.trust import demand_trust, targets
@@ -142,6 +142,15 @@ def save_backbone(file: Path, backbone: Backbone, step: int) -> None:
         raise UserError(f"{file} cannot be written ({error}): free disk space.") from error
 
 
+def student_backbone(weights: dict[str, Tensor], config: Config, name: str) -> Backbone:
+    """The average of a student, of the weights of `methods.distillation`."""
+    prefix = f"teachers.ema.module.{name}.backbone."
+    backbone = fresh_backbone(config)
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    backbone.load_state_dict(own)
+    return backbone
+
+
 def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of the method, from the content returned by `read_checkpoint`."""
     return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
@@ -205,6 +214,9 @@ def _backbone_in(content: dict[str, Any], config: Config, trust: Trust) -> Backb
         own = {name.removeprefix("backbone."): value for name, value in weights.items()}
         backbone.load_state_dict(own)
         return backbone
+    if config.get("students"):  # without their teacher, whose file need not be there
+        name, node = next(iter(config["students"].items()))
+        return student_backbone(weights, config | {"backbone": node}, name)
     method = fresh_method(config)
     method.load_state_dict(weights)
     return method.export_backbone()

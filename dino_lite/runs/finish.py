@@ -112,6 +112,8 @@ def _facts(config: Config, splits: Splits, results: dict[str, Any]) -> dict[str,
     }
     if begun:
         facts["started_from"] = str(begun)
+    if teacher := config.get("teacher"):
+        facts["teacher"] = f"{teacher['checkpoint']} ({teacher['digest']})"
     if steps := results.get("steps"):
         facts["epochs"] = round(steps * config["loader"]["batch_size"] / num_images, 3)
     return facts

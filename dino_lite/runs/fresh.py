@@ -10,28 +10,58 @@ from dino_lite.config import Config, instantiate
 from dino_lite.contracts import Backbone, UserError
 from dino_lite.formats.head_weights import load_heads
 from dino_lite.formats.weights import load_pretrained, read_weights
+from dino_lite.methods.frozen import FrozenTeacher
 from dino_lite.methods.method import Method
-from dino_lite.planning.checks import traits_of
+from dino_lite.planning.checks import read_by, traits_of
 from dino_lite.settings.validate import locate_class
 
 
-def fresh_method(config: Config, pretrained: str | None = None) -> Method:
+def fresh_method(
+    config: Config, pretrained: str | None = None, teacher: FrozenTeacher | None = None
+) -> Method:
     """Build the method of a planned configuration, with weights drawn from its seed. If given,
-    `pretrained` names the file whose weights the backbone gets, and the heads where they fit.
-    Raises UserError if `backbone` or `method` names another kind of class.
+    `pretrained` names the file whose weights the backbone gets, and the heads where they fit;
+    `students` learn from `teacher`. Raises UserError if `backbone` or `method` names another kind
+    of class.
     """
+    if config.get("students"):
+        return _of_students(config, teacher)
     locate_class(config["backbone"], "backbone", Backbone)
     locate_class(config["method"], "method", Method)
     torch.manual_seed(int(config["seed"]))
-    network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
-    make_method, backbone = instantiate(config["method"]), check_spec(instantiate(network))
-    _check_mixing(backbone, config)
+    make_method, backbone = instantiate(config["method"]), fresh_backbone(config)
     content = read_weights(pretrained) if pretrained else None
     fit = load_pretrained(backbone, pretrained, content) if pretrained else None
     method = make_method(backbone=backbone)
     assert isinstance(method, Method)
     if content is not None and fit is not None:
         method.notes = (*fit.notes(), *load_heads(method, content.tensors))
+    return _in_precision(method, config)
+
+
+def _of_students(config: Config, teacher: FrozenTeacher | None) -> Method:
+    """The method of several students, each with its backbone, and heads for what losses read."""
+    locate_class(config["method"], "method", Method)
+    torch.manual_seed(int(config["seed"]))
+    backbones = {}
+    for name, node in config["students"].items():
+        locate_class(node, f"students.{name}", Backbone)
+        backbones[name] = fresh_backbone(config | {"backbone": node})
+    reads = [read_by(name, loss) for name, loss in config["loss"].items()]
+    method = instantiate(config["method"])(backbone=backbones, teacher=teacher, reads=reads)
+    assert isinstance(method, Method)
+    return _in_precision(method, config)
+
+
+def fresh_backbone(config: Config) -> Backbone:
+    """The backbone of a planned configuration with fresh weights. Raises UserError."""
+    network = {key: value for key, value in config["backbone"].items() if key != "pretrained"}
+    backbone = check_spec(instantiate(network))
+    _check_mixing(backbone, config)
+    return backbone
+
+
+def _in_precision(method: Method, config: Config) -> Method:
     return method.double() if str(config["trainer"]["precision"]) == "64" else method
 
 

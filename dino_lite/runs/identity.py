@@ -77,17 +77,17 @@ def requested(config: Config) -> Config:
 
 
 @functools.cache
-def defaults() -> Config:
-    """`requested` of a bare `dino-lite pretrain`."""
-    return requested(compose("pretrain", []))
+def defaults(command: str = "pretrain") -> Config:
+    """`requested` of a bare `dino-lite COMMAND`."""
+    return requested(compose(command, []))
 
 
-def changed_from_defaults(request: Config) -> Config:
-    """The settings of `request` that differ from a bare `dino-lite pretrain`, and the nodes that
+def changed_from_defaults(request: Config, command: str = "pretrain") -> Config:
+    """The settings of `request` that differ from a bare `dino-lite COMMAND`, and the nodes that
     exist only in the latter. A new key with a default changes nothing: neither in the bare run, nor
     in another choice, if its value there is the constructor's own default.
     """
-    bare = defaults()
+    bare = defaults(command)
     changed = {k: v for k, v in request.items() if bare.get(k, default_of(request, k)) != v}
     present = {node for key in request for node in _nodes(key)}
     for key in bare.keys() - request.keys():
@@ -132,22 +132,41 @@ def run_name(config: Config, request: Config, facts: Facts) -> str:
     """Name of the run's folder: `name=`, or method_source_backbone_HASH with a hash of 6 hex digits
     over the settings that differ from the defaults. The method is the choice in conf/method.
     """
-    if config["name"] != "auto":
-        name = str(config["name"])
-        if not name or Path(name).name != name or name.startswith("."):
-            raise UserError(
-                f"name={name}: must be the name of a folder, without slashes or a leading dot."
-            )
-        if (size := len(os.fsencode(name))) > LONGEST:
-            raise UserError(
-                f"name={name[:20]}…: {size} bytes are too long for the name of a folder: choose a "
-                f"name of at most {LONGEST}."
-            )
+    if (name := _given_name(config)) is not None:
         return name
-    identity = json.dumps(changed_from_defaults(request), sort_keys=True)
-    digest = hashlib.sha1(identity.encode()).hexdigest()[:6]
     method = str(config["method"]["_target_"]).rpartition(".")[2].lower()
     method = config.get("choices", {}).get("method", method).rpartition("/")[2]
     family = str(config["backbone"]["_target_"]).rpartition(".")[2].lower()
     backbone = str(config["backbone"].get("name", family)).partition("_patch")[0]
-    return file_name(f"{method}_{safe_name(facts.source)}", f"_{backbone}_{digest}")
+    end = f"_{backbone}_{_digest(request, 'pretrain')}"
+    return file_name(f"{method}_{safe_name(facts.source)}", end)
+
+
+def sequence_name(command: str, config: Config, request: Config, source: str) -> str:
+    """Name of a sequence's folder: `name=`, or COMMAND_source_HASH, as for a run."""
+    if (name := _given_name(config)) is not None:
+        return name
+    return file_name(f"{command}_{safe_name(source)}", f"_{_digest(request, command)}")
+
+
+def _digest(request: Config, command: str) -> str:
+    """6 hex digits over the settings that differ from a bare `dino-lite COMMAND`."""
+    identity = json.dumps(changed_from_defaults(request, command), sort_keys=True)
+    return hashlib.sha1(identity.encode()).hexdigest()[:6]
+
+
+def _given_name(config: Config) -> str | None:
+    """`name=`, None if it is auto. Raises UserError if no folder can have it."""
+    if config["name"] == "auto":
+        return None
+    name = str(config["name"])
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(
+            f"name={name}: must be the name of a folder, without slashes or a leading dot."
+        )
+    if (size := len(os.fsencode(name))) > LONGEST:
+        raise UserError(
+            f"name={name[:20]}…: {size} bytes are too long for the name of a folder: choose a "
+            f"name of at most {LONGEST}."
+        )
+    return name

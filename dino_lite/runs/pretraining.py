@@ -30,6 +30,7 @@ from dino_lite.runs.identity import absolute_paths, data_card, requested, run_na
 from dino_lite.runs.lengths import other_length
 from dino_lite.runs.resume import resume_config
 from dino_lite.runs.run import Run, read_json, write_json
+from dino_lite.runs.student_folders import finish_students, open_students
 from dino_lite.runs.trainer import check_launcher, quiet_lightning
 from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
@@ -54,12 +55,15 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             state = "finished" if run.results().get("finished") else "trained"
             say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
-                with run.locked():
+                with run.locked(), alone():
+                    if config.get("students"):
+                        students = open_students(run, config)
+                        return _finish(run, config, facts, splits, students)
                     checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
                     # The user's command names the same classes, so they are trusted.
                     trust = [*targets([planned.config["backbone"], planned.config["method"]])]
                     opened = open_backbone(checkpoint, trust)
-                    return _finish(run, config, facts, splits, opened.backbone)
+                    return _finish(run, config, facts, splits, {"": opened.backbone})
             return {}
     else:
         config = planned.config
@@ -69,7 +73,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
     started = without_start(config) if resuming else {}
 
     def build_run(config: Config) -> Built:
-        return build(config | started, facts, splits, run)
+        return build(config | started, facts, splits, run, trust)
 
     built = [build_run(config)]  # errors are raised before anything is written
     with run.locked() if rank() == 0 else nullcontext(), warnings.catch_warnings():
@@ -93,8 +97,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}
         run.add_results({"trained": True} | spent)
         with alone():  # the other ranks have finished
-            backbone = module.method.export_backbone().float()
-            return _finish(run, config, facts, splits, backbone)
+            backbones = module.method.export_backbones()
+            return _finish(run, config, facts, splits, backbones)
 
 
 def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
@@ -108,13 +112,18 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
 
 
 def _finish(
-    run: Run, config: Config, facts: Facts, splits: Splits, backbone: Backbone
+    run: Run, config: Config, facts: Facts, splits: Splits, backbones: Mapping[str, Backbone]
 ) -> dict[str, Any]:
-    """Add missing pictures and baselines to the trained run; returns its results. Raises
-    Interrupted after a signal.
+    """Add missing pictures and baselines to the trained run, or to the folders of its students;
+    returns its results. Raises Interrupted after a signal.
     """
+    device = torch.device(facts.accelerator)
+    backbones = {name: backbone.float() for name, backbone in backbones.items()}
     try:
-        finish(run, config, splits, backbone.to(torch.device(facts.accelerator)), say)
+        if config.get("students"):
+            finish_students(run, config, splits, backbones, device, say)
+            return run.results() | {"run": str(run.folder)}
+        finish(run, config, splits, backbones[""].to(device), say)
     except KeyboardInterrupt as stop:
         number = number_of(stop)
         raise Interrupted(

@@ -38,7 +38,7 @@ def resume_config(
     before = read_json(run.environment_file)
     # Callbacks are those of this command.
     config: Config = current(load(run.config_file)) | {"callbacks": planned["callbacks"]}
-    _check_request(run, current(before["request"]), request, config, planned)
+    check_request(run, current(before["request"]), request, config, planned)
     # The user's own configuration names the targets of `planned`.
     demand_trust({*targets(config)} - {*targets(planned)}, trust, run.config_file)
     check_data(run, before["data"], config["data"], splits)
@@ -103,11 +103,16 @@ def check_data(run: Run, before: Config, node: Config, splits: Splits) -> None:
     )
 
 
-def _check_request(
-    run: Run, before: Config, request: Config, saved: Config, planned: Config
+def check_request(
+    run: Run,
+    before: Config,
+    request: Config,
+    saved: Config,
+    planned: Config,
+    command: str = "pretrain",
 ) -> None:
     """Raise UserError for the first setting of `request` that differs from the saved run."""
-    chosen = changed_from_defaults(request)
+    chosen = changed_from_defaults(request, command)
     words, old_words = (set(config.get("overrides") or ()) for config in (planned, saved))
     # What the user named comes before what follows from it by interpolation.
     keys = sorted(

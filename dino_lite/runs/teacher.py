@@ -6,10 +6,13 @@ import functools
 import hashlib
 from pathlib import Path
 
-from dino_lite.config import Config, instantiate
-from dino_lite.contracts import Trust, UserError
+from dino_lite.config import Config, instantiate, load
+from dino_lite.contracts import Backbone, Trust, UserError
+from dino_lite.formats.head_weights import find_heads, head_of
 from dino_lite.formats.tensors import weights_file
+from dino_lite.formats.weights import read_weights
 from dino_lite.methods.frozen import FrozenTeacher, Network
+from dino_lite.nn.heads import DINOHead
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 
 
@@ -41,8 +44,25 @@ def open_teacher(config: Config, trust: Trust = ()) -> FrozenTeacher | None:
 
 def _open(config: Config, trust: Trust) -> Network:
     asked = teacher_config(config)["teacher"]
-    opened = open_backbone(find_checkpoint(asked["checkpoint"], config["runs_dir"]), trust)
-    return Network(opened.backbone, opened.preprocessing, {})
+    found = find_checkpoint(asked["checkpoint"], config["runs_dir"])
+    opened = open_backbone(found, trust)
+    return Network(opened.backbone, opened.preprocessing, _heads(found, opened.backbone))
+
+
+def _heads(checkpoint: Checkpoint, backbone: Backbone) -> dict[str, DINOHead]:
+    """The projection heads in the file of a checkpoint, those of the teacher of a run. Of a run
+    that shares one head, it is the one for patches too.
+    """
+    if checkpoint.path is None:
+        return {}
+    found = find_heads(read_weights(checkpoint.path, "teacher").tensors)
+    heads = {kind: head_of(weights, f"teacher={checkpoint}") for kind, weights in found.items()}
+    if checkpoint.run is not None and set(heads) == {"head"}:
+        method = load(checkpoint.run.config_file)["method"]
+        if method.get("masking") and not method.get("patch_head"):
+            heads["patch_head"] = heads["head"]
+    width = backbone.embed_dim
+    return {kind: head for kind, head in heads.items() if head.in_dim == width}
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.plugins.environments import (  # type: ignore[attr-defined]
@@ -22,7 +23,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from dino_lite.config import Config
 from dino_lite.contracts import UserError
-from dino_lite.distributed import srun_tasks
+from dino_lite.distributed import srun_tasks, start_group
 from dino_lite.machine import Facts
 from dino_lite.planning.groups import Trainer
 from dino_lite.runs.checkpoint import read_checkpoint
@@ -92,6 +93,24 @@ def _launcher(devices: int) -> ClusterEnvironment | None:
         return SLURMEnvironment(auto_requeue=False)
     is_ours = "SLURM_NTASKS" in os.environ and not dist.is_torchelastic_launched()
     return LightningEnvironment() if is_ours else None
+
+
+def join_ranks(accelerator: str) -> None:
+    """Initialize the process group before any training if torchrun or srun started several
+    processes.
+    """
+    if "RANK" in os.environ:
+        start_group(accelerator)
+    elif srun_tasks() > 1 and not dist.is_initialized():
+        if accelerator == "cuda":
+            torch.cuda.set_device(int(os.environ["SLURM_LOCALID"]))
+        slurm = SLURMEnvironment(auto_requeue=False)
+        dist.init_process_group(
+            "nccl" if accelerator == "cuda" else "gloo",
+            f"tcp://{slurm.main_address}:{slurm.main_port}",
+            rank=slurm.global_rank(),
+            world_size=srun_tasks(),
+        )
 
 
 @contextmanager
