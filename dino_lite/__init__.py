@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dino_lite.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dino_lite.commands.adapt import adapt as adapt
     from dino_lite.commands.distill import distill as distill
     from dino_lite.commands.embed import embed as embed
     from dino_lite.commands.evaluate import evaluate as evaluate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "pretrain": "dino_lite.commands.pretrain",
+    "adapt": "dino_lite.commands.adapt",
     "distill": "dino_lite.commands.distill",
     "evaluate": "dino_lite.commands.evaluate",
     "export": "dino_lite.commands.export",

@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "check": "check the data before a run",
     "pretrain": "train a backbone on a folder of images",
+    "adapt": "go on from weights that exist, keeping what they knew",
     "distill": "train small backbones to match a large one",
     "evaluate": "evaluate a frozen backbone",
     "compare": "compare several backbones with each other and with baselines",

@@ -22,7 +22,7 @@ from dino_lite.errors import UserError
 
 # Keys whose values are always strings: `name=1`, `data.root=a,b` without a sweep, `out=x=y`.
 _VERBATIM = re.compile(
-    r".*\.(root|pretrained|labels)|checkpoints?|name|runs_dir|features_dir|out|pack|pictures"
+    r".*\.(root|pretrained|labels)|checkpoints?|stages|name|runs_dir|features_dir|out|pack|pictures"
 )
 _COMPLETION = re.compile("(install|uninstall|query)=(bash|fish|zsh)")
 _PLAIN = re.compile(r"[\w./+-]*")

@@ -25,6 +25,7 @@ from dino_lite.report.terminal import print_comparison
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import read_json, write_text
+from dino_lite.runs.sequence_folder import title_of
 from dino_lite.runs.subject import Subject, build_evaluations, open_subject, save_results
 from dino_lite.wording import count
 
@@ -97,7 +98,7 @@ def _short_name(checkpoint: Checkpoint, asked: str) -> str:
     """The name of a run (and of its checkpoint, unless it is the last), else what the user gave."""
     if checkpoint.run is None:
         return asked
-    name, which = checkpoint.run.folder.name, checkpoint.which
+    name, which = title_of(checkpoint.run), checkpoint.which
     return name if which == "last" else f"{name} ({which})"
 
 

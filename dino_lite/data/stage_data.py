@@ -92,11 +92,11 @@ def _trained_on(source: Source, seed: int) -> Source:
     return Subset(source, np.setdiff1d(np.arange(len(source)), parts.held))
 
 
-def check_collections(mine: Splits, keep: Mapping[str, Splits]) -> None:
+def check_collections(mine: Splits, keep: Mapping[str, Splits], key: str = "data.root") -> None:
     """Raise UserError if one of `keep`, by its key in the configuration, holds the images of
-    another or of `mine`, or has another number of channels.
+    another or of `mine`, which `key` names, or has another number of channels.
     """
-    named = {"data.root": mine} | dict(keep)
+    named = {key: mine} | dict(keep)
     for i, (key, one) in enumerate(named.items()):
         for other in list(named)[:i]:
             if same_images(one.train, named[other].train):

@@ -10,7 +10,7 @@ from dino_lite.config import Config, get, leaves
 from dino_lite.contracts import Backbone, Traits, UserError
 from dino_lite.machine import Facts
 from dino_lite.optim.schedules import parse_span
-from dino_lite.planning.groups import RECORDS, Settings, Start
+from dino_lite.planning.groups import RECORDS, Replay, Settings, Start
 from dino_lite.settings.validate import locate, locate_class, parameters, settings_of, validated
 from dino_lite.wording import count
 
@@ -28,11 +28,16 @@ def check_values(config: Config, auto: bool = True) -> Config:
         if word.startswith("~") and name in parameters(Settings).hints and name not in config:
             raise UserError(f"~{name}: the key {name} is required; omit ~{name}.")
     network = dict(config.get("backbone") or {})
-    # Not an argument of the constructor.
+    keep = dict(config.get("keep") or {})
+    # Not arguments of the constructors.
     start = {key: network.pop(key) for key in ("pretrained",) if key in network}
-    read = validated(Settings, config | ({"backbone": network} if network else {}), auto=auto)
+    replay = {key: keep.pop(key) for key in ("share",) if key in keep}
+    nodes = {name: node for name, node in (("backbone", network), ("keep", keep)) if node}
+    read = validated(Settings, config | nodes, auto=auto)
     if start:
         read["backbone"] |= validated(Start, start, "backbone.")
+    if replay:
+        read["keep"] |= validated(Replay, replay, "keep.")
     defaults = {name: parameters(kind).defaults for name, kind in RECORDS.items() if name in read}
     return read | {name: values | read[name] for name, values in defaults.items()}
 

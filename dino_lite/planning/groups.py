@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from torch.optim import Optimizer
 
 from dino_lite.contracts import Backbone, Evaluation, Loss, Memory, Penalty, Schedule
+from dino_lite.data.stage_data import Replayed
 from dino_lite.eval.embedder import Dtype, Feature
 from dino_lite.eval.feature_files import FileFormat
+from dino_lite.eval.tradeoff import Promise
 from dino_lite.formats.format import Format
 from dino_lite.formats.plain import Layout
 from dino_lite.methods.clock import seconds
@@ -115,6 +117,12 @@ class Start(TypedDict, total=False):
     pretrained: str | None
 
 
+class Replay(TypedDict, total=False):
+    """Keys of the group `keep` that are not arguments of what opens the data."""
+
+    share: Replayed
+
+
 class Settings(TypedDict, total=False):
     """Keys of all commands."""
 
@@ -124,6 +132,9 @@ class Settings(TypedDict, total=False):
     backbone: Callable[..., Backbone]
     students: dict[str, Callable[..., Backbone]]
     teacher: Teacher
+    keep: Node
+    stages: str | list[str] | None
+    adapt: Promise
     method: Callable[[Backbone], Method]
     trainer: Trainer
     loader: Loader
@@ -162,4 +173,10 @@ class Settings(TypedDict, total=False):
     pictures: str | None
 
 
-RECORDS = {"trainer": Trainer, "loader": Loader, "optim": Optim, "teacher": Teacher}
+RECORDS = {
+    "trainer": Trainer,
+    "loader": Loader,
+    "optim": Optim,
+    "teacher": Teacher,
+    "adapt": Promise,
+}

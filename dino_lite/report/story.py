@@ -20,6 +20,7 @@ from dino_lite.runs.checkpoint import Checkpoint, open_backbone
 from dino_lite.runs.identity import absolute_paths, requested
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run, read_json
+from dino_lite.runs.sequence_folder import title_of
 from dino_lite.runs.trust import demand_trust, targets
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def _of_run(run: Run, trust: Trust) -> Story:
     nothing: dict[str, Any] = {}
     environment = tried(lambda: read_json(run.environment_file), nothing)
     return Story(
-        title=run.folder.name,
+        title=title_of(run),
         folder=run.folder,
         is_run=True,
         config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from dino_lite.formats.weights import open_timm, open_weights
 from dino_lite.runs.fresh import fresh_backbone, fresh_method
 from dino_lite.runs.old_names import current
 from dino_lite.runs.run import Run
+from dino_lite.runs.sequence_folder import SequenceFolder, title_of
 from dino_lite.runs.trust import demand_trust, targets
 
 _TIMM = "timm:"
@@ -58,8 +60,9 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
-    """Resolve what the user named: a run (its last.ckpt), a .ckpt file, an export, a file or folder
-    of third-party weights, "timm:NAME", or "latest".
+    """Resolve what the user named: a run (its last.ckpt), a sequence (the result of its last
+    finished stage), a .ckpt file, an export, a file or folder of third-party weights, "timm:NAME",
+    or "latest".
 
     Results of a timm model are kept in `runs_dir`. Raises UserError if nothing matches.
     """
@@ -83,6 +86,8 @@ def find_checkpoint(checkpoint: str | None, runs_dir: str | Path) -> Checkpoint:
             return _of_path(inside)
         if (last := Run(candidate).last).is_file():
             return _of_path(last)
+        if (sequence := SequenceFolder(candidate)).exists():
+            return _of_path(_result_of(sequence))
     raise UserError(
         f"checkpoint={checkpoint} is not a run, a file of weights or an exported folder."
     )
@@ -157,13 +162,31 @@ def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _latest(runs_dir: Path) -> Path:
-    runs = sorted(runs_dir.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
+    """The newest checkpoint of a run, or result of a finished sequence."""
+    found = [*runs_dir.glob("*/checkpoints/last.ckpt")]
+    for file in runs_dir.glob("*/sequence.json"):
+        with suppress(UserError):  # damaged
+            if (sequence := SequenceFolder(file.parent)).is_finished():
+                found.append(_result_of(sequence))
+    if not found:
         raise UserError(
             f"checkpoint=latest: {runs_dir} contains no run with a checkpoint; start one with "
             "dino-lite pretrain."
         )
-    return runs[-1]
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _result_of(sequence: SequenceFolder) -> Path:
+    result = sequence.result()
+    if result is None:
+        first = sequence.folder / sequence.read()["stages"][0]["name"]
+        raise UserError(
+            f"{sequence.folder} has no finished stage yet: run its command again, or name "
+            f"{first}, the stage in training."
+        )
+    if not result.is_file():
+        raise UserError(f"{sequence.folder}: its result {result} is missing: restore it.")
+    return result
 
 
 def _of_path(file: Path) -> Checkpoint:
@@ -201,7 +224,7 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
         preprocessing=Preprocessing(
             (size, size), tuple(normalize["mean"]), tuple(normalize["std"])
         ),
-        card={"run": run.folder.name, "steps": int(content["global_step"]), "config": config},
+        card={"run": title_of(run), "steps": int(content["global_step"]), "config": config},
         data=config["data"],
     )
 

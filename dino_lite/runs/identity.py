@@ -58,7 +58,7 @@ def absolute_paths(config: Config) -> Config:
             return str(Path(os.path.expandvars(node)).expanduser())
         if isinstance(node, str) and key.endswith((".labels", ".out")):  # labels may be a keyword
             return str(Path(os.path.expandvars(node)).expanduser())
-        if key.endswith(".root"):
+        if key.endswith(".root") or key == "stages":
             return absolute(node)
         if isinstance(node, str) and key.endswith(_PATHS):
             path = Path(os.path.expandvars(node)).expanduser()

@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from dino_lite.errors import UserError
 from dino_lite.runs.run import Run, read_json
+from dino_lite.runs.sequence_folder import SequenceFolder, title_of
 
 _TAIL = 2**16  # bytes at the end of metrics.csv that are read
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -41,30 +42,59 @@ class Listed(NamedTuple):
 
 
 def list_runs(runs_dir: Path) -> list[Listed]:
-    """The runs in `runs_dir`, newest first; other folders are left out. `runs_dir` may also be one
-    run, or a folder without runs whose own "runs" has some. Raises UserError if it cannot be read.
+    """The runs in `runs_dir`, newest first, with the stages of a sequence below it; others are
+    left out. `runs_dir` may also be one run or sequence, or a folder whose own "runs" has some,
+    without runs itself. Raises UserError if it cannot be read.
     """
     if _is_run(runs_dir):
-        return [describe(Run(runs_dir.resolve()))]
+        return describe_all(runs_dir.resolve())
     found, inner = _runs_in(runs_dir), runs_dir / "runs"
     if not found and inner.is_dir():
         found = _runs_in(inner)
-    return sorted(map(describe, found), key=lambda run: -run.changed)
+    listed = sorted(map(describe_all, found), key=lambda runs: -runs[0].changed)
+    return [run for runs in listed for run in runs]
 
 
-def _runs_in(folder: Path) -> list[Run]:
+def _runs_in(folder: Path) -> list[Path]:
     try:
         inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise UserError(
             f"runs_dir={folder} cannot be read ({error.strerror}): name the folder of the runs."
         ) from error
-    return [Run(path) for path in inside if _is_run(path)]
+    return [path for path in inside if _is_run(path)]
 
 
 def _is_run(folder: Path) -> bool:
     run = Run(folder)
-    return run.config_file.is_file() or run.last.is_file()
+    return run.config_file.is_file() or run.last.is_file() or SequenceFolder(folder).exists()
+
+
+def describe_all(folder: Path) -> list[Listed]:
+    """What the files of a run say; of a sequence, its sum, and each stage that has begun."""
+    sequence = SequenceFolder(folder)
+    if not sequence.exists():
+        return [describe(Run(folder))]
+    try:
+        known, runs = sequence.read(), sequence.runs()
+    except UserError:
+        known, runs = {"command": "", "stages": []}, []
+    stages = [describe(run) for run in runs]
+    last = stages[-1] if stages else describe(Run(folder))
+    done = sum(stage.get("finished") is True for stage in known["stages"])
+    total = len(known["stages"])
+    state = "finished" if done == total else f"{min(done + 1, total)} of {total}"
+    if Run(folder).is_locked():
+        state = f"training {done + 1} of {total}" if done < total else "finishing"
+    whole = last._replace(
+        name=folder.name,
+        state=state if total else "damaged",
+        method=str(known.get("command", "")),
+        steps=sum(stage.steps for stage in stages),
+        total=None,
+        num_bytes=sum(_sizes(folder)),
+    )
+    return [whole, *stages]
 
 
 def describe(run: Run) -> Listed:
@@ -78,7 +108,7 @@ def describe(run: Run) -> Listed:
     trained, steps = _number(results, "knn_trained"), _number(results, "steps")
     total = _total(run, config, results) if steps is None else steps
     return Listed(
-        name=run.folder.name,
+        name=title_of(run),
         state=_state(run, config, results),
         method=str(_node(config, "choices").get("method", method)),
         backbone=str(backbone.get("name") or str(backbone.get("_target_", "")).rpartition(".")[2]),

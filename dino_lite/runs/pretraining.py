@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,12 @@ from dino_lite.runs.training import Built, train
 from dino_lite.runs.trust import targets
 
 
-def run_pretrain(config: Config) -> dict[str, Any]:
-    """Train, or resume the run of the same request."""
+def run_pretrain(
+    config: Config, before: Callable[[Run, Config], None] | None = None
+) -> dict[str, Any]:
+    """Train, or resume the run of the same request. `before` is called on the first rank with the
+    run, once it is written, and its planned configuration, before training.
+    """
     config = check_values(absolute_paths(config))
     check_launcher(config)
     request, named = requested(config), config["name"] != "auto"
@@ -91,6 +95,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
             if not resuming:
                 run.clear([*PICTURES, "crops", "curves"])
             write_run(run, config, request, facts, splits)
+            if before is not None:
+                before(run, config)
         module = train(config, facts, run, built, build_run, resuming, may_shrink=is_auto, say=say)
         if rank() != 0:
             return {}

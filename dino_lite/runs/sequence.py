@@ -12,6 +12,7 @@ earlier one, it names `sequence.result_of("01_adapt")`, a file that this stage w
 SETTLED that are "auto" get the values of the first stage's plan in all stages. `after(run)` does
 what follows the training of a stage, such as measuring it and writing its result, on the first rank
 alone, and is called again if it was interrupted; what it returns is kept in sequence.json.
+`before(run, config)` is called there with the planned configuration, before the first step.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Stage(NamedTuple):
     teacher: str = ""
     result: str = LAST
     after: Callable[[Run], dict[str, Any] | None] | None = None
+    before: Callable[[Run, Config], None] | None = None
 
 
 class Sequence:
@@ -179,7 +181,7 @@ class Sequence:
         config |= {"runs_dir": str(self.folder), "name": stage.name}
         program = f"dino_lite.commands.{self.command}"
         with outside_hydra(), as_command(program, self.arguments):
-            run_pretrain(config)
+            run_pretrain(config, stage.before)
 
     def _finish(self, stage: Stage) -> None:
         """Do what follows the training of a stage, and note that it is finished."""

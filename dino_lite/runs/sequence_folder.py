@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dino_lite.errors import UserError
 from dino_lite.runs.run import Run, read_json, write_json
 
 
@@ -25,7 +26,10 @@ class SequenceFolder:
 
     def read(self) -> dict[str, Any]:
         """Content of sequence.json. Raises UserError if it is damaged."""
-        return read_json(self.file)
+        content = read_json(self.file)
+        if not isinstance(content.get("stages"), list) or not content["stages"]:
+            raise UserError(f"{self.file} lists no stages: it is damaged; restore it.")
+        return content
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace sequence.json atomically."""
@@ -54,7 +58,7 @@ class SequenceFolder:
         return self.folder / done[-1]["name"] / done[-1]["result"] if done else None
 
 
-def sequence_of(run: Run) -> SequenceFolder | None:
-    """The sequence of which `run` is a stage, if it is one."""
-    above = SequenceFolder(run.folder.parent)
-    return above if above.exists() else None
+def title_of(run: Run) -> str:
+    """The name of a run; of one in a sequence, the path from that: NAME/01_adapt."""
+    above = next((p for p in run.folder.parents[:2] if SequenceFolder(p).exists()), None)
+    return run.folder.name if above is None else str(run.folder.relative_to(above.parent))

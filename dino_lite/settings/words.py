@@ -13,7 +13,7 @@ from dino_lite.errors import UserError
 
 # The setting that a path alone stands for; those in _LISTS accept several paths.
 MAIN = {
-    **dict.fromkeys(("pretrain", "check", "distill"), "data.root"),
+    **dict.fromkeys(("pretrain", "check", "adapt", "distill"), "data.root"),
     **dict.fromkeys(("evaluate", "report", "export", "embed"), "checkpoint"),
     "compare": "checkpoints",
     "runs": "runs_dir",
@@ -130,7 +130,7 @@ def _run_names(kept: list[str]) -> list[str]:
 def _names(command: str, conf: Path) -> list[str]:
     """The groups and the keys without a group of a command's file and those it starts from."""
     names = ["hydra"]
-    for file in [command, *(["pretrain"] if command in ("check", "distill") else [])]:
+    for file in [command, *(["pretrain"] if command in ("check", "adapt", "distill") else [])]:
         text = (conf / f"{file}.yaml").read_text(encoding="utf-8")
         names += re.findall(r"^(?:  - )?(\w+):", text, re.MULTILINE)
     return names
