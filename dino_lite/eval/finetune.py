@@ -22,7 +22,7 @@ from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserErro
 from dino_lite.data.mixing import mix
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from dino_lite.data.subset import Subset, hold_out
-from dino_lite.draws import hashed
+from dino_lite.draws import derived_seed
 from dino_lite.eval.baselines import untrained
 from dino_lite.eval.born_again import BornAgain, Predictions, born_again_loss, generations_told
 from dino_lite.eval.features import device_of
@@ -154,7 +154,7 @@ class Finetune(Evaluation):
         teachers: Sequence[Classifier] = (),
     ) -> Classifier:
         """A generation after its last epoch; `teachers` are those it learns from, one or none."""
-        data, seed = store.data, _seed(self.seed, generation)
+        data, seed = store.data, derived_seed(self.seed, generation)
         made = self._start(backbone, len(labeled.classes), seed)
         device = made.head.weight.device
         batch_size = self._batch(labeled)
@@ -219,11 +219,6 @@ class Finetune(Evaluation):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return Classifier(network, head)
-
-
-def _seed(seed: int, generation: int) -> int:
-    """The seed of a generation; of the first, `seed` itself."""
-    return seed if generation == 1 else int(hashed(seed, generation)[0] >> np.uint64(1))
 
 
 def find_labeled(store: FeatureStore) -> Labeled:
