@@ -278,3 +278,30 @@ def turned(
                 out[patch, j] = low * math.cos(angle) - high * math.sin(angle)
                 out[patch, j + width // 2] = high * math.cos(angle) + low * math.sin(angle)
     return out
+
+
+# ---------------------------------------------------------------------------------- distillation
+
+
+def token_distance(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Proteus: the mean squared difference of each row, summed by the rows' weights."""
+    total = student.new_zeros(())
+    for row in range(len(weight)):
+        total = total + weight[row] * ((student[row] - teacher[row]) ** 2).mean()
+    return total
+
+
+def kl_of_cosines(
+    student: Tensor, teacher: Tensor, bank: tuple[Tensor, Tensor], temp: float
+) -> float:
+    """KL of the softmax over cosines with rows of the bank (student, teacher): SEED, eq. 5."""
+
+    def distribution(row: Tensor, others: Tensor) -> list[float]:
+        cosines = [
+            float(row @ other / (row.norm() * other.norm()).clamp(min=1e-12)) for other in others
+        ]
+        powers = [math.exp(cosine / temp) for cosine in cosines]
+        return [power / sum(powers) for power in powers]
+
+    ours, theirs = distribution(student, bank[0]), distribution(teacher, bank[1])
+    return sum(p * (math.log(p) - math.log(q)) for p, q in zip(theirs, ours, strict=True))

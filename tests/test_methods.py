@@ -19,6 +19,7 @@ from tiny import checkpoint, tiny_command
 pytestmark = pytest.mark.slow
 
 METHODS = sorted(path.stem for path in (config_dir() / "method").glob("*.yaml"))
+METHODS.remove("distill")  # needs a teacher: test_distill.py
 # Beside the tiny run's: no prototypes where a method has none, and Gram anchoring from half on.
 WITH = {
     "simdino": ["method.head.num_prototypes=0"],

@@ -46,7 +46,7 @@ def run_distill(config: Config, arguments: list[str]) -> dict[str, Any]:
     asked = Distill(**validated(Distill, config["distill"], "distill."))
     students = student_nodes(config["students"])
     teacher = _teacher(config)
-    config |= {"teacher": teacher}
+    config |= {"teacher": teacher, "students": students}
     base = {key: value for key, value in config.items() if key not in _OWN}
     whole = check_values(distill_config(base, teacher, students))
     splits = open_splits(whole["data"])
@@ -55,8 +55,13 @@ def run_distill(config: Config, arguments: list[str]) -> dict[str, Any]:
         _check(whole, asked.chain)
     after = partial(_export, config=whole) if asked.export else None
     if not asked.chain:
-        stages = [_stage("01_distill", base, teacher, students, after)]
-        return sequence.run(stages)
+        results = sequence.run([_stage("01_distill", base, teacher, students, after)])
+        if results and len(students) > 1:
+            first, *others = students
+            folder = sequence.folder / "01_distill"
+            also = ", ".join(str(folder / name) for name in others)
+            say(f"checkpoint={sequence.folder} opens {first}, the first student; besides: {also}")
+        return results
     stages = []
     for number, (name, node) in enumerate(students.items(), start=1):
         stages.append(_stage(f"{number:02d}_{name}", base, teacher, {name: node}, after))

@@ -199,6 +199,10 @@ def expectation(labeled: bool) -> str:
     return f"the loss may rise at first and does not measure quality; {instead}"
 
 
+# Losses of distillation, by their names in conf/loss.
+_OF_FROZEN = {"cls_token", "patch_tokens", "masked_tokens", "cls_similarity", "patch_similarity"}
+
+
 def _contents(curves: Mapping[str, np.ndarray]) -> str:
     """With prototypes the loss is the entropy of the teacher's targets plus the divergence from
     them, and centering raises the former at first.
@@ -208,4 +212,6 @@ def _contents(curves: Mapping[str, np.ndarray]) -> str:
             "It includes the entropy of the teacher's targets, which grows while these spread over "
             "the prototypes"
         )
+    if curves.keys() & _OF_FROZEN:
+        return "It compares the student with a frozen teacher"
     return "It compares the student with a teacher that changes too"

@@ -67,7 +67,7 @@ class Distillation(Method):
 
     not_inherited = ("step", "queue")
 
-    student: nn.ModuleDict  # type: ignore[assignment]
+    student: nn.ModuleDict
     step: Tensor
     queue: Tensor
     queued: Tensor
@@ -191,13 +191,13 @@ class Distillation(Method):
         wide = torch.promote_types(tokens.cls.dtype, torch.float32)
         weight = tokens.cls.new_full((num_images,), 1.0 / num_images, dtype=wide)
         found |= self._prototype_targets(crops, tokens, weight, self.teacher_temp(at))
-        cls = tokens.cls.unflatten(0, (num_crops, num_images))  # G n D
+        cls = tokens.cls.view(num_crops, num_images, -1)  # G n D
         if "cls_similarity" in self.reads:
             self._enqueue_(F.normalize(all_gather_cat(cls[0]).to(self.queue.dtype), dim=-1))
         if crops.locals_ is not None and self.reads & OF_CLS:
             more = self.teacher(crops.locals_.flatten(0, 1), cls_only=True).cls
-            cls = torch.cat([cls, more.unflatten(0, (-1, num_images))])  # S n D
-        patches = tokens.patches.unflatten(0, (num_crops, num_images))
+            cls = torch.cat([cls, more.view(-1, num_images, more.shape[-1])])  # S n D
+        patches = tokens.patches.reshape(num_crops, num_images, *tokens.patches.shape[1:])
         taught = Taught(cls, patches, tokens.grid, weight, self.queue, self.queued, {})
         return found | {"taught": taught}
 
@@ -211,10 +211,11 @@ class Distillation(Method):
         pairs = torch.ones(shape[0], len(crops.boxes), dtype=torch.float64)
         pairs /= pairs.sum()  # every crop of a student with every view of the teacher
         if "cls" in self.reads:
-            z = heads["head"](tokens.cls).unflatten(0, shape)
+            z = heads["head"](tokens.cls)
+            z = z.view(*shape, z.shape[-1])
             cls = centered(z, heads["head"], self.centering, temp, pairs, weight)
         else:
-            z = tokens.cls.unflatten(0, shape)
+            z = tokens.cls.view(*shape, -1)
             none = Prototypes(z.new_zeros(0, z.shape[-1]))
             zeros = torch.zeros_like(z[..., 0])
             cls = Targets(z, none, zeros, z.new_zeros(0), temp, pairs.to(z), weight)

@@ -59,13 +59,13 @@ class EMATeacher(nn.Module):
     def __init__(self, student: nn.Module, momentum: Schedule, buffers: bool = False) -> None:
         super().__init__()
         self.module: Any = frozen_copy(student)
-        self.momentum, self.buffers = momentum, buffers
+        self.momentum, self.with_buffers = momentum, buffers
 
     def after_step(self, student: nn.Module, at: Progress, ok: Bool[Tensor, ""]) -> None:
         """Update from `student`."""
-        ours, theirs = [*self.module.parameters()], [*student.parameters()]
-        if self.buffers:
-            pairs = [*zip(self.module.buffers(), student.buffers(), strict=True)]
-            ours += [mine for mine, _ in pairs if mine.is_floating_point()]
-            theirs += [its for mine, its in pairs if mine.is_floating_point()]
+        ours, theirs = (self._averaged(module) for module in (self.module, student))
         ema_(ours, theirs, self.momentum(at), ok)
+
+    def _averaged(self, module: nn.Module) -> list[Tensor]:
+        buffers = module.buffers() if self.with_buffers else ()
+        return [*module.parameters(), *(each for each in buffers if each.is_floating_point())]

@@ -59,12 +59,13 @@ def overview(
     step = math.lcm(16, setting(config, "backbone.patch_size", 1))
     larger = math.ceil(1.5 * size / step) * step
     other = "dino" if name == "dinov2" else "dinov2"
+    example = "students=[vit_tiny]" if config.get("students") else "backbone=vit_small"
     test = f", {count(facts.num_test, 'test image')}" if facts.num_test else ""
     lines = [
         line("data", f"{data} of {sizes}{test}", ""),
         line("labels", labels, "data.labels=none" if facts.num_classes else ""),
         line("device", f"{device}, {precision}", more, "trainer.precision"),
-        line("network", _network(config, network), "backbone=vit_small", "backbone", *_SIZES),
+        line("network", _network(config, network), example, "backbone", *_SIZES),
         line("method", f"{name}, {losses}", f"method={other}", "method.head.num_prototypes"),
         line("crops", _crops(config), f"augment.global_size={larger}", "augment.global_size"),
         line(
@@ -86,7 +87,12 @@ _LENGTHS = ("trainer.max_time", "trainer.max_epochs")
 
 
 def _network(config: Config, network: Mapping[str, int] | None) -> str:
-    """The backbone's name with its feature width and number of parameters."""
+    """The backbone's name with its feature width and number of parameters; or what students are to
+    learn from whom.
+    """
+    if students := config.get("students"):
+        teacher = config["teacher"]["checkpoint"]
+        return f"students {', '.join(students)} of {teacher}"
     node = config["backbone"]
     name = str(node.get("name") or node["_target_"].rpartition(".")[2])
     if network is None:

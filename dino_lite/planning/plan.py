@@ -82,7 +82,7 @@ def plan(config: Config, facts: Facts) -> Plan:
         config = put(config, "backbone", choice.node)
         decisions.append(Decision("backbone", choice.name, choice.reason))
     config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
-    left = [key for key, value in leaves(config) if value == "auto" and key not in _OWN_AUTO]
+    left = [key for key, value in leaves(config) if value == "auto" and not _keeps_auto(key)]
 
     config = _settle_students(_settle(config, facts, RULES, decisions), facts, decisions)
     left = [key for key, value in leaves(config) if value == "auto" and not _keeps_auto(key)]

@@ -8,10 +8,9 @@ from typing import Any
 
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
-from dino_lite.planning.checks import read_by, setting
+from dino_lite.planning.checks import read_by
 
 OF_MASKED = ("patch", "masked_tokens")  # what losses read of masked patches
-_OF_SIMILARITIES = ("cls_similarity", "patch_similarity")
 
 
 def student_nodes(asked: Any) -> dict[str, Config]:
@@ -63,7 +62,8 @@ def distill_config(config: Config, teacher: str, students: Mapping[str, Config])
     """The configuration of the run that trains `students`: `config` has the keys of pretrain."""
     first = next(iter(students.values()))
     stage = {"teacher": {"checkpoint": teacher, "digest": None}, "students": dict(students)}
-    return config | stage | {"backbone": first}
+    # Students first, so that their keys are named if they are wrong, not those of `backbone`.
+    return stage | config | stage | {"backbone": first}
 
 
 def settle_objective(config: Config) -> tuple[Config, list[tuple[str, Any, str]]]:
@@ -82,8 +82,4 @@ def settle_objective(config: Config) -> tuple[Config, list[tuple[str, Any, str]]
     if config["method"].get("masking") and not matches & {*OF_MASKED}:
         config = put(config, "method.masking", None)
         decisions.append(("method.masking", None, "no loss reads masked patches"))
-    if setting(config, "method.mixup") == "auto":
-        mixup = bool(matches & {*_OF_SIMILARITIES})
-        config = put(config, "method.mixup", mixup)
-        decisions.append(("method.mixup", mixup, "with losses of similarities"))
     return config, decisions

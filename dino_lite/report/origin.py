@@ -12,7 +12,7 @@ from dino_lite.config import Config, load
 from dino_lite.contracts import UserError
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.portable import last_part
-from dino_lite.formats.tensors import read_about, weights_file
+from dino_lite.formats.tensors import WEIGHTS, read_about, weights_file
 from dino_lite.formats.timm_told import published
 from dino_lite.report.story import results_of
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
@@ -29,11 +29,7 @@ def training(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
         card["images_seen"] = card["steps"] * config["loader"]["batch_size"]
         card["start"] = _starts(config, checkpoint.name)
         if teacher := config.get("teacher"):
-            name = teacher["checkpoint"]
-            rights = license_beside(None if name.startswith("timm:") else Path(name))
-            card["teacher"] = {"name": last_part(name), "license": rights} | {
-                "digest": teacher["digest"]
-            }
+            card["teacher"] = _teacher(teacher["checkpoint"]) | {"digest": teacher["digest"]}
         if run.environment_file.is_file():
             card["data"] = read_json(run.environment_file).get("data")
     elif checkpoint.kind != "export":
@@ -45,6 +41,16 @@ def training(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
         card["results"] = _results(read_json(checkpoint.results_file), checkpoint.which)
         card.pop("results_of", None)  # those of the whole network, if this is a compact export
     return card
+
+
+def _teacher(asked: str) -> dict[str, str]:
+    """Name and license of a frozen teacher; of a file in a folder that holds only one, its."""
+    if asked.startswith("timm:"):
+        rights = published(asked.removeprefix("timm:")).get("license")
+        return {"name": asked, "license": str(rights or "unknown")}
+    path = Path(asked)
+    name = path.parent if path.name in WEIGHTS else path
+    return {"name": last_part(name), "license": license_beside(path)}
 
 
 def _results(results: dict[str, Any], which: str | None) -> list[dict[str, Any]]:

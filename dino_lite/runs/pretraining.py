@@ -60,14 +60,7 @@ def run_pretrain(
             say(f"{run.folder} is {state}; dino-lite evaluate checkpoint={run.folder} evaluates it")
             if rank() == 0:
                 with run.locked(), alone():
-                    if config.get("students"):
-                        students = open_students(run, config)
-                        return _finish(run, config, facts, splits, students)
-                    checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
-                    # The user's command names the same classes, so they are trusted.
-                    trust = [*targets([planned.config["backbone"], planned.config["method"]])]
-                    opened = open_backbone(checkpoint, trust)
-                    return _finish(run, config, facts, splits, {"": opened.backbone})
+                    return _finish(run, config, facts, splits, _trained(run, config, planned))
             return {}
     else:
         config = planned.config
@@ -85,8 +78,7 @@ def run_pretrain(
         if rank() == 0:
             # Of a resumed run, the saved configuration decides.
             shown = Plan(config, [] if resuming else planned.decisions)
-            network = network_size(built[0][1].method.export_backbone())
-            say_plan(shown, run, facts, splits, network)
+            say_plan(shown, run, facts, splits, network_size(built[0][1].method.export_backbone()))
             other = None if resuming or named else other_length(run, request)
             begun = begins_with(config, built[0][1].method.notes)
             notes = (*splits.left_out, *facts.warnings, *embedded(config), other, begun)
@@ -103,8 +95,7 @@ def run_pretrain(
         spent = {"steps": int(module.method.step), "train_seconds": round(module.clock.seconds, 1)}
         run.add_results({"trained": True} | spent)
         with alone():  # the other ranks have finished
-            backbones = module.method.export_backbones()
-            return _finish(run, config, facts, splits, backbones)
+            return _finish(run, config, facts, splits, module.method.export_backbones())
 
 
 def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: Splits) -> None:
@@ -115,6 +106,16 @@ def write_run(run: Run, config: Config, request: Config, facts: Facts, splits: S
         request = read_json(run.environment_file)["request"]
     known = {"data": data_card(splits, facts), "request": request}
     write_json(run.environment_file, environment(facts) | known)
+
+
+def _trained(run: Run, config: Config, planned: Plan) -> Mapping[str, Backbone]:
+    """The backbones of a trained run by student; "" for the only one."""
+    if config.get("students"):
+        return open_students(run, config)
+    checkpoint = find_checkpoint(str(run.last), config["runs_dir"])
+    # The user's command names the same classes, so they are trusted.
+    trust = [*targets([planned.config["backbone"], planned.config["method"]])]
+    return {"": open_backbone(checkpoint, trust).backbone}
 
 
 def _finish(
