@@ -106,7 +106,7 @@ def test_commands_take_a_student_as_they_take_a_run(distilled: Path) -> None:
     assert 0 <= found["knn"]["value"] <= 100
     assert report(f"checkpoint={student}", "draw=false", f"runs_dir={distilled}").is_file()
     (listed,) = run_runs(compose("runs", [f"runs_dir={student}"]))
-    assert (listed["name"], listed["state"]) == ("conv", "finished")
+    assert (listed["name"], listed["state"]) == ("small/01_distill/conv", "finished")
 
 
 @pytest.mark.slow
