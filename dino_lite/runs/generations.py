@@ -16,7 +16,7 @@ from dino_lite.config import Config, compose, leaves, load, put
 from dino_lite.contracts import Splits, UserError
 from dino_lite.data.clean import CleanData
 from dino_lite.draws import derived_seed
-from dino_lite.eval.generations import compare_generations
+from dino_lite.eval.lineage import compare_generations
 from dino_lite.eval.results import short
 from dino_lite.eval.store import FeatureStore
 from dino_lite.machine import pick_accelerator

@@ -49,15 +49,15 @@ def compare_generations(generations: Sequence[Backbone], store: FeatureStore) ->
     """
     train, test = store.data.splits.train, store.data.splits.test
     labeled = has_labels(train)
-    tested = labeled and test is not None and has_labels(test)
+    queries = test if labeled and test is not None and has_labels(test) else None
+    tested = queries is not None
     few = train if len(train) <= _MOST or tested else Subset(train, spread(len(train), _MOST))
     banks = [store.pooled(each, few).features() for each in generations]
-    asked = [store.pooled(each, test).features() for each in generations] if tested else []
+    asked = [] if queries is None else [store.pooled(x, queries).features() for x in generations]
     for part in (*banks, *asked):
         check_finite("k-NN", part.features)
     labeled = labeled and banks[0].labeled().num_classes > 1
-    sides = [*zip(banks, asked or [None] * len(banks), strict=True)]
-    views = [_view(bank, queries, labeled) for bank, queries in sides]
+    views = [_view(bank, asked[i] if asked else None, labeled) for i, bank in enumerate(banks)]
     whole = _view(_joined(banks), _joined(asked) if asked else None, labeled) if labeled else None
     agreed = [None, *(_agreement(*pair) for pair in pairwise(views))]
     rows = [_row(view) | {"agreement": each} for view, each in zip(views, agreed, strict=True)]
@@ -69,7 +69,7 @@ def _view(bank: Features, queries: Features | None, labeled: bool) -> View:
     few = bank.rows(torch.from_numpy(spread(len(bank.labels), _MOST)))
     if not labeled:
         k = min(K, len(few.labels) - 1)
-        blocks = torch.arange(len(few.labels)).split(_QUERIES)
+        blocks = torch.split(torch.arange(len(few.labels)), _QUERIES)
         whole = Bank(few.features, len(blocks[0]))
         found = [whole.nearest(few.features[rows], k, exclude=rows)[1] for rows in blocks]
         return View(None, None, torch.cat(found))
@@ -149,8 +149,7 @@ def _result(
         num_train=num_bank,
         num_test=num,
         scores=percent(answers.correct()),
-        **({"warnings": warnings} if warnings else {}),
-        **details,
+        **details | ({"warnings": warnings} if warnings else {}),
     )
 
 
