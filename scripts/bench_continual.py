@@ -11,7 +11,7 @@ shapes (10,000 test images), or on the photographs that --new names:
 * plain_1, plain_0.3, plain_0.1: the same method at this factor of its rate
 * gated: `dino-lite adapt`'s retention, without replay or a choice between start and end
 * replay, promise (with --apart): `dino-lite adapt` with keep.share, and with CIFAR-10 as
-  `keep.root`, that is with its choice of a point between start and end
+  `keep.root`: it chooses a point between start and end
 
 Accuracy is k-NN (k = 20) of the test images with the train images as bank, in percent: on CIFAR-10
 (all 10,000 test images, the 5,000 as bank) its loss is what was forgotten, on the new images its
@@ -32,7 +32,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -59,30 +58,19 @@ NUM_PER_CLASS = 500  # training images of CIFAR-10
 RATES = (1.0, 0.3, 0.1)
 STEPS = {"start": 1200, "arm": 700}
 COMMON = [
-    "backbone=vit",
-    "backbone.name=vit",
-    "backbone.embed_dim=96",
-    "backbone.depth=2",
-    "backbone.num_heads=3",
-    "backbone.patch_size=8",
-    "augment.num_local=2",
-    "method=simdino",
-]
+    "method=simdino", "backbone=vit", "backbone.name=vit", "backbone.embed_dim=96",
+    "backbone.depth=2", "backbone.num_heads=3", "backbone.patch_size=8", "augment.num_local=2",
+]  # fmt: skip
 # Where objects fill the picture; what follows has crops of the method's usual sizes.
 START = ["augment.global_scale=[0.6,1.0]", "augment.local_scale=[0.2,0.6]"]
 ARM: list[str] = []  # of all arms
 GATED = ["loss=[simdino,kept,kept_gram]"]  # what the gated arm adds to adapt's defaults
 SHARE = "keep.share=0.2"
 QUIET = [
-    "~callbacks.pictures",
-    "~callbacks.online_eval",
-    "baselines=false",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32",
-    "trainer.compile=false",
-    "trainer.num_threads=1",
+    "~callbacks.pictures", "~callbacks.online_eval", "baselines=false", "trainer.accelerator=cpu",
+    "trainer.precision=32", "trainer.compile=false", "trainer.num_threads=1",
     "loader.num_workers=0",
-]
+]  # fmt: skip
 ENOUGH = 5.0  # points that plain training must forget and gain
 MOST_FORGOTTEN, LEAST_GAINED = 1 / 3, 0.8
 
@@ -233,33 +221,21 @@ def summary(parts: Parts, seeds: int) -> dict[str, Any]:
     found = {arm: changes(parts, arm, seeds) for arm in done}
     rates = [arm for arm in done if arm.startswith("plain_")]
     best = max(rates, key=lambda arm: statistics.mean(found[arm]["gain"]))
-    keys: dict[str, list[float]] = {}
-    for what in ("forgetting", "gain"):
-        keys[f"plain_{what}"] = found[best][what]
-    told = {key: _rounded(statistics.mean(values)) for key, values in keys.items()}
-    told |= {f"{key}_spread": _spread(values) for key, values in keys.items()}
+    keys: dict[str, Any] = {}
     for what in ("forgetting", "gain"):
         plain, gated = found[best][what], found["gated"][what]
-        told[f"{what}_ratio"] = _ratio(statistics.mean(gated), statistics.mean(plain))
-        each = [_ratio(g, p) for g, p in zip(gated, plain, strict=True)]
-        known = [value for value in each if value is not None]
-        told[f"{what}_ratio_spread"] = _spread(known) if len(known) == len(each) else None
-    counts = min(statistics.mean(values) for values in keys.values()) >= ENOUGH
-    kept, gained = told["forgetting_ratio"], told["gain_ratio"]
-    met = counts and kept <= MOST_FORGOTTEN and gained >= LEAST_GAINED
-    return told | {"plain": best, "counts": counts, "met": met, "arms": found}
-
-
-def _rounded(value: float) -> float:
-    return round(value, 3)
-
-
-def _spread(values: list[float]) -> float:
-    return _rounded(max(values) - min(values))
-
-
-def _ratio(value: float, whole: float) -> float | None:
-    return _rounded(value / whole) if whole > 0 else None
+        keys[f"plain_{what}"] = round(statistics.mean(plain), 3)
+        keys[f"plain_{what}_spread"] = round(max(plain) - min(plain), 3)
+        keys[f"{what}_ratio"] = keys[f"{what}_ratio_spread"] = None  # where plain has none
+        if statistics.mean(plain) > 0:
+            keys[f"{what}_ratio"] = round(statistics.mean(gated) / statistics.mean(plain), 3)
+        if min(plain) > 0:
+            each = [ours / theirs for ours, theirs in zip(gated, plain, strict=True)]
+            keys[f"{what}_ratio_spread"] = round(max(each) - min(each), 3)
+    counts = min(keys["plain_forgetting"], keys["plain_gain"]) >= ENOUGH
+    met = counts and keys["forgetting_ratio"] <= MOST_FORGOTTEN
+    met = met and keys["gain_ratio"] >= LEAST_GAINED
+    return keys | {"plain": best, "counts": counts, "met": met, "arms": found}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -293,15 +269,6 @@ def write_data(work: Path, new: str) -> None:
         subprocess.run([*unpack, new, work / new], check=True)
 
 
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if the bar was not met."""
     parser = argparse.ArgumentParser(
@@ -319,7 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started
     work, started = options.work.absolute(), time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    machine = {"cpu": processor(), "cores": os.cpu_count(), "seeds": options.seeds}
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "seeds": options.seeds}
 
     def keep(parts: Parts, **more: Any) -> None:
         if options.json:
