@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 class Stage(NamedTuple):
     """Accuracy of a student, and how often it predicts what its teacher predicts (None without a
-    teacher), both in percent of `num` images; `name` says when, as "generation 2".
+    teacher), both in percent of `num` images; `name` says when, as "generation 2" or "step 300".
     """
 
     name: str
@@ -34,7 +34,7 @@ def learned_mistakes(stages: Sequence[Stage]) -> list[str]:
                 f"from {before.name} to {now.name} agreement with the teacher rose from "
                 f"{before.agreement:.1f} to {now.agreement:.1f} % while accuracy fell from "
                 f"{before.accuracy:.1f} to {now.accuracy:.1f} %: the student learns its teacher's "
-                f"mistakes, so {before.name} is the better network."
+                f"mistakes, so {before.name} was better."
             )
     return told
 
