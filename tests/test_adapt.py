@@ -154,8 +154,9 @@ def test_the_report_of_a_sequence_has_the_matrix(several: Path) -> None:
         assert told in text
 
 
-@pytest.mark.parametrize("method", ["dino", "dinov2", "dinov3", "simdino", "simdinov2"])
-def test_every_method_adapts_a_bare_backbone(base: Path, method: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dinov2", "dinov3", "simdinov2"])
+def test_other_methods_adapt_a_bare_backbone(base: Path, method: str) -> None:
     """An export has no heads, and no masks were learned."""
     opened = open_backbone(find_checkpoint("START", base / "runs"))
     weights = exported(opened.backbone, base / f"export_{method}", 16)
@@ -176,6 +177,7 @@ def test_every_method_adapts_a_bare_backbone(base: Path, method: str) -> None:
     assert config["normalize"]["mean"] == [0.5, 0.4, 0.3]
 
 
+@pytest.mark.slow
 def test_files_of_timm_with_their_json(base: Path, tmp_path: Path) -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=16, depth=2, num_classes=0
@@ -186,6 +188,7 @@ def test_files_of_timm_with_their_json(base: Path, tmp_path: Path) -> None:
     assert open_backbone(find_checkpoint(run["run"], "")).backbone.embed_dim == 192
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*in eval mode")  # of pretend_download
 def test_a_model_of_timm_is_downloaded_once_and_kept(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,7 @@ def test_another_request_is_refused_with_its_key(whole: Path) -> None:
         go(whole.parent, "seed=1")
 
 
+@pytest.mark.slow
 def test_a_kill_inside_a_stage_and_one_between_stages_change_nothing(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
