@@ -63,11 +63,7 @@ def build_module(
 ) -> PretrainModule:
     """Build the module of method and step, with the clock of the run."""
     trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
-    teacher, start, frozen = (
-        open_teacher(config, trust, any_channels=True),
-        None,
-        frozen_files(config),
-    )
+    teacher, start = open_teacher(config, trust, any_channels=True), None
     if any(map(is_penalty, config["loss"].values())) and not config.get("students"):
         start = cast(Any, build_method(config, trust).student).backbone.requires_grad_(False)
     method = build_method(config | without_start(config) if resuming else config, trust)
