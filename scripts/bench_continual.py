@@ -18,11 +18,10 @@ Accuracy is k-NN (k = 20) of the test images with the train images as bank, in p
 increase what was gained. --jobs trainings run at a time, each on one core. Each finished part is
 kept in --work and --json: the same command resumes.
 
-plain_forgetting, plain_gain: points, of plain training at the rate that gains most, of the mean
-over seeds. forgetting_ratio, gain_ratio: the gated arm's relative to these, of the means over
-seeds. _spread is the largest minus the smallest over seeds. The bar counts only where plain
-training forgets and gains at least 5 points; then at most a third is forgotten, and at least 80 %
-gained.
+plain_forgetting, plain_gain: points, at the rate that gains most, means over seeds.
+forgetting_ratio, gain_ratio: those of the gated arm relative to these. _spread: largest minus
+smallest over seeds. The bar counts only where both are at least 5 points: then at most a third is
+forgotten, and at least 80 % gained.
 """
 
 from __future__ import annotations
@@ -84,12 +83,7 @@ class Task(NamedTuple):
     name: str
     command: str
     settings: list[str]
-
-    @property
-    def needs(self) -> str | None:
-        """The part that must be there first."""
-        seed, _, arm = self.name.partition("/")
-        return None if arm == "start" else f"{seed}/start"
+    needs: str | None  # the part that must be there first
 
 
 def tasks(work: Path, seeds: int, new: str, apart: bool) -> list[Task]:
@@ -99,18 +93,19 @@ def tasks(work: Path, seeds: int, new: str, apart: bool) -> list[Task]:
         common = [*COMMON, *QUIET, f"seed={seed}"]
         old = [f"data.root={work / 'cifar10.npz'}"]
         steps = f"trainer.max_steps={STEPS['start']}"
-        found.append(Task(f"{seed}/start", "pretrain", ["data=npz", *old, *common, *START, steps]))
+        start = f"{seed}/start"
+        found.append(Task(start, "pretrain", ["data=npz", *old, *common, *START, steps], None))
         common += [*ARM, *data_settings(work, new), f"trainer.max_steps={STEPS['arm']}"]
         common += [f"checkpoint={work / 'runs' / str(seed) / 'start'}"]
         for rate in RATES:
             arm = [*common, f"optim.rate_scale={rate}"]
-            found.append(Task(f"{seed}/plain_{rate:g}", "pretrain", arm))
+            found.append(Task(f"{seed}/plain_{rate:g}", "pretrain", arm, start))
         gated = [*common, *GATED]
-        found.append(Task(f"{seed}/gated", "gated", gated))
+        found.append(Task(f"{seed}/gated", "gated", gated, start))
         if apart:
             kept = ["data@keep=npz", f"keep.root={work / 'cifar10.npz'}"]
-            found.append(Task(f"{seed}/promise", "adapt", [*gated, *kept]))
-            found.append(Task(f"{seed}/replay", "adapt", [*gated, *kept, SHARE]))
+            found.append(Task(f"{seed}/promise", "adapt", [*gated, *kept], start))
+            found.append(Task(f"{seed}/replay", "adapt", [*gated, *kept, SHARE], start))
     return found
 
 
@@ -137,8 +132,8 @@ def train(task: Task, work: Path, new: str) -> dict[str, Any]:
         if task.command == "adapt":
             run_adapt(compose("adapt", settings), [])
         else:
-            config = compose("pretrain" if task.command == "pretrain" else "adapt", settings)
-            run_pretrain(as_stage(config) if task.command == "gated" else with_start(config))
+            command = "adapt" if task.command == "gated" else "pretrain"
+            run_pretrain(as_stage(compose(command, settings)))
         trained = time.perf_counter()
         network = (
             runs / arm / "01_adapt" if arm.endswith("_replay") else runs / arm
@@ -152,20 +147,15 @@ def train(task: Task, work: Path, new: str) -> dict[str, Any]:
     return found | {"seconds": round(trained - started, 1), "measured": round(now - trained, 1)}
 
 
-def with_start(config: Config) -> Config:
-    """Continued training has the pixels of its start: the same normalization."""
-    if not config["checkpoint"]:
-        return config
-    start = load(Path(config["checkpoint"]) / "config.yaml")
-    return config | {"normalize": start["normalize"]}
-
-
 def as_stage(config: Config) -> Config:
-    """A configuration of `adapt` as one of `pretrain` whose frozen teacher is the start: without
-    the choice between start and end that follows a stage.
+    """What continues from a start normalizes pixels as it did. A configuration of `adapt` becomes
+    one of `pretrain` whose frozen teacher is the start: no choice follows the stage.
     """
+    if not (start := config["checkpoint"]):
+        return config
     stage = {key: value for key, value in config.items() if key not in ("keep", "stages", "adapt")}
-    return with_start(stage | {"teacher": {"checkpoint": config["checkpoint"]}})
+    teacher = {"teacher": {"checkpoint": start}} if "adapt" in config else {}
+    return stage | teacher | {"normalize": load(Path(start) / "config.yaml")["normalize"]}
 
 
 def accuracy(network: Path, data: Config) -> float:
