@@ -21,6 +21,7 @@ from dino_lite.runs.adaptation import collections
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.run import Run, read_json
 from ranks import command
+from test_importers import pretend_download
 from tiny import TINY, exported, train
 
 KEYS = {
@@ -153,8 +154,9 @@ def test_the_report_of_a_sequence_has_the_matrix(several: Path) -> None:
         assert told in text
 
 
-@pytest.mark.parametrize("method", ["dino", "dinov2", "dinov3", "simdino", "simdinov2"])
-def test_every_method_adapts_a_bare_backbone(base: Path, method: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dinov2", "dinov3", "simdinov2"])
+def test_other_methods_adapt_a_bare_backbone(base: Path, method: str) -> None:
     """An export has no heads, and no masks were learned."""
     opened = open_backbone(find_checkpoint("START", base / "runs"))
     weights = exported(opened.backbone, base / f"export_{method}", 16)
@@ -175,6 +177,7 @@ def test_every_method_adapts_a_bare_backbone(base: Path, method: str) -> None:
     assert config["normalize"]["mean"] == [0.5, 0.4, 0.3]
 
 
+@pytest.mark.slow
 def test_files_of_timm_with_their_json(base: Path, tmp_path: Path) -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=16, depth=2, num_classes=0
@@ -183,6 +186,22 @@ def test_files_of_timm_with_their_json(base: Path, tmp_path: Path) -> None:
     given = (f"checkpoint={tmp_path / 'vit.pth'}", f"runs_dir={tmp_path}", "name=timm")
     run = adapt(*words(str(base / "plain.npz"), *given, "augment.local_size=16"))
     assert open_backbone(find_checkpoint(run["run"], "")).backbone.embed_dim == 192
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of pretend_download
+def test_a_model_of_timm_is_downloaded_once_and_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pretend_download(monkeypatch)
+    given = ("checkpoint=timm:test_vit", f"runs_dir={tmp_path}", "name=timm")
+    sizes = ("augment.global_size=32", "augment.local_size=16")
+    run = Path(adapt(*words(str(base / "plain.npz"), *given, *sizes))["run"])
+    kept = open_backbone(find_checkpoint(str(run / "start"), ""))
+    begun = open_backbone(find_checkpoint(str(run / "01_adapt" / "checkpoints" / "start.ckpt"), ""))
+    weight = made[0].state_dict()["blocks.0.attn.qkv.weight"]
+    for opened in (kept, begun):
+        assert torch.equal(opened.backbone.state_dict()["blocks.0.attn.qkv.weight"], weight)
 
 
 @pytest.mark.parametrize(

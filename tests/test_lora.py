@@ -20,7 +20,7 @@ from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.pretraining import run_pretrain
 from test_dino import random_crops
 from test_retention import dinov2, frozen, loud_network, rope, step_of, vit
-from tiny import checkpoint, tiny, train
+from tiny import checkpoint, exported, tiny, train
 
 NETWORKS = {
     "vit": lambda: vit(),
@@ -43,14 +43,17 @@ def adapted(network: Backbone, **settings: Any) -> Backbone:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_an_adapter_changes_nothing_at_the_start(name: str, cls_only: bool) -> None:
-    """Bit for bit, in training and in eval mode; stock names stay, and each block has two."""
+    """Bit for bit, in training and in eval mode; stock names stay, and each block has two. Of a
+    plain layer, the last block computes some rows of qkv only, which may round them differently.
+    """
     network = loud_network(NETWORKS[name]())
     plain, images = copy.deepcopy(network), torch.randn(2, 3, 16, 16)
     LoRA(rank=3)(network)
     for mode in (True, False):
         mine, theirs = (net.train(mode)(images, cls_only=cls_only) for net in (network, plain))
-        assert torch.equal(mine.cls, theirs.cls)
-        assert torch.equal(mine.patches, theirs.patches)
+        rounding = {"rtol": 1e-5, "atol": 1e-6} if cls_only else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(mine.cls, theirs.cls, **rounding)
+        torch.testing.assert_close(mine.patches, theirs.patches, **rounding)
     added = network.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= network.state_dict().keys()
     assert len(added) == 3 * 2 * network.num_blocks
@@ -147,10 +150,9 @@ def test_only_adapters_and_heads_are_trained_in_student_and_average(dropout: flo
 # ------------------------------------------------------------------------------------------- runs
 
 ADAPTER = "adapter={_target_: dino_lite.nn.lora.LoRA, rank: 2}"
-KEPT = (
-    "loss.kept={_target_: dino_lite.losses.kept.KeptLoss, reads: kept, "
-    "weight: {_target_: dino_lite.optim.schedules.Constant, value: 1.0}}"
-)
+ONE = "weight: {_target_: dino_lite.optim.schedules.Constant, value: 1.0}"
+KEPT = f"loss.kept={{_target_: dino_lite.losses.kept.KeptLoss, reads: kept, {ONE}}}"
+L2SP = f"loss.l2sp={{_target_: dino_lite.losses.l2sp.L2SP, {ONE}}}"
 
 
 @pytest.fixture(scope="module")
@@ -159,48 +161,55 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("lora"), "name=old", "trainer.max_steps=3")
 
 
-def asked(old: Path, name: str, *words: str) -> list[str]:
+def stage(old: Path, name: str, *words: str) -> list[str]:
     """A stage that begins with that run, and holds on to it."""
     weights = f"{old}/checkpoints/last.ckpt"
-    return [f"name={name}", f"backbone.pretrained={weights}", f"teacher={{checkpoint: {weights}}}", KEPT, "optim.rate=0.05", *words]  # fmt: skip
+    start = [f"backbone.pretrained={weights}", f"teacher={{checkpoint: {weights}, digest: null}}"]
+    return [f"name={name}", *start, KEPT, "optim.rate=0.05", *words]
 
 
+def parts(run: Path, network: str) -> tuple[Tensor, ...]:
+    """Weight, A, B and scale of one layer."""
+    state = checkpoint(run)["state_dict"]
+    prefix = f"method.{network}.blocks.1.attn.qkv"
+    names = ("weight", "lora_a", "lora_b", "lora_scale")
+    return tuple(state[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in state)
+
+
+@pytest.mark.slow
 def test_an_adapted_run_opens_merged_and_is_gone_on_from(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher's file is not opened while training; checkpoint=, backbone.pretrained= and a
-    second adaptation read W + s·B·A.
+    second adaptation read W + s·B·A, and an export holds it.
     """
     runs = old.parent
     monkeypatch.setattr("dino_lite.methods.frozen.FrozenTeacher.network", None)  # never opened
-    run = train(runs, *asked(old, "adapted", ADAPTER))
+    run = train(runs, *stage(old, "adapted", ADAPTER))
     monkeypatch.undo()
     opened = open_backbone(find_checkpoint(str(run), runs)).backbone
     assert not any("lora" in name for name in opened.state_dict())
-    prefix = "method.teachers.ema.module.backbone."
-    states = [checkpoint(each)["state_dict"] for each in (run, old)]
-    name = "blocks.1.attn.qkv"
-    new, before = (state[f"{prefix}{name}.weight"] for state in states)
-    assert torch.equal(new, before)
-    a, b, scale = (states[0][f"{prefix}{name}.{part}"] for part in ("lora_a", "lora_b", "lora_scale"))  # fmt: skip
-    weight: Any = opened.get_submodule(name).weight
-    torch.testing.assert_close(weight, new + scale * b @ a)
-    assert not torch.equal(weight, new)
-    again = train(runs, "name=again", f"backbone.pretrained={run}/checkpoints/last.ckpt", "trainer.max_steps=1", "optim.rate=0.0", "optim.learning_rate.end=0.0")  # fmt: skip
-    state = checkpoint(again)["state_dict"]
-    torch.testing.assert_close(state[f"method.student.backbone.{name}.weight"], weight)
-    second = train(runs, "name=second", f"checkpoint={run}", ADAPTER, "trainer.max_steps=1")
-    state = checkpoint(second)["state_dict"]
-    student = states[0]
-    parts = (student[f"method.student.backbone.{name}.{p}"] for p in ("weight", "lora_b", "lora_a", "lora_scale"))  # fmt: skip
-    w, b, a, scale = parts
-    torch.testing.assert_close(state[f"method.student.backbone.{name}.weight"], w + scale * b @ a)
+    teacher, student = "teachers.ema.module.backbone", "student.backbone"
+    weight, a, b, scale = parts(run, teacher)
+    assert torch.equal(weight, parts(old, teacher)[0])
+    whole: Any = opened.get_submodule("blocks.1.attn.qkv").weight
+    torch.testing.assert_close(whole, weight + scale * b @ a)
+    assert not torch.equal(whole, weight)
+    folder = exported(opened, runs / "export")
+    exports: Any = open_backbone(find_checkpoint(str(folder), runs)).backbone
+    assert torch.equal(exports.blocks[1].attn.qkv.weight, whole)
+    still = ["trainer.max_steps=1", "optim.freeze_backbone=1.0", "optim.freeze_last_layer=0.0"]
+    begun = [f"backbone.pretrained={run}/checkpoints/last.ckpt", *still]
+    again = train(runs, "name=again", *begun)
+    torch.testing.assert_close(parts(again, student)[0], whole)
+    second = train(runs, "name=second", f"checkpoint={run}", ADAPTER, *still)
+    weight, a, b, scale = parts(run, student)
+    torch.testing.assert_close(parts(second, student)[0], weight + scale * b @ a)
 
 
 def test_an_adapter_needs_weights_and_excludes_penalties(old: Path, tmp_path: Path) -> None:
     """A random network would stay as it is; the weights of the backbone do not move."""
     with pytest.raises(UserError, match="adapter= keeps the network's own weights"):
         run_pretrain(tiny(tmp_path, ADAPTER))
-    l2sp = "loss.l2sp={_target_: dino_lite.losses.l2sp.L2SP, weight: {_target_: dino_lite.optim.schedules.Constant, value: 1.0}}"  # fmt: skip
     with pytest.raises(UserError, match=r"loss\.l2sp holds weights that an adapter"):
-        run_pretrain(tiny(tmp_path, *asked(old, "both", ADAPTER, l2sp)))
+        run_pretrain(tiny(tmp_path, *stage(old, "both", ADAPTER, L2SP)))

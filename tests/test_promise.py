@@ -28,7 +28,7 @@ from dino_lite.runs.promise import Line, Outcomes, _measured, settle
 from dino_lite.runs.run import Run
 from dino_lite.runs.settlement import sentences, table
 from test_interpolation import convnet, same
-from tiny import checkpoint, photos, tiny
+from tiny import photos, tiny
 
 HOW = Preprocessing((4, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CPU = torch.device("cpu")
@@ -50,18 +50,18 @@ class Planted(Backbone):
 
 
 # Training turned the network from the second channel to the first.
-START, END = (0.05, 1.0, 0.5), (1.0, 0.0, 0.5)
+START, END = (0.0, 1.0, 0.5), (1.0, 0.0, 0.5)
 
 
 def told_by(
-    channel: int, num: int, seed: int, labeled: bool = True, noise: float = 40
+    channel: int, num: int, seed: int, labeled: bool = True, noise: float = 2
 ) -> ArraySource:
     """Images whose class is the brightness of a channel; the other is noise, the third constant."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num) % 2
     pixels = np.full((num, 4, 4, 3), 128.0)
     pixels[..., :2] = rng.uniform(0, 255, (num, 1, 1, 2))
-    pixels[..., channel] = (75 + 100 * labels + rng.normal(0, noise, num))[:, None, None]
+    pixels[..., channel] = (124 + 8 * labels + rng.normal(0, noise, num))[:, None, None]
     images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
     return ArraySource(
         images, labels if labeled else None, ["dark", "bright"], f"told by {channel}"
@@ -83,11 +83,15 @@ def measured(
     """What is found on the line between two planted networks."""
     judges = {n: Judge(s, HOW, 0, promise.images) for n, s in ({"": mine} | dict(keep)).items()}
     outcomes = Outcomes(Path("/nowhere/path.npz"), "")
+    usual = (mine, keep, start, end) == (MINE, {"old": OLD}, None, None)
+    outcomes.known = KNOWN if usual else {}
     line = Line(start or Planted(*START), end or Planted(*END), judges, CPU, 0, outcomes)
     found = _measured(line, promise, lambda _: None) | {"held_out": True}
+    KNOWN.update(outcomes.known if usual else {})
     return found | {"sentences": sentences(found)}
 
 
+KNOWN: dict[str, Any] = {}  # the scores of what most tests measure
 MINE, OLD = collection(0, "mine"), collection(1, "old")
 
 
@@ -109,7 +113,7 @@ def test_the_point_that_gains_most_within_the_limit_is_chosen(max_loss: float | 
     allowed = [i for i in range(11) if max_loss is None or losses[i] <= max_loss]
     best = max(gains[i] for i in allowed)
     assert found["alpha"] == min(i for i in allowed if gains[i] == best) / 10
-    assert (found["alpha"] < 1) == (max_loss is not None)
+    assert found["alpha"] == {2.0: 0.3, 10.0: 0.7, None: 0.8}[max_loss]
     assert found["collections"][0]["path"][0]["num"] == 60
     told = " ".join(found["sentences"])
     assert f"Alpha {found['alpha']:g} gains most on mine" in told
@@ -140,6 +144,7 @@ def test_tests_are_looked_at_once_and_after_the_choice(monkeypatch: pytest.Monke
         return extract(network, data, source, *rest)
 
     monkeypatch.setattr(judges_module, "extract", watched)
+    monkeypatch.setitem(globals(), "KNOWN", {})
     found = measured(MINE, {"old": OLD}, Promise(10.0))
     assert 0 < found["alpha"] < 1
     tests = [number for number, (what, _) in enumerate(seen) if what == "test"]
@@ -150,7 +155,7 @@ def test_tests_are_looked_at_once_and_after_the_choice(monkeypatch: pytest.Monke
 
 def test_a_gain_that_chance_explains_is_none() -> None:
     """Start and end differ by nothing that matters; the sentence says so."""
-    found = measured(MINE, {}, end=Planted(0.06, 0.95, 0.5))
+    found = measured(MINE, {}, start=Planted(0.0, 1.0, 0.5), end=Planted(0.0, 0.9, 0.5))
     best = max(found["collections"][0]["path"], key=lambda each: each["change"])
     assert best["change_interval"][0] <= 0
     assert found["sentences"][0].startswith("Nothing gained on mine")
@@ -167,7 +172,7 @@ def test_it_is_said_how_many_images_would_resolve_the_limit() -> None:
 
 def test_what_tests_lose_beyond_the_limit_is_said() -> None:
     """The promise was made on other images."""
-    old = OLD._replace(test=told_by(1, 200, 5, noise=15))
+    old = OLD._replace(test=told_by(1, 200, 5, noise=1))
     assert old.test is not None
     found = measured(MINE, {"old": old}, Promise(12.0))
     found["collections"][1]["adapted"]["change"] = -12.5
@@ -327,21 +332,22 @@ def test_start_end_and_result_are_checkpoints(stage: Path) -> None:
     }
     weights = {name: each.backbone.state_dict() for name, each in opened.items()}
     assert same(weights["start"], build_method(config).export_backbone().state_dict())
-    teacher = checkpoint(stage)["state_dict"]
-    some = "blocks.0.attn.qkv.weight"
-    assert torch.equal(weights["last"][some], teacher[f"method.teachers.ema.backbone.{some}"])
+    assert not same(weights["start"], weights["last"])
     wanted = between(weights["start"], weights["last"], found["alpha"])
     assert same(weights["adapted"], wanted)
     assert [opened[name].card["steps"] for name in opened] == [0, 8, 8]
     assert opened["adapted"].data == STAGE["data"]
 
 
-def test_another_training_in_the_folder_forgets_the_result(stage: Path) -> None:
+def test_another_training_in_the_folder_forgets_the_result(tmp_path: Path) -> None:
     """Its start would be another's."""
-    run, (mine, _) = Run(stage), collections()
-    settle(run, mine, {}, Promise(), lambda _: None)
+    run = Run(tmp_path)
+    run.checkpoints.mkdir()
+    files = (run.start, run.adapted, run.path_picture, run.results_file)
+    for file in files:
+        file.touch()
     run.clear([])
-    assert not any(f.exists() for f in (run.start, run.adapted, run.path_picture))
+    assert not any(file.exists() for file in files)
 
 
 def test_a_kept_folder_of_other_sizes_without_labels(stage: Path, tmp_path: Path) -> None:

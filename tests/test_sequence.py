@@ -100,6 +100,7 @@ def test_another_request_is_refused_with_its_key(whole: Path) -> None:
         go(whole.parent, "seed=1")
 
 
+@pytest.mark.slow
 def test_a_kill_inside_a_stage_and_one_between_stages_change_nothing(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +118,7 @@ def test_a_kill_inside_a_stage_and_one_between_stages_change_nothing(
     assert not (tmp_path / "two" / "02_b").exists()
     capsys.readouterr()
     results = go(tmp_path, after=steps_of)
-    assert "01_a  scratch      itself" in capsys.readouterr().out
+    assert "01_a   scratch      itself" in capsys.readouterr().out
     assert results["stages"] == {"01_a": {"steps": 4}, "02_b": {"steps": 4}}
     assert same(whole, tmp_path / "two")
 

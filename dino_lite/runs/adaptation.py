@@ -162,15 +162,16 @@ class Adaptation:
         }
 
     def _history(self, folder: Path, rows: list[dict[str, float]]) -> dict[str, Any]:
-        """Draw and print the matrix whose rows are accuracies by identity."""
+        """Draw and print the matrix whose `rows` are accuracies by identity."""
         every = [*self.old, *self.new]
         keys = [identity(each.splits.train) for each in every]
         learned = [0] * len(self.old) + [i + 1 for i in range(len(self.new))]
         history = History([[row.get(key) for key in keys] for row in rows], learned)
         names = _unique(every)
         titles = ["start", *(f"after {names[len(self.old) + i]}" for i in range(history.last))]
-        say(history_table(history, titles, names))
-        history_picture(history, titles, names, folder / "matrix.png")
+        if any(rows):  # of labeled collections
+            say(history_table(history, titles, names))
+            history_picture(history, titles, names, folder / "matrix.png")
         matrix = {"collections": names, "rows": titles, "accuracy": history.accuracy}
         return matrix | history.summary()
 

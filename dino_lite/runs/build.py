@@ -63,7 +63,7 @@ def build_module(
 ) -> PretrainModule:
     """Build the module of method and step, with the clock of the run."""
     trainer, optim = Trainer(**config["trainer"]), Optim(**config["optim"])
-    teacher, start, frozen = open_teacher(config, trust), None, frozen_files(config)
+    teacher, start = open_teacher(config, trust, any_channels=True), None
     if any(map(is_penalty, config["loss"].values())) and not config.get("students"):
         start = cast(Any, build_method(config, trust).student).backbone.requires_grad_(False)
     method = build_method(config | without_start(config) if resuming else config, trust)
@@ -105,7 +105,7 @@ def build_module(
     set_memory(method, trainer.memory, trainer.compile)
     clock = Clock.of(config["trainer"], facts.num_images, config["loader"]["batch_size"])
     optimizer = instantiate(config["optim"]["optimizer"])
-    module = PretrainModule(method, step, optimizer, clock, groups, frozen, held)
+    module = PretrainModule(method, step, optimizer, clock, groups, frozen_files(config), held)
     module.bare_step()  # raises UserError now if the parts do not fit
     return module
 

@@ -6,8 +6,11 @@ import functools
 import hashlib
 from pathlib import Path
 
+from dino_lite.backbones.spec import build_backbone
 from dino_lite.config import Config, instantiate, load
 from dino_lite.contracts import Backbone, Trust, UserError
+from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.formats.fit import fit_channels
 from dino_lite.formats.head_weights import find_heads, head_of
 from dino_lite.formats.tensors import weights_file
 from dino_lite.formats.weights import read_weights
@@ -33,12 +36,16 @@ def teacher_config(config: Config) -> Config:
     return config | {"teacher": asked | {"digest": found}}
 
 
-def open_teacher(config: Config, trust: Trust = ()) -> FrozenTeacher | None:
-    """The teacher that a planned configuration names, not read yet; None if it names none."""
+def open_teacher(
+    config: Config, trust: Trust = (), any_channels: bool = False
+) -> FrozenTeacher | None:
+    """The teacher that a planned configuration names, not read yet; None if it names none. With
+    `any_channels`, one of RGB is converted to the channels of the images, as a student's weights.
+    """
     asked = config.get("teacher")
     if not asked:
         return None
-    read = functools.partial(_open, config, trust)
+    read = functools.partial(_open, config, trust, any_channels)
     normalize = instantiate(config["normalize"])
     return FrozenTeacher(asked["checkpoint"], asked["digest"], read, normalize)
 
@@ -78,11 +85,28 @@ def frozen_files(config: Config) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _open(config: Config, trust: Trust) -> Network:
+def _open(config: Config, trust: Trust, any_channels: bool) -> Network:
     asked = teacher_config(config)["teacher"]
     found = find_checkpoint(asked["checkpoint"], config["runs_dir"])
     opened = open_backbone(found, trust)
+    how = config["normalize"]
+    if any_channels and opened.backbone.in_chans != len(how["mean"]):
+        backbone = _converted(opened.backbone, len(how["mean"]), trust, f"teacher={found}")
+        size = opened.preprocessing.size
+        return Network(backbone, Preprocessing(size, tuple(how["mean"]), tuple(how["std"])), {})
     return Network(opened.backbone, opened.preprocessing, _heads(found, opened.backbone))
+
+
+def _converted(backbone: Backbone, in_chans: int, trust: Trust, asked: str) -> Backbone:
+    """A backbone of RGB images for images of other channels. Raises UserError."""
+    twin = build_backbone(backbone.stored_spec() | {"in_chans": in_chans}, trust)
+    own = twin.state_dict()
+    weights = {
+        name: value if value.shape == own[name].shape else fit_channels(value, twin, asked).value
+        for name, value in backbone.state_dict().items()
+    }
+    twin.load_state_dict(weights)
+    return twin
 
 
 def _heads(checkpoint: Checkpoint, backbone: Backbone) -> dict[str, DINOHead]:
