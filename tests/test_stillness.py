@@ -89,10 +89,11 @@ def frozen_on_ranks(rank: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     method: Any = loud(dino(vit())).double()
     waited: list[bool] = []
+    backbone = [*method.student.backbone.parameters()]
 
     def backward(total: Tensor) -> None:
         total.backward()
-        waited.append(all(p.grad is not None for p in method.student.parameters()))
+        waited.append(all(p.grad is not None for p in backbone))
 
     step = step_of(method, freeze_backbone="1 steps", backward=backward, clip=0.01)
     for i in range(2):
