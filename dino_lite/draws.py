@@ -51,3 +51,10 @@ def uniforms(
 ) -> Float32[np.ndarray, "n num"]:
     """Draws 0 to num-1 of each sample in its epoch, uniform in [0, 1)."""
     return unit(hashed(seed, stream, np.reshape(epoch, (-1, 1)), samples[:, None], np.arange(num)))
+
+
+def derived_seed(seed: int, generation: int) -> int:
+    """A seed of 31 bits for a generation of networks that are trained one after another; of the
+    first, `seed` itself.
+    """
+    return seed if generation == 1 else int(hashed(seed, generation)[0] >> np.uint64(33))

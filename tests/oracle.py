@@ -90,6 +90,24 @@ def gram(student: Tensor, anchor: Tensor) -> Tensor:
     return total / num_patches**2
 
 
+def born_again(
+    logits: Tensor, teacher: Tensor, wanted: Tensor, objective: str, temperature: float
+) -> Tensor:
+    """Furlanello et al. 2018, section 3, but for permutations; rows n C, `wanted` distributions."""
+    num, total = len(logits), logits.new_zeros(())
+    confidence = [float(torch.softmax(teacher[i], 0).max()) for i in range(num)]
+    for i in range(num):
+        of_labels = cross_entropy(wanted[i], logits[i])
+        p = torch.softmax(teacher[i] / temperature, 0)
+        of_teacher = temperature**2 * cross_entropy(p, logits[i] / temperature)
+        if objective == "cwtm":
+            total = total + confidence[i] / sum(confidence) * of_labels
+        else:
+            total = total + of_teacher / num
+            total = total + (of_labels / num if objective == "labels+logits" else 0)
+    return total
+
+
 # ------------------------------------------------------------------------------------ schedules
 
 

@@ -25,7 +25,7 @@ from dino_lite.overrides import quote_override
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    [*(f"dino_lite.commands.{name}" for name in ("pretrain", "check", "report")), "pytest"]
+    [*(f"dino_lite.commands.{name}" for name in ("pretrain", "adapt", "check", "report")), "pytest"]
 )
 
 

@@ -38,6 +38,7 @@ GROUPS = sorted(
     for folder in config_dir().iterdir()
     if folder.is_dir() and folder.name not in ("experiment", "eval", "format", "loss")
     for path in folder.glob("*.yaml")
+    if path.stem != "distill"  # needs a teacher
 )
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dino_lite.contracts import UserError
+from dino_lite.data.mixing import mix
 from dino_lite.eval.baselines import raw_pixels
-from dino_lite.eval.finetune import Finetune, find_labeled, mix
+from dino_lite.eval.finetune import Finetune, find_labeled
 from pooled import shades, small_vit, store_of
 from test_features import half_broken, images
 

@@ -26,15 +26,23 @@ def run_adapt(config: Config, arguments: list[str] | None = None) -> dict[str, A
     """Adapt; other processes are started as `dino-lite adapt ARGUMENTS`."""
     config = check_values(absolute_paths(config))
     check_launcher(config)
-    start = find_checkpoint(config["checkpoint"], config["runs_dir"])
-    named = start.name if start.path is None else str(start.path.absolute())
-    config |= {"checkpoint": named}  # "latest" may be another later
+    named = _resolved(config)
+    config |= {"checkpoint": named}
     adaptation = Adaptation(config)
     kept = [word for word in arguments or [] if not word.startswith("checkpoint=")]
     words = [*kept, quote_override(f"checkpoint={named}")]
     source = "_".join(each.splits.name for each in adaptation.new)
     sequence = Sequence("adapt", config, source, words)
     return sequence.run(adaptation.stages(sequence))
+
+
+def _resolved(config: Config) -> str:
+    """The weights to start from by a name that means the same later and elsewhere."""
+    start = find_checkpoint(config["checkpoint"], config["runs_dir"])
+    if start.path is None:
+        return start.name
+    whole = start.run is not None and start.path == start.run.last
+    return str((start.run.folder if whole and start.run else start.path).absolute())
 
 
 @command("adapt")

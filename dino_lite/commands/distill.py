@@ -46,7 +46,7 @@ def run_distill(config: Config, arguments: list[str]) -> dict[str, Any]:
     asked = Distill(**validated(Distill, config["distill"], "distill."))
     students = student_nodes(config["students"])
     teacher = _teacher(config)
-    config |= {"teacher": teacher}
+    config |= {"teacher": teacher, "students": students}
     base = {key: value for key, value in config.items() if key not in _OWN}
     whole = check_values(distill_config(base, teacher, students))
     splits = open_splits(whole["data"])

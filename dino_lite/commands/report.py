@@ -11,10 +11,12 @@ from dino_lite.eval.gallery import PICTURES, draw_all
 from dino_lite.overrides import quote_override
 from dino_lite.planning.checks import check_values
 from dino_lite.report.page import page
-from dino_lite.report.story import read_story
+from dino_lite.report.sequence_page import sequence_page
+from dino_lite.report.story import Story, read_story
 from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint
 from dino_lite.runs.identity import absolute_paths
 from dino_lite.runs.run import write_text
+from dino_lite.runs.sequence_folder import SequenceFolder, find_sequence, sequence_above
 from dino_lite.runs.subject import open_subject
 
 
@@ -26,8 +28,37 @@ def report(*overrides: str) -> Path:
 def run_report(config: Config) -> Path:
     """Write the page next to the results, or to `out`."""
     config = check_values(absolute_paths(config), auto=False)
+    if (sequence := find_sequence(_named(config), config["runs_dir"])) is not None:
+        return _report_sequence(sequence, config)
     checkpoint = find_checkpoint(config["checkpoint"], config["runs_dir"])
     path = Path(config["out"] or _page_file(checkpoint)).absolute()
+    write_text(path, page(_story(checkpoint, config), datetime.now()))
+    print(f"written to {path}")
+    return path
+
+
+def _named(config: Config) -> str | None:
+    """What the user named: for "latest", the sequence whose result that is, if it is one."""
+    asked: str | None = config["checkpoint"]
+    if asked != "latest":
+        return asked
+    run = find_checkpoint(asked, config["runs_dir"]).run
+    above = None if run is None else sequence_above(run)
+    return asked if above is None else str(above.folder)
+
+
+def _report_sequence(sequence: SequenceFolder, config: Config) -> Path:
+    """Write the page of all stages that have a checkpoint."""
+    path = Path(config["out"] or sequence.folder / "report.html").absolute()
+    runs = [run for run in sequence.runs() if run.last.is_file()]
+    stories = [_story(find_checkpoint(str(run.last), config["runs_dir"]), config) for run in runs]
+    write_text(path, sequence_page(sequence, stories, datetime.now()))
+    print(f"written to {path}")
+    return path
+
+
+def _story(checkpoint: Checkpoint, config: Config) -> Story:
+    """What is known about a checkpoint; pictures that are missing are drawn."""
     missing = []
     if config["draw"]:
         try:
@@ -35,10 +66,7 @@ def run_report(config: Config) -> Path:
         except UserError as error:
             missing.append(f"Pictures could not be drawn: {error}")
     story = read_story(checkpoint, config["trust"], config["checkpoint_layout"])
-    story = story._replace(missing=[*story.missing, *missing])
-    write_text(path, page(story, datetime.now()))
-    print(f"written to {path}")
-    return path
+    return story._replace(missing=[*story.missing, *missing])
 
 
 def _page_file(checkpoint: Checkpoint) -> Path:

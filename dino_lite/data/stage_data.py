@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,12 @@ def open_stage_data(
             f"the {len(own):,} of {data.name}; all get their turn."
         )
     return data._replace(train=train, left_out=tuple(notes))
+
+
+def own_collection(node: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the collection in a stage's data; of other data, as it is."""
+    own: dict[str, Any] = node["data"] if node["_target_"].endswith(".open_stage_data") else node
+    return own
 
 
 def halves(source: Source, seed: int) -> Halves | None:

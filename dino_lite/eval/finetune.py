@@ -1,4 +1,5 @@
-"""Fine-tuning: the whole network is trained with labels, and tested.
+"""Fine-tuning: the whole network is trained with labels, and tested; on request again and again,
+by its own predictions (Born-Again Networks).
 
 AdamW with layer-wise rate decay (Bao et al. 2021, appendix; He et al. 2022, appendix A.1).
 """
@@ -6,23 +7,30 @@ AdamW with layer-wise rate decay (Bao et al. 2021, appendix; He et al. 2022, app
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lite.contracts import Backbone, Evaluation, Progress, Source, UserError
+from dino_lite.data.mixing import mix
 from dino_lite.data.random_crops import RandomCrops, random_batches
 from dino_lite.data.subset import Subset, hold_out
+from dino_lite.draws import derived_seed
+from dino_lite.eval.baselines import untrained
+from dino_lite.eval.born_again import BornAgain, Predictions, born_again_loss, generations_told
 from dino_lite.eval.features import device_of
 from dino_lite.eval.holdout import OUT_OF_TRAIN, TEST_SHARE, check_classes
 from dino_lite.eval.metrics import mean_per_class
 from dino_lite.eval.results import percent, reduced, result
 from dino_lite.eval.store import FeatureStore, demand_labels
-from dino_lite.meter import meter, metered
+from dino_lite.meter import meter, metered, named
 from dino_lite.optim.param_groups import param_groups
 from dino_lite.optim.schedules import Cosine, Span, scale_rate
 from dino_lite.settings.kinds import Count, NonNegative, Positive, Share, Shares, Size
@@ -38,6 +46,18 @@ class Labeled(NamedTuple):
     where: str  # where the test images come from, in words
 
 
+class Classifier(NamedTuple):
+    """A network and the linear layer on its class token."""
+
+    network: Backbone
+    head: nn.Linear
+
+    def __call__(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b C"]:
+        """Logits of normalized images."""
+        logits: Tensor = self.head(self.network(images, cls_only=True).cls)
+        return logits
+
+
 class Finetune(Evaluation):
     """Evaluation by fine-tuning: a copy of the backbone and a linear layer on its class token are
     trained for `num_epochs`; reports the last epoch's accuracy on test, without model selection.
@@ -45,6 +65,12 @@ class Finetune(Evaluation):
     `rate` is per 256 images, and applies to the linear layer and the last norm; each block has
     `layer_decay` times the rate of the layer above. `mixup` and `cutmix` are the parameters of
     their Beta distributions, 0: off; with both, one is chosen at random for each batch.
+
+    Of several `generations` (Born-Again Networks), each starts anew, with an order and crops of its
+    own, and learns from its teacher, the one before, by the objective `born_again`
+    (`eval.born_again.born_again_loss`), on the same mixed images; the result is that of the last.
+    `from_scratch`: the networks start with new weights instead of the backbone's, and batch
+    normalization learns its statistics. `layer_decay="auto"`: 0.75, or 1 with `from_scratch`.
     """
 
     @checked
@@ -53,60 +79,88 @@ class Finetune(Evaluation):
         num_epochs: Size = 30,
         batch_size: Size = 64,
         rate: Positive = 1e-3,
-        layer_decay: Share = 0.75,
+        layer_decay: Share | Literal["auto"] = "auto",
         weight_decay: NonNegative = 0.05,
         warmup: Span = 0.1,
         scale: Shares = (0.25, 1.0),
         mixup: NonNegative = 0.0,
         cutmix: NonNegative = 0.0,
         seed: Count = 0,
+        generations: Size = 1,
+        born_again: BornAgain = "labels+logits",
+        temperature: Positive = 1.0,
+        from_scratch: bool = False,
     ) -> None:
         self.num_epochs, self.batch_size, self.rate = num_epochs, batch_size, rate
+        if layer_decay == "auto":
+            layer_decay = 1.0 if from_scratch else 0.75
         self.layer_decay, self.weight_decay = layer_decay, weight_decay
         self.warmup, self.scale = warmup, list(scale)
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
+        self.generations, self.born_again = generations, born_again
+        self.temperature, self.from_scratch = temperature, from_scratch
 
     def __call__(self, backbone: Backbone, store: FeatureStore) -> dict[str, Any]:
         """Accuracy on test; does not modify the given backbone."""
         labeled = find_labeled(store)
-        network, head = self._train(backbone, store, labeled)
-        correct, labels = _test(network, head, store, labeled)
+        made: list[Classifier] = []
+        for generation in range(1, self.generations + 1):
+            with named(f"generation {generation}") if self.generations > 1 else nullcontext():
+                made.append(self._train(backbone, store, labeled, generation, made[-1:]))
+        found = _test(made, store, labeled)
+        correct = found.each[-1] == found.labels
         mixed = " and ".join(name for name in ("mixup", "cutmix") if getattr(self, name))
+        begun = "trained from new weights" if self.from_scratch else "fine-tuned end to end"
         return result(
             "fine-tuned top-1",
             float(percent(correct).mean()),
             protocol=(
-                f"fine-tuned end to end, AdamW, layer decay {self.layer_decay:g}, random crops and "
+                f"{begun}, AdamW, layer decay {self.layer_decay:g}, random crops and "
                 f"flips{', ' + mixed if mixed else ''}, last of {self.num_epochs} epochs; "
                 f"{len(labeled.train):,} images of train, tested on {len(correct):,} "
-                f"{labeled.where}"
+                f"{labeled.where}{self._born_again()}"
             ),
             settings={"rate": self.rate, "batch": self._batch(labeled), "epochs": self.num_epochs},
             num_train=len(labeled.train),
             num_test=len(correct),
             scores=percent(correct),
             notes=reduced("batch", [self.batch_size], self._batch(labeled), "all training images"),
-            mean_per_class=mean_per_class(correct, labels),
+            mean_per_class=mean_per_class(correct, found.labels),
+            **(generations_told(found) if self.generations > 1 else {}),
         )
+
+    def _born_again(self) -> str:
+        """The protocol of several generations."""
+        if self.generations == 1:
+            return ""
+        how = {
+            "labels+logits": "labels and the logits",
+            "logits": "the logits",
+            "cwtm": "labels, weighted by the confidence,",
+            "dkpp": "the logits, permuted but for the largest,",
+        }[self.born_again]
+        warm = f" at temperature {self.temperature:g}" if self.temperature != 1 else ""
+        return f"; generation {self.generations}, each trained with {how} of the one before{warm}"
 
     def _batch(self, labeled: Labeled) -> int:
         return min(self.batch_size, len(labeled.train))
 
     def _train(
-        self, backbone: Backbone, store: FeatureStore, labeled: Labeled
-    ) -> tuple[Backbone, nn.Linear]:
-        """The copy and its head after the last epoch."""
-        device, data = device_of(backbone), store.data
-        network = copy.deepcopy(backbone)
-        network.float().requires_grad_().eval()  # eval: no drop path
-        width = network.embed_dim
-        head = nn.Linear(width, len(labeled.classes), device="meta").to_empty(device=device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        self,
+        backbone: Backbone,
+        store: FeatureStore,
+        labeled: Labeled,
+        generation: int = 1,
+        teachers: Sequence[Classifier] = (),
+    ) -> Classifier:
+        """A generation after its last epoch; `teachers` are those it learns from, one or none."""
+        data, seed = store.data, derived_seed(self.seed, generation)
+        made = self._start(backbone, len(labeled.classes), seed)
+        device = made.head.weight.device
         batch_size = self._batch(labeled)
         per_epoch = len(labeled.train) // batch_size
         total = per_epoch * self.num_epochs
-        whole = nn.ModuleDict({"backbone": network, "head": head})
+        whole = nn.ModuleDict({"backbone": made.network, "head": made.head})
         groups = param_groups(whole, layer_decay=self.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0)
         base = scale_rate(self.rate, batch_size, "linear")
@@ -116,9 +170,9 @@ class Finetune(Evaluation):
                 f"finetune takes square crops, and these weights images of "
                 f"{data.preprocessing.pixels} pixels: give the side in pixels as image_size=."
             )
-        crops = RandomCrops(labeled.train, size, self.scale, self.seed)
-        generator = np.random.default_rng(self.seed)
-        batches = random_batches(crops, batch_size, self.num_epochs, self.seed, data.num_workers)
+        crops = RandomCrops(labeled.train, size, self.scale, seed)
+        generator = np.random.default_rng(seed)
+        batches = random_batches(crops, batch_size, self.num_epochs, seed, data.num_workers)
         for step, batch in enumerate(metered(batches, total, "training", "steps")):
             data.bad.update((labeled.train.name(i), why) for i, why in batch.bad)
             if not len(batch.images):
@@ -131,11 +185,40 @@ class Finetune(Evaluation):
             numbers = torch.searchsorted(labeled.classes, batch.labels)
             wanted = F.one_hot(numbers, len(labeled.classes)).float().to(device)
             images, wanted = mix(images, wanted, self.mixup, self.cutmix, generator)
-            loss = F.cross_entropy(head(network(images, cls_only=True).cls), wanted)
+            loss = self._loss(made(images), images, wanted, teachers, generator)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-        return network, head
+        made.network.eval()
+        return made
+
+    def _loss(
+        self,
+        logits: Float[Tensor, "b K"],
+        images: Float[Tensor, "b C H W"],
+        wanted: Float[Tensor, "b K"],
+        teachers: Sequence[Classifier],
+        generator: np.random.Generator,
+    ) -> Float[Tensor, ""]:
+        if not teachers:
+            return F.cross_entropy(logits, wanted)
+        with torch.no_grad():
+            (told,) = (teacher(images) for teacher in teachers)
+        return born_again_loss(logits, told, wanted, self.born_again, self.temperature, generator)
+
+    def _start(self, backbone: Backbone, num_classes: int, seed: int) -> Classifier:
+        """A copy of the backbone, or one with new weights, in float32, and a new head."""
+        anew = self.from_scratch and any(True for _ in backbone.parameters())
+        network = untrained(backbone, seed) if anew else copy.deepcopy(backbone)
+        network.float().requires_grad_().eval()  # eval: no drop path
+        for part in network.modules():
+            if anew and isinstance(part, _BatchNorm):
+                part.train()
+        head = nn.Linear(network.embed_dim, num_classes, device="meta")
+        head.to_empty(device=device_of(backbone))
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return Classifier(network, head)
 
 
 def find_labeled(store: FeatureStore) -> Labeled:
@@ -153,56 +236,20 @@ def find_labeled(store: FeatureStore) -> Labeled:
     return Labeled(train, test, torch.unique(torch.cat(known)), where)
 
 
-def mix(
-    images: Float[Tensor, "b C H W"],
-    wanted: Float[Tensor, "b K"],
-    mixup: float,
-    cutmix: float,
-    generator: np.random.Generator,
-) -> tuple[Float[Tensor, "b C H W"], Float[Tensor, "b K"]]:
-    """Mix each image and its label with the previous one in the batch: all pixels (Zhang et al.
-    2018), or a pasted box (Yun et al. 2019).
-    """
-    if not mixup and not cutmix:
-        return images, wanted
-    boxes = bool(cutmix) and (not mixup or generator.random() < 0.5)
-    alpha = cutmix if boxes else mixup
-    share = float(generator.beta(alpha, alpha))  # weight of the image itself
-    others = images.roll(1, dims=0)
-    if boxes:
-        height, width = images.shape[-2:]
-        cut = (1 - share) ** 0.5
-        top, bottom = _cut(cut, height, generator)
-        left, right = _cut(cut, width, generator)
-        images = images.clone()
-        images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)
-    else:
-        images = share * images + (1 - share) * others
-    return images, share * wanted + (1 - share) * wanted.roll(1, dims=0)
-
-
-def _cut(part: float, length: int, generator: np.random.Generator) -> tuple[int, int]:
-    """Bounds of `part` of a side around a random pixel, clipped at the edges."""
-    middle, half = int(generator.integers(length)), round(part * length) // 2
-    return max(0, middle - half), min(length, middle + half)
-
-
-def _test(
-    network: Backbone, head: nn.Module, store: FeatureStore, labeled: Labeled
-) -> tuple[Bool[Tensor, "n"], Int[Tensor, "n"]]:
-    """Whether each readable test image is classified correctly, and the labels; on the host."""
-    hits, labels = [], []
+def _test(made: Sequence[Classifier], store: FeatureStore, labeled: Labeled) -> Predictions:
+    """What each of `made` predicts for the test images."""
+    each, ensemble, labels = [], [], []
+    device = made[0].head.weight.device
     with torch.inference_mode(), meter(len(labeled.test), "test") as advance:
-        for images, known in store.data.batches(labeled.test, device_of(network)):
-            numbers = torch.searchsorted(labeled.classes, known.cpu())
-            predicted = head(network(images, cls_only=True).cls).argmax(dim=1).cpu()
-            hits.append(predicted == numbers)
-            labels.append(numbers)
+        for images, known in store.data.batches(labeled.test, device):
+            logits = torch.stack([classify(images) for classify in made])
+            each.append(logits.argmax(dim=2).cpu())
+            ensemble.append(logits.softmax(dim=2).mean(dim=0).argmax(dim=1).cpu())
+            labels.append(torch.searchsorted(labeled.classes, known.cpu()))
             advance(len(images))
-    if not hits:
+    if not labels:
         raise UserError("Fine-tuning found no test image it could read; check data.root.")
-    return torch.cat(hits), torch.cat(labels)
+    return Predictions(torch.cat(each, dim=1), torch.cat(ensemble), torch.cat(labels))
 
 
 def _labels(source: Source) -> Int[Tensor, "N"]:

@@ -248,8 +248,9 @@ def _check_length(config: Config, steps_per_epoch: float) -> None:
             raise UserError(
                 f"{key}={span} is longer than the run (trainer.{measure}={length}): shorten it."
             )
-    units = {"max_epochs": steps_per_epoch, "max_steps": 1.0}
-    steps = length * units[measure] if measure in units else _TICKS
+    steps: float = _TICKS  # of a timed run, whose spans are fractions
+    if measure != "max_time":
+        steps = length * {"max_epochs": steps_per_epoch}.get(measure, 1.0)
     at, optim = Progress(0, steps, steps_per_epoch), config["optim"]
     spans = {key: optim.get(key) or 0.0 for key in ("freeze_backbone", "backbone_ramp")}
     if all(spans.values()) and sum(span_steps(span, at) for span in spans.values()) > steps:

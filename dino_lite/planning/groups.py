@@ -115,6 +115,12 @@ class Distill(NamedTuple):
     export: bool = True
 
 
+class Generations(TypedDict, total=False):
+    """The key with which `pretrain` trains several runs; that of one run is 1."""
+
+    generations: Size
+
+
 class Start(TypedDict, total=False):
     """Keys of the group `backbone` that are not arguments of the backbone's class."""
 
@@ -136,6 +142,7 @@ class Settings(TypedDict, total=False):
     backbone: Callable[..., Backbone]
     students: dict[str, Callable[..., Backbone]]
     adapter: Callable[[Backbone], None] | None
+    generations: Annotated[int, Must("1 (several are trained by dino-lite pretrain)", (1).__eq__)]
     teacher: Teacher
     keep: Node
     stages: str | list[str] | None

@@ -18,7 +18,7 @@ from dino_lite.machine import Facts
 from dino_lite.methods.clock import Clock
 from dino_lite.optim.schedules import scale_rate
 from dino_lite.planning import presets
-from dino_lite.planning.checks import mixes_images, read_by, setting, traits_of
+from dino_lite.planning.checks import mixes_images, setting, traits_of
 from dino_lite.wording import count
 
 _SIDES = {"cpu": [(48, 32), (10**9, 64)], "gpu": [(48, 32), (96, 64), (160, 128), (10**9, 224)]}
@@ -159,13 +159,6 @@ def _freeze(config: Config, facts: Facts) -> tuple[float, str]:
     return 0.01, "a hundredth of the run, as DINO's 1 of 100 epochs"
 
 
-def _mixup(config: Config, facts: Facts) -> tuple[bool, str]:
-    reads = {read_by(name, loss) for name, loss in config["loss"].items()}
-    if reads & {"cls_similarity", "patch_similarity"}:
-        return True, "similarities are learned from mixed images"
-    return False, "no loss compares similarities"
-
-
 def _queue_size(config: Config, facts: Facts) -> tuple[int, str]:
     size = 2 ** math.ceil(math.log2(max(facts.num_images, 1) / 8))
     return min(8192, max(16, size)), "an eighth of the images, from 16 to 8,192"
@@ -282,7 +275,6 @@ RULES: dict[str, Any] = {
         )
         for size in ("num_prototypes", "hidden_dim", "bottleneck_dim")
     },
-    "method.mixup": _mixup,
     "method.queue_size": _queue_size,
     "backbone.mask_token": _mask_token,
     "method.momentum.end": _constant("method.momentum"),

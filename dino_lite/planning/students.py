@@ -62,7 +62,8 @@ def distill_config(config: Config, teacher: str, students: Mapping[str, Config])
     """The configuration of the run that trains `students`: `config` has the keys of pretrain."""
     first = next(iter(students.values()))
     stage = {"teacher": {"checkpoint": teacher, "digest": None}, "students": dict(students)}
-    return config | stage | {"backbone": first}
+    # Students first, so that their keys are named if they are wrong, not those of `backbone`.
+    return stage | config | stage | {"backbone": first}
 
 
 def settle_objective(config: Config) -> tuple[Config, list[tuple[str, Any, str]]]:

@@ -46,6 +46,7 @@ _GROUPS = (
 )
 _TITLES = {
     "loss": "Loss",
+    "knn_agreement": "k-NN agrees with that of the frozen teacher (%)",
     "knn": "k-NN of the teacher, top-1 on train (%)",
     "probe": "Linear probe of the teacher, top-1 (%)",
     "teacher_entropy": "Entropy of the teacher (nats)",

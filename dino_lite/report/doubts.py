@@ -15,6 +15,7 @@ def doubts(story: Story) -> list[str]:
         *_unfinished(story),
         *_skipped(story),
         *_alarms(story),
+        *_of_results(story),
         *_unreadable(story),
         *story.missing,
     ]
@@ -53,6 +54,13 @@ def _alarms(story: Story) -> Iterator[str]:
 def _is_judged(story: Story) -> bool:
     """Whether the verdict stands in the report: it holds warnings and skipped steps."""
     return bool(story.results.get("trained") or story.results.get("finished"))
+
+
+def _of_results(story: Story) -> Iterator[str]:
+    """Warnings that evaluations gave."""
+    for result in results_of(story.results):
+        for warning in result.found.get("warnings") or ():
+            yield f"{result.found['metric']} ({result.name}): {warning}"
 
 
 def _unreadable(story: Story) -> Iterator[str]:

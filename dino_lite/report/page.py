@@ -16,7 +16,7 @@ from dino_lite.report.doubts import doubts
 from dino_lite.report.markup import Markup, folded, join, listing, table, tag
 from dino_lite.report.story import Story, results_of
 from dino_lite.report.thumbnails import find_pictures, picture_figures
-from dino_lite.report.worth import title_of, value_of, worth_section
+from dino_lite.report.worth import adaptation_section, title_of, value_of, worth_section
 from dino_lite.version import __version__
 from dino_lite.wording import count
 
@@ -29,8 +29,15 @@ def page(story: Story, now: datetime) -> str:
     figures, unreadable = picture_figures(find_pictures(story.folder))
     warnings = doubts(story._replace(missing=[*story.missing, *unreadable]))
     sections = [
-        ("worth", "Results", worth_section(results_of(story.results), story.folder)),
-        ("curves", "Training curves", _curves(story)),
+        (
+            "worth",
+            "Results",
+            join(
+                adaptation_section(story.results.get("adaptation")),
+                worth_section(results_of(story.results), story.folder),
+            ),
+        ),
+        ("curves", "Training curves", curves(story)),
         (
             "pictures",
             "Pictures",
@@ -38,21 +45,29 @@ def page(story: Story, now: datetime) -> str:
         ),
         ("run", "Settings of the run" if story.config else "Metadata", _run_section(story)),
     ]
+    head = join(_headline(story), told_verdict(story), tiles(story))
+    return document(story.title, head, sections, caveats(warnings, story), now)
+
+
+def document(
+    title: str,
+    head: Markup,
+    sections: list[tuple[str, str, Markup]],
+    before: Markup,
+    now: datetime,
+) -> str:
+    """The page with its header, links to the sections (key, title, content) that have content,
+    what comes `before` these, and the footer.
+    """
     shown = [(key, title, content) for key, title, content in sections if content]
     links = [tag("a", title, href=f"#{key}") for key, title, _ in shown]
     body = join(
-        tag(
-            "header",
-            _headline(story),
-            _verdict(story),
-            _tiles(story),
-            tag("nav", *links, aria_label="Sections"),
-        ),
-        tag("main", _doubts(warnings, story), *(_section(*section) for section in shown)),
+        tag("header", head, tag("nav", *links, aria_label="Sections")),
+        tag("main", before, *(_section(*section) for section in shown)),
         tag("footer", f"Written by dino_lite {__version__} on {now:%Y-%m-%d at %H:%M}."),
     )
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=tag("title", f"{story.title} · dino_lite"), body=body)
+    return template.substitute(title=tag("title", f"{title} · dino_lite"), body=body)
 
 
 def _section(key: str, title: str, content: Markup) -> Markup:
@@ -75,7 +90,7 @@ def _headline(story: Story) -> Markup:
     )
 
 
-def _verdict(story: Story) -> Markup:
+def told_verdict(story: Story) -> Markup:
     """The sentences with which a run ended, and those about other results with baselines."""
     done = story.results.get("trained") or story.results.get("finished")
     lines = verdict(story.results, story.curves, str(story.folder)) if done else []
@@ -90,38 +105,38 @@ def _verdict(story: Story) -> Markup:
     return tag("div", *told, class_="verdict") if told else Markup()
 
 
-def _tiles(story: Story) -> Markup:
+def tiles(story: Story) -> Markup:
     """The most important numbers."""
-    tiles: list[tuple[str, str, str]] = []
+    found_tiles: list[tuple[str, str, str]] = []
     results: dict[str, dict[str, Any]] = {}
     for result in results_of(story.results):
         results.setdefault(result.name, result.found)  # of the last checkpoint, if any
     for name, found in list(results.items())[:2]:
         others = (found.get("baselines") or {}).items()
         beside = ", ".join(f"{title} {value_of(o, found)}" for title, o in others)
-        tiles.append((found.get("metric", name), value_of(found, found), beside))
+        found_tiles.append((found.get("metric", name), value_of(found, found), beside))
     steps, batch = story.results.get("steps"), story.at("loader.batch_size")
     if isinstance(steps, int):
-        tiles.append(
+        found_tiles.append(
             ("Optimizer steps", f"{steps:,}", f"of {count(batch, 'image')}" if batch else "")
         )
     if isinstance(seconds := story.results.get("train_seconds"), int | float):
         device = (story.environment.get("machine") or {}).get("device") or ""
-        tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
+        found_tiles.append(("Trained for", duration(seconds), f"on {device}" if device else ""))
     if "prototype_perplexity" in story.curves:
         value, _, total = prototypes_text(story.curves).partition(" ")
-        tiles.append((PROTOTYPES, value, total))
+        found_tiles.append((PROTOTYPES, value, total))
     if "loss" in story.curves:
         last = number(story.curves["loss"][-1, 1])
-        tiles.append(("Loss", last, "not a measure of quality"))
+        found_tiles.append(("Loss", last, "not a measure of quality"))
     told = [
         tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", text)))
-        for name, value, text in tiles
+        for name, value, text in found_tiles
     ]
     return tag("dl", *told, class_="tiles") if told else Markup()
 
 
-def _curves(story: Story) -> Markup:
+def curves(story: Story) -> Markup:
     told = "Over optimizer steps. The last value is next to the name; point at a curve for others."
     return (
         join(tag("p", told, class_="note"), drawn)
@@ -130,7 +145,7 @@ def _curves(story: Story) -> Markup:
     )
 
 
-def _doubts(warnings: list[str], story: Story) -> Markup:
+def caveats(warnings: list[str], story: Story) -> Markup:
     if not warnings:
         return Markup()
     rows = [row[:2] for row in story.bad_files[:_LISTED]]
@@ -143,7 +158,7 @@ def _doubts(warnings: list[str], story: Story) -> Markup:
 
 def _run_section(story: Story) -> Markup:
     """Settings, data, machine, and the command that reproduces the run."""
-    parts = [_command(story), listing(_settings(story)), _classes(story), _automatic(story)]
+    parts = [_command(story), listing(settings(story)), _classes(story), _automatic(story)]
     if story.config_text:
         title = "Full configuration" if story.is_run else "Stored metadata"
         parts.append(folded(title, tag("pre", story.config_text, tabindex=0)))
@@ -164,7 +179,7 @@ def _command(story: Story) -> Markup:
     return join(tag("h3", "Reproduce this run"), box, tag("p", told, class_="note"))
 
 
-def _settings(story: Story) -> list[tuple[str, str]]:
+def settings(story: Story) -> list[tuple[str, str]]:
     """Terms and values; unknown values are empty."""
     at, machine = story.at, story.environment.get("machine") or {}
     versions = story.environment.get("versions") or {}

@@ -43,6 +43,8 @@ def print_results(subjects: Mapping[str, Mapping[str, Any]]) -> None:
             console.print(Text.assemble((title, "bold"), f": {found['protocol']}"))
             for note in found.get("notes", ()):
                 console.print(f"  note: {note}", highlight=False)
+            for warning in found.get("warnings", ()):
+                console.print(f"  warning: {warning}", highlight=False)
             if found["unreadable"]:
                 told = f"  {count(found['unreadable'], 'image')} could not be read: left out"
                 console.print(told, highlight=False)

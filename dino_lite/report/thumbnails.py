@@ -11,7 +11,7 @@ from PIL import Image
 
 from dino_lite.report.markup import Markup, join, tag
 
-_BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
+BYTES = 3_300_000  # all pictures together: base64 adds a third, and the page stays below 5 MB
 _TRIES = ((1800, 86), (1800, 72), (1400, 66), (1000, 60), (700, 50), (400, 40))  # width, quality
 _WIDE = 1.15  # aspect ratio above which a picture gets its own line
 _LARGEST = 200_000_000  # pixels; larger files were not drawn by dino_lite
@@ -36,8 +36,12 @@ _KINDS = (
     Kind("neighbors", "Nearest neighbors", "Images with the most similar features."),
     Kind("map", "Map of the images", "Features projected to two dimensions."),
     Kind("confusion", "Confusion", "Confusion matrix of the k-NN classifier."),
+    Kind("path", "From start to end", "Change on held-out images along the line of weights."),
     Kind("segmentation", "Segmentation", "Predictions of a linear layer on patch tokens."),
 )
+
+# In the folder of a sequence.
+MATRIX = Kind("matrix", "Accuracy after each stage", "k-NN accuracy on each collection.")
 
 
 class Picture(NamedTuple):
@@ -60,14 +64,14 @@ def find_pictures(folder: Path | None) -> list[Picture]:
     ]
 
 
-def picture_figures(pictures: list[Picture]) -> tuple[Markup, list[str]]:
-    """A figure for each picture, enlarged by a click; and sentences about those that cannot be
-    read.
+def picture_figures(pictures: list[Picture], most: int = BYTES) -> tuple[Markup, list[str]]:
+    """A figure for each picture, enlarged by a click, of at most about `most` bytes together; and
+    sentences about those that cannot be read.
     """
     figures, unreadable = [], []
     for picture in pictures:
         try:
-            source, width, height = data_uri(picture.path, _BYTES // len(pictures))
+            source, width, height = data_uri(picture.path, most // len(pictures))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             unreadable.append(f"{picture.path.name} cannot be shown: {error}.")
             continue

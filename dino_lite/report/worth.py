@@ -57,6 +57,22 @@ def worth_section(results: list[Result], folder: Path | None = None) -> Markup:
     )
 
 
+def adaptation_section(found: Mapping[str, Any] | None) -> Markup:
+    """Before and after an adaptation (runs/promise.py), with 95 % intervals; empty without one."""
+    if not found:
+        return Markup()
+    rows = []
+    for each in found["collections"]:
+        values = [f"{each[at]['value']:.2f}" for at in ("start", "adapted", "end")]
+        low, high = each["adapted"]["change_interval"]
+        change = f"{each['adapted']['change']:+.2f} ({low:+.2f} to {high:+.2f})"
+        measured = f"{each['start']['num']:,} {each['images']}"
+        rows.append([each["name"], f"{each['metric']}, {measured}", *values, change])
+    head = ["", "measured", "start", f"adapted (alpha {found['alpha']:g})", "end", "change"]
+    told = [tag("p", sentence, class_="note") for sentence in found["sentences"]]
+    return join(tag("h3", "Before and after"), table(head, rows, numeric=2), *told)
+
+
 def _lines(result: Result, several: bool) -> list[_Line]:
     """The row of a result, followed by its baselines."""
     found = result.found

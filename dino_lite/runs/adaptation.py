@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +24,12 @@ from dino_lite.runs.checkpoint import Checkpoint, find_checkpoint, open_backbone
 from dino_lite.runs.judge import Judge
 from dino_lite.runs.old_names import current
 from dino_lite.runs.pretraining import say
-from dino_lite.runs.promise import ADAPTED, START, save_start, settle
+from dino_lite.runs.promise import open_start, settle
 from dino_lite.runs.run import Run
 from dino_lite.runs.sequence import Sequence, Stage
 from dino_lite.runs.sequence_folder import title_of
 
-RESULT = f"checkpoints/{ADAPTED}"
+RESULT = "checkpoints/adapted.ckpt"
 _OWN = ("keep", "stages", "adapt")  # keys that pretrain does not have
 
 
@@ -94,9 +93,7 @@ class Adaptation:
             config = self._stage_config(i, weights, heads and i == 0)
             student = _title(self.start) if i == 0 else found[-1].name
             after = functools.partial(self._after, sequence, i)
-            found.append(
-                Stage(name, config, student, student, RESULT, after=after, before=_keep_start)
-            )
+            found.append(Stage(name, config, student, student, RESULT, after, self._before))
             weights = sequence.result_of(name, RESULT)
         return found
 
@@ -116,25 +113,31 @@ class Adaptation:
         data = {
             "_target_": "dino_lite.data.stage_data.open_stage_data",
             "data": self.new[stage].node,
-            "keep": {_plain(each.key): each.node for each in replayed} or None,
+            "keep": dict(zip(_unique(replayed), (each.node for each in replayed), strict=True)),
             "share": self.share if replayed else 0.0,
             "seed": int(config["seed"]),
         }
         start = {"checkpoint": weights if heads else None}
         pretrained = None if heads else weights
-        backbone = config["backbone"] | {"pretrained": pretrained}
+        kinds = [load(config_dir() / "backbone" / f"{name}.yaml") for name in ("auto", "rope")]
+        chosen = config["backbone"]  # if a method's usual one: the file's
+        backbone = (kinds[0] if chosen in kinds else chosen) | {"pretrained": pretrained}
         teacher = {"teacher": {"checkpoint": weights}}
         return config | start | teacher | {"data": data, "backbone": backbone}
 
     def _start_file(self, folder: Path) -> str:
         """The path of the weights to start from; those of timm's are written to one."""
         if self.start.path is not None:
-            return str(self.start.path)
+            return str(self.config["checkpoint"])
         file = folder / "start"
         if rank() == 0 and not (file / "model.safetensors").is_file():
             file.mkdir(parents=True, exist_ok=True)
             SafeTensors().write(self.opened, file)
         return str(file.absolute())
+
+    def _before(self, run: Run, config: Config) -> None:
+        """Write the backbone that a stage begins with: its file may change later."""
+        open_start(run, config, self.trust)
 
     def _after(self, sequence: Sequence, stage: int, run: Run) -> dict[str, Any]:
         """Choose the result of a trained stage; with several collections, measure it on all."""
@@ -146,7 +149,7 @@ class Adaptation:
         told |= {"sentences": found["sentences"]}
         if len(self.new) == 1:
             return told
-        networks = {"start": START, "adapted": ADAPTED}
+        networks = {"start": run.start, "adapted": run.adapted}
         rows = [
             self._row(run, file, found["collections"], which)
             for which, file in networks.items()
@@ -159,27 +162,28 @@ class Adaptation:
         }
 
     def _history(self, folder: Path, rows: list[dict[str, float]]) -> dict[str, Any]:
-        """Draw and print the matrix whose rows are accuracies by identity."""
+        """Draw and print the matrix whose `rows` are accuracies by identity."""
         every = [*self.old, *self.new]
         keys = [identity(each.splits.train) for each in every]
         learned = [0] * len(self.old) + [i + 1 for i in range(len(self.new))]
         history = History([[row.get(key) for key in keys] for row in rows], learned)
-        names = _unique([each.splits.name for each in every])
+        names = _unique(every)
         titles = ["start", *(f"after {names[len(self.old) + i]}" for i in range(history.last))]
-        say(history_table(history, titles, names))
-        history_picture(history, titles, names, folder / "matrix.png")
+        if any(rows):  # of labeled collections
+            say(history_table(history, titles, names))
+            history_picture(history, titles, names, folder / "matrix.png")
         matrix = {"collections": names, "rows": titles, "accuracy": history.accuracy}
         return matrix | history.summary()
 
     def _row(
-        self, run: Run, file: str, known: list[dict[str, Any]], which: str
+        self, run: Run, file: Path, known: list[dict[str, Any]], which: str
     ) -> dict[str, float]:
         """k-NN accuracy of a network of a stage on each labeled collection, by its identity, with
         those `known` already.
         """
         row = {each["identity"]: each[which]["value"] for each in known if each["labeled"]}
         seen = {each["identity"] for each in known}
-        opened = open_backbone(find_checkpoint(str(run.checkpoints / file), ""), self.trust)
+        opened = open_backbone(find_checkpoint(str(file), run.folder.parent), self.trust)
         trainer = load(run.config_file)["trainer"]
         device = torch.device(pick_accelerator(trainer["accelerator"], "accelerator"))
         network, seed = opened.backbone.to(device), int(self.config["seed"])
@@ -210,12 +214,6 @@ def collections(config: Config) -> list[tuple[str, Config]]:
     return found
 
 
-def _keep_start(run: Run, config: Config) -> None:
-    """Write the backbone that a planned stage begins with."""
-    if not (run.checkpoints / START).is_file():
-        save_start(run, config)
-
-
 def _has_heads(start: Checkpoint, config: Config) -> bool:
     """Whether `start` is a checkpoint of a run of the same method, with its heads."""
     assert start.run is not None
@@ -236,17 +234,10 @@ def _title(start: Checkpoint) -> str:
     return start.title if start.run is None else title_of(start.run)
 
 
-def _plain(key: str) -> str:
-    """A key without dots and brackets: keep_root, stages_0."""
-    return key.replace(".", "_").replace("[", "_").replace("]", "")
-
-
-def _unique(names: list[str]) -> list[str]:
-    """`names`, with numbers where some are equal."""
-    seen: Mapping[str, int] = {name: names.count(name) for name in names}
-    often = {name: 0 for name in names}
-    found = []
-    for name in names:
-        often[name] += 1
-        found.append(name if seen[name] == 1 else f"{name} ({often[name]})")
-    return found
+def _unique(collections: list[Collection]) -> list[str]:
+    """The names of collections, with numbers where some are equal."""
+    names = [each.splits.name.replace(".", "_") for each in collections]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})"
+        for i, name in enumerate(names)
+    ]

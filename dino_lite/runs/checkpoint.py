@@ -15,6 +15,7 @@ from dino_lite.config import Config, load
 from dino_lite.contracts import Backbone, Trust, UserError
 from dino_lite.data.names import file_name
 from dino_lite.data.preprocessing import Preprocessing
+from dino_lite.data.stage_data import own_collection
 from dino_lite.formats.opened import Opened
 from dino_lite.formats.plain import Layout
 from dino_lite.formats.safetensors import open_export
@@ -29,6 +30,8 @@ from dino_lite.runs.sequence_folder import SequenceFolder, title_of
 from dino_lite.runs.trust import demand_trust, targets
 
 _TIMM = "timm:"
+_TEACHER = "teachers.ema.module."  # in the state dict of a method
+_BACKBONE = f"{_TEACHER}backbone."
 
 
 class Checkpoint(NamedTuple):
@@ -131,11 +134,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def save_backbone(file: Path, backbone: Backbone, step: int) -> None:
-    """Write a backbone alone as a checkpoint of the run in whose folder `file` lies, atomically:
-    its spec, its weights as "backbone.NAME", and the step. Raises UserError.
+def save_backbone(
+    file: Path, backbone: Backbone, step: int, heads: dict[str, Tensor] | None = None
+) -> None:
+    """Write a backbone, with weights of `heads` by the teacher's names, as a checkpoint of the run
+    in whose folder `file` lies, atomically: its spec, its weights named as the teacher's, and the
+    step. Raises UserError.
     """
-    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    weights = {f"method.{_BACKBONE}{name}": each for name, each in backbone.state_dict().items()}
+    weights |= {f"method.{name}": value for name, value in (heads or {}).items()}
     content = {"spec": backbone.stored_spec(), "state_dict": weights, "global_step": step}
     part = file.with_name(f".{file.name}.part")
     try:
@@ -159,6 +166,20 @@ def student_backbone(weights: dict[str, Tensor], config: Config, name: str) -> B
 def method_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of the method, from the content returned by `read_checkpoint`."""
     return {name.removeprefix("method."): value for name, value in content["state_dict"].items()}
+
+
+def heads_in(run: Run) -> dict[str, Tensor]:
+    """The weights of the teacher's heads in the last checkpoint of a run, by their names there."""
+    weights = method_weights(read_checkpoint(run.last))
+    return {
+        name: value
+        for name, value in weights.items()
+        if name.startswith(_TEACHER) and not name.startswith(_BACKBONE)
+    }
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
 
 
 def _latest(runs_dir: Path) -> Path:
@@ -226,7 +247,7 @@ def _open_run(file: Path, run: Run, trust: Trust) -> Opened:
             (size, size), tuple(normalize["mean"]), tuple(normalize["std"])
         ),
         card={"run": title_of(run), "steps": int(content["global_step"]), "config": config},
-        data=config["data"],
+        data=own_collection(config["data"]),
     )
 
 
@@ -235,8 +256,7 @@ def _backbone_in(content: dict[str, Any], config: Config, trust: Trust) -> Backb
     weights = method_weights(content)
     if "spec" in content:
         backbone = build_backbone(content["spec"], trust)
-        own = {name.removeprefix("backbone."): value for name, value in weights.items()}
-        backbone.load_state_dict(own)
+        backbone.load_state_dict(_below(_BACKBONE, weights))
         return backbone
     if config.get("students"):  # without their teacher, whose file need not be there
         name, node = next(iter(config["students"].items()))

@@ -90,7 +90,7 @@ def describe_all(folder: Path) -> list[Listed]:
         name=folder.name,
         state=state if total else "damaged",
         method=str(known.get("command", "")),
-        steps=sum(stage.steps for stage in stages),
+        steps=sum(stage.steps for stage in stages if stage.name.count("/") == 1),
         total=None,
         num_bytes=sum(_sizes(folder)),
     )

@@ -26,8 +26,9 @@ from dino_lite.eval.tradeoff import Promise, change, choose
 from dino_lite.formats.opened import Opened
 from dino_lite.machine import pick_accelerator
 from dino_lite.meter import named
+from dino_lite.planning.checks import setting
 from dino_lite.runs.begin import build_method
-from dino_lite.runs.checkpoint import find_checkpoint, open_backbone, save_backbone
+from dino_lite.runs.checkpoint import find_checkpoint, heads_in, open_backbone, save_backbone
 from dino_lite.runs.finish import Say
 from dino_lite.runs.judge import Judge, Judged
 from dino_lite.runs.old_names import current
@@ -54,7 +55,7 @@ def settle(
     config = current(load(run.config_file))
     end = open_backbone(find_checkpoint(str(run.last), config["runs_dir"]), trust)
     start = open_start(run, config, trust)
-    seed = int(config["data"].get("seed", config["seed"]))
+    seed = int(setting(config, "data.seed", 0))
     key = _key(start, end, {"": mine} | dict(keep), promise, seed)
     before: dict[str, Any] = run.results().get("adaptation", {})
     if before.get("key") == key and run.adapted.is_file():
@@ -68,11 +69,13 @@ def settle(
     device = torch.device(pick_accelerator(config["trainer"]["accelerator"], "accelerator"))
     line = Line(start, end.backbone, judges, device, seed, Outcomes(run.folder / "path.npz", key))
     found = _measured(line, promise, say) | {"key": key}
+    found["held_out"] = bool(setting(config, "data.hold_out", False))
     found["sentences"] = sentences(found)
     if found["choice"]:
         points = {each["name"]: each["path"] for each in found["collections"]}
         path_picture(points, found["alpha"], found["max_loss"], run.path_picture)
-    save_backbone(run.adapted, line.network(found["alpha"]).cpu(), int(end.card["steps"]))
+    chosen = line.network(found["alpha"]).cpu()
+    save_backbone(run.adapted, chosen, int(end.card["steps"]), heads_in(run))
     run.add_results({"adaptation": found})
     line.outcomes.file.unlink(missing_ok=True)
     say(table(found))

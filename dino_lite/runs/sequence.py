@@ -41,7 +41,7 @@ from dino_lite.runs.identity import absolute_paths, requested, sequence_name
 from dino_lite.runs.pretraining import run_pretrain, say
 from dino_lite.runs.resume import check_request
 from dino_lite.runs.run import Run, locked
-from dino_lite.runs.sequence_folder import SequenceFolder
+from dino_lite.runs.sequence_folder import STAGE_TITLES, SequenceFolder, stage_cells
 from dino_lite.runs.trainer import as_command, join_ranks
 
 Tell = Callable[[Callable[[], Any]], Any]
@@ -57,7 +57,6 @@ SETTLED = (
     "trainer.max_epochs",
     "trainer.max_steps",
 )
-_TITLES = ("stage", "starts from", "learns from", "data", "images", "length")
 
 
 class Stage(NamedTuple):
@@ -245,16 +244,10 @@ def _settling(config: Config) -> list[tuple[str, Any]]:
 
 def stage_table(entries: list[dict[str, Any]]) -> str:
     """The stages as a table of text."""
-    rows = [_TITLES, *(stage_cells(entry) for entry in entries)]
+    rows = [STAGE_TITLES, *(stage_cells(entry) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-def stage_cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    """One stage as text, in the order of the table."""
-    name, student, teacher = entry["name"], entry["student"], entry["teacher"] or "itself"
-    return name, student, teacher, entry["data"], f"{entry['images']:,}", entry["length"]
 
 
 def _is_spawned() -> bool:

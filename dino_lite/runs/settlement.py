@@ -48,7 +48,7 @@ def _choice(found: Found, mine: Found, kept: list[Found]) -> Iterator[str]:
     limit = (
         ""
         if found["max_loss"] is None or not limited
-        else (f" where {' and '.join(limited)} loses at most {found['max_loss']:g} points")
+        else (f" where {' and '.join(limited)} loses at most {_points(found['max_loss'])}")
     )
     on = f"on {best['num']:,} images held out of train"
     if found["alpha"] == 0:
@@ -72,9 +72,10 @@ def _resolution(found: Found, kept: list[Found]) -> Iterator[str]:
         if not each["labeled"]:
             continue
         at = _change(_at(each, found["alpha"] or 1.0))
-        told = f"The loss on {each['name']} at alpha {found['alpha'] or 1:g} is {-at.value:.2f}"
-        told += f" ({-at.high:.2f} to {-at.low:.2f}) points: {at.num:,} images tell it to within "
-        told += f"{at.half_width:.2g}"
+        told = (
+            f"From start to alpha {found['alpha'] or 1:g}, {each['name']} changes by {at} points: "
+        )
+        told += f"{at.num:,} images tell this to within {at.half_width:.2g}"
         wanted = images_to_resolve(at, max_loss)
         if wanted <= at.num:
             yield f"{told}, enough for adapt.max_loss={max_loss:g}."
@@ -85,6 +86,8 @@ def _resolution(found: Found, kept: list[Found]) -> Iterator[str]:
 
 def _of_tests(found: Found, mine: Found, kept: list[Found]) -> Iterator[str]:
     max_loss = found["max_loss"]
+    if found["choice"] and not found["held_out"]:
+        yield f"Training saw the images of {mine['name']} that chose alpha: it may be too high."
     for each in (mine, *kept):
         loss = -each["adapted"]["change"]
         if each["labeled"] and not each["tested"] and found["choice"]:
@@ -98,6 +101,10 @@ def _of_tests(found: Found, mine: Found, kept: list[Found]) -> Iterator[str]:
                 f"adapt.max_loss={max_loss:g}: the held-out images promised less; lower it to be "
                 "safer."
             )
+
+
+def _points(number: float) -> str:
+    return f"{number:g} point{'' if number == 1 else 's'}"
 
 
 def _at(collection: Found, alpha: float) -> Found:
