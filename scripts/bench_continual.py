@@ -55,16 +55,17 @@ from dino_lite.runs.pretraining import run_pretrain
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NUM_PER_CLASS = 500  # training images of CIFAR-10
 RATES = (1.0, 0.3, 0.1)
-STEPS = {"start": 1200, "arm": 700}
+STEPS = {"start": 1200, "arm": 1000}
 COMMON = [
     "method=simdino", "backbone=vit", "backbone.name=vit", "backbone.embed_dim=96",
     "backbone.depth=2", "backbone.num_heads=3", "backbone.patch_size=8", "augment.num_local=2",
+    "loader.batch_size=64",
 ]  # fmt: skip
-# Where objects fill the picture; what follows has crops of the method's usual sizes.
 START = ["augment.global_scale=[0.6,1.0]", "augment.local_scale=[0.2,0.6]"]
-ARM: list[str] = []  # of all arms
+# Patterns without an upright orientation. Without turns, plain training forgets 2 points at most.
+ARM = ["augment.global_scale=[0.25,1.0]", "augment.local_scale=[0.05,0.3]"]
+ARM += [f"augment.{crops}.quarter_turns=true" for crops in ("global_1", "global_2", "local")]
 GATED = ["loss=[simdino,kept,kept_gram]"]  # what the gated arm adds to adapt's defaults
-SHARE = "keep.share=0.2"
 QUIET = [
     "~callbacks.pictures", "~callbacks.online_eval", "baselines=false", "trainer.accelerator=cpu",
     "trainer.precision=32", "trainer.compile=false", "trainer.num_threads=1",
@@ -105,7 +106,7 @@ def tasks(work: Path, seeds: int, new: str, apart: bool) -> list[Task]:
         if apart:
             kept = ["data@keep=npz", f"keep.root={work / 'cifar10.npz'}"]
             found.append(Task(f"{seed}/promise", "adapt", [*gated, *kept], start))
-            found.append(Task(f"{seed}/replay", "adapt", [*gated, *kept, SHARE], start))
+            found.append(Task(f"{seed}/replay", "adapt", [*gated, *kept, "keep.share=0.2"], start))
     return found
 
 
@@ -292,8 +293,6 @@ def main(arguments: list[str] | None = None) -> int:
     keep(parts, **found, wall_seconds=round(time.perf_counter() - started, 1))
     print(table(found))
     print(json.dumps({key: value for key, value in found.items() if key != "arms"}))
-    if not found["counts"]:
-        print(f"does not count: plain training must forget and gain {ENOUGH:g} points each")
     return 0 if found["met"] else 1
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dino_lite.commands import pretrain as commands
 from dino_lite.contracts import Splits, UserError
 from dino_lite.eval import gallery
 from dino_lite.eval.baselines import knn_against_baselines
@@ -20,7 +19,7 @@ from dino_lite.eval.verdict import verdict
 from dino_lite.planning.plan import open_splits
 from dino_lite.report.page import page
 from dino_lite.report.story import read_story
-from dino_lite.runs import finish
+from dino_lite.runs import finish, pretraining
 from dino_lite.runs.checkpoint import find_checkpoint
 from dino_lite.runs.pretraining import run_pretrain
 from test_pictures import first_broken
@@ -117,7 +116,7 @@ def test_a_test_split_without_a_label_is_not_measured_on(
         train = first_broken(splits.train)
         return splits._replace(train=train, labels_from="the folders a, b")
 
-    monkeypatch.setattr(commands, "open_splits", unlabeled)
+    monkeypatch.setattr(pretraining, "open_splits", unlabeled)
     monkeypatch.setattr(finish, "QUICK", {})
     run = train(tmp_path, "baselines=true", "loader.max_bad_fraction=0.1")
     assert "leave-one-out on train (43 images)" in state(run)["knn_protocol"]

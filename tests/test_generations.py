@@ -175,7 +175,7 @@ def test_the_architecture_is_the_same_before_and_after_the_first_stage(
 
 def test_a_generation_has_seeds_of_its_own_but_the_same_images() -> None:
     """Crops, weights and masks differ; data does not."""
-    first = tiny(Path("runs"), "seed=3", "data.seed=3")
+    first = compose("pretrain", ["data=shapes", "seed=3", "data.seed=3"])
     own = _learning(first, 2)
     seed = derived_seed(3, 2)
     assert own["seed"] == own["augment"]["seed"] == own["method"]["masking"]["seed"] == seed

@@ -56,7 +56,7 @@ def test_a_new_default_key_keeps_the_name(monkeypatch: pytest.MonkeyPatch) -> No
         bare = requested(compose("pretrain", []))
         bare |= dict.fromkeys(("optim.invented", "loss.dino.invented", "backbone.invented"), 3)
         with monkeypatch.context() as patch:
-            patch.setattr(identity, "defaults", lambda bare=bare: bare)
+            patch.setattr(identity, "defaults", lambda command, bare=bare: bare)
             assert name_of(grown) == before
 
 

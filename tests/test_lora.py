@@ -43,14 +43,17 @@ def adapted(network: Backbone, **settings: Any) -> Backbone:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_an_adapter_changes_nothing_at_the_start(name: str, cls_only: bool) -> None:
-    """Bit for bit, in training and in eval mode; stock names stay, and each block has two."""
+    """Bit for bit, in training and in eval mode; stock names stay, and each block has two. Of a
+    plain layer, the last block computes some rows of qkv only, which may round them differently.
+    """
     network = loud_network(NETWORKS[name]())
     plain, images = copy.deepcopy(network), torch.randn(2, 3, 16, 16)
     LoRA(rank=3)(network)
     for mode in (True, False):
         mine, theirs = (net.train(mode)(images, cls_only=cls_only) for net in (network, plain))
-        assert torch.equal(mine.cls, theirs.cls)
-        assert torch.equal(mine.patches, theirs.patches)
+        rounding = {"rtol": 1e-5, "atol": 1e-6} if cls_only else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(mine.cls, theirs.cls, **rounding)
+        torch.testing.assert_close(mine.patches, theirs.patches, **rounding)
     added = network.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= network.state_dict().keys()
     assert len(added) == 3 * 2 * network.num_blocks
@@ -195,11 +198,11 @@ def test_an_adapted_run_opens_merged_and_is_gone_on_from(
     folder = exported(opened, runs / "export")
     exports: Any = open_backbone(find_checkpoint(str(folder), runs)).backbone
     assert torch.equal(exports.blocks[1].attn.qkv.weight, whole)
-    still = ["trainer.max_steps=1", "optim.freeze_backbone=1.0"]
+    still = ["trainer.max_steps=1", "optim.freeze_backbone=1.0", "optim.freeze_last_layer=0.0"]
     begun = [f"backbone.pretrained={run}/checkpoints/last.ckpt", *still]
     again = train(runs, "name=again", *begun)
     torch.testing.assert_close(parts(again, student)[0], whole)
-    second = train(runs, "name=second", f"checkpoint={run}", ADAPTER, "trainer.max_steps=1")
+    second = train(runs, "name=second", f"checkpoint={run}", ADAPTER, *still)
     weight, a, b, scale = parts(run, student)
     torch.testing.assert_close(parts(second, student)[0], weight + scale * b @ a)
 

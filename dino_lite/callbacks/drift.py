@@ -62,7 +62,8 @@ class Drift(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, module = trainer.global_step, cast(Any, pl_module)
-        if module.start is None or not trainer.is_global_zero or step == self._logged_at:
+        done = step in (1, self._logged_at)  # the row of the first step is the start's
+        if module.start is None or not trainer.is_global_zero or done:
             return
         self._logged_at = step
         values = self._measure(trainer, module)

@@ -139,9 +139,8 @@ def _learning_rate(config: Config, facts: Facts) -> tuple[float, str]:
     )
     times = config["optim"].get("rate_scale", 1.0)
     scaled = f" times optim.rate_scale={times:g}" if times != 1 else ""
-    return scale_rate(
-        float(rate) * times, size, rule
-    ), f"optim.rate={rate}{scaled} scaled to {count(size, 'image')} per step, {rule}"
+    why = f"optim.rate={rate}{scaled} scaled to {count(size, 'image')} per step, {rule}"
+    return scale_rate(float(rate) * times, size, rule), why
 
 
 def _constant(schedule: str) -> Any:
