@@ -14,7 +14,7 @@ import torch
 
 from dino_lite.callbacks.online_eval import OnlineEval
 from dino_lite.commands.pretrain import pretrain
-from dino_lite.config import compose, load, put
+from dino_lite.config import Config, compose, load, put
 from dino_lite.contracts import UserError
 from dino_lite.data.sources import ArraySource
 from dino_lite.draws import derived_seed
@@ -96,11 +96,16 @@ def test_without_labels_agreement_is_that_of_neighbors() -> None:
     assert found["table"][0] == {"generation": "1", "agreement with its teacher %": ""}
 
 
+def asked(runs_dir: Path) -> Config:
+    """The configuration of three tiny generations."""
+    return tiny(runs_dir, "generations=3", "name=born", "trainer.max_steps=4")
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three generations of eight steps."""
+    """Three generations of four steps."""
     folder = tmp_path_factory.mktemp("generations")
-    return Path(run_generations(tiny(folder, "generations=3", "name=born"))["run"])
+    return Path(run_generations(asked(folder))["run"])
 
 
 def test_each_generation_is_new_and_learns_from_the_one_before(three: Path) -> None:
@@ -109,7 +114,7 @@ def test_each_generation_is_new_and_learns_from_the_one_before(three: Path) -> N
     opened = [open_backbone(find_checkpoint(str(folder), "runs")) for folder in folders]
     assert len({json.dumps(each.backbone.stored_spec()) for each in opened}) == 1
     assert len({each.preprocessing for each in opened}) == 1
-    assert [read_json(folder / "results.json")["steps"] for folder in folders] == [8, 8, 8]
+    assert [read_json(folder / "results.json")["steps"] for folder in folders] == [4, 4, 4]
     for before, folder in pairwise(folders):
         assert load(folder / "config.yaml")["teacher"]["checkpoint"] == str(before)
     assert len({load(folder / "config.yaml")["seed"] for folder in folders}) == 3
@@ -138,7 +143,7 @@ def test_generations_are_compared_after_each_and_told(three: Path) -> None:
 
 def test_the_first_generation_is_the_ordinary_run(three: Path, tmp_path: Path) -> None:
     """Bit for bit; and one generation is today's command, whose run has today's name."""
-    alone = train(tmp_path, "name=alone")
+    alone = train(tmp_path, "name=alone", "trainer.max_steps=4")
     pair = [
         open_backbone(find_checkpoint(str(folder), "runs")).backbone.state_dict()
         for folder in (alone, three / "01_pretrain")
@@ -151,7 +156,7 @@ def test_finished_generations_are_not_trained_again(
     three: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same command says so; another number of generations is refused under this name."""
-    config = tiny(three.parent, "generations=3", "name=born")
+    config = asked(three.parent)
     before = (three / "03_generation/checkpoints/last.ckpt").stat().st_mtime_ns
     run_generations(config)
     assert "is finished" in capsys.readouterr().out
@@ -166,7 +171,7 @@ def test_the_architecture_is_the_same_before_and_after_the_first_stage(
     """As planned, and as the run has it: else an interrupted sequence could not go on."""
     nodes = []
     for folder in (tmp_path, three.parent):
-        config = tiny(folder, "generations=3", "name=born")
+        config = asked(folder)
         first = check_values(put(config, "generations", 1))
         splits = open_splits(first["data"])
         nodes.append(_architecture(Sequence("pretrain", config, splits.name), first, splits))
