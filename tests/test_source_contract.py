@@ -207,6 +207,9 @@ class Told(Source):
     def digest(self) -> str:
         return "0123456789abcdef"
 
+    def turns(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        return order + 10 * epoch
+
     def prefetch(self, indices: Any) -> None:
         self.announced.extend(indices)
 
@@ -244,6 +247,8 @@ FORWARDED: dict[str, tuple[Callable[[Subset], Any], Any]] = {
     "read": (lambda part: [part.read(0, 50)[0, 0, 0], part.read(1)[0, 0, 0]], [58, 1]),
     "name": (lambda part: part.name(0), "image 8"),
     "digest": (digests, (True, False)),
+    # Not forwarded: a part is the same images in every epoch.
+    "turns": (lambda part: part.turns(np.arange(4), 3).tolist(), [0, 1, 2, 3]),
     "prefetch": (announced, [8, 2]),
     "image_size": (lambda part: part.image_size(0), (8, 108)),
     "encoded": (lambda part: part.encoded(0), (b"\x08", ".x")),
