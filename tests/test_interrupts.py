@@ -14,12 +14,12 @@ import pytorch_lightning as pl
 
 from dino_lite.callbacks import checkpoints
 from dino_lite.callbacks.checkpoints import Checkpoints
-from dino_lite.commands import pretrain
 from dino_lite.config import user_errors
 from dino_lite.contracts import Interrupted, UserError
 from dino_lite.data import workers
 from dino_lite.data.workers import Worker
 from dino_lite.interrupts import STOP_SIGNALS, Interrupt, interrupt, on_stop
+from dino_lite.runs import pretraining
 from dino_lite.runs.run import Run
 from ranks import command
 from test_callbacks import NUM_STEPS, At, Training, read
@@ -170,7 +170,7 @@ def test_a_trained_run_that_is_interrupted_says_so(tmp_path: Path) -> None:
     for number, by in ((signal.SIGTERM, " by SIGTERM"), (signal.SIGINT, "")):
         said = rf"interrupted{by}, but is trained and saved; run the same command to finish it\.$"
         with pytest.MonkeyPatch.context() as patch, on_stop(interrupt):
-            patch.setattr(pretrain, "finish", lambda *_, number=number: send(number))
+            patch.setattr(pretraining, "finish", lambda *_, number=number: send(number))
             with pytest.raises(Interrupted, match=said) as ended:
                 train(tmp_path)
         assert ended.value.exit_code == 128 + number

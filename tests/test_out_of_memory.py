@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dino_lite import pretrain
-from dino_lite.commands import pretrain as command
 from dino_lite.config import load
 from dino_lite.contracts import Crops, Progress, UserError
 from dino_lite.methods import clock
 from dino_lite.methods.dino import DINO
 from dino_lite.methods.step import Step
+from dino_lite.runs import pretraining as command
 from test_pretrain import assert_same
 from tiny import checkpoint, tiny_command, train
 
