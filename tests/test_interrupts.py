@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
+from dino_lite import pretrain
 from dino_lite.callbacks import checkpoints
 from dino_lite.callbacks.checkpoints import Checkpoints
 from dino_lite.config import user_errors
@@ -71,7 +72,7 @@ def test_sigterm_to_the_process_group_loses_nothing(tmp_path: Path) -> None:
     )
     assert "Traceback" not in result.stderr
     assert checkpoint(folder)["global_step"] == 5
-    pretrain.pretrain(*parts)
+    pretrain(*parts)
     assert_same(checkpoint(whole)["state_dict"], checkpoint(folder)["state_dict"])
 
 
