@@ -65,7 +65,7 @@ START = ["augment.global_scale=[0.6,1.0]", "augment.local_scale=[0.2,0.6]"]
 # Patterns without an upright orientation. Without turns, plain training forgets 2 points at most.
 ARM = ["augment.global_scale=[0.25,1.0]", "augment.local_scale=[0.05,0.3]"]
 ARM += [f"augment.{crops}.quarter_turns=true" for crops in ("global_1", "global_2", "local")]
-GATED = ["loss=[simdino,kept,kept_gram]"]  # what the gated arm adds to adapt's defaults
+GATED = ["loss=[simdino,kept]", "optim.rate_scale=0.3"]  # beside adapt's defaults
 QUIET = [
     "~callbacks.pictures", "~callbacks.online_eval", "baselines=false", "trainer.accelerator=cpu",
     "trainer.precision=32", "trainer.compile=false", "trainer.num_threads=1",
