@@ -26,23 +26,18 @@ forgotten, and at least 80 % gained.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import json
-import multiprocessing
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from small_images import unpack, write_cifar10
+from trainings import Parts, asked, parser, run_all
 
 from dino_lite.commands.adapt import run_adapt
 from dino_lite.config import Config, compose, load
@@ -52,7 +47,6 @@ from dino_lite.planning.plan import open_splits
 from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.pretraining import run_pretrain
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 NUM_PER_CLASS = 500  # training images of CIFAR-10
 RATES = (1.0, 0.3, 0.1)
 STEPS = {"start": 1200, "arm": 1000}
@@ -73,9 +67,6 @@ QUIET = [
 ]  # fmt: skip
 ENOUGH = 5.0  # points that plain training must forget and gain
 MOST_FORGOTTEN, LEAST_GAINED = 1 / 3, 0.8
-
-Parts = dict[str, dict[str, Any]]  # what was measured, by "SEED/ARM"
-Keep = Callable[[Parts], None]
 
 
 class Task(NamedTuple):
@@ -167,30 +158,6 @@ def accuracy(network: Path, data: Config) -> float:
     return float(values["knn_trained"])
 
 
-def run_all(all_tasks: list[Task], work: Path, new: str, jobs: int, keep: Keep) -> Parts:
-    """Run what `work` lacks, `jobs` at a time; returns all parts."""
-    file = work / f"{new}.json"
-    parts: Parts = json.loads(file.read_text()) if file.is_file() else {}
-    left = [task for task in all_tasks if task.name not in parts]
-    running: dict[Future[dict[str, Any]], Task] = {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
-        while left or running:
-            ready = [task for task in left if task.needs is None or task.needs in parts]
-            for task in ready[: jobs - len(running)]:
-                left.remove(task)
-                running[pool.submit(train, task, work, new)] = task
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future).name
-                parts[name] = future.result()
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(parts, indent=1))
-                os.replace(part, file)
-                keep(parts)
-                print(f"{name}: {told(parts[name])}", flush=True)
-    return parts
-
-
 def told(part: dict[str, Any]) -> str:
     """What was measured, on one line."""
     return f"old {part['old']:.2f} %, new {part['new']:.2f} %; {part['seconds']:.0f} s"
@@ -241,56 +208,23 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def write_data(work: Path, new: str) -> None:
-    """Unpack CIFAR-10, fewer images of train, and the photographs that `new` names."""
-    unpack = [sys.executable, str(SHARED / "tools" / "unpack_data.py")]
-    if not (work / "cifar10.npz").is_file():
-        scratch = work / "unpacked"
-        shutil.rmtree(scratch, ignore_errors=True)
-        subprocess.run([*unpack, "cifar10", scratch, "--as", "npz"], check=True)
-        with np.load(scratch / "cifar10.npz") as archive:
-            arrays = {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-        labels = arrays["y_train"]
-        kept = [np.flatnonzero(labels == each)[:NUM_PER_CLASS] for each in np.unique(labels)]
-        rows = np.sort(np.concatenate(kept))
-        arrays |= {key: arrays[key][rows] for key in ("x_train", "y_train")}
-        np.savez(work / "cifar10.npz", **arrays)
-        shutil.rmtree(scratch)
-    if new != "shapes" and not (work / new).is_dir():
-        subprocess.run([*unpack, new, work / new], check=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if the bar was not met."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--work", type=Path, default=Path("bench_continual"), metavar="FOLDER")
-    parser.add_argument(
+    words = parser(__doc__, "bench_continual")
+    words.add_argument(
         "--new", default="shapes", choices=["shapes", "caltech101_30", "ucmerced128"]
     )
-    parser.add_argument("--apart", action="store_true", help="replay and promise as well")
-    options = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started
-    work, started = options.work.absolute(), time.perf_counter()
-    work.mkdir(parents=True, exist_ok=True)
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "seeds": options.seeds}
-
-    def keep(parts: Parts, **more: Any) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(machine | more | {"parts": parts}, indent=2) + "\n")
-
-    write_data(work, options.new)
-    asked = tasks(work, options.seeds, options.new, options.apart)
-    parts = run_all(asked, work, options.new, options.jobs, keep)
+    words.add_argument("--apart", action="store_true", help="replay and promise as well")
+    at_once = asked(words.parse_args(arguments))
+    work, options = at_once.work, at_once.options
+    write_cifar10(work, NUM_PER_CLASS)
+    if options.new != "shapes" and not (work / options.new).is_dir():
+        unpack(options.new, work / options.new)
+    todo = tasks(work, options.seeds, options.new, options.apart)
+    one = functools.partial(train, work=work, new=options.new)
+    parts = run_all(todo, one, work / f"{options.new}.json", at_once, told)
     found = summary(parts, options.seeds)
-    keep(parts, **found, wall_seconds=round(time.perf_counter() - started, 1))
+    at_once.keep(parts, **found)
     print(table(found))
     print(json.dumps({key: value for key, value in found.items() if key != "arms"}))
     return 0 if found["met"] else 1

@@ -28,22 +28,17 @@ set; _spread is the largest minus the smallest over seeds. The bar: > 0, > 0, >=
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from small_images import write_data
+from small_images import write_caltech101_30, write_cifar10
+from trainings import Parts, asked, parser, run_all
 
 from dino_lite.commands.distill import run_distill
 from dino_lite.config import compose, load
@@ -54,6 +49,7 @@ from dino_lite.runs.checkpoint import find_checkpoint, open_backbone
 from dino_lite.runs.pretraining import run_pretrain
 from dino_lite.runs.run import Run
 
+NUM_PER_CLASS = 1000  # training images of CIFAR-10
 DATA = ("cifar10", "caltech101_30")
 TEACHER = ["backbone=convnet", "method=simdino"]
 WIDTHS = {"teacher": [32, 64], "middle": [24, 48], "student": [16, 32]}
@@ -62,17 +58,16 @@ QUIET = ["~callbacks.pictures", "~callbacks.online_eval", "baselines=false"]
 BAR = {"minus_dino_equal_steps": 0, "minus_dino_equal_seconds": 0, "minus_floor": 3}
 BAR_KEPT = 0.70
 
-Parts = dict[str, dict[str, Any]]  # what was measured, by "DATA/teacher" or "DATA/SEED/NAME"
-
 
 class Task(NamedTuple):
-    """A training: its name, the command and its settings, and which others it needs first."""
+    """A training: its name "DATA/teacher" or "DATA/SEED/NAME", the command and its settings."""
 
     name: str
     command: str
     settings: list[str]
     baselines: tuple[str, ...] = ()  # beside "trained"
     folder: str = ""  # of the trained network, within the run
+    needs: str | None = None  # the part that must be there first
 
 
 def student(name: str = "student") -> str:
@@ -105,7 +100,16 @@ def distillations(work: Path, seeds: int, chain: bool) -> list[Task]:
         common = [*data_settings(work, data, seed), teacher, f"students={{{students}}}", *more]
         common += [f"trainer.max_steps={steps}", "distill.export=false"]
         folder = "02_student/student" if len(more) else "01_distill/student"
-        tasks.append(Task(f"{data}/{seed}/{name}", "distill", common, ("untrained",), folder))
+        tasks.append(
+            Task(
+                f"{data}/{seed}/{name}",
+                "distill",
+                common,
+                ("untrained",),
+                folder,
+                f"{data}/teacher",
+            )
+        )
 
     for seed in range(seeds):
         for data in DATA:
@@ -167,21 +171,6 @@ def train(task: Task, work: Path) -> dict[str, Any]:
     return {"steps": found["steps"], "seconds": found.pop("train_seconds")} | found
 
 
-def run_all(
-    tasks: list[Task], work: Path, jobs: int, parts: Parts, keep: Callable[[], None]
-) -> None:
-    """Run those of `tasks` that are not in `parts`, `jobs` at a time."""
-    missing = [task for task in tasks if task.name not in parts]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
-        running = {pool.submit(train, task, work): task for task in missing}
-        for future in as_completed(running):
-            name = running[future].name
-            parts[name] = future.result()
-            keep()
-            print(f"{name}: {told(parts[name])}", flush=True)
-
-
 def told(part: dict[str, Any]) -> str:
     """What was measured, on one line."""
     accuracies = [f"{k} {v:.2f} %" for k, v in part.items() if k not in ("steps", "seconds")]
@@ -225,57 +214,25 @@ def summary(parts: Parts, seeds: int) -> dict[str, Any]:
     return worst | {"data": by_data}
 
 
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def bench(work: Path, seeds: int, jobs: int, chain: bool, keep: Callable[[Parts], None]) -> Parts:
-    """Run everything that is missing in `work`."""
-    file = work / "parts.json"
-    parts: Parts = json.loads(file.read_text()) if file.is_file() else {}
-
-    def save() -> None:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(parts, indent=1))
-        os.replace(part, file)
-        keep(parts)
-
-    write_data(work)
-    run_all(teachers(work), work, jobs, parts, save)
-    run_all(distillations(work, seeds, chain), work, jobs, parts, save)
-    run_all(comparisons(work, seeds, parts), work, jobs, parts, save)
-    return parts
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if the bar was not met."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    words = parser(__doc__, "bench_distillation")
+    words.add_argument("--chain", action="store_true", help="compare a chain with direct")
+    at_once = asked(words.parse_args(arguments))
+    work, seeds = at_once.work, at_once.options.seeds
+    write_cifar10(work, NUM_PER_CLASS)
+    write_caltech101_30(work)
+    run = functools.partial(
+        run_all,
+        train=functools.partial(train, work=work),
+        file=work / "parts.json",
+        at_once=at_once,
+        told=told,
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--work", type=Path, default=Path("bench_distillation"), metavar="FOLDER")
-    parser.add_argument("--chain", action="store_true", help="compare a chain with direct")
-    options = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started
-    work = options.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    machine = {"cpu": processor(), "cores": os.cpu_count(), "seeds": options.seeds}
-
-    def keep(parts: Parts, **more: Any) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(machine | more | {"parts": parts}, indent=2) + "\n")
-
-    parts = bench(work, options.seeds, options.jobs, options.chain, keep)
-    found = summary(parts, options.seeds)
-    keep(parts, **found, wall_seconds=round(time.perf_counter() - started, 1))
+    parts = run([*teachers(work), *distillations(work, seeds, at_once.options.chain)])
+    parts = run(comparisons(work, seeds, parts))
+    found = summary(parts, seeds)
+    at_once.keep(parts, **found)
     for data, values in found["data"].items():
         print(f"{data}: {', '.join(f'{key} {value:.2f}' for key, value in values.items())}")
     print(f"worse data set: {json.dumps({k: v for k, v in found.items() if k != 'data'})}")

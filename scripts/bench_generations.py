@@ -18,20 +18,16 @@ the smallest over seeds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import multiprocessing
-import os
-import platform
+import functools
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from trainings import Parts, asked, parser, run_all
 
 from dino_lite.commands.evaluate import run_evaluate
 from dino_lite.config import compose
@@ -59,19 +55,18 @@ OBJECTIVES = {
     "scratch": ["born_again=labels+logits", "from_scratch=true"],
 }
 
-Parts = dict[str, dict[str, Any]]  # what was measured, by "SEED/ARM"
-
 
 class Task(NamedTuple):
-    """An arm of a seed, and the settings of its command."""
+    """An arm of a seed, "SEED/ARM", and the settings of its command."""
 
     name: str
     command: str
     settings: list[str]
+    needs: str | None = None  # the part that must be there first
 
 
-def tasks(work: Path, data: list[str], seeds: int, extra: list[str]) -> tuple[list[Task], ...]:
-    """The pretrainings, then the fine-tunings of their first generations."""
+def tasks(work: Path, data: list[str], seeds: int, extra: list[str]) -> list[Task]:
+    """The pretrainings, and the fine-tunings of their first generations."""
     trained, tuned = [], []
     for seed in range(seeds):
         runs = work / "runs"
@@ -82,12 +77,13 @@ def tasks(work: Path, data: list[str], seeds: int, extra: list[str]) -> tuple[li
             own = [f"generations={GENERATIONS}", f"seed={seed}", *FINETUNE, *objective]
             words = ["eval=finetune", *(f"eval.finetune.{word}" for word in own)]
             start = [f"checkpoint={runs}/seed{seed}/01_pretrain", "accelerator=cpu"]
-            tuned.append(Task(f"{seed}/{name}", "evaluate", [*start, *words]))
-    return trained, tuned
+            tuned.append(Task(f"{seed}/{name}", "evaluate", [*start, *words], f"{seed}/pretrain"))
+    return [*trained, *tuned]
 
 
-def measure(task: Task, log: Path) -> dict[str, Any]:
+def measure(task: Task, work: Path) -> dict[str, Any]:
     """Train; returns accuracies, agreements and ensemble in percent, and seconds."""
+    log = work / f"{task.name.replace('/', '_')}.log"
     torch.set_num_threads(1)
     started = time.perf_counter()
     config = compose(task.command, task.settings)
@@ -148,60 +144,19 @@ def table(arms: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def run_all(todo: list[Task], work: Path, jobs: int, parts: Parts) -> None:
-    """Run those of `todo` that are not in `parts`, `jobs` at a time, and keep each."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
-        running = {
-            pool.submit(measure, task, work / f"{task.name.replace('/', '_')}.log"): task
-            for task in todo
-            if task.name not in parts
-        }
-        for future in as_completed(running):
-            name = running[future].name
-            parts[name] = future.result()
-            (work / "parts.json").write_text(json.dumps(parts, indent=1))
-            print(f"{name}: {json.dumps(parts[name])}", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="images as for data=npz")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--work", type=Path, default=Path("bench_generations"), metavar="FOLDER")
-    parser.add_argument("extra", nargs="*", help="settings of pretrain, as trainer.max_steps=8")
-    options = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started
-    work = options.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    words = parser(__doc__, "bench_generations")
+    words.add_argument("--data", type=Path, metavar="FILE", help="images as for data=npz")
+    words.add_argument("extra", nargs="*", help="settings of pretrain, as trainer.max_steps=8")
+    at_once = asked(words.parse_args(arguments))
+    options, work = at_once.options, at_once.work
     data = ["data=npz", f"data.root={options.data.absolute()}"] if options.data else SHAPES
-    kept = work / "parts.json"
-    parts: Parts = json.loads(kept.read_text()) if kept.is_file() else {}
-    started = time.perf_counter()
-    for todo in tasks(work, data, options.seeds, options.extra):
-        run_all(todo, work, options.jobs, parts)
+    todo = tasks(work, data, options.seeds, options.extra)
+    parts = run_all(todo, functools.partial(measure, work=work), work / "parts.json", at_once)
     arms = summary(parts, options.seeds)
     print(table(arms))
-    if options.json:
-        about = {"cpu": processor(), "cores": os.cpu_count(), "seeds": options.seeds}
-        spent = {"wall_seconds": round(time.perf_counter() - started, 1)}
-        options.json.write_text(
-            json.dumps(about | spent | arms | {"parts": parts}, indent=2) + "\n"
-        )
+    at_once.keep(parts, **arms)
     return 0
 
 

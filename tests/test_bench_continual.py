@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 
-@pytest.fixture(scope="module")
-def bench(root: Path) -> ModuleType:
-    """The script, as a module."""
-    spec = importlib.util.spec_from_file_location("b", root / "scripts" / "bench_continual.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def bench(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, as a module; scripts import each other by name."""
+    monkeypatch.syspath_prepend(root / "scripts")
+    return importlib.import_module("bench_continual")
 
 
 def parts(**arms: list[tuple[float, float]]) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from torch import nn
 import oracle
 from dino_lite.backbones.convnet import ConvNet
 from dino_lite.contracts import UserError
-from dino_lite.eval.agreement import Stage, learned_mistakes
+from dino_lite.eval.agreement import Standing, learned_mistakes
 from dino_lite.eval.born_again import Predictions, born_again_loss, generations_told, permuted
 from dino_lite.eval.finetune import Finetune, find_labeled
 from dino_lite.report.terminal import print_results
@@ -140,7 +140,7 @@ def planted(accuracies: list[float], agreements: list[float | None], num: int) -
     """What is said of such stages."""
     return learned_mistakes(
         [
-            Stage(f"generation {i}", accuracy, agreement, num)
+            Standing(f"generation {i}", accuracy, agreement, num)
             for i, (accuracy, agreement) in enumerate(zip(accuracies, agreements, strict=True), 1)
         ]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -229,14 +229,11 @@ def test_the_report_doubts_generations_that_learn_mistakes(three: Path) -> None:
 
 
 def test_the_measurement_of_generations_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its summary, of planted parts."""
-    spec = importlib.util.spec_from_file_location("b", ROOT / "scripts" / "bench_generations.py")
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    bench = importlib.import_module("bench_generations")
     part = {"agreement": [70.0, 80.0], "ensemble": 55.0, "warnings": []}
     parts = {
         f"{seed}/{arm}": part | {"accuracy": [50.0, 51.0 + seed, 52.0 + 2 * seed]}

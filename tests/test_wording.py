@@ -1,10 +1,10 @@
-"""Counts in sentences."""
+"""Counts in sentences, and tables of text."""
 
 from __future__ import annotations
 
 import pytest
 
-from dino_lite.wording import count
+from dino_lite.wording import aligned, count
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,13 @@ from dino_lite.wording import count
 def test_a_count_agrees_with_its_noun(num: int, noun: str, text: str) -> None:
     """In the singular too."""
     assert count(num, noun) == text
+
+
+def test_columns_of_a_table_have_one_width_and_lines_no_spaces_at_the_end() -> None:
+    """The last sign stands for all further columns."""
+    rows = [["", "a", "bb"], ["long", "1", ""]]
+    assert aligned(rows) == ["      a  bb", "long  1"]
+    assert aligned(rows, ">") == ["      a  bb", "long  1"]
+    rows = [["", "wide", "n"], ["x", "1", "22"]]
+    assert aligned(rows) == ["   wide  n", "x  1     22"]
+    assert aligned(rows, "<>") == ["   wide   n", "x     1  22"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dino_lite.backbones.blocks import evaluating
 from dino_lite.callbacks.online_eval import clean_data, in_memory
-from dino_lite.callbacks.progress import run_fraction
+from dino_lite.callbacks.progress import turns
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import device_of, dtype_of
 from dino_lite.losses.gram import regrid
@@ -38,7 +37,7 @@ class Drift(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the start, unless the run is resumed."""
-        self._turn = math.floor(run_fraction(trainer, pl_module) / self.every + 1e-9)
+        self._turn = turns(trainer, pl_module, self.every)
         if trainer.global_step == 0:
             self._log(trainer, pl_module)
 
@@ -51,7 +50,7 @@ class Drift(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Measure if it is due."""
-        turn = math.floor(run_fraction(trainer, pl_module) / self.every + 1e-9)
+        turn = turns(trainer, pl_module, self.every)
         if turn > self._turn:
             self._turn = turn
             self._log(trainer, pl_module)

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_lite.callbacks.progress import run_fraction
+from dino_lite.callbacks.progress import turns
 from dino_lite.contracts import Backbone, Source, UserError
 from dino_lite.data.clean import CleanData, preprocessing_of
 from dino_lite.data.sources import ArraySource
 from dino_lite.data.subset import Subset, spread
 from dino_lite.distributed import broadcast_value
-from dino_lite.eval.agreement import Stage, learned_mistakes
+from dino_lite.eval.agreement import Standing, learned_mistakes
 from dino_lite.eval.collapse import rankme, relative_std
 from dino_lite.eval.features import Features, device_of, extract
 from dino_lite.eval.knn import knn_answers, knn_predict
@@ -66,7 +66,7 @@ class OnlineEval(pl.Callback):
         self._asked_at = -1  # step of the last evaluation
         self._source: Source | None = None  # the evaluated images, in memory if they fit
         self.warnings: list[dict[str, Any]] = []  # kind, step, text
-        self._best: dict[str, Stage] = {}  # by student, the best k-NN so far
+        self._best: dict[str, Standing] = {}  # by student, the best k-NN so far
         self._taught: Int[Tensor, "N"] | None = None  # what k-NN of the teacher predicts
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,7 +95,7 @@ class OnlineEval(pl.Callback):
     def _turns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         if self.every_n_steps is not None:
             return trainer.global_step // self.every_n_steps
-        return math.floor(run_fraction(trainer, pl_module) / self.every + 1e-9)
+        return turns(trainer, pl_module, self.every)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, source = trainer.global_step, cast(Any, trainer).datamodule.splits.train
@@ -148,7 +148,7 @@ class OnlineEval(pl.Callback):
         if "knn_agreement" not in found:
             return
         assert self._taught is not None
-        now = Stage(f"step {step:,}", found["knn"], found["knn_agreement"], len(self._taught))
+        now = Standing(f"step {step:,}", found["knn"], found["knn_agreement"], len(self._taught))
         best = self._best.setdefault(student, now)
         if now.accuracy >= best.accuracy:
             self._best[student] = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, cast
@@ -142,3 +143,8 @@ def run_fraction(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
         return min(1.0, trainer.global_step / max(int(clock.num_steps), 1))
     fraction: float = clock.seconds / clock.max_seconds
     return min(1.0, fraction)
+
+
+def turns(trainer: pl.Trainer, pl_module: pl.LightningModule, every: float) -> int:
+    """How many intervals of `every`, a fraction of the run, are completed."""
+    return math.floor(run_fraction(trainer, pl_module) / every + 1e-9)

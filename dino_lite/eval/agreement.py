@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 
-class Stage(NamedTuple):
+class Standing(NamedTuple):
     """Accuracy of a student, and how often it predicts what its teacher predicts (None without a
     teacher), both in percent of `num` images; `name` says when, as "generation 2" or "step 300".
     """
@@ -19,14 +19,14 @@ class Stage(NamedTuple):
     num: int
 
 
-def learned_mistakes(stages: Sequence[Stage]) -> list[str]:
-    """A sentence for each stage at which agreement rose while accuracy fell, compared with the one
-    before: the student then copies its teacher's mistakes. A fall counts if it is beyond the 95 %
-    interval of the difference of two independent proportions, which is wider than needed for the
-    same images.
+def learned_mistakes(standings: Sequence[Standing]) -> list[str]:
+    """A sentence for each standing at which agreement rose while accuracy fell, compared with the
+    one before: the student then copies its teacher's mistakes. A fall counts if it is beyond the
+    95 % interval of the difference of two independent proportions, which is wider than needed for
+    the same images.
     """
     told = []
-    for before, now in pairwise(stages):
+    for before, now in pairwise(standings):
         if before.agreement is None or now.agreement is None:
             continue
         if now.agreement > before.agreement and _fell(before, now):
@@ -39,7 +39,7 @@ def learned_mistakes(stages: Sequence[Stage]) -> list[str]:
     return told
 
 
-def _fell(before: Stage, now: Stage) -> bool:
-    shares = [(stage.accuracy / 100, stage.num) for stage in (before, now)]
+def _fell(before: Standing, now: Standing) -> bool:
+    shares = [(each.accuracy / 100, each.num) for each in (before, now)]
     error = math.sqrt(sum(share * (1 - share) / num for share, num in shares))
     return before.accuracy - now.accuracy > 100 * 1.96 * error

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dino_lite.eval.agreement import Stage, learned_mistakes
+from dino_lite.eval.agreement import Standing, learned_mistakes
 from dino_lite.eval.results import bootstrap, interval, percent
 
 BornAgain = Literal["labels+logits", "logits", "cwtm", "dkpp"]
@@ -79,7 +79,7 @@ def generations_told(found: Predictions) -> dict[str, Any]:
     ]
     ensemble = _share(found.ensemble == found.labels)
     stages = [
-        Stage(f"generation {i}", row["top1"], row["agreement"], len(found.labels))
+        Standing(f"generation {i}", row["top1"], row["agreement"], len(found.labels))
         for i, row in enumerate(rows, 1)
     ]
     names = [*(str(i) for i in range(1, len(rows) + 1)), "ensemble"]

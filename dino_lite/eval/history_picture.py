@@ -9,6 +9,7 @@ from typing import Any, cast
 from dino_lite.eval.curves import STYLE
 from dino_lite.eval.history import History
 from dino_lite.eval.sheets import INK, write_whole
+from dino_lite.wording import aligned
 
 _SAID = {
     "average_accuracy": "average accuracy on what is known by now {:.2f} %",
@@ -21,15 +22,10 @@ _SAID = {
 def history_table(history: History, rows: Sequence[str], columns: Sequence[str]) -> str:
     """The matrix with its titles, and the numbers that follow from it."""
     cells = [["", *columns], *([row, *_cells(history, i)] for i, row in enumerate(rows))]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{'<' if j == 0 else '>'}{widths[j]}}" for j, cell in enumerate(line))
-        for line in cells
-    ]
     told = history.summary()
     said = [text.format(told[key]) for key, text in _SAID.items() if told[key] is not None]
     title = "k-NN accuracy (%) after each stage; in brackets before a collection was trained on"
-    return "\n".join([title, *(line.rstrip() for line in lines), ", ".join(said)]).rstrip()
+    return "\n".join([title, *aligned(cells, "<>"), ", ".join(said)]).rstrip()
 
 
 def _cells(history: History, row: int) -> list[str]:

@@ -15,17 +15,16 @@ from torch import Tensor
 from dino_lite.contracts import Backbone
 from dino_lite.data.labeled import has_labels
 from dino_lite.data.subset import Subset, spread
-from dino_lite.eval.agreement import Stage, learned_mistakes
+from dino_lite.eval.agreement import Standing, learned_mistakes
 from dino_lite.eval.features import Features, check_finite
 from dino_lite.eval.knn import Answers, knn_answers
-from dino_lite.eval.neighbors import Bank, unit
+from dino_lite.eval.neighbors import indices_of_nearest, unit
 from dino_lite.eval.results import bootstrap, interval, percent, result
 from dino_lite.eval.store import FeatureStore
 from dino_lite.eval.tradeoff import agreement
 
 K, TEMPERATURE = 20, 0.07  # as the headline of `eval.knn`
 _MOST = 10_000  # training images that are classified, or whose neighbors are compared
-_QUERIES = 1024  # neighbors searched at once
 
 
 class View(NamedTuple):
@@ -69,10 +68,8 @@ def _view(bank: Features, queries: Features | None, labeled: bool) -> View:
     few = bank.rows(torch.from_numpy(spread(len(bank.labels), _MOST)))
     if not labeled:
         k = min(K, len(few.labels) - 1)
-        blocks = torch.split(torch.arange(len(few.labels)), _QUERIES)
-        whole = Bank(few.features, len(blocks[0]))
-        found = [whole.nearest(few.features[rows], k, exclude=rows)[1] for rows in blocks]
-        return View(None, None, torch.cat(found))
+        found = indices_of_nearest(few.features, few.features, k, leave_one_out=True)
+        return View(None, None, found)
     bank, few = bank.labeled(), few.labeled()
     k = min(K, len(few.labels) - 1)
     train = knn_answers(few, few, [k], TEMPERATURE, leave_one_out=True)[k]
@@ -135,7 +132,7 @@ def _result(
         )
     num = len(answers.place)
     stages = [
-        Stage(f"generation {i}", row[split]["top1"], row["agreement"], num)
+        Standing(f"generation {i}", row[split]["top1"], row["agreement"], num)
         for i, row in enumerate(rows, 1)
     ]
     warnings = learned_mistakes(stages)

@@ -15,6 +15,7 @@ _CELLS = 2**23  # similarities held at once: 32 MB for any sizes of bank and que
 _SHORTEST = 1e-12  # lower bound of lengths
 _ALIGNED = 16  # row stride of similarities; unaligned products take a third longer
 _ROWS = 256  # queries searched at once: little memory beside the similarities
+_QUERIES = 1024  # queries for which similarities are held at once
 _GROUP = 8  # columns whose maximum is compared first
 
 
@@ -82,6 +83,21 @@ def nearest(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """As `Bank.nearest`, of queries few enough for one block."""
     return Bank(bank, len(queries)).nearest(queries, k, exclude)
+
+
+def indices_of_nearest(
+    queries: Float[Tensor, "n D"], bank: Float[Tensor, "N D"], k: int, leave_one_out: bool = False
+) -> Int[Tensor, "n k"]:
+    """Indices of the k rows most similar to each of any number of queries; with `leave_one_out`,
+    the queries are the bank, and none is its own neighbor.
+    """
+    whole = Bank(bank, min(_QUERIES, len(queries)))
+    blocks = torch.split(torch.arange(len(queries)), _QUERIES)
+    found = [
+        whole.nearest(queries[rows], k, exclude=rows if leave_one_out else None)[1]
+        for rows in blocks
+    ]
+    return torch.cat(found)
 
 
 class _Best:

@@ -62,7 +62,7 @@ class Distillation(Method):
     Patches are compared on the student's grid, to which the teacher's are resampled. Masked are
     the patches of students with a mask token. `mixup` mixes pairs of images of a batch with a
     common λ ~ U(0, 1) for teacher and students alike (Zhang et al. 2018, arXiv 1710.09412). A
-    running average of each student is evaluated and exported.
+    running average of each student is evaluated and exported; with a `momentum` of 0 itself.
     """
 
     not_inherited = ("step", "queue")

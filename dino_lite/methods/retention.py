@@ -66,9 +66,7 @@ class Retention:
     ) -> StepOutputs:
         """The method's matches of a micro-batch of a batch of `num_images`, and these."""
         globals_, tokens = crops.globals_.flatten(0, 1), None
-        if (
-            self._own_pass
-        ):  # first, since the method's own updates statistics of batch normalization
+        if self._own_pass:  # first: the method's own updates statistics of batch normalization
             with evaluating(student := _student(method)):
                 tokens = student(globals_, cls_only=self._cls_only)
         outputs = method.compare(crops, targets)

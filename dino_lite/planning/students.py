@@ -8,9 +8,8 @@ from typing import Any
 
 from dino_lite.config import Config, compose, put
 from dino_lite.contracts import UserError
+from dino_lite.methods.student import OF_MASKED
 from dino_lite.planning.checks import read_by
-
-OF_MASKED = ("patch", "masked_tokens")  # what losses read of masked patches
 
 
 def student_nodes(asked: Any) -> dict[str, Config]:
@@ -79,7 +78,7 @@ def settle_objective(config: Config) -> tuple[Config, list[tuple[str, Any, str]]
         config = config | {"loss": kept}
         decisions += [(f"loss.{n}", None, "no student has a mask token") for n in left_out]
     matches = {match for name, match in reads.items() if name not in left_out}
-    if config["method"].get("masking") and not matches & {*OF_MASKED}:
+    if config["method"].get("masking") and not matches & OF_MASKED:
         config = put(config, "method.masking", None)
         decisions.append(("method.masking", None, "no loss reads masked patches"))
     return config, decisions

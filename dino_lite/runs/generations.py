@@ -32,6 +32,7 @@ from dino_lite.runs.run import Run, merge_json
 from dino_lite.runs.sequence import LAST, Sequence, Stage
 from dino_lite.runs.trainer import check_launcher
 from dino_lite.runs.trust import targets
+from dino_lite.wording import aligned
 
 STUDENT = "student"  # the name of a generation in its stage
 _FIRST = "01_pretrain"
@@ -140,6 +141,4 @@ def _compare(run: Run, folders: list[Path], config: Config, splits: Splits) -> d
 def _text(table: list[dict[str, Any]]) -> str:
     """A table as lines of text."""
     rows = [[*table[0]], *([short(value) for value in row.values()] for row in table)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
+    return "\n".join(f"  {line}" for line in aligned(rows, ">"))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dino_lite.callbacks.online_eval import in_memory
@@ -20,14 +20,13 @@ from dino_lite.data.stage_data import HELD_OUT, Halves, halves
 from dino_lite.data.subset import Subset, spread
 from dino_lite.eval.features import Features, check_finite, device_of, dtype_of, extract
 from dino_lite.eval.knn import knn_answers
-from dino_lite.eval.neighbors import Bank
+from dino_lite.eval.neighbors import indices_of_nearest
 from dino_lite.eval.results import percent
 from dino_lite.eval.tradeoff import agreement
 
 K, _TEMPERATURE = 20, 0.07  # as the headline of `eval.knn`
 _BATCH_SIZE = 256
 _MOST_BYTES = 2**30  # of the decoded images of a part
-_QUERIES = 1024  # neighbors searched at once
 _MOST_ESTIMATED = 10_000  # images for statistics of batch normalization
 
 
@@ -135,9 +134,6 @@ def _right(queries: Features, bank: Features) -> Float[Tensor, "n"]:
     return percent(knn_answers(queries, bank, [k], _TEMPERATURE)[k].correct())
 
 
-def _neighbors(queries: Features, bank: Features) -> Tensor:
+def _neighbors(queries: Features, bank: Features) -> Int[Tensor, "n k"]:
     """Indices of the nearest neighbors in the bank."""
-    k = min(K, len(bank.labels))
-    whole = Bank(bank.features, min(_QUERIES, len(queries.labels)))
-    blocks = torch.split(queries.features, _QUERIES)
-    return torch.cat([whole.nearest(block, k)[1] for block in blocks])
+    return indices_of_nearest(queries.features, bank.features, min(K, len(bank.labels)))

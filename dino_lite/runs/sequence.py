@@ -43,6 +43,7 @@ from dino_lite.runs.resume import check_request
 from dino_lite.runs.run import Run, locked
 from dino_lite.runs.sequence_folder import STAGE_TITLES, SequenceFolder, stage_cells
 from dino_lite.runs.trainer import as_command, join_ranks
+from dino_lite.wording import aligned
 
 Tell = Callable[[Callable[[], Any]], Any]
 
@@ -245,9 +246,7 @@ def _settling(config: Config) -> list[tuple[str, Any]]:
 def stage_table(entries: list[dict[str, Any]]) -> str:
     """The stages as a table of text."""
     rows = [STAGE_TITLES, *(stage_cells(entry) for entry in entries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
+    return "\n".join(f"  {line}" for line in aligned(rows))
 
 
 def _is_spawned() -> bool:

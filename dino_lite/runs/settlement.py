@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dino_lite.eval.tradeoff import Change, images_to_resolve
+from dino_lite.wording import aligned
 
 Found = Mapping[str, Any]  # "adaptation" in results.json
 
@@ -21,13 +22,8 @@ def table(found: Found) -> str:
         rows.append([f"  {each['start']['num']:,} {each['images']}", *values])
         changes = (str(_change(each[key])) for key in ("adapted", "end"))
         rows.append(["  change", "", *changes])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     title = "before and after, with 95 % intervals; changes are paired, image by image"
-    return "\n".join([title, *lines, *found["sentences"]])
+    return "\n".join([title, *aligned(rows), *found["sentences"]])
 
 
 def sentences(found: Found) -> list[str]:
